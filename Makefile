@@ -1,0 +1,43 @@
+# Python that makes .venv, the app that `make serve` starts, and what `make test` gives to pytest.
+PYTHON ?= python3
+CONFIG ?= deploy/local.yaml
+ARGS ?=
+
+BIN := .venv/bin
+
+# $(call phase,name,command): run the command and say its name and the time it took.
+define phase
+@start=$$(date +%s); echo "[$(1)] $(2)"; \
+$(2) && echo "[$(1)] ok, $$(($$(date +%s) - start)) s" || \
+{ code=$$?; echo "[$(1)] failed after $$(($$(date +%s) - start)) s"; exit $$code; }
+endef
+
+.PHONY: help install serve lint test
+
+help:
+	@echo "XY-Serve: large language models served from a Ray cluster."
+	@echo
+	@echo "  make serve      install, fetch the default model, serve it, show one answer"
+	@echo "                    CONFIG=deploy/cuda.yaml   another app; Ctrl-C ends it"
+	@echo "  make test       install, then ruff, mypy --strict and the whole test suite"
+	@echo "                    ARGS='-k placement'       only some of the tests"
+	@echo "  make lint       ruff and mypy --strict only"
+	@echo "  make install    only make .venv; the second time it has nothing to do"
+	@echo "                    PYTHON=python3.12         another Python, 3.11 or newer"
+	@echo
+	@echo "The first 'make serve' takes some minutes, nearly all of it downloads. Then .venv/bin/xyserve"
+	@echo "is the command line (try: .venv/bin/xyserve --help). 'rm -rf .venv' undoes the install."
+
+install:
+	@$(PYTHON) deploy/install.py
+
+# exec: Ctrl-C reaches xyserve itself, with no shell between that could end first.
+serve: install
+	@exec $(BIN)/xyserve up $(CONFIG)
+
+lint: install
+	$(call phase,ruff,$(BIN)/ruff check .)
+	$(call phase,mypy,$(BIN)/mypy)
+
+test: lint
+	$(call phase,pytest,$(BIN)/pytest $(ARGS))

@@ -1,0 +1,1 @@
+"""Connects: the Ray Serve application, its HTTP ingress, client handle and command line."""

@@ -1,0 +1,124 @@
+"""The Serve application: its deployments and how they are bound to each other."""
+
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import AppConfig, parse_args
+from cluster.errors import DeviceMissing
+from cluster.global_scheduler import GlobalScheduler
+from cluster.ingress import Ingress
+from cluster.model import resolve_model
+from cluster.router import PlacementRouter
+from workers.engine import Engine
+from workers.worker import Worker
+
+MAX_ONGOING_REQUESTS = 4096
+"""Requests that wait in a worker's own queue, where its scheduler sees them, not in Serve's."""
+
+
+class WorkerReplica(Worker):
+    """A worker as a replica of Serve."""
+
+    def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
+        def make_engine() -> Engine:
+            # vLLM takes long to import; only this process of the cluster package needs it.
+            from workers.vllm_engine import VllmEngine
+
+            return VllmEngine(resolve_model(config.model), config.worker.engine)
+
+        super().__init__(
+            serve.get_replica_context().replica_id.unique_id,
+            config.worker,
+            make_engine,
+            lambda report: scheduler.report.remote(report),
+        )
+
+    def __del__(self) -> None:
+        """Serve's hook for the end of a replica."""
+        self.shutdown()
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """The app for `args` of a Serve config; raises ConfigError before anything starts."""
+    config = parse_args(args)
+    if not config.wait_for_device:
+        _check_device(config)
+    scheduler = _deployment(GlobalScheduler, num_replicas=1).bind()
+    workers = _deployment(
+        WorkerReplica,
+        name="Worker",
+        **(
+            {"autoscaling_config": config.autoscaling}
+            if config.autoscaling
+            else {"num_replicas": config.num_workers}
+        ),
+        ray_actor_options=_worker_resources(config),
+        request_router_config=RequestRouterConfig(
+            request_router_class=PlacementRouter,
+            request_router_kwargs={"scheduler_name": "GlobalScheduler"},
+        ),
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+    ).bind(config, scheduler)
+    return _deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        num_replicas=config.num_ingresses,
+        ray_actor_options={
+            "num_cpus": 0,
+            "runtime_env": {
+                "env_vars": _VLLM_ENV
+                | {"OMP_NUM_THREADS": "1", "VLLM_MAX_N_SEQUENCES": str(config.ingress.max_n)}
+            },
+        },
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+    ).bind(config, workers, scheduler)
+
+
+_VLLM_ENV = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def _deployment(cls: type, **options: Any) -> Any:
+    defaults = {
+        "name": cls.__name__,
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "ray_actor_options": {"num_cpus": 0},
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+    }
+    return serve.deployment(cls).options(**(defaults | options))
+
+
+def _worker_resources(config: AppConfig) -> dict[str, Any]:
+    worker = config.worker
+    env = _VLLM_ENV | {"OMP_NUM_THREADS": str(worker.cpus)}
+    options: dict[str, Any] = {"num_cpus": worker.cpus, "runtime_env": {"env_vars": env}}
+    if worker.device == "cuda":
+        options["num_gpus"] = 1
+    elif worker.device == "npu":
+        options["resources"] = {"NPU": 1}
+    return options
+
+
+def _check_device(config: AppConfig) -> None:
+    """Refuse a config whose workers would wait for ever for a device that no node has."""
+    resource, need = {"cpu": ("CPU", config.worker.cpus), "cuda": ("GPU", 1), "npu": ("NPU", 1)}[
+        config.worker.device
+    ]
+    most = max(
+        (node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"]), default=0
+    )
+    if most < need:
+        raise DeviceMissing(
+            f"worker.device is {config.worker.device} and needs {need} {resource} on one node, but "
+            f"the largest node of this Ray cluster has {most:g}: add such a node, change "
+            "worker.device or worker.cpus, or set wait_for_device if the cluster grows on demand"
+        )

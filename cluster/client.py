@@ -1,0 +1,262 @@
+"""The Python client handle: the app's API without HTTP, from any process of the Ray cluster."""
+
+import asyncio
+import threading
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any, TypeVar, cast, overload
+
+import msgspec
+import ray
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from ray import serve
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.util import get_node_ip_address
+
+from cluster.errors import AppNotFound, RequestFailed
+from cluster.ingress import Api, AppStatus, Chunk
+from workers.token_stream import StreamReceiver
+
+Prompt = str | list[int]
+Messages = list[dict[str, Any]]
+T = TypeVar("T")
+
+_decode_chunks = msgspec.msgpack.Decoder(list[Chunk]).decode
+
+
+class XYServe:
+    """A handle on a running app; make one with `XYServe.connect`.
+
+    Parameters of a call are those of the OpenAI API (`max_tokens`, `temperature`, `stop`, `n`,
+    `logprobs`, `tools`, `response_format`, ...) and vLLM's additions to it (`top_k`,
+    `structured_outputs`, `priority`, ...); results are the types of the `openai` package. Errors
+    the server answers are raised as `RequestFailed` with its message and status. `timeout_s`
+    bounds a whole call; when it is over the call is cancelled and TimeoutError raised.
+
+    Synchronous and asynchronous methods may be mixed; the object is safe to share between
+    threads.
+    """
+
+    def __init__(self, ingress: "DeploymentHandle[Any]") -> None:
+        self._ingress = ingress
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="xyserve-client", daemon=True
+        )
+        self._thread.start()
+        self._receiver: StreamReceiver | None = None
+        self._receiving: asyncio.Task[None] | None = None
+        self._streams: dict[str, _StreamCall] = {}
+
+    @classmethod
+    def connect(cls, address: str | None = None, app: str = "xyserve") -> "XYServe":
+        """Connect to `app` on the Ray cluster at `address`, by default the one of this machine.
+
+        ConnectionError if no Ray cluster is there, AppNotFound if the app is not.
+        """
+        if not ray.is_initialized():
+            ray.init(address=address or "auto", log_to_driver=False, logging_level="warning")
+        try:
+            return cls(serve.get_app_handle(app))
+        except RayServeException:
+            apps = ", ".join(serve.status().applications) or "none"
+            raise AppNotFound(
+                f"no app {app!r} on this Ray cluster (running: {apps}); start it with "
+                "`serve deploy deploy/local.yaml`"
+            ) from None
+
+    def chat(
+        self, messages: Messages, *, timeout_s: float | None = None, **params: Any
+    ) -> ChatCompletion:
+        """The model's answer to a conversation."""
+        return self._wait(self._chat(messages, timeout_s, params))
+
+    async def chat_async(
+        self, messages: Messages, *, timeout_s: float | None = None, **params: Any
+    ) -> ChatCompletion:
+        """`chat` for asyncio."""
+        return await self._wait_async(self._chat(messages, timeout_s, params))
+
+    def generate(
+        self, prompt: Prompt, *, timeout_s: float | None = None, **params: Any
+    ) -> Completion:
+        """The model's continuation of a text or of token ids."""
+        return self._wait(self._generate(prompt, timeout_s, params))
+
+    async def generate_async(
+        self, prompt: Prompt, *, timeout_s: float | None = None, **params: Any
+    ) -> Completion:
+        """`generate` for asyncio."""
+        return await self._wait_async(self._generate(prompt, timeout_s, params))
+
+    @overload
+    def stream(
+        self, input: Messages, *, timeout_s: float | None = None, **params: Any
+    ) -> Iterator[ChatCompletionChunk]: ...
+
+    @overload
+    def stream(
+        self, input: Prompt, *, timeout_s: float | None = None, **params: Any
+    ) -> Iterator[Completion]: ...
+
+    def stream(
+        self, input: Messages | Prompt, *, timeout_s: float | None = None, **params: Any
+    ) -> Iterator[ChatCompletionChunk] | Iterator[Completion]:
+        """`chat` or `generate`, piece by piece, from the first iteration on.
+
+        Leaving the loop and closing the iterator cancels the call.
+        """
+        call = self._stream_call(input, timeout_s, params)
+        try:
+            while (chunk := self._wait(call.next_chunk())) is not None:
+                yield chunk
+        finally:
+            self._wait(call.close())
+
+    @overload
+    def stream_async(
+        self, input: Messages, *, timeout_s: float | None = None, **params: Any
+    ) -> AsyncIterator[ChatCompletionChunk]: ...
+
+    @overload
+    def stream_async(
+        self, input: Prompt, *, timeout_s: float | None = None, **params: Any
+    ) -> AsyncIterator[Completion]: ...
+
+    async def stream_async(
+        self, input: Messages | Prompt, *, timeout_s: float | None = None, **params: Any
+    ) -> AsyncIterator[Any]:
+        """`stream` for asyncio."""
+        call = self._stream_call(input, timeout_s, params)
+        try:
+            while (chunk := await self._wait_async(call.next_chunk())) is not None:
+                yield chunk
+        finally:
+            await self._wait_async(call.close())
+
+    def status(self) -> AppStatus:
+        """The app's workers at this moment."""
+        return self._wait(self._respond(self._ingress.status.remote(), 30.0))
+
+    def close(self) -> None:
+        """End the handle; calls under way are cancelled."""
+        self._wait(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def __enter__(self) -> "XYServe":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What follows runs in the handle's own event loop, or brings work there.
+
+    async def _chat(
+        self, messages: Messages, timeout_s: float | None, params: dict[str, Any]
+    ) -> ChatCompletion:
+        call = self._ingress.call.remote("chat", {"messages": messages} | params)
+        return ChatCompletion.construct(**msgspec.json.decode(await self._respond(call, timeout_s)))
+
+    async def _generate(
+        self, prompt: Prompt, timeout_s: float | None, params: dict[str, Any]
+    ) -> Completion:
+        call = self._ingress.call.remote("completion", {"prompt": prompt} | params)
+        return Completion.construct(**msgspec.json.decode(await self._respond(call, timeout_s)))
+
+    async def _respond(self, call: "DeploymentResponse[T]", timeout_s: float | None) -> T:
+        """The result of a Serve call, its error as the user should see it."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return cast(T, await call)
+        except RayTaskError as error:
+            if isinstance(error.cause, RequestFailed):
+                raise error.cause from None
+            raise
+        except TimeoutError:
+            raise TimeoutError(f"no complete answer within {timeout_s} s") from None
+        finally:
+            call.cancel()  # does nothing to a call that has ended
+
+    def _stream_call(
+        self, input: Messages | Prompt, timeout_s: float | None, params: dict[str, Any]
+    ) -> "_StreamCall":
+        if isinstance(input, list) and input and isinstance(input[0], dict):
+            return _StreamCall(self, "chat", {"messages": input} | params, timeout_s)
+        return _StreamCall(self, "completion", {"prompt": input} | params, timeout_s)
+
+    async def _receive(self) -> None:
+        assert self._receiver is not None
+        while True:
+            for frame in await self._receiver.receive():
+                for chunk in _decode_chunks(frame):
+                    if call := self._streams.get(chunk.call_id):
+                        call.chunks.put_nowait(chunk.data)
+
+    async def _close(self) -> None:
+        for call in list(self._streams.values()):
+            await call.close()
+        if self._receiving is not None:
+            self._receiving.cancel()
+        if self._receiver is not None:
+            self._receiver.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # e.g. on Ctrl-C
+            raise
+
+    async def _wait_async(self, work: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+
+class _StreamCall:
+    """One streamed answer; used in the handle's event loop."""
+
+    def __init__(
+        self, handle: XYServe, api: Api, payload: dict[str, Any], timeout_s: float | None
+    ) -> None:
+        self._handle = handle
+        self._api: Api = api
+        self._payload = payload
+        self._timeout_s = timeout_s
+        self._call_id = uuid.uuid4().hex
+        self._call: asyncio.Task[None] | None = None
+        self.chunks: asyncio.Queue[str] = asyncio.Queue()
+
+    async def next_chunk(self) -> Any:
+        """The next chunk; None after the last."""
+        if self._call is None:
+            self._call = asyncio.create_task(self._run())
+        getting = asyncio.create_task(self.chunks.get())
+        await asyncio.wait({getting, self._call}, return_when=asyncio.FIRST_COMPLETED)
+        if not getting.done() and self._call.exception():
+            getting.cancel()
+            self._call.result()
+        if not (data := await getting):
+            return None
+        cls = ChatCompletionChunk if self._api == "chat" else Completion
+        return cls.construct(**msgspec.json.decode(data))
+
+    async def close(self) -> None:
+        """Stop the call if it still runs."""
+        self._handle._streams.pop(self._call_id, None)
+        if self._call is not None:
+            self._call.cancel()
+
+    async def _run(self) -> None:
+        handle = self._handle
+        if handle._receiver is None:
+            handle._receiver = StreamReceiver(get_node_ip_address())
+            handle._receiving = asyncio.create_task(handle._receive())
+        handle._streams[self._call_id] = self
+        call = handle._ingress.stream.remote(
+            self._api, self._payload, self._call_id, handle._receiver.address
+        )
+        await handle._respond(call, self._timeout_s)

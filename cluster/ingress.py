@@ -1,0 +1,115 @@
+"""The ingress: answers HTTP and client handles, and sends the work to the workers."""
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
+
+from cluster.config import AppConfig
+from cluster.engine_client import EngineClient
+from cluster.model import resolve_model
+from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
+from workers.worker import WorkerStatus
+
+TEND_INTERVAL_S = 0.2
+"""How often the streams to client handles are looked after."""
+
+Api = Literal["chat", "completion"]
+
+
+class Chunk(msgspec.Struct, array_like=True):
+    """A piece of a streamed answer: the JSON of an OpenAI chunk."""
+
+    call_id: str
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class AppStatus:
+    """The app as an ingress sees it."""
+
+    model: str
+    workers: list[WorkerStatus]
+    num_live_requests: int
+    """Of this ingress."""
+
+
+class Ingress:
+    """One replica of the front end; stateless but for the requests in flight."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        workers: "DeploymentHandle[Any]",
+        scheduler: "DeploymentHandle[Any]",
+    ) -> None:
+        # vLLM takes long to import; only this process of the cluster package needs it.
+        from cluster.vllm_frontend import Frontend, decode_outputs, failed_outputs
+
+        self._config = config
+        self._workers = workers
+        self._scheduler = scheduler
+        self._client = EngineClient(
+            workers, StreamReceiver(get_node_ip_address()), decode_outputs(), failed_outputs
+        )
+        self._frontend = Frontend(
+            config, resolve_model(config.model), self._client, self._has_workers
+        )
+        self._senders = StreamSenders()
+        self._chunks: defaultdict[StreamAddress, list[Chunk]] = defaultdict(list)
+        self._tending: asyncio.Task[None] | None = None
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Serve's hook for the HTTP app."""
+        await self._frontend.start()
+        return self._frontend.app
+
+    async def call(self, api: Api, payload: dict[str, Any]) -> str:
+        """Answer a client handle; raises RequestFailed. Cancelling the call frees its slots."""
+        return await self._frontend.complete(api, payload)
+
+    async def stream(
+        self, api: Api, payload: dict[str, Any], call_id: str, reply_to: StreamAddress
+    ) -> None:
+        """The same with chunks sent to `reply_to`; returns after the last."""
+        if self._tending is None:
+            self._tending = asyncio.create_task(self._tend())
+        async with contextlib.aclosing(self._frontend.stream(api, payload)) as chunks:
+            async for data in chunks:
+                self._send(reply_to, Chunk(call_id, data))
+        self._send(reply_to, Chunk(call_id, ""))
+
+    async def status(self) -> AppStatus:
+        """The state of all workers."""
+        workers = await self._workers.broadcast("status").results_async()
+        return AppStatus(
+            self._config.model_name,
+            sorted(workers, key=lambda worker: worker.worker_id),
+            self._client.num_live,
+        )
+
+    def _send(self, reply_to: StreamAddress, chunk: Chunk) -> None:
+        # What one step produced for one client leaves as one message: the streams that it
+        # wakes all run before the flush.
+        if not self._chunks:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._chunks[reply_to].append(chunk)
+
+    def _flush(self) -> None:
+        for reply_to, chunks in self._chunks.items():
+            self._senders.send(reply_to, [msgspec.msgpack.encode(chunks)], time.monotonic())
+        self._chunks.clear()
+
+    async def _tend(self) -> None:
+        while True:
+            self._senders.tend(time.monotonic())
+            await asyncio.sleep(TEND_INTERVAL_S)
+
+    async def _has_workers(self) -> bool:
+        return bool(await self._scheduler.loads.remote())

@@ -1,0 +1,29 @@
+"""Serve's router for workers: carries out what the GlobalScheduler decides."""
+
+from typing import Any
+
+from ray import serve
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from scheduler.request import Request
+
+
+class PlacementRouter(RequestRouter):  # type: ignore[misc]
+    """Routes a call that carries a `Request` to the worker on which it is placed."""
+
+    def initialize_state(self, *, scheduler_name: str) -> None:
+        """Remember where the GlobalScheduler is; called by Serve with the router's kwargs."""
+        self._place = serve.get_deployment_handle(scheduler_name, self.app_name).place
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """The one replica chosen by the GlobalScheduler; none while all are draining."""
+        request: Any = pending_request.args[0] if pending_request and pending_request.args else None
+        if not isinstance(request, Request):
+            return [candidate_replicas]
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        chosen = await self._place.remote(request, list(replicas))
+        return [[replicas[chosen]]] if chosen is not None else []

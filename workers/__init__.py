@@ -1,0 +1,1 @@
+"""Computes: the worker actor, all contact with vLLM's engine, and the kernels."""

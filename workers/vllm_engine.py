@@ -1,0 +1,94 @@
+"""vLLM's engine core in the caller's own process, stepped by the caller."""
+
+import dataclasses
+import os
+from typing import Any
+
+# Read by vLLM when it is imported: without it, the executor would move to a child process.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from scheduler.request import Request
+from workers.engine import EngineConfig, EngineStats, StepOutput
+from workers.token_stream import StreamAddress
+
+GIB = 1 << 30
+
+
+def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
+    """vLLM's arguments for `config`; the ingress and the workers must use the same."""
+    args: dict[str, Any] = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in ("kv_cache_gib", "extra_args")
+        and getattr(config, field.name) is not None
+    }
+    return AsyncEngineArgs(
+        model=model,
+        kv_cache_memory_bytes=int(config.kv_cache_gib * GIB),
+        **{"enforce_eager": True, "distributed_executor_backend": "uni"} | args | config.extra_args,
+    )
+
+
+class VllmEngine:
+    """An `Engine` on vLLM's `EngineCore`."""
+
+    def __init__(self, model: str, config: EngineConfig) -> None:
+        """Load `model`; takes seconds, and for the life of the process no second engine fits."""
+        vllm_config = engine_args(model, config).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
+        self._decoder = MsgpackDecoder(EngineCoreRequest)
+        self._encoder = MsgpackEncoder()
+        self._clients: list[StreamAddress] = []
+
+    def add_request(
+        self, request: Request, engine_request: list[bytes], client: StreamAddress
+    ) -> None:
+        """Decode and queue a request."""
+        core_request: EngineCoreRequest = self._decoder.decode(engine_request)
+        if client not in self._clients:
+            self._clients.append(client)
+        # vLLM groups the outputs of a step by this index.
+        core_request.client_index = self._clients.index(client)
+        self._core.add_request(*self._core.preprocess_add_request(core_request))
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        """Forget these requests."""
+        self._core.abort_requests(request_ids)
+
+    def has_requests(self) -> bool:
+        """Whether a step would find work, finished requests not yet cleaned up included."""
+        return self._core.scheduler.has_requests()
+
+    def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
+        """One step of vLLM."""
+        outputs, model_ran = self._core.step_fn()
+        self._core.post_step(model_executed=model_ran)
+        return {
+            self._clients[index]: StepOutput(
+                {out.request_id: len(out.new_token_ids) for out in of_client.outputs},
+                {
+                    out.request_id: str(out.finish_reason)
+                    for out in of_client.outputs
+                    if out.finish_reason is not None
+                },
+                list(self._encoder.encode(of_client)),
+            )
+            for index, of_client in (outputs or {}).items()
+            if of_client.outputs
+        }, model_ran
+
+    def stats(self) -> EngineStats:
+        """Count what runs and waits."""
+        running, waiting = self._core.scheduler.get_request_counts()
+        return EngineStats(running, waiting, self._core.scheduler.get_kv_cache_usage())
+
+    def shutdown(self) -> None:
+        """Release vLLM's resources."""
+        self._core.shutdown()
