@@ -91,6 +91,7 @@ def _deployment(cls: type, **options: Any) -> Any:
         "name": cls.__name__,
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "ray_actor_options": {"num_cpus": 0},
+        "logging_config": {"enable_access_log": False},
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
     }

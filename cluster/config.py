@@ -123,18 +123,25 @@ def read_serve_file(path: Path) -> ServeFile:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; deploy/local.yaml is one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    apps = raw.get("applications") if isinstance(raw, dict) else None
-    ours = [a for a in apps or [] if isinstance(a, dict) and a.get("import_path") == IMPORT_PATH]
+    raw = raw if isinstance(raw, dict) else {}
+    apps = raw.get("applications")
+    apps = apps if isinstance(apps, list) else []
+    ours = [a for a in apps if isinstance(a, dict) and a.get("import_path") == IMPORT_PATH]
     if len(ours) != 1:
         raise ConfigError(
             f"{path}: needs exactly one entry under `applications` with "
             f"`import_path: {IMPORT_PATH}`, found {len(ours)}"
         )
     app, http = ours[0], raw.get("http_options") or {}
+    if not isinstance(http, dict):
+        raise ConfigError(f"{path}: http_options should be a mapping, not {http!r}")
+    args = app.get("args")
     try:
-        config = parse_args(app.get("args") or {})
+        config = parse_args({} if args is None else args)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return ServeFile(

@@ -4,15 +4,16 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from scheduler.request import Request
-from workers.token_stream import StreamReceiver
+from workers.engine_loop import EngineDead
+from workers.token_stream import LOST_AFTER_S, StreamReceiver
+from workers.worker import WorkerDraining
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class _Live:
     has_output: bool = False
     response: DeploymentResponse[str] | None = None
     task: asyncio.Task[None] | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def attempt_id(self) -> str:
@@ -116,15 +118,15 @@ class EngineClient(Generic[Outputs]):
         while True:
             self._attempts[live.attempt_id] = live
             attempt = dataclasses.replace(live.request, request_id=live.attempt_id)
-            live.response = self._workers.generate.remote(
-                attempt, live.encode(live.attempt_id), self._receiver.address
-            )
             try:
-                await live.response
-                return  # the last outputs come, or came, by the stream
-            except RequestCancelledError:
+                response: Any = self._workers.generate.remote(
+                    attempt, live.encode(live.attempt_id), self._receiver.address
+                )
+                live.response = response
+                await response
+                await self._last_outputs(live)
                 return
-            except RayActorError as error:
+            except (RayActorError, EngineDead, WorkerDraining) as error:
                 self._attempts.pop(live.attempt_id, None)
                 live.attempt += 1
                 if live.has_output or live.attempt == MAX_ATTEMPTS:
@@ -135,14 +137,26 @@ class EngineClient(Generic[Outputs]):
                 self._fail(live, error)
                 return
 
+    async def _last_outputs(self, live: _Live) -> None:
+        """Wait for what comes by the stream, and so may come after the call's result."""
+        try:
+            await asyncio.wait_for(live.ended.wait(), LOST_AFTER_S)
+        except TimeoutError:
+            raise TimeoutError("the last outputs of the request did not arrive") from None
+
     def _fail(self, live: _Live, error: Exception) -> None:
-        logger.error("%s failed: %r", live.request.request_id, error)
         if self._forget(live.request.request_id):
+            logger.error("%s failed: %r", live.request.request_id, error)
             self._outputs.put_nowait(self._failed(live.request.request_id, error))
 
     async def _receive(self) -> None:
         while True:
-            step = self._decode(await self._receiver.receive())
+            frames = await self._receiver.receive()
+            try:
+                step = self._decode(frames)
+            except Exception:
+                logger.exception("a worker sent outputs that cannot be read")
+                continue
             kept = []
             for output in step.outputs:
                 if (live := self._attempts.get(output.request_id)) is None:
@@ -152,10 +166,12 @@ class EngineClient(Generic[Outputs]):
                 kept.append(output)
                 if output.finished:
                     self._forget(live.request.request_id)
-            step.outputs = kept
-            self._outputs.put_nowait(step)
+            if kept:
+                step.outputs = kept
+                self._outputs.put_nowait(step)
 
     def _forget(self, request_id: str) -> _Live | None:
         if (live := self._live.pop(request_id, None)) is not None:
             self._attempts.pop(live.attempt_id, None)
+            live.ended.set()
         return live

@@ -36,6 +36,7 @@ def write_checkpoint(
     `report` is told the bytes of weights written, and those in all. KeyError: the file is not
     a llama model with tied embeddings and a tokenizer of SmolLM's kind.
     """
+    # Here, not above: only the one build needs it, and importing it takes most of a second.
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf_path)
@@ -98,7 +99,7 @@ def _write_weights(
             part = tensor.name.split(".")[-2]
             if part in num_heads:
                 weights = _halves_from_pairs(weights, num_heads[part])
-            file.write(_to_bf16(weights).astype("<u2", copy=False).tobytes())
+            file.write(to_bf16(weights).astype("<u2", copy=False).tobytes())
             done += 2 * weights.size
             report(done, int(total))
 
@@ -139,7 +140,7 @@ def _halves_from_pairs(weights: npt.NDArray[Any], num_heads: int) -> npt.NDArray
     return pairs.swapaxes(1, 2).reshape(weights.shape)
 
 
-def _to_bf16(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+def to_bf16(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The upper halves of finite float32 values, rounded to nearest, ties to even."""
     bits = weights.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

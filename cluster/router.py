@@ -1,5 +1,6 @@
 """Serve's router for workers: carries out what the GlobalScheduler decides."""
 
+import asyncio
 from typing import Any
 
 from ray import serve
@@ -13,7 +14,8 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]
 
     def initialize_state(self, *, scheduler_name: str) -> None:
         """Remember where the GlobalScheduler is; called by Serve with the router's kwargs."""
-        self._place = serve.get_deployment_handle(scheduler_name, self.app_name).place
+        self._scheduler = serve.get_deployment_handle(scheduler_name, self.app_name)
+        self._sending = asyncio.Lock()
 
     async def choose_replicas(
         self,
@@ -25,5 +27,10 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]
         if not isinstance(request, Request):
             return [candidate_replicas]
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        chosen = await self._place.remote(request, list(replicas))
+        async with self._sending:
+            # The first use of a handle waits for this event loop, so it must not block it.
+            placing = await asyncio.to_thread(
+                lambda: self._scheduler.place.remote(request, list(replicas))
+            )
+        chosen = await placing
         return [[replicas[chosen]]] if chosen is not None else []

@@ -158,13 +158,13 @@ class Frontend:
             UsageContext.OPENAI_API_SERVER
         )
         self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers)
-        self.app: FastAPI = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
-        _answer_unsupported_routes(self.app, config.model_name)
-        self.app.add_middleware(RequestSizeLimit, max_bytes=config.ingress.max_request_bytes)
+        self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
+        _answer_unsupported_routes(self._app, config.model_name)
+        self.asgi_app = RequestSizeLimit(self._app, config.ingress.max_request_bytes)
 
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""
-        await init_app_state(self._llm, self.app.state, self._args, SUPPORTED_TASKS)
+        await init_app_state(self._llm, self._app.state, self._args, SUPPORTED_TASKS)
 
     async def complete(self, api: str, payload: dict[str, Any]) -> str:
         """Answer one call of `api` ("chat" or "completion") as the JSON of its OpenAI response."""
@@ -179,7 +179,7 @@ class Frontend:
                 yield data
 
     async def _respond(self, api: str, payload: dict[str, Any]) -> Any:
-        state = self.app.state
+        state = self._app.state
         try:
             if api == "chat":
                 response = await state.openai_serving_chat.create_chat_completion(
@@ -203,7 +203,7 @@ def _serve_args(config: AppConfig, model: str) -> argparse.Namespace:
     args.served_model_name = [config.model_name]
     args.tool_call_parser = config.ingress.tool_call_parser
     args.enable_auto_tool_choice = config.ingress.tool_call_parser is not None
-    args.structured_outputs_config.ingress.reasoning_parser = config.ingress.reasoning_parser or ""
+    args.structured_outputs_config.reasoning_parser = config.ingress.reasoning_parser or ""
     args.chat_template = config.ingress.chat_template
     args.enable_prompt_tokens_details = True
     for name, value in config.ingress.extra_args.items():

@@ -52,7 +52,11 @@ def main() -> None:
     """Bring .venv to the state of the pins, from whatever state an earlier run left."""
     # Two runs at once (`make serve` beside `make test`) must not write the same files.
     with PINS.open() as pins_file:
-        fcntl.flock(pins_file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(pins_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("[install] another install is at work on .venv; waiting for it")
+            fcntl.flock(pins_file, fcntl.LOCK_EX)
         key = stamp_key()
         if STAMP.exists() and STAMP.read_text() == key:
             print("[install] .venv is up to date")
@@ -152,7 +156,7 @@ def install_torch(pin: str) -> None:
     if problem is None:
         return
     if "No matching distribution found" in problem:
-        raise SystemExit(NO_CPU_TORCH.format(pin=pin))
+        raise SystemExit(problem + NO_CPU_TORCH.format(pin=pin))
     raise SystemExit(f"{problem}\n[install] pip failed; `make install` goes on from here.")
 
 
@@ -176,13 +180,13 @@ def run_phase(phase: str, command: list[str]) -> str | None:
     started = time.monotonic()
     say(f"[install] {phase} ...", end="")
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
-        while process.poll() is None:
-            time.sleep(0.2)
-            if sys.stdout.isatty():
-                say(f"\r[install] {phase} ... {time.monotonic() - started:.0f} s", end="")
+        ) as process:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if sys.stdout.isatty():
+                    say(f"\r[install] {phase} ... {time.monotonic() - started:.0f} s", end="")
         seconds = f"{time.monotonic() - started:.0f} s"
         failed = process.returncode != 0
         redraw = f"\r[install] {phase} ..." if sys.stdout.isatty() else ""

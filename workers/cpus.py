@@ -57,7 +57,7 @@ def claim_cpus(count: int, *, timeout_s: float = 30.0, directory: Path | None = 
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"this worker wants {count} cores and only {free} of the {len(allowed)} on its "
-                "node are free of other workers: lower worker.cpus or worker.num_replicas"
+                "node are free of other workers: lower worker.cpus or num_workers"
             )
         time.sleep(0.2)
     return CpuClaim(claim)

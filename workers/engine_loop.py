@@ -1,13 +1,14 @@
 """The engine's thread: takes requests, steps the engine, sends what each step produced."""
 
 import concurrent.futures
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any
 
 from scheduler.request import Request
 from workers.engine import Engine, EngineStats
@@ -19,8 +20,8 @@ IDLE_WAIT_S = 0.2
 """How long an idle loop sleeps before it looks after its streams."""
 EMPTY_STEP_WAIT_S = 0.001
 """Pause after a step that found nothing to compute, e.g. while a grammar compiles."""
-
-T = TypeVar("T")
+FLUSH_S = 5.0
+"""How long an ending loop waits for its last outputs to be acknowledged."""
 
 
 class EngineDead(RuntimeError):
@@ -51,6 +52,13 @@ class LoopState:
     """Tokens that each live request may still need, by request id."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    work: Callable[[], object]
+    done: concurrent.futures.Future[Any]
+    """Fails if the engine thread ends before the call is taken."""
+
+
 @dataclass(slots=True)
 class _Progress:
     num_steps: int = 0
@@ -69,12 +77,13 @@ class EngineLoop:
         self, make_engine: Callable[[], Engine], on_change: Callable[["EngineLoop"], None]
     ) -> None:
         self._on_change = on_change
-        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._live: dict[str, LiveRequest] = {}
         self._streams = StreamSenders()
         self._progress = _Progress()
         self._stopping = False
-        self._failure: BaseException | None = None
+        self._ended = False
+        self._failure: Exception | None = None
         made: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
             target=self._run, args=(make_engine, made), name="engine", daemon=True
@@ -87,27 +96,28 @@ class EngineLoop:
     ) -> concurrent.futures.Future[str]:
         """Start a request; the future gives its finish reason, or fails with its error."""
         live = LiveRequest(request, client, concurrent.futures.Future())
-        self._inbox.put(lambda: self._add(live, engine_request))
+        self._call(lambda: self._add(live, engine_request), live.done)
         return live.done
 
     def abort(self, request_ids: list[str]) -> None:
         """Free the slots of these requests before the next step; unknown ids are ignored."""
-        self._inbox.put(lambda: self._abort(request_ids))
+        self._call(lambda: self._abort(request_ids), concurrent.futures.Future())
 
     def state(self) -> concurrent.futures.Future[LoopState]:
         """The state after the step that is running now."""
         state: concurrent.futures.Future[LoopState] = concurrent.futures.Future()
-        self._inbox.put(
+        self._call(
             lambda: state.set_result(
                 LoopState(self._engine.stats(), self._progress.num_steps, self.outstanding())
-            )
+            ),
+            state,
         )
         return state
 
     def check(self, step_timeout_s: float) -> None:
         """Raise EngineDead if the thread ended, or one step runs longer than `step_timeout_s`."""
-        if self._failure is not None or not self._thread.is_alive():
-            raise EngineDead(f"the engine stopped: {self._failure!r}")
+        if self._ended:
+            raise self._death()
         began = self._progress.step_began_s
         if began is not None and (took := time.monotonic() - began) > step_timeout_s:
             raise EngineDead(f"a step has been running for {took:.0f} s")
@@ -115,8 +125,25 @@ class EngineLoop:
     def stop(self) -> None:
         """End the thread after the current step and shut the engine down."""
         self._stopping = True
-        self._inbox.put(lambda: None)
+        self._call(lambda: None, concurrent.futures.Future())  # wakes an idle loop
         self._thread.join()
+
+    def _call(self, work: Callable[[], object], done: concurrent.futures.Future[Any]) -> None:
+        self._inbox.put(_Call(work, done))
+        if self._ended:  # the engine thread has looked into the inbox for the last time, perhaps
+            self._fail_inbox()
+
+    def _fail_inbox(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                call = self._inbox.get_nowait()
+                if call.done.set_running_or_notify_cancel():
+                    call.done.set_exception(self._death())
+
+    def _death(self) -> EngineDead:
+        return EngineDead(
+            f"the engine failed: {self._failure!r}" if self._failure else "the engine was stopped"
+        )
 
     # What follows runs in the engine thread, or in `on_change`, which does.
 
@@ -139,6 +166,7 @@ class EngineLoop:
         try:
             self._engine = make_engine()
         except BaseException as error:
+            self._streams.close()
             made.set_exception(error)
             return
         made.set_result(None)
@@ -153,19 +181,36 @@ class EngineLoop:
             logger.exception("the engine failed; its worker must be replaced")
             self._failure = error
         finally:
-            for live in self._live.values():
-                live.done.set_exception(EngineDead(f"the engine stopped: {self._failure!r}"))
-            self._live.clear()
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        for live in self._live.values():
+            live.done.set_exception(self._death())
+        self._live.clear()
+        self._fail_inbox()
+        try:
             self._engine.shutdown()
+        finally:
+            self._flush_streams()
             self._streams.close()
 
     def _take_inbox(self) -> None:
-        try:
-            self._inbox.get(timeout=0 if self._live else IDLE_WAIT_S)()
+        wait_s = 0.0 if self._engine.has_requests() else IDLE_WAIT_S
+        with contextlib.suppress(queue.Empty):
             while True:
-                self._inbox.get_nowait()()
-        except queue.Empty:
+                self._take(self._inbox.get(timeout=wait_s))
+                wait_s = 0.0
+
+    def _take(self, call: _Call) -> None:
+        if not call.done.set_running_or_notify_cancel():
             return
+        try:
+            call.work()
+        except Exception as error:
+            self._failure = error
+            call.done.set_exception(self._death())
+            raise
 
     def _step(self) -> None:
         self._progress.step_began_s = time.monotonic()
@@ -191,16 +236,22 @@ class EngineLoop:
             for request_id in gone:
                 self._finish(request_id, error)
 
+    def _flush_streams(self) -> None:
+        give_up_s = time.monotonic() + FLUSH_S
+        while not self._streams.is_idle() and (now := time.monotonic()) < give_up_s:
+            self._streams.tend(now)
+            time.sleep(EMPTY_STEP_WAIT_S)
+
     def _add(self, live: LiveRequest, engine_request: list[bytes]) -> None:
-        if not live.done.set_running_or_notify_cancel():
-            return
+        request_id = live.request.request_id
         try:
             self._engine.add_request(live.request, engine_request, live.client)
         except Exception as error:
-            logger.warning("request %s was refused: %r", live.request.request_id, error)
+            logger.warning("request %s was refused: %r", request_id, error)
+            self._progress.finished.append(request_id)
             live.done.set_exception(error)
             return
-        self._live[live.request.request_id] = live
+        self._live[request_id] = live
 
     def _abort(self, request_ids: list[str]) -> None:
         self._engine.abort_requests(request_ids)
@@ -208,9 +259,9 @@ class EngineLoop:
             self._finish(request_id, "abort")
 
     def _finish(self, request_id: str, outcome: str | Exception) -> None:
-        if (live := self._live.pop(request_id, None)) is None:
-            return
         self._progress.finished.append(request_id)
+        if (live := self._live.pop(request_id, None)) is None:
+            return  # aborted before it came, or after it ended
         if isinstance(outcome, Exception):
             live.done.set_exception(outcome)
         else:

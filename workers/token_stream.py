@@ -49,6 +49,7 @@ class StreamSender:
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by LOST_AFTER_S, not by dropping
+        self._socket.setsockopt(zmq.IPV6, "[" in address.endpoint)
         self._socket.connect(address.endpoint)
         self._next_seq = 0
         self._unacked: deque[tuple[int, list[bytes]]] = deque()
@@ -67,7 +68,10 @@ class StreamSender:
     def poll(self, now: float) -> None:
         """Read acknowledgements and send again what is overdue; call it now and then."""
         while self._socket.poll(0):
-            acked = _decode_ack(self._socket.recv())
+            try:
+                acked = _decode_ack(self._socket.recv())
+            except msgspec.MsgspecError:
+                continue  # a stranger that took over the port of a receiver that is gone
             while self._unacked and self._unacked[0][0] <= acked:
                 self._unacked.popleft()
                 self._progress_at, self._resend_at = now, now + RESEND_AFTER_S
@@ -162,6 +166,10 @@ class StreamSenders:
                 self._senders.pop(address).close()
                 self._used_at.pop(address)
         return lost
+
+    def is_idle(self) -> bool:
+        """Whether everything sent was acknowledged."""
+        return all(sender.is_idle() for sender in self._senders.values())
 
     def close(self) -> None:
         """Close all streams; what was not acknowledged is dropped."""

@@ -96,7 +96,11 @@ class Worker:
         if config.device == "cpu":
             self._cpus = claim_cpus(config.cpus)
             self._cpus.pin_process()
-        self._loop = EngineLoop(make_engine, self._report_load)
+        try:
+            self._loop = EngineLoop(make_engine, self._report_load)
+        except BaseException:
+            self._release_cpus()
+            raise
 
     async def generate(
         self, request: Request, engine_request: list[bytes], reply_to: StreamAddress
@@ -150,6 +154,9 @@ class Worker:
     def shutdown(self) -> None:
         """End the engine and give the cores back."""
         self._loop.stop()
+        self._release_cpus()
+
+    def _release_cpus(self) -> None:
         if self._cpus:
             self._cpus.release()
 

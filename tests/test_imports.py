@@ -1,0 +1,232 @@
+"""The layers: which folder may import what, so that decisions, computing and wiring stay apart."""
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("scheduler", "workers", "cluster")
+
+# Folders of leftovers grow without end; a function belongs beside its caller or its noun.
+VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What the files below one folder may import, beside the standard library."""
+
+    only: frozenset[str] | None = None
+    """The only modules allowed; None allows all that is not refused below."""
+    never: frozenset[str] = frozenset()
+    """Modules refused in every file, the standard library's included."""
+    only_in: Mapping[str, str] = field(default_factory=dict)
+    """Modules allowed in files of one name pattern and in no other."""
+
+
+# The first folder that holds a file is its layer.
+LAYERS = {
+    "scheduler": Layer(
+        only=frozenset({"scheduler", "numpy"}),
+        # Time comes in as `now`, or a decision could not be replayed.
+        never=frozenset({"asyncio", "datetime", "sched", "time", "timeit"}),
+    ),
+    "workers/kernels": Layer(
+        only=frozenset({"workers.kernels", "numpy"}),
+        only_in={"torch": "triton_*.py", "triton": "triton_*.py"},
+    ),
+    "workers": Layer(
+        never=frozenset({"cluster", "fastapi", "triton"}),
+        only_in={"vllm": "vllm_*.py", "torch": "vllm_*.py", "ray": "vllm_drafter.py"},
+    ),
+    "cluster": Layer(
+        never=frozenset({"torch", "triton", "workers.kernels"}),
+        only_in={"vllm": "vllm_*.py"},
+    ),
+}
+
+
+def test_every_file_keeps_to_its_layer() -> None:
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
+
+    assert {name.split("/")[0] for name in files} == set(PACKAGES)
+    assert [fault for name, source in files.items() for fault in faults(name, source)] == []
+
+
+@pytest.mark.parametrize(
+    "module", ["ray", "vllm", "torch", "pydantic", "msgspec", "workers", "cluster.config"]
+)
+def test_the_scheduler_imports_nothing_but_numpy_and_itself(module: str) -> None:
+    assert faults("scheduler/hybrid.py", f"import {module}\n") == [
+        f"scheduler/hybrid.py:1 imports {module}"
+    ]
+
+
+@pytest.mark.parametrize("module", ["asyncio", "datetime", "time", "timeit", "sched"])
+def test_the_scheduler_has_no_clock(module: str) -> None:
+    assert faults("scheduler/hybrid.py", f"import {module}\n") == [
+        f"scheduler/hybrid.py:1 imports {module}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "module", ["ray", "vllm", "scheduler.task", "cluster", "workers", "workers.worker", "msgspec"]
+)
+def test_kernels_know_nothing_above_them(module: str) -> None:
+    assert faults("workers/kernels/gemm.py", f"import {module}\n") == [
+        f"workers/kernels/gemm.py:1 imports {module}"
+    ]
+
+
+@pytest.mark.parametrize("module", ["torch", "triton.language"])
+def test_kernels_import_torch_and_triton_in_triton_files_only(module: str) -> None:
+    source = f"import {module}\n"
+
+    assert faults("workers/kernels/triton_gemm.py", source) == []
+    assert faults("workers/kernels/gemm.py", source) == [
+        f"workers/kernels/gemm.py:1 imports {module}"
+    ]
+
+
+@pytest.mark.parametrize("module", ["cluster.config", "fastapi", "triton"])
+def test_workers_never_import_what_is_above_them(module: str) -> None:
+    source = f"import {module}\n"
+
+    assert faults("workers/worker.py", source) == [f"workers/worker.py:1 imports {module}"]
+    assert faults("workers/vllm_engine.py", source) == [
+        f"workers/vllm_engine.py:1 imports {module}"
+    ]
+
+
+@pytest.mark.parametrize("module", ["torch", "vllm.v1.engine"])
+def test_workers_import_vllm_and_torch_in_vllm_files_only(module: str) -> None:
+    source = f"import {module}\n"
+
+    assert faults("workers/vllm_engine.py", source) == []
+    assert faults("workers/worker.py", source) == [f"workers/worker.py:1 imports {module}"]
+
+
+def test_workers_import_ray_in_the_drafter_only() -> None:
+    assert faults("workers/vllm_drafter.py", "import ray\n") == []
+    assert faults("workers/vllm_engine.py", "import ray\n") == [
+        "workers/vllm_engine.py:1 imports ray"
+    ]
+
+
+@pytest.mark.parametrize("module", ["torch", "triton", "workers.kernels.gemm"])
+def test_the_cluster_never_imports_what_computes(module: str) -> None:
+    source = f"import {module}\n"
+
+    assert faults("cluster/app.py", source) == [f"cluster/app.py:1 imports {module}"]
+    assert faults("cluster/vllm_frontend.py", source) == [
+        f"cluster/vllm_frontend.py:1 imports {module}"
+    ]
+
+
+def test_the_cluster_imports_vllm_in_vllm_files_only() -> None:
+    assert faults("cluster/vllm_frontend.py", "import vllm\n") == []
+    assert faults("cluster/app.py", "import vllm\n") == ["cluster/app.py:1 imports vllm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("scheduler/hybrid.py", "import math\nimport numpy as np\nfrom scheduler import task\n"),
+        ("workers/kernels/gemm.py", "import ctypes\nfrom workers.kernels.tiles import Tile\n"),
+        ("workers/worker.py", "import time\nimport zmq\nimport scheduler.task, workers.kernels\n"),
+        ("cluster/app.py", "import asyncio\nimport fastapi, ray\nfrom workers import worker\n"),
+    ],
+)
+def test_what_a_layer_is_made_of_is_allowed(name: str, source: str) -> None:
+    assert faults(name, source) == []
+
+
+def test_a_name_that_only_begins_alike_is_another_module() -> None:
+    assert faults("workers/worker.py", "import rayon, torchlight, vllm_extra\n") == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def run():\n    import torch\n",
+        "if TYPE_CHECKING:\n    from torch import Tensor\n",
+        "try:\n    import torch.nn as nn\nexcept ImportError:\n    pass\n",
+        "x = 1\nimportlib.import_module('torch')\n",
+        "x = 1\nmodule = __import__('torch')\n",
+    ],
+    ids=["in a function", "for types only", "in a try", "import_module", "__import__"],
+)
+def test_no_way_of_importing_goes_unseen(source: str) -> None:
+    (fault,) = faults("cluster/app.py", source)
+
+    assert fault.startswith("cluster/app.py:2 imports torch")
+
+
+def test_a_submodule_named_after_from_is_seen() -> None:
+    assert faults("cluster/app.py", "from workers import kernels\n") == [
+        "cluster/app.py:1 imports workers.kernels"
+    ]
+
+
+@pytest.mark.parametrize("source", ["from . import task\n", "from .task import Stage\n"])
+def test_imports_are_absolute(source: str) -> None:
+    assert faults("scheduler/hybrid.py", source) == ["scheduler/hybrid.py:1 imports relatively"]
+
+
+@pytest.mark.parametrize("vague", sorted(VAGUE_NAMES))
+def test_no_file_or_folder_has_a_vague_name(vague: str) -> None:
+    assert faults(f"cluster/{vague}.py", "") == [f"cluster/{vague}.py has a vague name"]
+    assert faults(f"cluster/{vague}/x.py", "") == [f"cluster/{vague}/x.py has a vague name"]
+
+
+def faults(name: str, source: str) -> list[str]:
+    """Each breach of the rules by one file, as a sentence; `name` is its path from the root."""
+    path = PurePosixPath(name)
+    layer = next(LAYERS[folder] for folder in LAYERS if path.is_relative_to(folder))
+    found = [f"{name} has a vague name"] if VAGUE_NAMES & {path.stem, *path.parts} else []
+    for line, module in sorted(imports(ast.parse(source))):
+        if module.startswith("."):
+            found.append(f"{name}:{line} imports relatively")
+        elif not is_allowed(module, layer, path):
+            found.append(f"{name}:{line} imports {module}")
+    return found
+
+
+def is_allowed(module: str, layer: Layer, path: PurePosixPath) -> bool:
+    """Tell whether a file of a layer may import a module."""
+    if any(is_within(module, refused) for refused in layer.never):
+        return False
+    for limited, pattern in layer.only_in.items():
+        if is_within(module, limited):
+            return path.match(pattern)
+    if layer.only is None or module.split(".")[0] in sys.stdlib_module_names:
+        return True
+    return any(is_within(module, allowed) for allowed in layer.only)
+
+
+def is_within(module: str, package: str) -> bool:
+    """Tell whether a module is a package or lies inside it."""
+    return module == package or module.startswith(f"{package}.")
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and module of each import, at any depth; a relative one begins with a dot."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, alias.name) for alias in names)
+            case ast.ImportFrom(level=level) if level > 0:
+                yield node.lineno, "."
+            case ast.ImportFrom(module=str(module), names=names):
+                # `from workers import kernels` may name a module as well as a value.
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in names)
+            case ast.Call(
+                func=ast.Name(id="__import__" | "import_module")
+                | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(module)), *_],
+            ):
+                yield node.lineno, module
