@@ -1,6 +1,7 @@
 """The Python client handle: the app's API without HTTP, from any process of the Ray cluster."""
 
 import asyncio
+import logging
 import threading
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -59,6 +60,7 @@ class XYServe:
         """
         if not ray.is_initialized():
             ray.init(address=address or "auto", log_to_driver=False, logging_level="warning")
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             return cls(serve.get_app_handle(app))
         except RayServeException:

@@ -98,8 +98,9 @@ class ServeFile:
     host: str
     port: int
     config: AppConfig
-    raw: dict[str, Any]
-    """The file as Serve wants it."""
+    args: dict[str, Any]
+    """`config` as it stands in the file."""
+    http_options: dict[str, Any]
 
     @property
     def url(self) -> str:
@@ -150,7 +151,8 @@ def read_serve_file(path: Path) -> ServeFile:
         host=http.get("host", "127.0.0.1"),
         port=http.get("port", 8000),
         config=config,
-        raw=raw,
+        args=app.get("args") or {},
+        http_options=http,
     )
 
 

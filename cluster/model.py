@@ -24,6 +24,7 @@ from urllib.request import url2pathname
 import httpx
 from filelock import FileLock, Timeout
 
+from cluster.errors import XYServeError
 from cluster.gguf_checkpoint import write_checkpoint
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -36,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 """Told the phase (find, wait, download or build), the bytes done, and those in all or 0."""
 
 
-class FetchError(RuntimeError):
+class FetchError(XYServeError):
     """The default model could not be fetched or built; the message ends with the remedy."""
 
 

@@ -116,7 +116,7 @@ class EngineLoop:
 
     def check(self, step_timeout_s: float) -> None:
         """Raise EngineDead if the thread ended, or one step runs longer than `step_timeout_s`."""
-        if self._ended:
+        if self._ended or self._failure:
             raise self._death()
         began = self._progress.step_began_s
         if began is not None and (took := time.monotonic() - began) > step_timeout_s:

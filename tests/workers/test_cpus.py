@@ -150,4 +150,6 @@ def test_pinning_moves_every_thread_to_the_claimed_cores(
     end.set()
     thread.join()
 
-    assert [pinned.get(t) for t in (threading.get_native_id(), thread.native_id)] == [[100, 101]] * 2
+    assert [pinned.get(t) for t in (threading.get_native_id(), thread.native_id)] == [
+        [100, 101]
+    ] * 2

@@ -191,6 +191,30 @@ async def test_an_engine_that_fails_takes_all_its_requests_with_it(
     await until(lambda: engine.is_shut_down)
 
 
+async def test_no_caller_is_left_waiting_when_the_engine_fails_under_load(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+
+    def add_many(name: str) -> list[concurrent.futures.Future[Any]]:
+        return [
+            future
+            for number in range(200)
+            for future in (
+                loop.add(request(f"{name}{number}", 10**9), [b""], client.address),
+                loop.state(),
+            )
+        ]
+
+    adding = [asyncio.to_thread(add_many, name) for name in "abc"]
+    engine.step_error = OSError("device gone")
+    futures = [future for added in await asyncio.gather(*adding) for future in added]
+    outcomes = [await outcome(future) for future in futures]
+
+    assert {type(outcome) for outcome in outcomes} <= {EngineDead, LoopState}
+
+
 async def test_an_engine_that_fails_between_steps_is_dead_too(start: StartLoop) -> None:
     engine = FakeEngine()
     loop = start(engine)

@@ -1,0 +1,346 @@
+import asyncio
+import dataclasses
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scheduler.request import Request
+from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
+from workers.cpus import claim_cpus
+from workers.engine_loop import ClientLost, EngineDead
+from workers.token_stream import StreamAddress, StreamReceiver
+from workers.worker import Worker, WorkerConfig, WorkerDraining, WorkerReport, WorkerStatus
+
+NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
+
+NODE = frozenset({100, 101, 102})
+"""The cores of the node as these tests see it, whatever machine runs them."""
+
+LONG = 10**9
+"""Output tokens of a request that does not end by itself."""
+
+
+class FakeClock:
+    """Time that moves when a test says so."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Office:
+    """A worker with what surrounds it: its engine, the GlobalScheduler and a client."""
+
+    def __init__(self, **config: Any) -> None:
+        self.engine = FakeEngine()
+        self.reports: list[WorkerReport] = []
+        self.receiver = StreamReceiver("127.0.0.1")
+        self.worker = Worker(
+            "w",
+            WorkerConfig(**({"device": "cuda"} | config)),
+            lambda: self.engine,
+            self.reports.append,
+        )
+
+    def generate(
+        self, request_id: str, max_tokens: int = 3, engine_request: list[bytes] | None = None
+    ) -> asyncio.Task[str]:
+        """Call `generate` with a prompt of ten tokens."""
+        return asyncio.create_task(
+            self.worker.generate(
+                Request(request_id, 10, max_tokens), engine_request or [], self.receiver.address
+            )
+        )
+
+    async def next_tokens(self) -> dict[str, list[int]]:
+        return decode_tokens(await asyncio.wait_for(self.receiver.receive(), 30))
+
+    async def close(self) -> None:
+        self.engine.go_on.set()
+        reading = asyncio.create_task(self._read())
+        await asyncio.to_thread(self.worker.shutdown)
+        reading.cancel()
+        self.receiver.close()
+
+    async def _read(self) -> None:
+        while True:
+            await self.receiver.receive()
+
+
+MakeOffice = Callable[..., Office]
+
+
+@pytest.fixture
+async def make_office() -> AsyncIterator[MakeOffice]:
+    offices = []
+
+    def make_office(**config: Any) -> Office:
+        offices.append(Office(**config))
+        return offices[-1]
+
+    yield make_office
+    for office in offices:
+        await office.close()
+
+
+@pytest.fixture
+def office(make_office: MakeOffice) -> Office:
+    return make_office()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock(100.0)
+    monkeypatch.setattr("workers.worker.time", clock)
+    return clock
+
+
+@pytest.fixture
+def _node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(NODE))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def turn(worker: Worker) -> None:
+    """Wait until the engine's loop has come round, with the report that this may bring."""
+    for _ in range(2):
+        await asyncio.wait_for(worker.status(), 30)
+
+
+async def test_generate_returns_the_finish_reason_and_its_tokens_come_in_order(
+    office: Office,
+) -> None:
+    calls = [office.generate("a"), office.generate("b")]
+    finish_reasons = await asyncio.gather(*calls)
+    tokens: dict[str, list[int]] = {"a": [], "b": []}
+    while not all(len(got) == 3 for got in tokens.values()):
+        for request_id, new in (await office.next_tokens()).items():
+            tokens[request_id] += new
+
+    assert finish_reasons == ["length", "length"]
+    assert tokens == {"a": [0, 1, 2], "b": [0, 1, 2]}
+
+
+async def test_cancelling_generate_aborts_the_request_in_the_engine(office: Office) -> None:
+    call = office.generate("a", LONG)
+    await office.next_tokens()
+    call.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await until(lambda: not office.engine.has_requests())
+
+
+async def test_generate_cancelled_before_the_engine_took_it_leaves_nothing_there(
+    office: Office,
+) -> None:
+    office.engine.go_on.clear()
+    running = office.generate("a")
+    await until(office.engine.is_stepping.is_set)
+    call = office.generate("b")
+    await asyncio.sleep(0)  # it is on its way to the engine
+    call.cancel()
+    office.engine.go_on.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert await running == "length"
+    assert office.engine.steps == [["a"], ["a"], ["a"]]
+
+
+async def test_abort_ends_generate(office: Office) -> None:
+    call = office.generate("a", LONG)
+    await office.next_tokens()
+    await office.worker.abort(["a", "unknown"])
+
+    assert await asyncio.wait_for(call, 30) == "abort"
+    assert not office.engine.has_requests()
+
+
+async def test_a_malformed_request_fails_alone(office: Office) -> None:
+    good, bad = office.generate("a"), office.generate("b", engine_request=MALFORMED)
+
+    with pytest.raises(ValueError, match="malformed"):
+        await bad
+    assert await good == "length"
+    office.worker.check_health()
+
+
+async def test_a_failed_engine_fails_every_request_and_the_health_check(office: Office) -> None:
+    office.engine.go_on.clear()
+    calls = [office.generate("a"), office.generate("b")]
+    await until(office.engine.is_stepping.is_set)
+    office.engine.step_error = OSError("device gone")
+    office.engine.go_on.set()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    outcomes += await asyncio.gather(office.generate("too late"), return_exceptions=True)
+    outcomes += await asyncio.gather(office.worker.status(), return_exceptions=True)
+
+    dead = repr(EngineDead("the engine failed: OSError('device gone')"))
+    assert [repr(outcome) for outcome in outcomes] == [dead] * 4
+    with pytest.raises(EngineDead, match="device gone"):
+        office.worker.check_health()
+
+
+async def test_a_step_that_hangs_fails_the_health_check_and_refuses_requests(
+    make_office: MakeOffice,
+) -> None:
+    office = make_office(step_timeout_s=0.001)
+    office.worker.check_health()
+    office.engine.go_on.clear()
+    hanging = office.generate("a")
+    await until(office.engine.is_stepping.is_set)
+    await asyncio.sleep(0.002)
+
+    with pytest.raises(EngineDead, match="a step has been running"):
+        office.worker.check_health()
+    with pytest.raises(EngineDead, match="a step has been running"):
+        await office.generate("b")
+    hanging.cancel()
+
+
+async def test_a_client_that_is_lost_fails_its_requests(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.token_stream.LOST_AFTER_S", 0.1)
+
+    with pytest.raises(ClientLost, match="is it reachable from this node"):
+        await asyncio.wait_for(office.worker.generate(Request("a", 10, LONG), [], NOBODY), 30)
+    assert not office.engine.has_requests()
+
+
+async def test_draining_refuses_new_requests_and_waits_for_the_old(office: Office) -> None:
+    office.engine.go_on.clear()
+    old = office.generate("old")
+    await until(office.engine.is_stepping.is_set)
+    drain = asyncio.create_task(office.worker.drain())
+    await asyncio.sleep(0)
+    with pytest.raises(WorkerDraining, match="worker w is draining"):
+        await office.generate("new")
+    assert not drain.done()
+    office.engine.go_on.set()
+    await asyncio.wait_for(drain, 30)
+
+    assert old.done()
+    assert await old == "length"
+
+
+@pytest.mark.usefixtures("_node")
+async def test_the_status_counts_what_runs_and_waits(
+    office: Office, make_office: MakeOffice
+) -> None:
+    on_cpus = make_office(device="cpu", cpus=2)
+    idle = await on_cpus.worker.status()
+    office.engine.go_on.clear()
+    call = office.generate("a", LONG)
+    await until(office.engine.is_stepping.is_set)
+    busy_call = asyncio.create_task(office.worker.status())
+    await asyncio.sleep(0)
+    office.engine.go_on.set()
+    busy = await busy_call
+    call.cancel()
+
+    nothing = WorkerStatus(
+        worker_id="w",
+        pid=os.getpid(),
+        cpus=(),
+        num_running=0,
+        num_waiting=0,
+        num_outstanding_tokens=0,
+        num_steps=0,
+        kv_cache_usage=0.0,
+        memory_bytes=0,
+        draining=False,
+    )
+    assert idle.memory_bytes > 1 << 20
+    assert dataclasses.replace(idle, memory_bytes=0) == dataclasses.replace(
+        nothing, cpus=(100, 101)
+    )
+    assert dataclasses.replace(busy, memory_bytes=0) == dataclasses.replace(
+        nothing,
+        num_running=1,
+        num_outstanding_tokens=LONG - 1,
+        num_steps=1,
+        kv_cache_usage=1 / 8,
+    )
+
+
+async def test_an_idle_worker_reports_as_a_heartbeat(clock: FakeClock, office: Office) -> None:
+    counts = []
+    for clock.now in (100.0, 101.9, 102.0, 103.9, 104.0):
+        await turn(office.worker)
+        counts.append(len(office.reports))
+
+    assert counts == [1, 1, 2, 2, 3]
+    assert office.reports == [WorkerReport("w", {}, (), draining=False)] * 3
+
+
+async def test_changes_are_reported_together_once_the_interval_is_over(
+    clock: FakeClock, office: Office
+) -> None:
+    await turn(office.worker)
+    await office.generate("a")
+    await asyncio.gather(office.generate("b", engine_request=MALFORMED), return_exceptions=True)
+    office.engine.go_on.clear()
+    call = office.generate("c", LONG)
+    await until(office.engine.is_stepping.is_set)
+    clock.now = 100.24
+    office.engine.runs_model = False
+    office.engine.go_on.set()
+    await turn(office.worker)
+    assert office.reports[1:] == []
+    clock.now = 100.25
+    await turn(office.worker)
+    call.cancel()
+
+    assert office.reports[1:] == [WorkerReport("w", {"c": 10 + LONG}, ("a", "b"), draining=False)]
+
+
+async def test_draining_is_reported(clock: FakeClock, office: Office) -> None:
+    await turn(office.worker)
+    await office.worker.drain()
+    clock.now = 100.25
+    await turn(office.worker)
+
+    assert office.reports[1:] == [WorkerReport("w", {}, (), draining=True)]
+
+
+@pytest.mark.usefixtures("_node")
+async def test_the_cores_are_held_until_shutdown(make_office: MakeOffice) -> None:
+    office = make_office(device="cpu", cpus=3)
+    with pytest.raises(RuntimeError, match="only 0 of the 3"):
+        claim_cpus(1, timeout_s=0)
+    await office.close()
+
+    assert claim_cpus(3, timeout_s=0).cpus == (100, 101, 102)
+
+
+@pytest.mark.usefixtures("_node")
+def test_a_worker_whose_engine_cannot_be_made_raises_its_error_and_gives_its_cores_back() -> None:
+    def make_engine() -> FakeEngine:
+        raise OSError("no such device")
+
+    with pytest.raises(OSError, match="no such device") as kept:  # and what it refers to
+        Worker("w", WorkerConfig(cpus=3), make_engine, lambda report: None)
+
+    assert (claim_cpus(3, timeout_s=0).cpus, kept.type) == ((100, 101, 102), OSError)
+
+
+@pytest.mark.parametrize("name", ["cpus", "step_timeout_s", "report_interval_s"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_config_refuses_what_is_not_positive(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} \({value}\) must be positive$"):
+        WorkerConfig(**{name: value})
