@@ -118,3 +118,7 @@ def main() -> None:
     except (XYServeError, ConnectionError, TimeoutError) as error:
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
         raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

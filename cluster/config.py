@@ -98,9 +98,8 @@ class ServeFile:
     host: str
     port: int
     config: AppConfig
-    args: dict[str, Any]
-    """`config` as it stands in the file."""
-    http_options: dict[str, Any]
+    raw: dict[str, Any]
+    """The file as Serve wants it."""
 
     @property
     def url(self) -> str:
@@ -151,8 +150,7 @@ def read_serve_file(path: Path) -> ServeFile:
         host=http.get("host", "127.0.0.1"),
         port=http.get("port", 8000),
         config=config,
-        args=app.get("args") or {},
-        http_options=http,
+        raw=raw,
     )
 
 

@@ -1,6 +1,6 @@
 """`xyserve up`: start Ray and the app, show one answer, serve until told to stop."""
 
-import concurrent.futures
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from pathlib import Path
 import openai
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatusOverview
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus
 from rich.console import Console
 
-from cluster.app import build_app
 from cluster.config import ServeFile, read_serve_file
 from cluster.doctor import examine, print_findings
 from cluster.errors import ConfigError, XYServeError
@@ -58,6 +58,8 @@ def up(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -> No
     Raises ConfigError before anything starts, StartFailed when the app does not come up.
     """
     phases = Phases(console)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # the phases say what matters
     with ExitStack() as stack:
         stack.enter_context(_signals_interrupt())
         with phases.phase("Checking config and machine", "Config and machine"):
@@ -65,7 +67,9 @@ def up(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -> No
             findings = [f for f in examine(file) if f.level == "fail"]
         if findings:
             print_findings(findings, console)
-            raise ConfigError(f"this machine cannot serve {path}; `xyserve doctor {path}` says more")
+            raise ConfigError(
+                f"this machine cannot serve {path}; `xyserve doctor {path}` says more"
+            )
         with show_progress() as progress:
             resolve_model(file.config.model, progress)
         with phases.phase("Starting Ray", "Ray"):
@@ -73,14 +77,13 @@ def up(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -> No
                 address="local",
                 include_dashboard=True,
                 log_to_driver=False,
-                logging_level="warning",
+                logging_level="error",
                 _temp_dir=str(temp_dir) if temp_dir else None,
             )
             stack.callback(ray.shutdown)
         with phases.phase("Starting the app", "App"):
-            serve.start(http_options={"host": file.host, "port": file.port} | file.http_options)
             stack.callback(serve.shutdown)
-            _deploy(file, phases)
+            _deploy(file, f"http://{context.dashboard_url}", phases)
         if demo:
             _show_answer(file, phases, console)
         console.print(
@@ -97,27 +100,22 @@ def up(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -> No
             while True:
                 signal.pause()
         except KeyboardInterrupt:
-            console.print("Stopping: requests under way may finish, press Ctrl-C again to drop them")
+            console.print(
+                "Stopping."
+            )
 
 
-def _deploy(file: ServeFile, phases: Phases) -> None:
-    """Bring the app up, showing its replicas as they come."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        app = build_app(file.args)
-        running = pool.submit(
-            serve.run, app, name=file.app_name, route_prefix=file.route_prefix, blocking=False
-        )
-        while not running.done():
-            phases.show(f"Starting the app: {_replicas(_status(file.app_name))}")
-            time.sleep(POLL_INTERVAL_S)
-        try:
-            running.result()
-        except RuntimeError as error:
-            raise StartFailed(str(error)) from None
-
-
-def _status(app_name: str) -> ApplicationStatusOverview | None:
-    return serve.status().applications.get(app_name)
+def _deploy(file: ServeFile, dashboard_url: str, phases: Phases) -> None:
+    """Do what `serve deploy` does, and wait until the app is up, showing its replicas."""
+    ServeSubmissionClient(dashboard_url).deploy_applications(file.raw)
+    while True:
+        status = serve.status().applications.get(file.app_name)
+        phases.show(f"Starting the app: {_replicas(status)}")
+        if status is not None and status.status == ApplicationStatus.RUNNING:
+            return
+        if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:
+            raise StartFailed(_reasons(status))
+        time.sleep(POLL_INTERVAL_S)
 
 
 def _replicas(status: ApplicationStatusOverview | None) -> str:
@@ -129,6 +127,20 @@ def _replicas(status: ApplicationStatusOverview | None) -> str:
         num_running = deployment.replica_states.get("RUNNING", 0)
         counts.append(f"{name} {num_running} of {sum(deployment.replica_states.values())}")
     return ", ".join(counts)
+
+
+def _reasons(status: ApplicationStatusOverview) -> str:
+    """Why it failed: the last line of what the app's builder or its replicas raised."""
+    messages = {
+        name: deployment.message
+        for name, deployment in status.deployments.items()
+        if deployment.status == DeploymentStatus.DEPLOY_FAILED
+    }
+    return "\n".join(
+        f"{name}: {message.strip().splitlines()[-1]}"
+        for name, message in (messages or {"app": status.message}).items()
+        if message.strip()
+    )
 
 
 def _show_answer(file: ServeFile, phases: Phases, console: Console) -> None:

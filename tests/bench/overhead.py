@@ -65,9 +65,7 @@ def bare_engine(pipe: Connection, cores: list[int], model: str, config: AppConfi
 def running_app(args: dict[str, Any], port: int) -> Iterator[XYServe]:
     """The app on a Ray cluster of its own."""
     with tempfile.TemporaryDirectory(prefix="xyb") as folder:
-        ray.init(
-            address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder
-        )
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_app(args), name="xyserve")
         handle = XYServe.connect()
@@ -123,6 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--cpus", type=int, default=1, help="cores of the engine")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--port", type=int, default=8123)
     options = parser.parse_args()
     args = {
@@ -153,7 +152,7 @@ def main() -> None:
                     return await by_http(client, config.model_name, prompts, options.max_tokens)
             return await by_handle(handle, prompts, options.max_tokens)
 
-        for concurrency in (1, 8, 16):
+        for concurrency in options.concurrency:
             prompts = questions(concurrency)
             results = {c: asyncio.run(run(c, prompts)) for c in TURN}
             for contestant in TURN[1:]:
@@ -181,7 +180,9 @@ def main() -> None:
         engine.join()
     summary = {f"{c}_c{r['concurrency']}": r[f"{c} share"] for c in TURN[1:] for r in rows}
     summary["added_ms_c1"] = rows[0]["http ms/token"] - rows[0]["bare ms/token"]
-    publish(f"Cluster path against the bare engine, {options.cpus} core(s)", rows, summary, options.json)
+    publish(
+        f"Cluster path against the bare engine, {options.cpus} core(s)", rows, summary, options.json
+    )
 
 
 if __name__ == "__main__":

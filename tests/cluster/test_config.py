@@ -7,7 +7,6 @@ from cluster.config import (
     IMPORT_PATH,
     AppConfig,
     IngressConfig,
-    ServeFile,
     parse_args,
     read_serve_file,
 )
@@ -223,14 +222,12 @@ applications:
     )
     file = read_serve_file(path)
 
-    assert file == ServeFile(
-        app_name="llm",
-        route_prefix="/llm/",
-        host="0.0.0.0",
-        port=9000,
-        config=AppConfig(num_workers=2),
-        args={"num_workers": 2},
-        http_options={"host": "0.0.0.0", "port": 9000},
+    assert (file.app_name, file.route_prefix, file.host, file.port, file.config) == (
+        "llm",
+        "/llm/",
+        "0.0.0.0",
+        9000,
+        AppConfig(num_workers=2),
     )
     assert file.url == "http://127.0.0.1:9000/llm"
 

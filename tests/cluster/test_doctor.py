@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def serve_file(port: int = 0, **args: Any) -> ServeFile:
-    return ServeFile("xyserve", "/", "127.0.0.1", port, parse_args(args), args=args, http_options={})
+    return ServeFile("xyserve", "/", "127.0.0.1", port, parse_args(args), raw={})
 
 
 def checkpoint(directory: Path, *, num_bytes: int = 100, **config: Any) -> Path:

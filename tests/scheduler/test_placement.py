@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.placement import WorkerLoad, place
@@ -40,6 +40,7 @@ def test_without_a_worker_that_takes_requests_none_is_chosen(loads: list[WorkerL
 
 
 @given(LOADS)
+@settings(deadline=None)
 def test_no_open_worker_has_less_to_do_than_the_chosen_one(loads: list[WorkerLoad]) -> None:
     outstanding = {w.worker_id: w.num_outstanding_tokens for w in loads if not w.draining}
 
@@ -47,6 +48,7 @@ def test_no_open_worker_has_less_to_do_than_the_chosen_one(loads: list[WorkerLoa
 
 
 @given(LOADS.flatmap(lambda loads: st.tuples(st.just(loads), st.permutations(loads))))
+@settings(deadline=None)
 def test_the_order_of_the_workers_does_not_matter(
     orders: tuple[list[WorkerLoad], list[WorkerLoad]],
 ) -> None:

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.request import Request
@@ -17,6 +17,7 @@ def test_the_prompt_counts_until_the_first_output_token(
 
 
 @given(prompt=st.integers(0, 10**6), max_tokens=st.integers(1, 10**6), data=st.data())
+@settings(deadline=None)
 def test_every_output_token_leaves_less_to_do(
     prompt: int, max_tokens: int, data: st.DataObject
 ) -> None:

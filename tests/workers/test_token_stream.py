@@ -104,24 +104,30 @@ class CuttingProxy:
                     return
 
 
-async def tend(sender: StreamSender | StreamSenders) -> None:
-    """Look after the streams for ever, on a clock that runs ten times too fast."""
+async def tend(sender: StreamSender) -> None:
+    """Look after a stream for ever, on a clock that runs ten times too fast."""
     for now in itertools.count(step=0.1):
-        if isinstance(sender, StreamSender):
-            sender.poll(now)
-        else:
-            sender.tend(now)
+        sender.poll(now)
         await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager
-async def tended(sender: StreamSender | StreamSenders) -> AsyncIterator[None]:
+async def tended(sender: StreamSender) -> AsyncIterator[None]:
     task = asyncio.create_task(tend(sender))
     try:
         async with asyncio.timeout(30):
             yield
     finally:
         task.cancel()
+
+
+async def all_acknowledged(sender: StreamSender, receiver: StreamReceiver) -> None:
+    """Wait until the sender knows that all has arrived; nothing arrives a second time."""
+    repeated = asyncio.create_task(receiver.receive())
+    while not sender.is_idle():
+        await asyncio.sleep(0.01)
+    assert not repeated.done()
+    repeated.cancel()
 
 
 async def receive(receiver: StreamReceiver, count: int) -> list[list[bytes]]:
@@ -171,8 +177,7 @@ async def test_what_was_received_is_acknowledged(
 
     async with tended(sender):
         await receive(receiver, 40)
-        while not sender.is_idle():
-            await asyncio.sleep(0.01)
+        await all_acknowledged(sender, receiver)
 
 
 async def test_an_ipv6_address_works_like_any_other(senders: StreamSenders) -> None:
@@ -189,19 +194,21 @@ async def test_an_ipv6_address_works_like_any_other(senders: StreamSenders) -> N
 
 
 async def test_a_connection_cut_in_the_middle_loses_and_repeats_nothing(
-    receiver: StreamReceiver, senders: StreamSenders
+    receiver: StreamReceiver, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
     received: list[list[bytes]] = []
-    async with CuttingProxy(receiver.address) as proxy, tended(senders):
-        for number, frames in enumerate(numbered(60)):
-            senders.send(proxy.address, frames, now=0.0)
-            if number % 20 == 10:
-                received += await receive(receiver, 3)
-                proxy.cut()
-        received += await receive(receiver, 60 - len(received))
-        senders.send(proxy.address, [b"end"], now=0.0)
+    async with CuttingProxy(receiver.address) as proxy:
+        sender = StreamSender(context, proxy.address)
+        async with tended(sender):
+            for number, frames in enumerate(numbered(60)):
+                sender.send(frames, now=0.0)
+                if number % 20 == 10:
+                    received += await receive(receiver, 3)
+                    proxy.cut()
+            received += await receive(receiver, 60 - len(received))
+            await all_acknowledged(sender, receiver)
 
-        assert [*received, await receiver.receive()] == [*numbered(60), [b"end"]]
+    assert received == numbered(60)
 
 
 @given(cuts=st.lists(st.integers(0, 3000), max_size=3))
@@ -209,17 +216,17 @@ async def test_a_connection_cut_in_the_middle_loses_and_repeats_nothing(
 async def test_wherever_connections_break_each_message_comes_once_and_in_order(
     cuts: list[int],
 ) -> None:
-    receiver, senders = StreamReceiver("127.0.0.1"), StreamSenders()
-    async with CuttingProxy(receiver.address, cuts) as proxy, tended(senders):
-        for frames in numbered(40):
-            senders.send(proxy.address, frames, now=0.0)
-        received = await receive(receiver, 40)
-        while not senders.is_idle():
-            await asyncio.sleep(0.01)
-        senders.send(proxy.address, [b"end"], now=0.0)
+    receiver, context = StreamReceiver("127.0.0.1"), zmq.Context()
+    async with CuttingProxy(receiver.address, cuts) as proxy:
+        sender = StreamSender(context, proxy.address)
+        async with tended(sender):
+            for frames in numbered(40):
+                sender.send(frames, now=0.0)
+            received = await receive(receiver, 40)
+            await all_acknowledged(sender, receiver)
 
-        assert [*received, await receiver.receive()] == [*numbered(40), [b"end"]]
-    senders.close()
+    assert received == numbered(40)
+    context.destroy(linger=0)
     receiver.close()
 
 
@@ -354,8 +361,7 @@ async def test_a_receiver_that_was_idle_for_long_has_the_full_time_to_answer(
     sender.send([b"hello"], now=0.0)
     async with tended(sender):
         await receiver.receive()
-        while not sender.is_idle():
-            await asyncio.sleep(0.01)
+        await all_acknowledged(sender, receiver)
     sender.send([b"again"], now=1000.0)
 
     assert [sender.is_lost(1000.0 + LOST_AFTER_S), sender.is_lost(1000.1 + LOST_AFTER_S)] == [
@@ -367,21 +373,20 @@ async def test_a_receiver_that_was_idle_for_long_has_the_full_time_to_answer(
 async def test_an_idle_stream_is_closed_and_opened_again_when_needed(
     receiver: StreamReceiver, senders: StreamSenders
 ) -> None:
-    async with CuttingProxy(receiver.address) as proxy:
+    async with CuttingProxy(receiver.address) as proxy, asyncio.timeout(30):
         senders.send(proxy.address, [b"one"], now=0.0)
-        async with tended(senders):
-            assert await receiver.receive() == [b"one"]
-            while not senders.is_idle():
-                await asyncio.sleep(0.01)
+        assert await receiver.receive() == [b"one"]
+        while not senders.is_idle():
+            senders.tend(0.0)
+            await asyncio.sleep(0.01)
 
-        async with asyncio.timeout(30):
-            assert senders.tend(FORGET_AFTER_S) == []
-            assert proxy.num_connections == 1
-            assert senders.tend(FORGET_AFTER_S + 0.1) == []
-            while proxy.num_connections:
-                await asyncio.sleep(0.01)
-            senders.send(proxy.address, [b"two"], now=FORGET_AFTER_S + 1)
-            assert await receiver.receive() == [b"two"]
+        assert senders.tend(FORGET_AFTER_S) == []
+        assert proxy.num_connections == 1
+        assert senders.tend(FORGET_AFTER_S + 0.1) == []
+        while proxy.num_connections:
+            await asyncio.sleep(0.01)
+        senders.send(proxy.address, [b"two"], now=FORGET_AFTER_S + 1)
+        assert await receiver.receive() == [b"two"]
 
 
 def test_a_stream_in_use_is_not_idle(senders: StreamSenders) -> None:
