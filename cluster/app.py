@@ -29,7 +29,7 @@ class WorkerReplica(Worker):
             # vLLM takes long to import; only this process of the cluster package needs it.
             from workers.vllm_engine import VllmEngine
 
-            return VllmEngine(resolve_model(config.model), config.worker.engine)
+            return VllmEngine(resolve_model(config.model), config.worker)
 
         super().__init__(
             serve.get_replica_context().replica_id.unique_id,

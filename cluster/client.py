@@ -12,6 +12,9 @@ import ray
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from ray import serve
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -59,6 +62,8 @@ class XYServe:
         ConnectionError if no Ray cluster is there, AppNotFound if the app is not.
         """
         if not ray.is_initialized():
+            # Ray itself does so only if it is to find the cluster, not for a given address.
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             ray.init(address=address or "auto", log_to_driver=False, logging_level="warning")
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:

@@ -100,9 +100,7 @@ def up(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -> No
             while True:
                 signal.pause()
         except KeyboardInterrupt:
-            console.print(
-                "Stopping."
-            )
+            console.print("Stopping.")
 
 
 def _deploy(file: ServeFile, dashboard_url: str, phases: Phases) -> None:

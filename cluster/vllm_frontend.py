@@ -1,14 +1,19 @@
 """vLLM's OpenAI front end over the workers: its routes, renderers and detokeniser, no weights."""
 
 import argparse
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse
+from ray.exceptions import TaskCancelledError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import Request as HTTPRequest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -27,13 +32,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.config import AppConfig
 from cluster.engine_client import EngineClient
 from cluster.errors import RequestFailed
 from scheduler.request import Request
-from workers.vllm_engine import engine_args
+from workers.vllm_engine import encoder, engine_args
 
 SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
 
@@ -57,7 +62,7 @@ class WorkersCore(EngineCoreClient):
 
     def __init__(self, client: EngineClient[EngineCoreOutputs]) -> None:
         self._client = client
-        self._encoder = MsgpackEncoder()
+        self._encode = encoder()
         self.resources = SimpleNamespace(engine_dead=False)
 
     async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
@@ -73,8 +78,8 @@ class WorkersCore(EngineCoreClient):
         assert sampling.max_tokens is not None  # set by vLLM's InputProcessor
         self._client.submit(
             Request(request.request_id, num_prompt_tokens, sampling.max_tokens, request.priority),
-            lambda attempt_id: list(
-                self._encoder.encode(msgspec.structs.replace(request, request_id=attempt_id))
+            lambda attempt_id: self._encode(
+                msgspec.structs.replace(request, request_id=attempt_id)
             ),
         )
 
@@ -116,7 +121,7 @@ class ClusterLLM(AsyncLLM):
 def _engine_core(core: WorkersCore) -> Iterator[None]:
     """Let `AsyncLLM` take `core` instead of starting an engine; it offers no parameter for it."""
     make = EngineCoreClient.make_async_mp_client
-    EngineCoreClient.make_async_mp_client = staticmethod(lambda **_: core)  # type: ignore[assignment]
+    EngineCoreClient.make_async_mp_client = staticmethod(lambda **_: core)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -154,13 +159,17 @@ class Frontend:
         has_workers: Callable[[], Awaitable[bool]],
     ) -> None:
         self._args = _serve_args(config, model)
-        vllm_config = engine_args(model, config.worker.engine).create_engine_config(
-            UsageContext.OPENAI_API_SERVER
-        )
+        args = engine_args(model, config.worker)
+        args.served_model_name = config.model_name  # in messages and metrics
+        vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
         _answer_unsupported_routes(self._app, config.model_name)
-        self.asgi_app = RequestSizeLimit(self._app, config.ingress.max_request_bytes)
+        self._app.add_exception_handler(StarletteHTTPException, _answer_http_error)
+        self._app.middleware_stack = None  # was built already, without this handler
+        self.asgi_app = DisconnectByMessage(
+            RequestSizeLimit(self._app, config.ingress.max_request_bytes)
+        )
 
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""
@@ -192,13 +201,15 @@ class Frontend:
         except (ValueError, TypeError, NotImplementedError, GracefulHTTPError) as error:
             response = create_error_response(error)
         if isinstance(response, ErrorResponse):
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise asyncio.CancelledError  # vLLM turns it into an answer that nobody reads
             raise RequestFailed(response.error.message, response.error.code)
         return response
 
 
 def _serve_args(config: AppConfig, model: str) -> argparse.Namespace:
     """vLLM's server arguments for `config`."""
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     args.model = model
     args.served_model_name = [config.model_name]
     args.tool_call_parser = config.ingress.tool_call_parser
@@ -230,6 +241,17 @@ def _answer_unsupported_routes(app: FastAPI, model_name: str) -> None:
             app.add_api_route(path, make_answer(task), methods=["POST"], include_in_schema=False)
 
 
+async def _answer_http_error(request: HTTPRequest, error: Exception) -> JSONResponse:
+    """Answer what Starlette refuses in the OpenAI form too; vLLM does so for FastAPI's errors."""
+    assert isinstance(error, StarletteHTTPException)
+    message = str(error.detail)
+    if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        message = f"{message}: {request.method} {request.url.path}; see /docs for what there is"
+    status = HTTPStatus(error.status_code)
+    answer = create_error_response(message, status.phrase, status)
+    return JSONResponse(answer.model_dump(), error.status_code, headers=error.headers)
+
+
 class RequestSizeLimit:
     """Refuses bodies over `max_bytes` with status 413, declared or streamed."""
 
@@ -254,3 +276,42 @@ class RequestSizeLimit:
             return message
 
         await self._app(scope, counted if scope["type"] == "http" else receive, send)
+
+
+class DisconnectByMessage:
+    """Tells an app by message that its client is gone, as ASGI says, where Serve cancels the call.
+
+    vLLM's handlers wait for the message; cancelled, they would leave what they started running.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; when cancelled, wait until the app has ended by itself."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        gone = asyncio.Event()
+
+        async def receive_or_gone() -> Message:
+            receiving = asyncio.ensure_future(receive())
+            leaving = asyncio.create_task(gone.wait())
+            try:
+                await asyncio.wait({receiving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if receiving.done():
+                    return receiving.result()
+            except TaskCancelledError:  # the same, from Serve's own call for the message
+                pass
+            finally:
+                receiving.cancel()
+                leaving.cancel()
+            return {"type": "http.disconnect"}
+
+        running = asyncio.ensure_future(self._app(scope, receive_or_gone, send))
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            gone.set()
+            await asyncio.gather(running, return_exceptions=True)
+            raise

@@ -26,6 +26,8 @@ class EngineConfig:
     block_size: int | None = None
     """Tokens in one block of the KV cache; the platform's choice if not given."""
     enable_prefix_caching: bool = True
+    enforce_eager: bool | None = None
+    """Run without compiling or capturing graphs; if not given, so on the CPU only."""
     scheduling_policy: Literal["fcfs", "priority"] = "priority"
     """`priority` serves lower `priority` values first, equal ones in order of arrival."""
     seed: int = 0

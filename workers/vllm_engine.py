@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 # Read by vLLM when it is imported: without it, the executor would move to a child process.
@@ -15,36 +16,44 @@ from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.request import Request
-from workers.engine import EngineConfig, EngineStats, StepOutput
+from workers.engine import EngineStats, StepOutput
 from workers.token_stream import StreamAddress
+from workers.worker import WorkerConfig
 
 GIB = 1 << 30
 
 
-def engine_args(model: str, config: EngineConfig) -> AsyncEngineArgs:
+def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
     """vLLM's arguments for `config`; the ingress and the workers must use the same."""
     args: dict[str, Any] = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
+        field.name: value
+        for field in dataclasses.fields(config.engine)
         if field.name not in ("kv_cache_gib", "extra_args")
-        and getattr(config, field.name) is not None
+        and (value := getattr(config.engine, field.name)) is not None
     }
-    return AsyncEngineArgs(
-        model=model,
-        kv_cache_memory_bytes=int(config.kv_cache_gib * GIB),
-        **{"enforce_eager": True, "distributed_executor_backend": "uni"} | args | config.extra_args,
-    )
+    args["kv_cache_memory_bytes"] = int(config.engine.kv_cache_gib * GIB)
+    # Compiling for the CPU takes minutes and gains nothing there.
+    args.setdefault("enforce_eager", config.device == "cpu")
+    # In the caller's process, where the step's thread is.
+    args["distributed_executor_backend"] = "uni"
+    return AsyncEngineArgs(model=model, **(args | config.engine.extra_args))
+
+
+def encoder() -> Callable[[object], list[bytes]]:
+    """vLLM's encoding of its requests and outputs, as messages that outlive their source."""
+    encode = MsgpackEncoder().encode
+    return lambda value: [bytes(part) for part in encode(value)]  # type: ignore[arg-type]
 
 
 class VllmEngine:
     """An `Engine` on vLLM's `EngineCore`."""
 
-    def __init__(self, model: str, config: EngineConfig) -> None:
+    def __init__(self, model: str, config: WorkerConfig) -> None:
         """Load `model`; takes seconds, and for the life of the process no second engine fits."""
         vllm_config = engine_args(model, config).create_engine_config(UsageContext.ENGINE_CONTEXT)
         self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
         self._decoder = MsgpackDecoder(EngineCoreRequest)
-        self._encoder = MsgpackEncoder()
+        self._encode = encoder()
         self._clients: list[StreamAddress] = []
 
     def add_request(
@@ -78,7 +87,7 @@ class VllmEngine:
                     for out in of_client.outputs
                     if out.finish_reason is not None
                 },
-                list(self._encoder.encode(of_client)),
+                self._encode(of_client),
             )
             for index, of_client in (outputs or {}).items()
             if of_client.outputs

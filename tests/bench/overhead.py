@@ -46,7 +46,7 @@ def bare_engine(pipe: Connection, cores: list[int], model: str, config: AppConfi
 
     from workers.vllm_engine import engine_args
 
-    engine = LLMEngine.from_engine_args(engine_args(model, config.worker.engine))
+    engine = LLMEngine.from_engine_args(engine_args(model, config.worker))
     while (work := pipe.recv()) is not None:
         prompts, max_tokens = work
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)

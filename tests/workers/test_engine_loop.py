@@ -340,12 +340,17 @@ async def test_changes_are_told_with_what_is_outstanding_and_what_ended(client: 
     assert told[:2] == [({"a": 1}, ()), ({}, ("b", "never came", "a"))]
 
 
-async def test_the_last_tokens_arrive_even_if_the_loop_is_stopped_at_once(client: Client) -> None:
+async def test_stopping_waits_for_the_last_tokens_to_arrive() -> None:
     loop = EngineLoop(FakeEngine, lambda _: None)
-    assert await outcome(loop.add(request("a", max_tokens=1), [b""], client.address)) == "length"
-    await asyncio.to_thread(loop.stop)
+    receiver = StreamReceiver("127.0.0.1")
+    assert await outcome(loop.add(request("a", max_tokens=1), [b""], receiver.address)) == "length"
+    stopping = asyncio.create_task(asyncio.to_thread(loop.stop))
+    await asyncio.sleep(0.05)
+    assert not stopping.done()
 
-    await client.has({"a": [0]})
+    assert decode_tokens(await asyncio.wait_for(receiver.receive(), 30)) == {"a": [0]}
+    await stopping
+    receiver.close()
 
 
 async def test_stopping_waits_for_a_client_that_takes_nothing_only_for_a_while(

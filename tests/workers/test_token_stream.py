@@ -180,6 +180,21 @@ async def test_what_was_received_is_acknowledged(
         await all_acknowledged(sender, receiver)
 
 
+async def test_what_is_repeated_or_out_of_order_is_answered_with_the_last_in_order(
+    receiver: StreamReceiver, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    sender = context.socket(zmq.DEALER)
+    sender.connect(receiver.address.endpoint)
+    sender.send_multipart(message(receiver.address.token, 0))
+    await receive(receiver, 1)
+    for seq in (0, 2, 1):
+        sender.send_multipart(message(receiver.address.token, seq))
+    await receive(receiver, 1)
+
+    acknowledged = [msgspec.msgpack.decode(sender.recv()) for _ in range(4) if sender.poll(10_000)]
+    assert acknowledged == [0, 0, 0, 1]
+
+
 async def test_an_ipv6_address_works_like_any_other(senders: StreamSenders) -> None:
     with socket.socket(socket.AF_INET6) as probe:
         try:

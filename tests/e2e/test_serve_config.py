@@ -1,0 +1,149 @@
+"""`serve deploy` on the running cluster: redeploy, scale, refuse."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from cluster.client import XYServe
+from tests.e2e.conftest import MODEL, Server
+
+SERVE = str(Path(sys.executable).with_name("serve"))
+DEPLOY_TIMEOUT_S = 200
+
+
+def deploy(server: Server, document: dict[str, Any], path: Path) -> None:
+    path.write_text(yaml.safe_dump(document))
+    command = [SERVE, "deploy", str(path), "--address", server.dashboard]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def app_status(server: Server) -> dict[str, Any]:
+    details = ServeSubmissionClient(server.dashboard).get_serve_details()
+    return dict(details["applications"]["xyserve"])
+
+
+def wait_until(server: Server, status: str, num_workers: int | None = None) -> dict[str, Any]:
+    for _ in range(DEPLOY_TIMEOUT_S * 2):
+        app = app_status(server)
+        workers = app["deployments"].get("Worker", {}).get("replicas", [])
+        running = [replica for replica in workers if replica["state"] == "RUNNING"]
+        if app["status"] == status and num_workers in (None, len(running)):
+            return app
+        time.sleep(0.5)
+    pytest.fail(f"not {status} with {num_workers} workers: {app['status']} {app['message']}")
+
+
+@pytest.fixture
+def original(server: Server) -> Iterator[dict[str, Any]]:
+    """The session's config, which is deployed again after the test."""
+    yield yaml.safe_load(server.config.read_text())
+    deploy(server, yaml.safe_load(server.config.read_text()), server.folder / "restored.yaml")
+    wait_until(server, "RUNNING", num_workers=2)
+
+
+class Streams:
+    """Long streams in threads, each reading to its end."""
+
+    def __init__(self, client: openai.OpenAI, count: int, max_tokens: int) -> None:
+        self.num_tokens = [0] * count
+        self.errors: list[BaseException] = []
+        self._client = client
+        self._threads = [
+            threading.Thread(target=self._read, args=(index, max_tokens)) for index in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, index: int, max_tokens: int) -> None:
+        try:
+            for chunk in self._client.completions.create(
+                model=MODEL,
+                prompt=f"Story {index}: once upon a time",
+                max_tokens=max_tokens,
+                stream=True,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            ):
+                self.num_tokens[index] += sum(len(c.token_ids or ()) for c in chunk.choices)
+        except Exception as error:
+            self.errors.append(error)
+
+    def wait_until_flowing(self) -> None:
+        while not all(self.num_tokens) and not self.errors:
+            time.sleep(0.05)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(timeout=DEPLOY_TIMEOUT_S)
+
+
+def test_scaling_down_and_up_breaks_no_stream(
+    server: Server, client: openai.OpenAI, handle: XYServe, original: dict[str, Any]
+) -> None:
+    scaled = original["applications"][0]
+    streams = Streams(client, count=6, max_tokens=150)
+    streams.wait_until_flowing()
+    busy_before = [worker.num_running for worker in handle.status().workers]
+
+    scaled["deployments"] = [{"name": "Worker", "num_replicas": 1}]
+    deploy(server, original, server.folder / "one.yaml")
+    wait_until(server, "RUNNING", num_workers=1)
+    late = Streams(client, count=2, max_tokens=20)
+    late.wait_until_flowing()
+    scaled["deployments"] = [{"name": "Worker", "num_replicas": 2}]
+    deploy(server, original, server.folder / "two.yaml")
+    wait_until(server, "RUNNING", num_workers=2)
+    streams.join()
+    late.join()
+
+    assert sorted(busy_before) == [3, 3]  # both workers had streams when one was told to go
+    assert streams.errors + late.errors == []
+    assert streams.num_tokens + late.num_tokens == [150] * 6 + [20] * 2
+
+
+def test_a_changed_config_is_taken_over_with_streams_in_flight(
+    server: Server, client: openai.OpenAI
+) -> None:
+    # The change stays for the rest of the session: taking it back would start every replica anew.
+    document = yaml.safe_load(server.config.read_text())
+    document["applications"][0]["args"]["ingress"]["max_n"] = 3
+    streams = Streams(client, count=2, max_tokens=200)
+    streams.wait_until_flowing()
+
+    deploy(server, document, server.config)
+    wait_until(server, "RUNNING", num_workers=2)
+    streams.join()
+
+    with pytest.raises(openai.BadRequestError, match="at most 3"):
+        client.completions.create(model=MODEL, prompt="Hello", n=4)
+    assert (streams.errors, streams.num_tokens) == ([], [200, 200])
+
+
+def test_a_device_that_no_node_has_is_refused_in_one_sentence(
+    server: Server, client: openai.OpenAI, original: dict[str, Any]
+) -> None:
+    original["applications"][0]["args"]["worker"] = {"device": "npu"}
+    deploy(server, original, server.folder / "npu.yaml")
+
+    message = wait_until(server, "DEPLOY_FAILED")["message"]
+
+    assert "worker.device is npu and needs 1 NPU on one node" in message
+    assert httpx.get(f"{server.url}/health").status_code == 200  # the old app serves on
+
+
+def test_a_misspelt_key_is_refused_and_named(server: Server, original: dict[str, Any]) -> None:
+    original["applications"][0]["args"]["num_worker"] = 3
+    deploy(server, original, server.folder / "misspelt.yaml")
+
+    message = wait_until(server, "DEPLOY_FAILED")["message"]
+
+    assert "num_worker: unknown key; did you mean num_workers?" in message
