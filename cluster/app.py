@@ -39,8 +39,9 @@ class WorkerReplica(Worker):
         )
 
     def __del__(self) -> None:
-        """Serve's hook for the end of a replica."""
-        self.shutdown()
+        """Serve's hook for the end of a replica, also of one whose constructor failed."""
+        if hasattr(self, "_loop"):
+            self.shutdown()
 
 
 def build_app(args: dict[str, Any]) -> Application:

@@ -15,6 +15,7 @@ import yaml
 
 from cluster.errors import ConfigError
 from cluster.model import DEFAULT_MODEL
+from workers.engine import EngineConfig
 from workers.worker import WorkerConfig
 
 IMPORT_PATH = "cluster.app:build_app"
@@ -41,7 +42,7 @@ class IngressConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_request_bytes", "max_n"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN is not either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
 
 
@@ -70,7 +71,7 @@ class AppConfig:
         for name in ("num_workers", "num_ingresses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.drain_timeout_s < 0:
+        if not self.drain_timeout_s >= 0:
             raise ValueError(f"drain_timeout_s ({self.drain_timeout_s}) must not be negative")
         _check_names(
             "worker.engine.extra_args",
@@ -104,7 +105,8 @@ class ServeFile:
     @property
     def url(self) -> str:
         """Where the app answers on this machine."""
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
 
 
@@ -180,8 +182,22 @@ def _did_you_mean(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
 
 
+_OWN_KEYS = {
+    "model": "model",
+    "served_model_name": "served_model_name",
+    "kv_cache_memory_bytes": "worker.engine.kv_cache_gib",
+    "tool_call_parser": "ingress.tool_call_parser",
+    "reasoning_parser": "ingress.reasoning_parser",
+    "chat_template": "ingress.chat_template",
+    **{f.name: f"worker.engine.{f.name}" for f in dataclasses.fields(EngineConfig)},
+}
+"""Where vLLM's arguments are that the config has under its own keys."""
+
+
 def _check_names(where: str, args: dict[str, Any], known: frozenset[str]) -> None:
     for name in args:
+        if name in _OWN_KEYS:
+            raise ValueError(f"{where}.{name}: has a key of its own, {_OWN_KEYS[name]}")
         if known and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""

@@ -126,11 +126,14 @@ class EngineClient(Generic[Outputs]):
                     attempt, live.encode(live.attempt_id), self._receiver.address
                 )
                 live.response = response
-                await response
+                if await response == "abort":  # not by this client
+                    raise RuntimeError("the request was aborted on its worker")
                 await self._last_outputs(live)
                 return
             except (RayActorError, EngineDead, WorkerDraining) as error:
                 self._attempts.pop(live.attempt_id, None)
+                if live.response is not None:
+                    live.response.cancel()  # the worker may only have been out of reach
                 live.attempt += 1
                 if live.has_output or live.attempt == MAX_ATTEMPTS:
                     self._fail(live, error)

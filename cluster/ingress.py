@@ -112,4 +112,4 @@ class Ingress:
             await asyncio.sleep(TEND_INTERVAL_S)
 
     async def _has_workers(self) -> bool:
-        return bool(await self._scheduler.loads.remote())
+        return any(not load.silent for load in await self._scheduler.loads.remote())

@@ -9,7 +9,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from scheduler.request import Request
 
 
-class PlacementRouter(RequestRouter):  # type: ignore[misc]
+class PlacementRouter(RequestRouter):
     """Routes a call that carries a `Request` to the worker on which it is placed."""
 
     def initialize_state(self, *, scheduler_name: str) -> None:

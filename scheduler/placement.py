@@ -16,16 +16,22 @@ class WorkerLoad:
     num_requests: int
     draining: bool = False
     """Finishes what it has and takes nothing new."""
+    silent: bool = False
+    """Has not reported for long: perhaps it hangs, and its load is out of date."""
 
 
 def place(request: Request, workers: Iterable[WorkerLoad]) -> str | None:
     """Choose the worker for `request`: the one with the least outstanding tokens.
 
     Among equals the one with fewer requests wins, then the smaller id, so that the same view
-    gives the same choice. None when no worker takes new requests.
+    gives the same choice. A silent worker is the last resort. None when no worker takes new
+    requests.
     """
     candidates = [worker for worker in workers if not worker.draining]
     if not candidates:
         return None
-    best = min(candidates, key=lambda w: (w.num_outstanding_tokens, w.num_requests, w.worker_id))
+    best = min(
+        candidates,
+        key=lambda w: (w.silent, w.num_outstanding_tokens, w.num_requests, w.worker_id),
+    )
     return best.worker_id

@@ -36,7 +36,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_gib"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN is not either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(

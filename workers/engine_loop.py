@@ -16,6 +16,8 @@ from workers.token_stream import StreamAddress, StreamSenders
 
 logger = logging.getLogger(__name__)
 
+STOP_TIMEOUT_S = 30.0
+"""How long the end of the engine is waited for."""
 IDLE_WAIT_S = 0.2
 """How long an idle loop sleeps before it looks after its streams."""
 EMPTY_STEP_WAIT_S = 0.001
@@ -123,10 +125,10 @@ class EngineLoop:
             raise EngineDead(f"a step has been running for {took:.0f} s")
 
     def stop(self) -> None:
-        """End the thread after the current step and shut the engine down."""
+        """End the thread after the current step and shut the engine down; a hung step is left."""
         self._stopping = True
         self._call(lambda: None, concurrent.futures.Future())  # wakes an idle loop
-        self._thread.join()
+        self._thread.join(STOP_TIMEOUT_S)
 
     def _call(self, work: Callable[[], object], done: concurrent.futures.Future[Any]) -> None:
         self._inbox.put(_Call(work, done))

@@ -5,6 +5,8 @@ sender keeps every message until it is acknowledged and sends again what is over
 so that a broken connection misses nothing; a receiver that stays silent is reported as lost.
 """
 
+import asyncio
+import itertools
 import secrets
 import uuid
 from collections import deque
@@ -19,6 +21,10 @@ LOST_AFTER_S = 30.0
 """A receiver whose acknowledgement is overdue this long is taken to be gone."""
 FORGET_AFTER_S = 300.0
 """A stream unused this long is closed; the next message opens a new one."""
+RESEND_AT_MOST = 64
+"""Messages sent again at once."""
+HEARTBEAT_MS = 2000
+"""A connection that is silent for three of these is made anew."""
 ACK_EVERY = 16
 """Messages per acknowledgement while more are waiting to be read."""
 
@@ -49,6 +55,8 @@ class StreamSender:
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by LOST_AFTER_S, not by dropping
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
         self._socket.setsockopt(zmq.IPV6, "[" in address.endpoint)
         self._socket.connect(address.endpoint)
         self._next_seq = 0
@@ -76,7 +84,8 @@ class StreamSender:
                 self._unacked.popleft()
                 self._progress_at, self._resend_at = now, now + RESEND_AFTER_S
         if self._unacked and now >= self._resend_at:
-            for _, message in self._unacked:
+            # A slow receiver still has them all: a few are enough to find out.
+            for _, message in itertools.islice(self._unacked, RESEND_AT_MOST):
                 self._socket.send_multipart(message, copy=False)
             # Wait longer each time: the receiver may only be slow.
             self._resend_at = now + max(RESEND_AFTER_S, now - self._progress_at)
@@ -113,6 +122,7 @@ class StreamReceiver:
     async def receive(self) -> list[bytes]:
         """The frames of the next message; messages of one sender come in order."""
         while True:
+            await asyncio.sleep(0)  # a backlog must not keep the event loop from other work
             sender, raw_header, *frames = await self._socket.recv_multipart()
             try:
                 header = _decode_header(raw_header)

@@ -36,7 +36,7 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         for name in ("cpus", "step_timeout_s", "report_interval_s"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN is not either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.global_scheduler import FORGET_AFTER_S, GlobalScheduler
+from cluster.global_scheduler import FORGET_AFTER_S, SILENT_AFTER_S, GlobalScheduler
 from scheduler.placement import WorkerLoad
 from scheduler.request import Request
 from workers.worker import WorkerReport
@@ -102,15 +102,27 @@ async def test_a_placement_that_never_arrives_is_dropped(
     assert loads == [WorkerLoad("a", 15, 1), WorkerLoad("a", 0, 0)]
 
 
-async def test_a_worker_that_reports_no_more_is_forgotten(
+async def test_a_silent_worker_is_the_last_resort(
     scheduler: GlobalScheduler, clock: FakeClock
 ) -> None:
-    await scheduler.report(report("a", {"x": 100}))
-    loads = []
-    for clock.now in (1000.0 + FORGET_AFTER_S, 1000.1 + FORGET_AFTER_S):
-        loads.append(await scheduler.loads())
+    await scheduler.report(report("hung"))
+    clock.now += SILENT_AFTER_S + 0.1
+    await scheduler.report(report("busy", {"x": 1000}))
 
-    assert loads == [[WorkerLoad("a", 100, 1)], []]
+    assert [
+        await scheduler.place(A_REQUEST, ["hung", "busy"]),
+        await scheduler.place(A_REQUEST, ["hung"]),
+    ] == ["busy", "hung"]
+
+
+async def test_a_silent_worker_that_serve_lists_no_more_is_forgotten(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.report(report("dead", {"x": 100}))
+    clock.now += SILENT_AFTER_S + 0.1
+    await scheduler.place(A_REQUEST, ["a"])
+
+    assert await scheduler.loads() == [WorkerLoad("a", 15, 1)]
 
 
 async def test_a_draining_worker_gets_no_requests(scheduler: GlobalScheduler) -> None:

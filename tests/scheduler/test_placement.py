@@ -27,8 +27,15 @@ LOADS = st.lists(
         ([WorkerLoad("a", 9, 2), WorkerLoad("b", 9, 1)], "b"),
         ([WorkerLoad("b", 9, 1), WorkerLoad("a", 9, 1)], "a"),
         ([WorkerLoad("a", 0, 0, draining=True), WorkerLoad("b", 9, 1)], "b"),
+        ([WorkerLoad("a", 0, 0, silent=True), WorkerLoad("b", 9, 1)], "b"),
     ],
-    ids=["fewest tokens", "then fewest requests", "then smallest id", "never a draining one"],
+    ids=[
+        "fewest tokens",
+        "then fewest requests",
+        "then smallest id",
+        "never a draining one",
+        "a silent one last",
+    ],
 )
 def test_a_request_goes_where_least_is_outstanding(loads: list[WorkerLoad], chosen: str) -> None:
     assert place(REQUEST, loads) == chosen

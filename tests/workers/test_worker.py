@@ -34,7 +34,7 @@ class FakeClock:
         return self.now
 
 
-class Office:
+class Setup:
     """A worker with what surrounds it: its engine, the GlobalScheduler and a client."""
 
     def __init__(self, **config: Any) -> None:
@@ -73,25 +73,25 @@ class Office:
             await self.receiver.receive()
 
 
-MakeOffice = Callable[..., Office]
+MakeSetup = Callable[..., Setup]
 
 
 @pytest.fixture
-async def make_office() -> AsyncIterator[MakeOffice]:
-    offices = []
+async def make_setup() -> AsyncIterator[MakeSetup]:
+    setups = []
 
-    def make_office(**config: Any) -> Office:
-        offices.append(Office(**config))
-        return offices[-1]
+    def make_setup(**config: Any) -> Setup:
+        setups.append(Setup(**config))
+        return setups[-1]
 
-    yield make_office
-    for office in offices:
-        await office.close()
+    yield make_setup
+    for setup in setups:
+        await setup.close()
 
 
 @pytest.fixture
-def office(make_office: MakeOffice) -> Office:
-    return make_office()
+def setup(make_setup: MakeSetup) -> Setup:
+    return make_setup()
 
 
 @pytest.fixture
@@ -121,117 +121,117 @@ async def turn(worker: Worker) -> None:
 
 
 async def test_generate_returns_the_finish_reason_and_its_tokens_come_in_order(
-    office: Office,
+    setup: Setup,
 ) -> None:
-    calls = [office.generate("a"), office.generate("b")]
+    calls = [setup.generate("a"), setup.generate("b")]
     finish_reasons = await asyncio.gather(*calls)
     tokens: dict[str, list[int]] = {"a": [], "b": []}
     while not all(len(got) == 3 for got in tokens.values()):
-        for request_id, new in (await office.next_tokens()).items():
+        for request_id, new in (await setup.next_tokens()).items():
             tokens[request_id] += new
 
     assert finish_reasons == ["length", "length"]
     assert tokens == {"a": [0, 1, 2], "b": [0, 1, 2]}
 
 
-async def test_cancelling_generate_aborts_the_request_in_the_engine(office: Office) -> None:
-    call = office.generate("a", LONG)
-    await office.next_tokens()
+async def test_cancelling_generate_aborts_the_request_in_the_engine(setup: Setup) -> None:
+    call = setup.generate("a", LONG)
+    await setup.next_tokens()
     call.cancel()
 
     with pytest.raises(asyncio.CancelledError):
         await call
-    await until(lambda: not office.engine.has_requests())
+    await until(lambda: not setup.engine.has_requests())
 
 
 async def test_generate_cancelled_before_the_engine_took_it_leaves_nothing_there(
-    office: Office,
+    setup: Setup,
 ) -> None:
-    office.engine.go_on.clear()
-    running = office.generate("a")
-    await until(office.engine.is_stepping.is_set)
-    call = office.generate("b")
+    setup.engine.go_on.clear()
+    running = setup.generate("a")
+    await until(setup.engine.is_stepping.is_set)
+    call = setup.generate("b")
     await asyncio.sleep(0)  # it is on its way to the engine
     call.cancel()
-    office.engine.go_on.set()
+    setup.engine.go_on.set()
 
     with pytest.raises(asyncio.CancelledError):
         await call
     assert await running == "length"
-    assert office.engine.steps == [["a"], ["a"], ["a"]]
+    assert setup.engine.steps == [["a"], ["a"], ["a"]]
 
 
-async def test_abort_ends_generate(office: Office) -> None:
-    call = office.generate("a", LONG)
-    await office.next_tokens()
-    await office.worker.abort(["a", "unknown"])
+async def test_abort_ends_generate(setup: Setup) -> None:
+    call = setup.generate("a", LONG)
+    await setup.next_tokens()
+    await setup.worker.abort(["a", "unknown"])
 
     assert await asyncio.wait_for(call, 30) == "abort"
-    assert not office.engine.has_requests()
+    assert not setup.engine.has_requests()
 
 
-async def test_a_malformed_request_fails_alone(office: Office) -> None:
-    good, bad = office.generate("a"), office.generate("b", engine_request=MALFORMED)
+async def test_a_malformed_request_fails_alone(setup: Setup) -> None:
+    good, bad = setup.generate("a"), setup.generate("b", engine_request=MALFORMED)
 
     with pytest.raises(ValueError, match="malformed"):
         await bad
     assert await good == "length"
-    office.worker.check_health()
+    setup.worker.check_health()
 
 
-async def test_a_failed_engine_fails_every_request_and_the_health_check(office: Office) -> None:
-    office.engine.go_on.clear()
-    calls = [office.generate("a"), office.generate("b")]
-    await until(office.engine.is_stepping.is_set)
-    office.engine.step_error = OSError("device gone")
-    office.engine.go_on.set()
+async def test_a_failed_engine_fails_every_request_and_the_health_check(setup: Setup) -> None:
+    setup.engine.go_on.clear()
+    calls = [setup.generate("a"), setup.generate("b")]
+    await until(setup.engine.is_stepping.is_set)
+    setup.engine.step_error = OSError("device gone")
+    setup.engine.go_on.set()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    outcomes += await asyncio.gather(office.generate("too late"), return_exceptions=True)
-    outcomes += await asyncio.gather(office.worker.status(), return_exceptions=True)
+    outcomes += await asyncio.gather(setup.generate("too late"), return_exceptions=True)
+    outcomes += await asyncio.gather(setup.worker.status(), return_exceptions=True)
 
     dead = repr(EngineDead("the engine failed: OSError('device gone')"))
     assert [repr(outcome) for outcome in outcomes] == [dead] * 4
     with pytest.raises(EngineDead, match="device gone"):
-        office.worker.check_health()
+        setup.worker.check_health()
 
 
 async def test_a_step_that_hangs_fails_the_health_check_and_refuses_requests(
-    make_office: MakeOffice,
+    make_setup: MakeSetup,
 ) -> None:
-    office = make_office(step_timeout_s=0.001)
-    office.worker.check_health()
-    office.engine.go_on.clear()
-    hanging = office.generate("a")
-    await until(office.engine.is_stepping.is_set)
+    setup = make_setup(step_timeout_s=0.001)
+    setup.worker.check_health()
+    setup.engine.go_on.clear()
+    hanging = setup.generate("a")
+    await until(setup.engine.is_stepping.is_set)
     await asyncio.sleep(0.002)
 
     with pytest.raises(EngineDead, match="a step has been running"):
-        office.worker.check_health()
+        setup.worker.check_health()
     with pytest.raises(EngineDead, match="a step has been running"):
-        await office.generate("b")
+        await setup.generate("b")
     hanging.cancel()
 
 
 async def test_a_client_that_is_lost_fails_its_requests(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.token_stream.LOST_AFTER_S", 0.1)
 
     with pytest.raises(ClientLost, match="is it reachable from this node"):
-        await asyncio.wait_for(office.worker.generate(Request("a", 10, LONG), [], NOBODY), 30)
-    assert not office.engine.has_requests()
+        await asyncio.wait_for(setup.worker.generate(Request("a", 10, LONG), [], NOBODY), 30)
+    assert not setup.engine.has_requests()
 
 
-async def test_draining_refuses_new_requests_and_waits_for_the_old(office: Office) -> None:
-    office.engine.go_on.clear()
-    old = office.generate("old")
-    await until(office.engine.is_stepping.is_set)
-    drain = asyncio.create_task(office.worker.drain())
+async def test_draining_refuses_new_requests_and_waits_for_the_old(setup: Setup) -> None:
+    setup.engine.go_on.clear()
+    old = setup.generate("old")
+    await until(setup.engine.is_stepping.is_set)
+    drain = asyncio.create_task(setup.worker.drain())
     await asyncio.sleep(0)
     with pytest.raises(WorkerDraining, match="worker w is draining"):
-        await office.generate("new")
+        await setup.generate("new")
     assert not drain.done()
-    office.engine.go_on.set()
+    setup.engine.go_on.set()
     await asyncio.wait_for(drain, 30)
 
     assert old.done()
@@ -239,17 +239,15 @@ async def test_draining_refuses_new_requests_and_waits_for_the_old(office: Offic
 
 
 @pytest.mark.usefixtures("_node")
-async def test_the_status_counts_what_runs_and_waits(
-    office: Office, make_office: MakeOffice
-) -> None:
-    on_cpus = make_office(device="cpu", cpus=2)
+async def test_the_status_counts_what_runs_and_waits(setup: Setup, make_setup: MakeSetup) -> None:
+    on_cpus = make_setup(device="cpu", cpus=2)
     idle = await on_cpus.worker.status()
-    office.engine.go_on.clear()
-    call = office.generate("a", LONG)
-    await until(office.engine.is_stepping.is_set)
-    busy_call = asyncio.create_task(office.worker.status())
+    setup.engine.go_on.clear()
+    call = setup.generate("a", LONG)
+    await until(setup.engine.is_stepping.is_set)
+    busy_call = asyncio.create_task(setup.worker.status())
     await asyncio.sleep(0)
-    office.engine.go_on.set()
+    setup.engine.go_on.set()
     busy = await busy_call
     call.cancel()
 
@@ -278,52 +276,52 @@ async def test_the_status_counts_what_runs_and_waits(
     )
 
 
-async def test_an_idle_worker_reports_as_a_heartbeat(clock: FakeClock, office: Office) -> None:
+async def test_an_idle_worker_reports_as_a_heartbeat(clock: FakeClock, setup: Setup) -> None:
     counts = []
     for clock.now in (100.0, 101.9, 102.0, 103.9, 104.0):
-        await turn(office.worker)
-        counts.append(len(office.reports))
+        await turn(setup.worker)
+        counts.append(len(setup.reports))
 
     assert counts == [1, 1, 2, 2, 3]
-    assert office.reports == [WorkerReport("w", {}, (), draining=False)] * 3
+    assert setup.reports == [WorkerReport("w", {}, (), draining=False)] * 3
 
 
 async def test_changes_are_reported_together_once_the_interval_is_over(
-    clock: FakeClock, office: Office
+    clock: FakeClock, setup: Setup
 ) -> None:
-    await turn(office.worker)
-    await office.generate("a")
-    await asyncio.gather(office.generate("b", engine_request=MALFORMED), return_exceptions=True)
-    office.engine.go_on.clear()
-    call = office.generate("c", LONG)
-    await until(office.engine.is_stepping.is_set)
+    await turn(setup.worker)
+    await setup.generate("a")
+    await asyncio.gather(setup.generate("b", engine_request=MALFORMED), return_exceptions=True)
+    setup.engine.go_on.clear()
+    call = setup.generate("c", LONG)
+    await until(setup.engine.is_stepping.is_set)
     clock.now = 100.24
-    office.engine.runs_model = False
-    office.engine.go_on.set()
-    await turn(office.worker)
-    assert office.reports[1:] == []
+    setup.engine.runs_model = False
+    setup.engine.go_on.set()
+    await turn(setup.worker)
+    assert setup.reports[1:] == []
     clock.now = 100.25
-    await turn(office.worker)
+    await turn(setup.worker)
     call.cancel()
 
-    assert office.reports[1:] == [WorkerReport("w", {"c": 10 + LONG}, ("a", "b"), draining=False)]
+    assert setup.reports[1:] == [WorkerReport("w", {"c": 10 + LONG}, ("a", "b"), draining=False)]
 
 
-async def test_draining_is_reported(clock: FakeClock, office: Office) -> None:
-    await turn(office.worker)
-    await office.worker.drain()
+async def test_draining_is_reported(clock: FakeClock, setup: Setup) -> None:
+    await turn(setup.worker)
+    await setup.worker.drain()
     clock.now = 100.25
-    await turn(office.worker)
+    await turn(setup.worker)
 
-    assert office.reports[1:] == [WorkerReport("w", {}, (), draining=True)]
+    assert setup.reports[1:] == [WorkerReport("w", {}, (), draining=True)]
 
 
 @pytest.mark.usefixtures("_node")
-async def test_the_cores_are_held_until_shutdown(make_office: MakeOffice) -> None:
-    office = make_office(device="cpu", cpus=3)
+async def test_the_cores_are_held_until_shutdown(make_setup: MakeSetup) -> None:
+    setup = make_setup(device="cpu", cpus=3)
     with pytest.raises(RuntimeError, match="only 0 of the 3"):
         claim_cpus(1, timeout_s=0)
-    await office.close()
+    await setup.close()
 
     assert claim_cpus(3, timeout_s=0).cpus == (100, 101, 102)
 
