@@ -22,7 +22,7 @@ from ray.util import get_node_ip_address
 
 from cluster.errors import AppNotFound, RequestFailed
 from cluster.ingress import Api, AppStatus, Chunk
-from workers.token_stream import StreamReceiver
+from workers.token_stream import LOST_AFTER_S, StreamReceiver
 
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]
@@ -184,9 +184,11 @@ class XYServe:
                 raise error.cause from None
             raise
         except TimeoutError:
+            call.cancel()
             raise TimeoutError(f"no complete answer within {timeout_s} s") from None
-        finally:
-            call.cancel()  # does nothing to a call that has ended
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
 
     def _stream_call(
         self, input: Messages | Prompt, timeout_s: float | None, params: dict[str, Any]
@@ -246,7 +248,8 @@ class _StreamCall:
         if not getting.done() and self._call.exception():
             getting.cancel()
             self._call.result()
-        if not (data := await getting):
+        # The call has ended or a chunk is there; what still comes was sent before the end.
+        if not (data := await asyncio.wait_for(getting, LOST_AFTER_S)):
             return None
         cls = ChatCompletionChunk if self._api == "chat" else Completion
         return cls.construct(**msgspec.json.decode(data))

@@ -17,18 +17,6 @@ class DeviceMissing(ConfigError):
     """No node of the Ray cluster has the device that the config asks for."""
 
 
-class UnsupportedTask(XYServeError):
-    """The served model cannot do what was asked."""
-
-    status = 400
-
-
-class RequestTooLarge(XYServeError):
-    """The body of a request is over the limit."""
-
-    status = 413
-
-
 class RequestFailed(XYServeError):
     """A request ended with an error; `status` and the message are the server's."""
 

@@ -184,6 +184,9 @@ class Frontend:
         """The chunks of one streaming call, each as the JSON of its OpenAI chunk."""
         async for event in await self._respond(api, payload | {"stream": True}):
             data = event.removeprefix("data: ").strip()
+            if data.startswith('{"error"'):
+                error = ErrorResponse.model_validate_json(data).error
+                raise RequestFailed(error.message, error.code)
             if data and data != "[DONE]":
                 yield data
 
