@@ -1,11 +1,13 @@
 """The Python client handle: the app's API without HTTP, from any process of the Ray cluster."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import logging
 import threading
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypeVar, overload
 
 import msgspec
 import ray
@@ -15,7 +17,6 @@ from ray import serve
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
-from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.util import get_node_ip_address
@@ -121,7 +122,7 @@ class XYServe:
             while (chunk := self._wait(call.next_chunk())) is not None:
                 yield chunk
         finally:
-            self._wait(call.close())
+            self._abandon(call)
 
     @overload
     def stream_async(
@@ -142,17 +143,21 @@ class XYServe:
             while (chunk := await self._wait_async(call.next_chunk())) is not None:
                 yield chunk
         finally:
-            await self._wait_async(call.close())
+            self._abandon(call)
 
     def status(self) -> AppStatus:
         """The app's workers at this moment."""
-        return self._wait(self._respond(self._ingress.status.remote(), 30.0))
+        status: AppStatus = self._wait(self._respond(self._ingress.status.remote(), 30.0))
+        return status
 
     def close(self) -> None:
         """End the handle; calls under way are cancelled."""
+        if self._loop.is_closed():
+            return
         self._wait(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     def __enter__(self) -> "XYServe":
         return self
@@ -174,21 +179,20 @@ class XYServe:
         call = self._ingress.call.remote("completion", {"prompt": prompt} | params)
         return Completion.construct(**msgspec.json.decode(await self._respond(call, timeout_s)))
 
-    async def _respond(self, call: "DeploymentResponse[T]", timeout_s: float | None) -> T:
-        """The result of a Serve call, its error as the user should see it."""
+    async def _respond(self, call: "DeploymentResponse[Any]", timeout_s: float | None) -> Any:
+        """The result of a call of the ingress; raises the failure that may be in its place."""
         try:
             async with asyncio.timeout(timeout_s):
-                return cast(T, await call)
-        except RayTaskError as error:
-            if isinstance(error.cause, RequestFailed):
-                raise error.cause from None
-            raise
+                result = await call
         except TimeoutError:
             call.cancel()
             raise TimeoutError(f"no complete answer within {timeout_s} s") from None
         except asyncio.CancelledError:
             call.cancel()
             raise
+        if isinstance(result, RequestFailed):
+            raise result
+        return result
 
     def _stream_call(
         self, input: Messages | Prompt, timeout_s: float | None, params: dict[str, Any]
@@ -196,6 +200,10 @@ class XYServe:
         if isinstance(input, list) and input and isinstance(input[0], dict):
             return _StreamCall(self, "chat", {"messages": input} | params, timeout_s)
         return _StreamCall(self, "completion", {"prompt": input} | params, timeout_s)
+
+    def _abandon(self, call: "_StreamCall") -> None:
+        with contextlib.suppress(RuntimeError):  # the handle was closed, and the call with it
+            self._loop.call_soon_threadsafe(call.close)
 
     async def _receive(self) -> None:
         assert self._receiver is not None
@@ -206,15 +214,15 @@ class XYServe:
                         call.chunks.put_nowait(chunk.data)
 
     async def _close(self) -> None:
-        for call in list(self._streams.values()):
-            await call.close()
-        if self._receiving is not None:
-            self._receiving.cancel()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
         if self._receiver is not None:
             self._receiver.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._start(work)
         try:
             return future.result()
         except BaseException:
@@ -222,7 +230,13 @@ class XYServe:
             raise
 
     async def _wait_async(self, work: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        return await asyncio.wrap_future(self._start(work))
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this handle is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
 class _StreamCall:
@@ -254,7 +268,7 @@ class _StreamCall:
         cls = ChatCompletionChunk if self._api == "chat" else Completion
         return cls.construct(**msgspec.json.decode(data))
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Stop the call if it still runs."""
         self._handle._streams.pop(self._call_id, None)
         if self._call is not None:

@@ -13,6 +13,7 @@ from ray.util import get_node_ip_address
 
 from cluster.config import AppConfig
 from cluster.engine_client import EngineClient
+from cluster.errors import RequestFailed
 from cluster.model import resolve_model
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
 from workers.worker import WorkerStatus
@@ -70,20 +71,30 @@ class Ingress:
         await self._frontend.start()
         return self._frontend.asgi_app
 
-    async def call(self, api: Api, payload: dict[str, Any]) -> str:
-        """Answer a client handle; raises RequestFailed. Cancelling the call frees its slots."""
-        return await self._frontend.complete(api, payload)
+    async def call(self, api: Api, payload: dict[str, Any]) -> str | RequestFailed:
+        """Answer a client handle. Cancelling the call frees its slots.
+
+        A failure is returned: Serve would log one that is raised as a crash of this replica.
+        """
+        try:
+            return await self._frontend.complete(api, payload)
+        except RequestFailed as failure:
+            return failure
 
     async def stream(
         self, api: Api, payload: dict[str, Any], call_id: str, reply_to: StreamAddress
-    ) -> None:
+    ) -> RequestFailed | None:
         """The same with chunks sent to `reply_to`; returns after the last."""
         if self._tending is None:
             self._tending = asyncio.create_task(self._tend())
-        async with contextlib.aclosing(self._frontend.stream(api, payload)) as chunks:
-            async for data in chunks:
-                self._send(reply_to, Chunk(call_id, data))
+        try:
+            async with contextlib.aclosing(self._frontend.stream(api, payload)) as chunks:
+                async for data in chunks:
+                    self._send(reply_to, Chunk(call_id, data))
+        except RequestFailed as failure:
+            return failure
         self._send(reply_to, Chunk(call_id, ""))
+        return None
 
     async def status(self) -> AppStatus:
         """The state of all workers."""

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -23,7 +24,6 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import GracefulHTTPError
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -39,6 +39,8 @@ from cluster.engine_client import EngineClient
 from cluster.errors import RequestFailed
 from scheduler.request import Request
 from workers.vllm_engine import encoder, engine_args
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
 
@@ -201,8 +203,10 @@ class Frontend:
                 response = await state.openai_serving_completion.create_completion(
                     CompletionRequest(**payload)
                 )
-        except (ValueError, TypeError, NotImplementedError, GracefulHTTPError) as error:
+        except Exception as error:  # as in vLLM's handlers for HTTP
             response = create_error_response(error)
+            if response.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                logger.exception("a call of a client handle failed")
         if isinstance(response, ErrorResponse):
             if (task := asyncio.current_task()) and task.cancelling():
                 raise asyncio.CancelledError  # vLLM turns it into an answer that nobody reads

@@ -45,6 +45,10 @@ if wrong:
     raise SystemExit(f"these do not belong beside a CPU torch: {', '.join(wrong)}")
 import ray, vllm
 from transformers import LlamaForCausalLM
+# vLLM looks at a model's class in a process of its own and remembers the outcome; otherwise every
+# process of the first start would do so at the same time.
+from vllm.model_executor.models.registry import ModelRegistry
+ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
 """
 
 

@@ -5,17 +5,22 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import openai
+import psutil
 import pytest
+import ray
 import yaml
 
 from cluster.client import XYServe
 
 READY_TIMEOUT_S = 240
+ANSWER_TIMEOUT_S = 120
 MODEL = "smollm2-135m-instruct"
 
 
@@ -28,6 +33,24 @@ class Server:
     ray_address: str
     config: Path
     folder: Path
+    ray_folder: Path
+
+    def replicas(self) -> dict[int, str]:
+        """The live replicas of the app, by pid; Ray names a log after each."""
+        found = {}
+        for log in (self.ray_folder / "session_latest" / "logs").glob("worker-*.err"):
+            name = re.search(r"ServeReplica:xyserve:(\w+)", log.read_text(errors="replace"))
+            if name and psutil.pid_exists(pid := int(log.stem.rpartition("-")[2])):
+                found[pid] = name.group(1)
+        return found
+
+    def tracebacks(self) -> list[str]:
+        """What the replicas and the proxy have logged as a crash, with the lines that follow."""
+        found = []
+        for log in (self.ray_folder / "session_latest" / "logs").glob("worker-*.err"):
+            _, *crashes = log.read_text(errors="replace").split("Traceback (most recent call last)")
+            found += [f"{log.name}: {crash[:2000]}" for crash in crashes]
+        return found
 
 
 def free_port() -> int:
@@ -76,6 +99,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             ray_address=_find(r"Ray address +(\S+)", text),
             config=config,
             folder=folder,
+            ray_folder=ray_folder,
         )
     finally:
         process.send_signal(signal.SIGINT)
@@ -104,7 +128,9 @@ def _find(pattern: str, text: str) -> str:
 
 @pytest.fixture(scope="session")
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=ANSWER_TIMEOUT_S
+    ) as client:
         yield client
 
 
@@ -112,3 +138,35 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 def handle(server: Server) -> Iterator[XYServe]:
     with XYServe.connect(server.ray_address) as handle:
         yield handle
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def http(server: Server) -> Iterator[httpx.Client]:
+    """For what the official client would not send."""
+    with httpx.Client(base_url=server.url, timeout=ANSWER_TIMEOUT_S) as client:
+        yield client
+
+
+class Load:
+    """How busy the workers are, as one status of the app tells."""
+
+    def __init__(self, handle: XYServe) -> None:
+        workers = handle.status().workers
+        self.num_running = sum(worker.num_running for worker in workers)
+        self.num_waiting = sum(worker.num_waiting for worker in workers)
+        self.num_steps = {worker.worker_id: worker.num_steps for worker in workers}
+
+    def steps_since(self, before: "Load") -> int:
+        """The most steps that a worker has run since `before`."""
+        return max(steps - before.num_steps[worker] for worker, steps in self.num_steps.items())
+
+
+def wait_for_load(handle: XYServe, num_running: int, num_waiting: int = 0) -> Load:
+    """The first load seen with these numbers."""
+    give_up_s = time.monotonic() + ANSWER_TIMEOUT_S
+    while time.monotonic() < give_up_s:
+        load = Load(handle)
+        if (load.num_running, load.num_waiting) == (num_running, num_waiting):
+            return load
+    pytest.fail(f"not {num_running} running and {num_waiting} waiting, but {vars(load)}")

@@ -1,0 +1,252 @@
+"""The Python client handle on the running app."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+from openai.types import Completion, CompletionChoice
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
+
+from cluster.client import XYServe
+from cluster.errors import AppNotFound, RequestFailed
+from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Server, wait_for_load
+
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+PARIS = "The capital of France is Paris."
+COUNTING = "One, two, three,"
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+LONG: dict[str, Any] = {"max_tokens": 2000, "ignore_eos": True}
+
+
+def test_a_chat_gives_the_types_of_the_openai_package(handle: XYServe) -> None:
+    answer = handle.chat(CAPITAL, **GREEDY)
+
+    assert isinstance(answer, ChatCompletion)
+    assert isinstance(answer.choices[0].message, ChatCompletionMessage)
+    assert answer.choices[0].message.content == PARIS
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.model == MODEL
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+
+
+@pytest.mark.parametrize("prompt", [COUNTING, [1, 3575, 282, 4649]])
+def test_text_and_token_ids_are_continued(handle: XYServe, prompt: str | list[int]) -> None:
+    answer = handle.generate(prompt, **GREEDY)
+
+    assert isinstance(answer, Completion)
+    assert isinstance(answer.choices[0], CompletionChoice)
+    assert answer.choices[0].text
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_streams_give_the_same_answers_piece_by_piece(handle: XYServe) -> None:
+    chat = list(handle.stream(CAPITAL, **GREEDY))
+    completion = list(handle.stream(COUNTING, **GREEDY))
+
+    assert isinstance(chat[0], ChatCompletionChunk)
+    assert isinstance(completion[0], Completion)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chat) == PARIS
+    assert (
+        "".join(chunk.choices[0].text for chunk in completion)
+        == handle.generate(COUNTING, **GREEDY).choices[0].text
+    )
+    assert len(completion) == 12
+
+
+async def test_the_asynchronous_twins_give_the_same_answers(handle: XYServe) -> None:
+    chat = await handle.chat_async(CAPITAL, **GREEDY)
+    completion = await handle.generate_async(COUNTING, **GREEDY)
+    chat_chunks = [chunk async for chunk in handle.stream_async(CAPITAL, **GREEDY)]
+    chunks = [chunk async for chunk in handle.stream_async(COUNTING, **GREEDY)]
+
+    assert chat.choices[0].message.content == PARIS
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chat_chunks) == PARIS
+    assert "".join(chunk.choices[0].text for chunk in chunks) == completion.choices[0].text
+
+
+def test_several_choices_come_with_their_logprobs(handle: XYServe) -> None:
+    answer = handle.generate("Once", n=2, temperature=1, seed=3, max_tokens=4, logprobs=2)
+
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.choices[0].text != answer.choices[1].text
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert "".join(choice.logprobs.tokens or []) == choice.text
+        assert len(choice.logprobs.token_logprobs or []) == 4
+
+
+def test_an_answer_follows_a_json_schema(handle: XYServe) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"capital": {"enum": ["Berlin", "Paris", "Rome"]}},
+        "required": ["capital"],
+        "additionalProperties": False,
+    }
+    answer = handle.chat(
+        CAPITAL,
+        temperature=0,
+        max_tokens=30,
+        response_format={"type": "json_schema", "json_schema": {"name": "it", "schema": schema}},
+    )
+
+    assert json.loads(answer.choices[0].message.content or "") == {"capital": "Paris"}
+
+
+def test_a_tool_is_called(handle: XYServe) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Berlin", "Paris"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tool = {
+        "type": "function",
+        "function": {"name": "look_up", "strict": True, "parameters": parameters},
+    }
+    answer = handle.chat(
+        CAPITAL, tools=[tool], tool_choice="required", temperature=0, max_tokens=40
+    )
+
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert (call.function.name, json.loads(call.function.arguments)) == (
+        "look_up",
+        {"city": "Paris"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "params", "status", "message"),
+    [
+        ([], {}, 400, "empty conversation"),
+        (CAPITAL, {"model": "gpt-17"}, 404, "The model `gpt-17` does not exist"),
+        (CAPITAL, {"max_tokens": -1}, 400, "max_tokens must be at least 1, got -1"),
+        (CAPITAL, {"max_tokens": "many"}, 400, "valid integer"),
+        (CAPITAL, {"n": 10_000}, 400, "n must be at most 128, got 10000"),
+        (CAPITAL, {"structured_outputs": {"regex": "(("}}, 400, "unclosed group"),
+    ],
+)
+def test_what_the_server_refuses_is_raised(
+    server: Server,
+    handle: XYServe,
+    messages: list[dict[str, Any]],
+    params: dict[str, Any],
+    status: int,
+    message: str,
+) -> None:
+    crashes = server.tracebacks()
+
+    with pytest.raises(RequestFailed, match=message) as raised:
+        handle.chat(messages, **params)
+
+    assert raised.value.status == status
+    assert server.tracebacks() == crashes
+
+
+def test_a_stream_that_the_server_refuses_raises(handle: XYServe) -> None:
+    with pytest.raises(RequestFailed, match="out of vocabulary") as raised:
+        list(handle.stream([10**6]))
+
+    assert raised.value.status == 400
+
+
+def test_a_call_that_takes_too_long_is_ended_and_frees_its_slot(handle: XYServe) -> None:
+    with pytest.raises(TimeoutError, match=r"no complete answer within 1\.5 s"):
+        handle.generate(COUNTING, timeout_s=1.5, **LONG)
+    wait_for_load(handle, num_running=0)
+
+    with pytest.raises(TimeoutError, match=r"no complete answer within 1\.5 s"):
+        list(handle.stream(COUNTING, timeout_s=1.5, **LONG))
+    wait_for_load(handle, num_running=0)
+
+
+def test_leaving_a_stream_frees_its_slot(handle: XYServe) -> None:
+    stream = handle.stream(COUNTING, **LONG)
+    next(stream)
+    wait_for_load(handle, num_running=1)
+
+    stream.close()  # type: ignore[attr-defined]
+
+    wait_for_load(handle, num_running=0)
+
+
+async def test_cancelling_an_asynchronous_call_frees_its_slot(handle: XYServe) -> None:
+    call = asyncio.create_task(handle.generate_async(COUNTING, **LONG))
+    await asyncio.to_thread(wait_for_load, handle, num_running=1)
+
+    call.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await asyncio.to_thread(wait_for_load, handle, num_running=0)
+
+
+async def test_many_streams_at_once_get_each_its_own_answer(handle: XYServe) -> None:
+    async def read(prompt: str) -> str:
+        chunks = handle.stream_async(prompt, **GREEDY)
+        return "".join([chunk.choices[0].text async for chunk in chunks])
+
+    prompts = [COUNTING, "Once upon a time", "def main():", "The capital of France is"]
+    alone = [await read(prompt) for prompt in prompts]
+
+    assert await asyncio.gather(*map(read, prompts * 6)) == alone * 6
+    assert len(set(alone)) == 4
+
+
+def test_two_handles_work_side_by_side(server: Server, handle: XYServe) -> None:
+    with XYServe.connect(server.ray_address) as other:
+        streams = [handle.stream(COUNTING, **GREEDY), other.stream(COUNTING, **GREEDY)]
+        pieces = [
+            (first.choices[0].text, second.choices[0].text)
+            for first, second in zip(*streams, strict=True)
+        ]
+
+    assert [first for first, _ in pieces] == [second for _, second in pieces]
+    assert handle.chat(CAPITAL, **GREEDY).choices[0].message.content == PARIS
+
+
+def test_closing_a_handle_ends_its_calls(server: Server, handle: XYServe) -> None:
+    other = XYServe.connect(server.ray_address)
+    outcome: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            other.generate(COUNTING, **LONG)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    wait_for_load(handle, num_running=1)
+    other.close()
+    thread.join(ANSWER_TIMEOUT_S)
+
+    assert [type(error).__name__ for error in outcome] == ["CancelledError"]
+    wait_for_load(handle, num_running=0)
+    with pytest.raises(RuntimeError, match="this handle is closed"):
+        other.status()
+
+
+def test_an_app_that_does_not_run_is_not_found(server: Server, handle: XYServe) -> None:
+    with pytest.raises(
+        AppNotFound, match=r"no app 'other' on this Ray cluster \(running: xyserve\)"
+    ):
+        XYServe.connect(server.ray_address, app="other")
+
+
+def test_any_process_that_reaches_the_cluster_can_connect(server: Server) -> None:
+    code = f"""
+from cluster.client import XYServe
+with XYServe.connect({server.ray_address!r}) as handle:
+    for chunk in handle.stream({CAPITAL!r}, **{GREEDY!r}):
+        print(chunk.choices[0].delta.content or "", end="")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S
+    )
+
+    assert (done.stdout, done.returncode) == (PARIS, 0), done.stderr
