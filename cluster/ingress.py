@@ -71,6 +71,10 @@ class Ingress:
         await self._frontend.start()
         return self._frontend.asgi_app
 
+    async def check_health(self) -> None:
+        """Serve's hook: it replaces this replica when this raises."""
+        self._frontend.check_health()
+
     async def call(self, api: Api, payload: dict[str, Any]) -> str | RequestFailed:
         """Answer a client handle. Cancelling the call frees its slots.
 

@@ -10,12 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import JSONResponse
-from ray.exceptions import TaskCancelledError
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.requests import Request as HTTPRequest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -37,24 +31,13 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from cluster.config import AppConfig
 from cluster.engine_client import EngineClient
 from cluster.errors import RequestFailed
+from cluster.vllm_http import error_in, http_app
 from scheduler.request import Request
 from workers.vllm_engine import encoder, engine_args
 
 logger = logging.getLogger(__name__)
 
 SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
-
-UNSUPPORTED_ROUTES = {
-    "/v1/embeddings": "embeddings",
-    "/v1/rerank": "reranking",
-    "/v1/score": "scoring",
-    "/v1/moderations": "moderation",
-    "/v1/audio/speech": "speech synthesis",
-    "/v1/audio/transcriptions": "transcription",
-    "/v1/audio/translations": "speech translation",
-    "/v1/images/generations": "image generation",
-}
-"""Known routes of the OpenAI API that a text generation model cannot serve."""
 
 
 class WorkersCore(EngineCoreClient):
@@ -166,16 +149,18 @@ class Frontend:
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
-        _answer_unsupported_routes(self._app, config.model_name)
-        self._app.add_exception_handler(StarletteHTTPException, _answer_http_error)
-        self._app.middleware_stack = None  # was built already, without this handler
-        self.asgi_app = DisconnectByMessage(
-            RequestSizeLimit(self._app, config.ingress.max_request_bytes)
-        )
+        self.asgi_app = http_app(self._app, config)
 
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""
         await init_app_state(self._llm, self._app.state, self._args, SUPPORTED_TASKS)
+        # vLLM's error handler would end its HTTP server with a broken engine; see check_health.
+        self._app.state.server = SimpleNamespace(should_exit=False)
+
+    def check_health(self) -> None:
+        """Raise EngineDeadError when nothing reads the workers' outputs any more."""
+        if self._llm.errored:
+            raise EngineDeadError
 
     async def complete(self, api: str, payload: dict[str, Any]) -> str:
         """Answer one call of `api` ("chat" or "completion") as the JSON of its OpenAI response."""
@@ -186,8 +171,7 @@ class Frontend:
         """The chunks of one streaming call, each as the JSON of its OpenAI chunk."""
         async for event in await self._respond(api, payload | {"stream": True}):
             data = event.removeprefix("data: ").strip()
-            if data.startswith('{"error"'):
-                error = ErrorResponse.model_validate_json(data).error
+            if error := error_in(data):
                 raise RequestFailed(error.message, error.code)
             if data and data != "[DONE]":
                 yield data
@@ -195,14 +179,14 @@ class Frontend:
     async def _respond(self, api: str, payload: dict[str, Any]) -> Any:
         state = self._app.state
         try:
+            request = (ChatCompletionRequest if api == "chat" else CompletionRequest)(**payload)
+        except Exception as error:  # of any kind, see VALIDATOR_ERRORS
+            raise RequestFailed(str(error), HTTPStatus.BAD_REQUEST) from None
+        try:
             if api == "chat":
-                response = await state.openai_serving_chat.create_chat_completion(
-                    ChatCompletionRequest(**payload)
-                )
+                response = await state.openai_serving_chat.create_chat_completion(request)
             else:
-                response = await state.openai_serving_completion.create_completion(
-                    CompletionRequest(**payload)
-                )
+                response = await state.openai_serving_completion.create_completion(request)
         except Exception as error:  # as in vLLM's handlers for HTTP
             response = create_error_response(error)
             if response.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -228,97 +212,3 @@ def _serve_args(config: AppConfig, model: str) -> argparse.Namespace:
         setattr(args, name, value)
     validate_parsed_serve_args(args)
     return args
-
-
-def _answer_unsupported_routes(app: FastAPI, model_name: str) -> None:
-    """Say what the model cannot do instead of a bare 404."""
-
-    def make_answer(task: str) -> Callable[[], Awaitable[JSONResponse]]:
-        async def answer() -> JSONResponse:
-            error = create_error_response(
-                f"The model `{model_name}` generates text and does not support {task}."
-            )
-            return JSONResponse(error.model_dump(), status_code=error.error.code)
-
-        return answer
-
-    served = {getattr(route, "path", None) for route in app.routes}
-    for path, task in UNSUPPORTED_ROUTES.items():
-        if path not in served:
-            app.add_api_route(path, make_answer(task), methods=["POST"], include_in_schema=False)
-
-
-async def _answer_http_error(request: HTTPRequest, error: Exception) -> JSONResponse:
-    """Answer what Starlette refuses in the OpenAI form too; vLLM does so for FastAPI's errors."""
-    assert isinstance(error, StarletteHTTPException)
-    message = str(error.detail)
-    if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-        message = f"{message}: {request.method} {request.url.path}; see /docs for what there is"
-    status = HTTPStatus(error.status_code)
-    answer = create_error_response(message, status.phrase, status)
-    return JSONResponse(answer.model_dump(), error.status_code, headers=error.headers)
-
-
-class RequestSizeLimit:
-    """Refuses bodies over `max_bytes` with status 413, declared or streamed."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, counting its body."""
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise HTTPException(
-                    413,
-                    f"The request body is over the limit of {self._max_bytes} bytes "
-                    "(ingress.max_request_bytes).",
-                )
-            return message
-
-        await self._app(scope, counted if scope["type"] == "http" else receive, send)
-
-
-class DisconnectByMessage:
-    """Tells an app by message that its client is gone, as ASGI says, where Serve cancels the call.
-
-    vLLM's handlers wait for the message; cancelled, they would leave what they started running.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; when cancelled, wait until the app has ended by itself."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        gone = asyncio.Event()
-
-        async def receive_or_gone() -> Message:
-            receiving = asyncio.ensure_future(receive())
-            leaving = asyncio.create_task(gone.wait())
-            try:
-                await asyncio.wait({receiving, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if receiving.done():
-                    return receiving.result()
-            except TaskCancelledError:  # the same, from Serve's own call for the message
-                pass
-            finally:
-                receiving.cancel()
-                leaving.cancel()
-            return {"type": "http.disconnect"}
-
-        running = asyncio.ensure_future(self._app(scope, receive_or_gone, send))
-        try:
-            await asyncio.shield(running)
-        except asyncio.CancelledError:
-            gone.set()
-            await asyncio.gather(running, return_exceptions=True)
-            raise

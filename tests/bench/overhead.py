@@ -179,7 +179,8 @@ def main() -> None:
         ours.send(None)
         engine.join()
     summary = {f"{c}_c{r['concurrency']}": r[f"{c} share"] for c in TURN[1:] for r in rows}
-    summary["added_ms_c1"] = rows[0]["http ms/token"] - rows[0]["bare ms/token"]
+    if alone := [row for row in rows if row["concurrency"] == 1]:
+        summary["added_ms_c1"] = alone[0]["http ms/token"] - alone[0]["bare ms/token"]
     publish(
         f"Cluster path against the bare engine, {options.cpus} core(s)", rows, summary, options.json
     )

@@ -40,7 +40,9 @@ def assert_error(answer: httpx.Response, status: int, *words: str) -> None:
 
 
 def post(http: httpx.Client, path: str, params: dict[str, Any]) -> httpx.Response:
-    prompt = {CHAT: {"messages": HELLO}, COMPLETION: {"prompt": "Hello"}}.get(path, {})
+    prompt = {CHAT: {"messages": HELLO}, COMPLETION: {"prompt": "Hello"}}.get(
+        path, {"input": "Hello"}
+    )
     body = {"model": MODEL, "max_tokens": 4, **prompt} | params
     return http.post(path, json={key: value for key, value in body.items() if value is not MISSING})
 
@@ -86,6 +88,7 @@ MISSING = object()
         ({"structured_outputs": {"grammar": "root ::= (("}}, ["Invalid grammar specification"]),
         ({"structured_outputs": {"choice": []}}, ["cannot be an empty list"]),
         ({"structured_outputs": {"json": "{"}}, ["Invalid JSON grammar"]),
+        ({"structured_outputs": False}, ["structured_outputs"]),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, ["only use one kind"]),
     ],
 )
@@ -172,7 +175,9 @@ def test_a_prompt_that_makes_no_sense_is_refused(
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION, "/tokenize", "/v1/responses"])
 def test_an_unknown_model_is_not_found(http: httpx.Client, path: str) -> None:
-    answer = post(http, path, {"model": "gpt-17", "prompt": "Hello", "input": "Hello"})
+    prompt = {"prompt": "Hello"} if path == "/tokenize" else {}
+
+    answer = post(http, path, {"model": "gpt-17"} | prompt)
 
     assert_error(answer, 404, "The model `gpt-17` does not exist")
 
@@ -270,8 +275,8 @@ ODD = {
     "null inside": "a\0b",
     "invisible": "\u202e\u200b\ufeff",
     "no character": "\uffff",
-    "many accents": "e" + "\u0301" * 500,
-    "emoji": "\U0001f600" * 50,
+    "many accents": "e" + "\u0301" * 50,
+    "emoji": "\U0001f600" * 20,
 }
 
 
@@ -317,7 +322,7 @@ def test_a_wrong_method_is_refused(http: httpx.Client, method: str, path: str) -
 def test_a_task_that_the_model_cannot_do_is_refused(
     http: httpx.Client, path: str, task: str
 ) -> None:
-    answer = post(http, path, {"input": "Hello"})
+    answer = post(http, path, {})
 
     assert_error(answer, 400, f"`{MODEL}` generates text and does not support {task}")
 

@@ -79,7 +79,7 @@ def test_leaving_a_stream_of_the_handle_frees_its_slot(handle: XYServe) -> None:
     def start() -> Leave:
         stream = handle.stream(**_for_handle())
         next(stream)
-        return stream.close  # type: ignore[attr-defined, no-any-return]
+        return stream.close
 
     assert_frees_at_once(handle, start, num_running=1)
 

@@ -169,7 +169,7 @@ def test_leaving_a_stream_frees_its_slot(handle: XYServe) -> None:
     next(stream)
     wait_for_load(handle, num_running=1)
 
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
     wait_for_load(handle, num_running=0)
 

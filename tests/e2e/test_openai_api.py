@@ -75,7 +75,7 @@ def events(http: httpx.Client, path: str, body: dict[str, Any]) -> list[str]:
 def test_the_one_model_is_listed_with_its_context_length(client: openai.OpenAI) -> None:
     models = client.models.list().data
 
-    assert [(model.id, model.object, model.max_model_len) for model in models] == [  # type: ignore[attr-defined]
+    assert [(model.id, model.object, model.max_model_len) for model in models] == [
         (MODEL, "model", 8192)
     ]
 
@@ -108,7 +108,7 @@ def test_a_chat_is_tokenized_as_it_is_answered(http: httpx.Client, client: opena
     tokens = http.post("/tokenize", json={"model": MODEL, "messages": user(CAPITAL)}).json()
     answer = chat(client, max_tokens=1, extra_body={"return_token_ids": True})
 
-    assert answer.prompt_token_ids == tokens["tokens"]  # type: ignore[attr-defined]
+    assert answer.prompt_token_ids == tokens["tokens"]
 
 
 def counters(http: httpx.Client) -> dict[str, float]:
