@@ -18,6 +18,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMClientError
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -25,6 +26,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -94,6 +96,17 @@ class ClusterLLM(AsyncLLM):
                 vllm_config, Executor.get_class(vllm_config), log_stats=True, log_requests=False
             )
         self._has_workers = has_workers
+        self._encode = encoder()
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> RequestOutputCollector:
+        """Start a request. What cannot be read, or sent to a worker, is the client's error."""
+        try:
+            self._encode(params)  # fails for huge integers and halves of characters
+            return await super().add_request(request_id, prompt, params, *args, **kwargs)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise VLLMClientError(str(error)) from error
 
     async def check_health(self) -> None:
         """Raise EngineDeadError while no worker is there."""

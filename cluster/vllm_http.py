@@ -88,9 +88,12 @@ async def _answer_http_error(request: Request, error: Exception) -> JSONResponse
 
 async def _answer_validator_error(request: Request, error: Exception) -> JSONResponse:
     """Answer 400 if the error came while the body was read, otherwise as vLLM does."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    if any(frame.f_code is request_body_to_args.__code__ for frame in frames):
-        error = ValueError(f"a field of the request has the wrong type: {error}")
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if request_body_to_args.__code__ in frames:
+        # The validator's name says which field it looked at.
+        error = ValueError(
+            f"a field of the request has the wrong type: {error} ({frames[-1].co_name})"
+        )
     else:
         logger.error("a request failed", exc_info=error)
     answer: JSONResponse = await exception_handler(request, error)

@@ -67,6 +67,7 @@ MISSING = object()
         ({"top_p": 0}, ["top_p must be in (0, 1]"]),
         ({"top_p": 1.5}, ["top_p must be in (0, 1]"]),
         ({"top_k": -5}, ["top_k"]),
+        ({"top_k": 2**70}, ["can't serialize ints"]),
         ({"presence_penalty": 3}, ["presence_penalty must be in [-2, 2]"]),
         ({"repetition_penalty": 0}, ["repetition_penalty must be greater than zero"]),
         ({"seed": 2**70}, ["seed"]),
@@ -88,7 +89,6 @@ MISSING = object()
         ({"structured_outputs": {"grammar": "root ::= (("}}, ["Invalid grammar specification"]),
         ({"structured_outputs": {"choice": []}}, ["cannot be an empty list"]),
         ({"structured_outputs": {"json": "{"}}, ["Invalid JSON grammar"]),
-        ({"structured_outputs": False}, ["structured_outputs"]),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, ["only use one kind"]),
     ],
 )
@@ -142,6 +142,7 @@ def test_a_broken_json_schema_is_refused(
         ({"tool_choice": "required"}, ["`tools` must be set"]),
         ({"tools": [{"type": "function"}]}, ["tools.0.function", "Field required"]),
         ({"chat_template": "{{ 1 }}"}, ["untrusted chat template"]),
+        ({"structured_outputs": False}, ["a field of the request has the wrong type"]),
     ],
 )
 def test_a_chat_that_makes_no_sense_is_refused(
