@@ -1,4 +1,4 @@
-"""Build .venv from the pins in constraints.txt; say each phase and its time, skip what is done."""
+"""Build .venv and the C++ kernels; say each phase and its time, skip what is done."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
-STAMP = VENV / "installed.sha256"
 PINS = ROOT / "deploy" / "constraints.txt"
+KERNELS = ROOT / "workers" / "kernels"
+
+# What .venv was installed from, and what the kernels' library was built from: after a change of the
+# sources alone, compiling is enough.
+STAMP = VENV / "installed.sha256"
+KERNELS_STAMP = VENV / "kernels.sha256"
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
 
@@ -44,6 +49,7 @@ wrong += sorted(n for n in names if n.startswith("nvidia-"))
 if wrong:
     raise SystemExit(f"these do not belong beside a CPU torch: {', '.join(wrong)}")
 import ray, vllm
+import workers.kernels.native
 from transformers import LlamaForCausalLM
 # vLLM looks at a model's class in a process of its own and remembers the outcome; otherwise every
 # process of the first start would do so at the same time.
@@ -62,22 +68,43 @@ def main() -> None:
             say("[install] another install is at work on .venv; waiting for it")
             fcntl.flock(pins_file, fcntl.LOCK_EX)
         key = stamp_key()
-        if STAMP.exists() and STAMP.read_text() == key:
+        is_installed = has_text(STAMP, key)
+        if is_installed and has_text(KERNELS_STAMP, kernels_key()):
             print("[install] .venv is up to date")
             return
         check_machine()
         started = time.monotonic()
-        install()
-        STAMP.write_text(key)
+        if is_installed:
+            build_kernels()
+        else:
+            install()
+            STAMP.write_text(key)
+        KERNELS_STAMP.write_text(kernels_key())
         say(f"[install] done in {time.monotonic() - started:.0f} s")
 
 
 def stamp_key() -> str:
     """Hash all that decides what an installed .venv holds."""
+    return digest_of([ROOT / "pyproject.toml", PINS, Path(__file__)])
+
+
+def kernels_key() -> str:
+    """Hash the kernels' sources and their library, which a developer may have built in between."""
+    library = KERNELS.glob("libxykernels.so")
+    return digest_of([ROOT / "setup.py", *sorted((KERNELS / "csrc").glob("*.[ch]*")), *library])
+
+
+def digest_of(paths: list[Path]) -> str:
+    """Hash the names and contents of files."""
     digest = hashlib.sha256()
-    for path in (ROOT / "pyproject.toml", PINS, Path(__file__)):
-        digest.update(path.read_bytes())
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def has_text(path: Path, text: str) -> bool:
+    """Tell whether a file exists and holds exactly this text."""
+    return path.exists() and path.read_text() == text
 
 
 def check_machine() -> None:
@@ -105,13 +132,17 @@ def install() -> None:
     pins = read_pins()
     STAMP.unlink(missing_ok=True)
     if not is_usable_venv():
-        create_venv(pins)
+        create_venv()
     forget_half_installed()
+    pip("pip, setuptools", pins["pip"], pins["setuptools"])
+    # Before the big downloads, so that a compiler that is too old is known at once.
+    build_kernels()
     install_torch(pins["torch"])
     for name in BIG_PACKAGES:
         pip(pins[name].replace("==", " "), pins[name])
     pip(f"{len(pins)} packages in all", "--requirement", str(PINS))
-    # Without isolation the pinned setuptools builds it, and nothing unpinned is fetched.
+    # Without isolation the pinned setuptools builds it, and nothing unpinned is fetched. It takes
+    # the objects that build_kernels left.
     pip("xyserve", "--no-build-isolation", "--editable", str(ROOT))
     verify = run_phase("check that it imports", [str(VENV_PYTHON), "-c", VERIFY])
     if verify is not None:
@@ -132,15 +163,21 @@ def is_usable_venv() -> bool:
     return subprocess.run([VENV_PYTHON, "-c", probe], capture_output=True).returncode == 0
 
 
-def create_venv(pins: dict[str, str]) -> None:
-    """Make an empty .venv with the pinned pip and setuptools."""
+def create_venv() -> None:
+    """Make an empty .venv."""
     problem = run_phase("venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
     if problem is not None:
         raise SystemExit(
             f"{problem}\n[install] This Python cannot make a virtual environment. "
             "On Debian and Ubuntu: apt install python3-venv"
         )
-    pip("pip, setuptools", pins["pip"], pins["setuptools"])
+
+
+def build_kernels() -> None:
+    """Compile what has changed of the kernels, into the source tree."""
+    problem = run_phase("C++ kernels", [str(VENV_PYTHON), "setup.py", "build_ext", "--inplace"])
+    if problem is not None:
+        raise SystemExit(problem)
 
 
 def forget_half_installed() -> None:

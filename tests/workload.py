@@ -1,8 +1,12 @@
 """Prompts for tests and benchmarks: the full sets where they are at hand, else small copies."""
 
+import csv
+import gzip
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 _COPY = Path(__file__).parent / "data"
 _FULL = Path(os.environ.get("XYSERVE_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -18,3 +22,81 @@ def questions(count: int) -> list[str]:
     if count > len(found):
         raise ValueError(f"{path} has {len(found)} questions, not {count}")
     return found[:count]
+
+
+def instructions() -> list[str]:
+    """First turns of Spec-Bench's six kinds of work, in a fixed order; `questions` without it."""
+    path = _FULL / "prompts" / "spec_bench.jsonl"
+    if not path.exists():
+        return questions(40)
+    with path.open() as lines:
+        return [json.loads(line)["turns"][0] for line in lines]
+
+
+def conversation_lengths() -> list[tuple[int, int]]:
+    """Prompt and output tokens of requests to a chat service (Azure 2023), in order of arrival.
+
+    Without the trace, its medians stand for all of it.
+    """
+    return trace_lengths("azure_2023_conv") if has_traces() else [(1024, 115)]
+
+
+TRACES = ("azure_2023_code", "azure_2023_conv", "mooncake_conversation", "mooncake_synthetic")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One request's query tokens in a step: the last `num_tokens` of `seq_len`."""
+
+    num_tokens: int
+    seq_len: int
+
+
+def has_traces() -> bool:
+    """Tell whether the full data sets are at hand."""
+    return (_FULL / "traces").is_dir()
+
+
+def trace_lengths(trace: str) -> list[tuple[int, int]]:
+    """Prompt and output tokens of each request of a trace, in order of arrival."""
+    folder = _FULL / "traces"
+    if (path := folder / f"{trace}.csv").exists():
+        with path.open() as lines:
+            return [
+                (int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+                for row in csv.DictReader(lines)
+            ]
+    path = folder / f"{trace}.jsonl"
+    with path.open() if path.exists() else gzip.open(f"{path}.gz", "rt") as lines:
+        requests = [json.loads(line) for line in lines]
+    return [(request["input_length"], request["output_length"]) for request in requests]
+
+
+def mixed_step(
+    lengths: list[tuple[int, int]],
+    random: Random,
+    max_num_batched_tokens: int,
+    max_seq_len: int,
+    max_kv_tokens: int,
+) -> list[Span]:
+    """Draw a step: decodes and verifies at a random token of their output, then prefill chunks.
+
+    8 to 32 requests generate, about half of them with 2 to 8 drafts, while they fill at most half
+    of the KV tokens. The chunks are cut where a prefill that has the whole budget would cut them.
+    """
+    spans: list[Span] = []
+    for _ in range(random.randint(8, 32)):
+        prompt, output = random.choice(lengths)
+        num_tokens = 1 + random.choice([0, random.randint(2, 8)])
+        seq_len = max(num_tokens, min(prompt + random.randint(1, max(1, output)), max_seq_len))
+        if seq_len + sum(span.seq_len for span in spans) > max_kv_tokens // 2:
+            break
+        spans.append(Span(num_tokens, seq_len))
+    while left := max_num_batched_tokens - sum(span.num_tokens for span in spans):
+        prompt = min(random.choice(lengths)[0], max_seq_len)
+        start = random.randrange(0, prompt, max_num_batched_tokens)
+        num_tokens = min(left, prompt - start)
+        if start + num_tokens + sum(span.seq_len for span in spans) > max_kv_tokens:
+            break
+        spans.append(Span(num_tokens, start + num_tokens))
+    return spans

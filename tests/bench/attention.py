@@ -1,0 +1,380 @@
+"""Our attention kernel against vLLM's on the same spans: decode, prefill, verify and mixed steps.
+
+    python -m tests.bench.attention --json attention.json
+
+A cell is one layer's attention in one step, in float32 with blocks of 128 tokens, which is vLLM's
+default on CPU. Both sides take turns in one process, each over caches filled by its own write from
+the same keys and values, after their results were found to agree. Every layer has a cache of its
+own, so each side has copies of the cell's cache which exceed the L3 cache together, and takes
+another at each call; with `--hot` it has one. Both plan once a step: the time of a layer is that
+of its call and 1/num_layers of the plan's. Writing the step's keys and values is timed apart and
+not counted. Mixed steps are drawn from traces, with contexts up to 8,192 tokens; cells whose cache
+would exceed 384 MiB are left out. Keys of the summary: the geometric mean of `ratio`, vLLM's time
+over ours, for each kind of step, and its minimum.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import vllm._custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from tests.bench.gemm import COLD_BYTES, geomeans, interleaved, set_threads
+from tests.bench.report import publish
+from tests.workload import TRACES, Span, has_traces, mixed_step, trace_lengths
+from workers.kernels import native
+from workers.kernels.attention import AttentionShape, attend, plan_attention, write_kv
+
+BLOCK_SIZE = 128
+MAX_SEQ_LEN = 8192
+MAX_KV_BYTES = 384 * 2**20
+TOLERANCE = 1e-4
+
+KINDS = ("decode", "prefill", "verify", "mixed")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The attention of a model."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    num_layers: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a token's keys and values in one layer."""
+        return 2 * 4 * self.num_kv_heads * self.head_size
+
+
+MODELS = {
+    "SmolLM2-135M": Model(9, 3, 64, 30),
+    "Qwen2.5-0.5B": Model(14, 2, 64, 24),
+    "Llama-3.2-1B": Model(32, 8, 64, 16),
+    "Llama-3-8B": Model(32, 8, 128, 32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Which cells to measure."""
+
+    decode_batches: tuple[int, ...]
+    decode_contexts: tuple[int, ...]
+    prefill_chunks: tuple[int, ...]
+    prefill_prefixes: tuple[int, ...]
+    verify_drafts: tuple[int, ...]
+    verify_batches: tuple[int, ...]
+    verify_contexts: tuple[int, ...]
+    mixed_budgets: tuple[int, ...]
+    mixed_draws: int
+
+
+FULL = Grid(
+    (1, 4, 8, 16, 32, 64),
+    (128, 512, 1024, 2048, 4096),
+    (512, 2048),
+    (0, 1024, 2048, 4096),
+    (2, 4, 8),
+    (4, 8, 16),
+    (512, 2048),
+    (512, 2048),
+    2,
+)
+SUBSET = Grid((1, 8, 32), (512, 2048), (512,), (0, 2048), (2, 4, 8), (4, 16), (1024,), (512,), 1)
+QUICK = Grid((1, 8, 32), (128, 1024), (512,), (0, 2048), (4,), (4, 16), (1024,), (512,), 1)
+FULL_MODEL = "SmolLM2-135M"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The spans of one step."""
+
+    kind: str
+    name: str
+    spans: list[Span]
+
+
+def cases(grid: Grid, max_kv_tokens: int) -> Iterator[Case]:
+    """The steps of a grid that fit `max_kv_tokens`."""
+    for case in (*_uniform_cases(grid), *_mixed_cases(grid, max_kv_tokens)):
+        if sum(span.seq_len for span in case.spans) <= max_kv_tokens:
+            yield case
+
+
+class Step:
+    """The inputs of one step: what both sides are given."""
+
+    def __init__(self, model: Model, spans: list[Span], rng: np.random.Generator) -> None:
+        num_tokens = [span.num_tokens for span in spans]
+        num_blocks = [-(-span.seq_len // BLOCK_SIZE) for span in spans]
+        self.model = model
+        self.query_start_loc = np.cumsum([0, *num_tokens], dtype=np.int32)
+        self.seq_lens = np.array([span.seq_len for span in spans], dtype=np.int32)
+        self.num_blocks = sum(num_blocks)
+        self.block_table = np.zeros((len(spans), max(num_blocks)), dtype=np.int32)
+        blocks = np.split(rng.permutation(self.num_blocks), np.cumsum(num_blocks)[:-1])
+        for row, own in zip(self.block_table, blocks, strict=True):
+            row[: len(own)] = own
+        self.query = self.random(rng, sum(num_tokens), model.num_heads)
+
+    def random(self, rng: np.random.Generator, num_tokens: int, num_heads: int) -> np.ndarray:
+        """Random rows of the size of a head, [num_tokens, num_heads, head_size]."""
+        size = (num_tokens, num_heads, self.model.head_size)
+        return rng.standard_normal(size, dtype=np.float32)
+
+    def slots(self, row: int, start: int) -> np.ndarray:
+        """Where the tokens from `start` of a request are in the cache."""
+        position = np.arange(start, self.seq_lens[row])
+        slots = self.block_table[row, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        return slots.astype(np.int64)
+
+    def query_slots(self) -> np.ndarray:
+        """Where the step's own tokens are in the cache."""
+        starts = self.seq_lens - np.diff(self.query_start_loc)
+        return np.concatenate([self.slots(row, int(start)) for row, start in enumerate(starts)])
+
+    @property
+    def gflop(self) -> float:
+        """Work of the two products over the keys that each query sees."""
+        queries = np.diff(self.query_start_loc).astype(np.int64)
+        pairs = int((queries * self.seq_lens - queries * (queries - 1) // 2).sum())
+        return 4 * pairs * self.model.num_heads * self.model.head_size / 1e9
+
+
+class Ours:
+    """Our kernel over caches of its own."""
+
+    def __init__(self, step: Step) -> None:
+        model = step.model
+        self.step = step
+        self.shape = AttentionShape(
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_size=model.head_size,
+            block_size=BLOCK_SIZE,
+            scale=model.head_size**-0.5,
+        )
+        self.caches = [_cache(step).numpy()]
+        self.copies = cycle(self.caches)
+        self.planned = self.plan()
+        self.out = np.full_like(step.query, np.nan)
+
+    def plan(self) -> Any:
+        """Plan the step."""
+        return plan_attention(self.shape, self.step.query_start_loc, self.step.seq_lens)
+
+    def write(self, key: np.ndarray, value: np.ndarray, slots: np.ndarray) -> None:
+        """Write keys and values into the next cache."""
+        write_kv(self.shape, next(self.copies), key, value, slots)
+
+    def attend(self) -> None:
+        """Attend over the next cache."""
+        table = self.step.block_table
+        attend(self.planned, self.step.query, next(self.copies), table, self.out)
+
+    def copy(self, copies: int) -> None:
+        """Have `copies` equal caches."""
+        self.caches += [self.caches[0].copy() for _ in range(copies - 1)]
+        self.copies = cycle(self.caches)
+
+
+class Stock:
+    """vLLM's CPU attention over caches of its own, called as its backend calls it."""
+
+    def __init__(self, step: Step) -> None:
+        model = step.model
+        self.step = step
+        self.isa = _get_attn_isa(torch.float32, BLOCK_SIZE, model.head_size, "auto")
+        self.query_start_loc = torch.from_numpy(step.query_start_loc)
+        self.seq_lens = torch.from_numpy(step.seq_lens)
+        self.block_table = torch.from_numpy(step.block_table)
+        self.query = torch.from_numpy(step.query)
+        self.caches = [_cache(step)]
+        self.copies = cycle(self.caches)
+        self.planned = self.plan()
+        self.out = np.full_like(step.query, np.nan)
+
+    def plan(self) -> torch.Tensor:
+        """Make the metadata of the step."""
+        model = self.step.model
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(self.seq_lens),
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_size,
+            seq_lens=self.seq_lens,
+            dtype=torch.float32,
+            query_start_loc=self.query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=True,
+        )
+
+    def write(self, key: np.ndarray, value: np.ndarray, slots: np.ndarray) -> None:
+        """Write keys and values into the next cache."""
+        ops.cpu_attn_reshape_and_cache(
+            torch.from_numpy(key),
+            torch.from_numpy(value),
+            *self._halves(),
+            torch.from_numpy(slots),
+            self.isa,
+        )
+
+    def attend(self) -> None:
+        """Attend over the next cache."""
+        key_cache, value_cache = self._halves()
+        ops.cpu_attention_with_kv_cache(
+            query=self.query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=torch.from_numpy(self.out),
+            query_start_loc=self.query_start_loc,
+            seq_lens=self.seq_lens,
+            scale=self.step.model.head_size**-0.5,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=self.block_table,
+            softcap=0.0,
+            scheduler_metadata=self.planned,
+            s_aux=None,
+        )
+
+    def copy(self, copies: int) -> None:
+        """Have `copies` equal caches."""
+        self.caches += [self.caches[0].clone() for _ in range(copies - 1)]
+        self.copies = cycle(self.caches)
+
+    def _halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next cache as the backend splits it."""
+        cache = next(self.copies)
+        num_blocks, num_kv_heads, block_size, _ = cache.shape
+        key, value = cache.view(num_blocks, num_kv_heads, 2 * block_size, -1).chunk(2, dim=2)
+        return key, value
+
+
+def measure(name: str, case: Case, threads: int, hot: bool) -> dict[str, Any]:
+    """Check one cell and give its row of figures."""
+    rng = np.random.default_rng(0)
+    model = MODELS[name]
+    step = Step(model, case.spans, rng)
+    ours, stock = Ours(step), Stock(step)
+    for row, seq_len in enumerate(step.seq_lens):
+        key, value = (step.random(rng, seq_len, model.num_kv_heads) for _ in range(2))
+        for side in (ours, stock):
+            side.write(key, value, step.slots(row, 0))
+    for side in (ours, stock):
+        side.attend()
+    if not np.allclose(ours.out, stock.out, rtol=TOLERANCE, atol=TOLERANCE):
+        raise SystemExit(f"{name}, {case.name}: off by {np.abs(ours.out - stock.out).max():.1e}")
+    copies = 1 if hot else -(-COLD_BYTES // ours.caches[0].nbytes)
+    for side in (ours, stock):
+        side.copy(copies)
+    attend_s = _in_turns(ours.attend, stock.attend, threads)
+    plan_s = _in_turns(ours.plan, stock.plan, threads)
+    write_s = _in_turns(*_writes(step, ours, stock, rng), threads)
+    layer_s = {side: attend_s[side] + plan_s[side] / model.num_layers for side in attend_s}
+    return {
+        "model": name,
+        "kind": case.kind,
+        "spans": case.name,
+        **{f"{side} ms": 1000 * s for side, s in layer_s.items()},
+        "ratio": layer_s["stock"] / layer_s["ours"],
+        "GFLOP/s": step.gflop / layer_s["ours"],
+        **{f"{side} plan us": round(1e6 * s) for side, s in plan_s.items()},
+        **{f"{side} write us": round(1e6 * s) for side, s in write_s.items()},
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="fewer cells")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="only these")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--hot", action="store_true", help="one copy of the cache")
+    options = parser.parse_args()
+    set_threads(options.threads)
+    rows = []
+    for model in options.models or ([FULL_MODEL] if options.quick else MODELS):
+        grid = QUICK if options.quick else FULL if model == FULL_MODEL else SUBSET
+        for case in cases(grid, MAX_KV_BYTES // MODELS[model].kv_bytes):
+            if case.kind in options.kinds:
+                rows.append(measure(model, case, options.threads, options.hot))
+                print(_rounded(rows[-1]), flush=True)
+    publish(
+        f"Attention, {options.threads} thread(s), {native.isa()}, "
+        f"{'hot' if options.hot else 'cold'} caches",
+        rows,
+        geomeans(rows, {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}),
+        options.json,
+    )
+
+
+def _uniform_cases(grid: Grid) -> Iterator[Case]:
+    """Decode, prefill and verify steps of spans of one size."""
+    for batch in grid.decode_batches:
+        for context in grid.decode_contexts:
+            yield Case("decode", f"{batch} of 1 at {context}", [Span(1, context)] * batch)
+    for chunk in grid.prefill_chunks:
+        for prefix in grid.prefill_prefixes:
+            yield Case("prefill", f"{chunk} after {prefix}", [Span(chunk, prefix + chunk)])
+    for batch in grid.verify_batches:
+        for drafts in grid.verify_drafts:
+            for context in grid.verify_contexts:
+                spans = [Span(1 + drafts, context + drafts)] * batch
+                yield Case("verify", f"{batch} of 1+{drafts} at {context}", spans)
+
+
+def _mixed_cases(grid: Grid, max_kv_tokens: int) -> Iterator[Case]:
+    """Mixed steps from each trace, the same in every run; none without the traces."""
+    if not has_traces():
+        print("The traces are not at hand (see XYSERVE_DATA in the README): no mixed steps.")
+        return
+    for trace in TRACES:
+        lengths = trace_lengths(trace)
+        for budget in grid.mixed_budgets:
+            for draw in range(grid.mixed_draws):
+                random = Random(f"{trace} {budget} {draw}")
+                spans = mixed_step(lengths, random, budget, MAX_SEQ_LEN, max_kv_tokens)
+                yield Case("mixed", f"{trace.replace('_', ' ')}, {budget} #{draw}", spans)
+
+
+def _cache(step: Step) -> torch.Tensor:
+    """An empty cache with room for the step, in the view that vLLM gives each layer."""
+    model = step.model
+    return torch.zeros(step.num_blocks, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_size)
+
+
+def _in_turns(ours: Callable[[], Any], stock: Callable[[], Any], threads: int) -> dict[str, float]:
+    """Median seconds per call of the two."""
+    return interleaved({"ours": ours, "stock": stock}, threads)
+
+
+def _writes(
+    step: Step, ours: Ours, stock: Stock, rng: np.random.Generator
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """One call each that writes the step's own keys and values."""
+    slots = step.query_slots()
+    key, value = (step.random(rng, len(slots), step.model.num_kv_heads) for _ in range(2))
+    return lambda: ours.write(key, value, slots), lambda: stock.write(key, value, slots)
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Our virtual-padding GEMM against torch's and vLLM's, at the linears of four models.
+
+    python -m tests.bench.gemm --json gemm.json
+
+A cell is one linear at one number of rows M. Contestants take turns in one process on the same
+float32 rows and the same bf16-representable weights, each first checked against float64: ours
+with the weights packed as "auto", `torch.nn.functional.linear`, and the oneDNN handle which vLLM
+makes for its unquantized linears. `ratio` is the speed of ours over the better of the two others.
+A model streams its weights from memory, so every contestant has copies of them which exceed the
+L3 cache together, and takes another copy at each call; with `--hot` it has one. The lm_head of
+Llama-3-8B is left out for its memory, and M stops at 256 for the others: only the rows which
+sample a token reach an lm_head. GB/s counts the bytes of our packed weights. Keys of the summary:
+the geometric mean of `ratio` over the cells of a range of M, its minimum, and the machine's peaks.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import vllm._custom_ops as ops
+
+from tests.bench.report import publish
+from workers.kernels import native
+from workers.kernels.gemm import Weight, linear
+from workers.kernels.reference import round_to_bf16
+
+MODELS = {
+    "SmolLM2-135M": {
+        "qkv": (960, 576),
+        "o": (576, 576),
+        "gate_up": (3072, 576),
+        "down": (576, 1536),
+        "lm_head": (49152, 576),
+    },
+    "Qwen2.5-0.5B": {
+        "qkv": (1152, 896),
+        "o": (896, 896),
+        "gate_up": (9728, 896),
+        "down": (896, 4864),
+        "lm_head": (151936, 896),
+    },
+    "Llama-3.2-1B": {
+        "qkv": (3072, 2048),
+        "o": (2048, 2048),
+        "gate_up": (16384, 2048),
+        "down": (2048, 8192),
+        "lm_head": (128256, 2048),
+    },
+    "Llama-3-8B": {
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+    },
+}
+"""The shape [N, K] of each linear."""
+
+ROWS = (*range(1, 9), 12, 16, 24, 31, 32, 33, 48, 64, 96, 128, 200, 256, 512, 1024)
+LM_HEAD_MAX_ROWS = 256
+QUICK_MODELS = ("SmolLM2-135M", "Llama-3.2-1B")
+QUICK_ROWS = (1, 4, 16, 33, 128, 256)
+RANGES = {"m1_32": (1, 32), "m33_128": (33, 128), "m129_1024": (129, 1024)}
+
+COLD_BYTES = 64 * 2**20
+"""What the copies of a contestant's weights exceed together: twice an L3 cache of 32 MiB."""
+
+PRIMITIVE_CACHE_SIZE = 32
+"""As in vLLM's `dispatch_cpu_unquantized_gemm`; more than the values of M."""
+
+TOLERANCE = 2e-6
+"""Of `sum |x| |w|`, the scale of the rounding errors of a float32 sum."""
+
+BUDGET_S = 0.25
+MIN_ROUNDS, MAX_ROUNDS = 3, 21
+"""Rounds of a cell: as many as fit the budget, within these."""
+
+TURN_S = 0.002
+"""About what a turn of short calls lasts: the clock and a cold start weigh little."""
+
+SETTLE_S = 0.005
+"""Between turns with several threads: the threads of the last turn may spin a while."""
+
+Call = Callable[[], Any]
+
+
+def interleaved(contestants: dict[str, Call], threads: int) -> dict[str, float]:
+    """Median seconds per call of each contestant, in turns; the callers have warmed them up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    calls = dict.fromkeys(contestants, 1)
+    order = list(contestants)
+    ends_s = time.perf_counter() + BUDGET_S
+    while len(times[order[0]]) < MAX_ROUNDS and (
+        len(times[order[0]]) < MIN_ROUNDS or time.perf_counter() < ends_s
+    ):
+        for name in order:
+            if threads > 1:
+                time.sleep(SETTLE_S)
+            times[name].append(_turn_s(contestants[name], calls[name]))
+            calls[name] = max(1, round(TURN_S / min(times[name])))
+        order.append(order.pop(0))
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def geomeans(rows: list[dict[str, Any]], groups: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The geometric mean of `ratio` in each group that has rows, and the minimum of all rows."""
+    means = {
+        f"geomean_{name}": statistics.geometric_mean(row["ratio"] for row in group)
+        for name, group in groups.items()
+        if group
+    }
+    return means | {"min_ratio": min(row["ratio"] for row in rows)}
+
+
+def set_threads(threads: int) -> None:
+    """Give both sides `threads` threads; before first use, as oneDNN keeps what it planned with."""
+    torch.set_num_threads(threads)
+    native.set_num_threads(threads)
+
+
+class Layer:
+    """One linear with the weights of all contestants."""
+
+    def __init__(self, n: int, k: int, rng: np.random.Generator, hot: bool) -> None:
+        weight = round_to_bf16(rng.standard_normal((n, k), dtype=np.float32) / math.sqrt(k))
+        first = Weight.pack(weight)
+        copies = 1 if hot else -(-COLD_BYTES // first.nbytes)
+        self.weight = weight
+        self.packed = [first, *(Weight.pack(weight) for _ in range(copies - 1))]
+        plain = 1 if hot else -(-COLD_BYTES // weight.nbytes)
+        self.plain = [torch.from_numpy(weight), *(torch.tensor(weight) for _ in range(plain - 1))]
+        self.handles = [ops.create_onednn_mm(w.t(), PRIMITIVE_CACHE_SIZE) for w in self.plain]
+
+    def contestants(self, x: np.ndarray) -> dict[str, Call]:
+        """One call each of `x` times the next copy of the weights."""
+        packed, plain, handles = cycle(self.packed), cycle(self.plain), cycle(self.handles)
+        rows = torch.from_numpy(x)
+        return {
+            "ours": lambda: linear(x, next(packed)),
+            "torch": lambda: torch.nn.functional.linear(rows, next(plain)),
+            "onednn": lambda: ops.onednn_mm(next(handles), rows, None),
+        }
+
+    def check(self, x: np.ndarray, contestants: dict[str, Call], rng: np.random.Generator) -> None:
+        """Compare a sample of each contestant's result with float64."""
+        rows = rng.permutation(len(x))[:32]
+        columns = rng.permutation(len(self.weight))[:256]
+        left, right = x[rows].astype(np.float64), self.weight[columns].astype(np.float64)
+        expected, scale = left @ right.T, np.abs(left) @ np.abs(right).T
+        for name, call in contestants.items():
+            found = np.asarray(call())[np.ix_(rows, columns)]
+            error = float((np.abs(found - expected) / scale).max())
+            if not error < TOLERANCE:
+                raise SystemExit(f"{name} is off by {error:.1e} of sum |x||w| at M={len(x)}")
+
+    def warm_up(self, contestants: dict[str, Call]) -> None:
+        """Let each of oneDNN's handles plan for this M, as `check` has let the first."""
+        for _ in self.handles[1:]:
+            contestants["onednn"]()
+
+
+def peak_gflops() -> float:
+    """float32 GFLOP/s of the best of a few large products: no less than that is possible."""
+    size = 1024
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    best_s = min(_turn_s(lambda: a @ b, 3) for _ in range(8))
+    return max(2 * size**3 / best_s / 1e9, getattr(native, "peak_gflops", float)())
+
+
+def peak_read_gb_s() -> float:
+    """GB/s of the best of a few sums over 1 GB."""
+    values = torch.ones(2**28)
+    best_s = min(_turn_s(values.sum, 1) for _ in range(5))
+    return 4 * values.numel() / best_s / 1e9
+
+
+def measure(
+    models: Sequence[str], rows_m: Sequence[int], threads: int, hot: bool
+) -> Iterable[dict[str, Any]]:
+    """One row of figures per cell."""
+    rng = np.random.default_rng(0)
+    for model in models:
+        for name, (n, k) in MODELS[model].items():
+            layer = Layer(n, k, rng, hot)
+            for m in rows_m:
+                if name == "lm_head" and m > LM_HEAD_MAX_ROWS:
+                    continue
+                x = rng.standard_normal((m, k), dtype=np.float32)
+                contestants = layer.contestants(x)
+                layer.check(x, contestants, rng)
+                layer.warm_up(contestants)
+                took_s = interleaved(contestants, threads)
+                yield {
+                    "model": model,
+                    "linear": name,
+                    "N": n,
+                    "K": k,
+                    "M": m,
+                    **{f"{contestant} ms": 1000 * s for contestant, s in took_s.items()},
+                    "ratio": min(took_s["torch"], took_s["onednn"]) / took_s["ours"],
+                    "GFLOP/s": 2 * m * n * k / took_s["ours"] / 1e9,
+                    "GB/s": layer.packed[0].nbytes / took_s["ours"] / 1e9,
+                }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="fewer models and rows")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
+    parser.add_argument("--m", type=int, nargs="+", help="only these numbers of rows")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--hot", action="store_true", help="one copy of the weights")
+    options = parser.parse_args()
+    set_threads(options.threads)
+    models = options.models or (QUICK_MODELS if options.quick else tuple(MODELS))
+    rows_m = options.m or (QUICK_ROWS if options.quick else ROWS)
+    peaks = {"peak_gflops": peak_gflops(), "peak_read_gb_s": peak_read_gb_s()}
+    rows = []
+    for row in measure(models, rows_m, options.threads, options.hot):
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        rows.append(row)
+    groups = {
+        name: [row for row in rows if low <= row["M"] <= high]
+        for name, (low, high) in RANGES.items()
+    }
+    publish(
+        f"GEMM, {options.threads} thread(s), {native.isa()}, {'hot' if options.hot else 'cold'} "
+        f"weights; peaks {peaks['peak_gflops']:.0f} GFLOP/s, {peaks['peak_read_gb_s']:.1f} GB/s",
+        rows,
+        geomeans(rows, groups) | peaks,
+        options.json,
+    )
+
+
+def _turn_s(call: Call, times: int) -> float:
+    """Mean seconds of `times` calls in a row."""
+    began_s = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - began_s) / times
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The attention meta-kernel: one call for the prefill, decode and verify spans of a step."""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.kernels import native
+from workers.kernels.calibration import tile_costs
+from workers.kernels.tiles import Int32s, QueryTiles, plan_query_tiles
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """One attention layer; its KV cache is `[num_blocks, num_kv_heads, block_size, 2 * head_size]`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    scale: float
+    sliding_window: int | None = None
+    """Newest keys that a query sees, its own included."""
+    soft_cap: float | None = None
+    """Scores become `soft_cap * tanh(score / soft_cap)`."""
+
+    def __post_init__(self) -> None:
+        if problem := unsupported(self.num_heads, self.num_kv_heads, self.head_size, self.block_size):
+            raise ValueError(problem)
+        for name in ("sliding_window", "soft_cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} ({value}) must be positive, or None")
+
+    def struct(self) -> native.AttentionShapeStruct:
+        """The shape as C++ sees it, for a contiguous KV cache."""
+        head_stride = 2 * self.block_size * self.head_size
+        return native.AttentionShapeStruct(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            self.block_size,
+            self.scale,
+            self.soft_cap or 0.0,
+            self.sliding_window or 0,
+            head_stride * self.num_kv_heads,
+            head_stride,
+        )
+
+
+def unsupported(num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> str | None:
+    """Why the kernel cannot serve a layer of these sizes; None if it can."""
+    kernels = native.kernels()
+    panel = 2 * kernels.lanes
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        return f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})"
+    if head_size < panel or head_size % panel:
+        return f"head_size ({head_size}) must be a multiple of {panel}"
+    if block_size < panel or block_size % panel:
+        return f"block_size ({block_size}) must be a multiple of {panel}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """The tasks of one step, for every layer of one shape."""
+
+    shape: AttentionShape
+    num_tokens: int
+    max_seq_lens: Int32s
+    """Per span, the keys its queries see."""
+    tiles: QueryTiles
+    struct: native.AttentionPlanStruct
+    arrays: tuple[NDArray[Any] | None, ...]
+    """What `struct` points into."""
+
+
+def plan_attention(
+    shape: AttentionShape,
+    query_start_loc: Int32s,
+    seq_lens: Int32s,
+    tree_masks: Mapping[int, NDArray[np.bool_]] | None = None,
+) -> AttentionPlan:
+    """Plan one step.
+
+    Span r has the query tokens `query_start_loc[r]` to `query_start_loc[r + 1]`, the last of its
+    `seq_lens[r]` tokens; each sees the keys up to its own position. In a span r of `tree_masks`
+    token i sees token j of the span where `tree_masks[r][i, j]`, and all that is before the span.
+    """
+    query_start_loc = np.ascontiguousarray(query_start_loc, np.int32)
+    seq_lens = np.ascontiguousarray(seq_lens, np.int32)
+    query_lens = np.diff(query_start_loc)
+    _check_spans(query_start_loc, query_lens, seq_lens)
+    mask_start, masks = _flatten(tree_masks or {}, query_lens)
+    tiles = plan_query_tiles(
+        query_lens,
+        seq_lens,
+        group=shape.num_heads // shape.num_kv_heads,
+        num_kv_heads=shape.num_kv_heads,
+        kv_chunk=native.kernels().kv_chunk,
+        sliding_window=shape.sliding_window or 0,
+        sees_all=np.zeros(len(seq_lens), bool) if mask_start is None else mask_start >= 0,
+        num_threads=native.num_threads(),
+        costs=tile_costs(),
+    )
+    arrays = (
+        query_start_loc, seq_lens, mask_start, masks, tiles.heights, tiles.tasks, tiles.merges
+    )  # fmt: skip
+    struct = native.AttentionPlanStruct(
+        len(seq_lens),
+        len(tiles.tasks),
+        len(tiles.merges),
+        tiles.num_partials,
+        tiles.max_rows,
+        *map(native.pointer, arrays),
+    )
+    num_tokens = int(query_start_loc[-1])
+    return AttentionPlan(shape, num_tokens, seq_lens, tiles, struct, arrays)
+
+
+def _check_spans(query_start_loc: Int32s, query_lens: Int32s, seq_lens: Int32s) -> None:
+    if len(query_start_loc) != len(seq_lens) + 1 or query_start_loc[0] != 0:
+        raise ValueError(
+            f"query_start_loc {query_start_loc.tolist()} must begin with 0 and have one entry more "
+            f"than seq_lens {seq_lens.tolist()}"
+        )
+    if (wrong := np.flatnonzero((query_lens < 0) | (query_lens > seq_lens))).size:
+        raise ValueError(
+            f"span {wrong[0]} has {query_lens[wrong[0]]} query tokens and a seq_len of "
+            f"{seq_lens[wrong[0]]}, which counts them too"
+        )
+
+
+def _flatten(
+    tree_masks: Mapping[int, NDArray[np.bool_]], query_lens: Int32s
+) -> tuple[Int32s | None, NDArray[np.uint8] | None]:
+    if not tree_masks:
+        return None, None
+    start = np.full(len(query_lens), -1, np.int32)
+    parts, length = [], 0
+    for span, mask in tree_masks.items():
+        size = query_lens[span]
+        if mask.shape != (size, size):
+            raise ValueError(f"tree_masks[{span}] has the shape {mask.shape}, not ({size}, {size})")
+        start[span] = length
+        parts.append(mask.astype(np.uint8).ravel())
+        length += mask.size
+    return start, np.concatenate(parts)
+
+
+def write_kv(
+    shape: AttentionShape,
+    kv_cache: Floats,
+    key: Floats,
+    value: Floats,
+    slot_mapping: NDArray[np.int64],
+) -> None:
+    """Store keys and values `[num_tokens, num_kv_heads, head_size]` at their slots; -1 is no slot.
+
+    The order inside a block of `kv_cache` is the kernel's own.
+    """
+    _check_cache(shape, kv_cache)
+    expected = (len(slot_mapping), shape.num_kv_heads, shape.head_size)
+    for name, array in (("key", key), ("value", value)):
+        _check(name, array, np.float32, expected)
+    _check("slot_mapping", slot_mapping, np.int64, (len(slot_mapping),))
+    if key.strides[0] != value.strides[0]:
+        raise ValueError(f"key and value have the strides {key.strides} and {value.strides}")
+    slots = kv_cache.shape[0] * shape.block_size
+    if slot_mapping.size and slot_mapping.max() >= slots:
+        raise ValueError(f"slot_mapping holds {slot_mapping.max()}; the cache has {slots} slots")
+    native.kernels().write_kv(
+        ctypes.byref(shape.struct()),
+        kv_cache.ctypes.data,
+        len(slot_mapping),
+        key.ctypes.data,
+        value.ctypes.data,
+        key.strides[0] // 4,
+        slot_mapping.ctypes.data,
+    )
+
+
+def attend(
+    plan: AttentionPlan,
+    query: Floats,
+    kv_cache: Floats,
+    block_table: Int32s,
+    out: Floats,
+) -> Floats:
+    """Write attention of `query [num_tokens, num_heads, head_size]` to `out`, of the same shape.
+
+    `block_table [num_spans, max_blocks]` holds each span's blocks in `kv_cache`. A row's bits depend
+    on nothing but its query and its keys.
+    """
+    shape = plan.shape
+    _check_cache(shape, kv_cache)
+    expected = (plan.num_tokens, shape.num_heads, shape.head_size)
+    _check("query", query, np.float32, expected)
+    _check("out", out, np.float32, expected)
+    spans = len(plan.max_seq_lens)
+    _check("block_table", block_table, np.int32, (spans, *block_table.shape[1:2]))
+    needed = -(-int(plan.max_seq_lens.max(initial=0)) // shape.block_size)
+    if spans and block_table.shape[1] < needed:
+        raise ValueError(f"block_table has {block_table.shape[1]} columns, the spans need {needed}")
+    data = native.AttentionDataStruct(
+        query.ctypes.data,
+        query.strides[0] // 4,
+        kv_cache.ctypes.data,
+        block_table.ctypes.data,
+        block_table.strides[0] // 4,
+        out.ctypes.data,
+        out.strides[0] // 4,
+    )
+    native.kernels().attend(ctypes.byref(shape.struct()), ctypes.byref(plan.struct), ctypes.byref(data))
+    return out
+
+
+def _check_cache(shape: AttentionShape, kv_cache: Floats) -> None:
+    blocks = kv_cache.shape[0] if kv_cache.ndim else 0
+    expected = (blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
+    _check("kv_cache", kv_cache, np.float32, expected)
+    if not kv_cache.flags.c_contiguous:
+        raise ValueError(f"kv_cache has strides {kv_cache.strides}; it must be contiguous")
+
+
+def _check(name: str, array: NDArray[Any], dtype: type, expected: tuple[int, ...]) -> None:
+    """Refuse what C++ would misread; the first dimension alone may have a stride of its own."""
+    if array.dtype != dtype:
+        raise ValueError(f"{name} is {array.dtype}; it must be {np.dtype(dtype)}")
+    if array.shape != expected:
+        raise ValueError(f"{name} has the shape {array.shape}; it must be {expected}")
+    if array.size and not array[0].flags.c_contiguous:
+        raise ValueError(f"{name} has strides {array.strides}; each row must be contiguous")

@@ -1,0 +1,61 @@
+// The C ABI: each function passes its arguments on to the instruction set in use.
+#include <cstring>
+
+#include "kernels.h"
+#include "threads.h"
+
+#define XY_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace portable { extern const xy::Kernels kernels; }
+#ifdef XY_HAVE_AVX2
+namespace avx2 { extern const xy::Kernels kernels; }
+#endif
+#ifdef XY_HAVE_AVX512
+namespace avx512 { extern const xy::Kernels kernels; }
+#endif
+
+namespace {
+
+// The instruction sets that this CPU has, the best one first.
+const xy::Kernels* const* available() {
+  static const xy::Kernels* found[4] = {};
+  if (found[0] == nullptr) {
+    int n = 0;
+#ifdef XY_HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      found[n++] = &avx512::kernels;
+#endif
+#ifdef XY_HAVE_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = &avx2::kernels;
+#endif
+    found[n] = &portable::kernels;
+  }
+  return found;
+}
+
+const xy::Kernels* in_use = available()[0];
+
+}  // namespace
+
+// The name of the index-th instruction set this CPU has, the best one first; null past the last.
+XY_EXPORT const char* xy_available_isa(int32_t index) {
+  for (int i = 0; i < index; ++i)
+    if (available()[i] == nullptr) return nullptr;
+  return available()[index] ? available()[index]->isa : nullptr;
+}
+
+// Use this instruction set from now on: weights packed before belong to the one before. Returns
+// whether this CPU has it.
+XY_EXPORT int32_t xy_use_isa(const char* name) {
+  for (auto isa = available(); *isa; ++isa)
+    if (std::strcmp((*isa)->isa, name) == 0) {
+      in_use = *isa;
+      return 1;
+    }
+  return 0;
+}
+
+XY_EXPORT const xy::Kernels* xy_kernels() { return in_use; }
+XY_EXPORT void xy_set_num_threads(int32_t n) { xy::set_num_threads(n); }
+XY_EXPORT int32_t xy_num_threads() { return xy::num_threads(); }

@@ -1,0 +1,274 @@
+// The attention meta-kernel: matmul, softmax, matmul over one query tile and a range of keys, for
+// prefill, decode and verify spans alike, over the paged KV cache.
+//
+// Keys are taken in chunks that begin at multiples of kKvChunk. A chunk's result (largest score, sum
+// of weights, weighted values) is computed by itself and merged with those before it in order, on
+// one thread or on several: neither the task split nor the rest of the batch changes a bit.
+#pragma once
+
+#include "gemm.h"
+
+namespace XY_ISA {
+
+// Keys of one chunk: a multiple of every block size.
+constexpr int kKvChunk = 256;
+
+// ---- The KV cache: of each block and KV head, block_size keys, then block_size values. Keys lie in
+// panels of kPanel tokens, dimension by dimension; values in panels of kPanel dimensions, token by
+// token. So both products read their right operand as the GEMM reads its weights. ----
+
+XY_INLINE float* keys_at(const AttentionShape& s, float* cache, int block, int head) {
+  return cache + block * s.block_stride + head * s.head_stride;
+}
+
+XY_INLINE float* values_at(const AttentionShape& s, float* cache, int block, int head) {
+  return keys_at(s, cache, block, head) + int64_t{s.block_size} * s.head_size;
+}
+
+XY_INLINE void write_token(const AttentionShape& s, float* cache, int64_t slot, int head,
+                           const float* key, const float* value) {
+  const int block = static_cast<int>(slot / s.block_size), token = static_cast<int>(slot % s.block_size);
+  float* const keys = keys_at(s, cache, block, head) + token / kPanel * kPanel * s.head_size + token % kPanel;
+  float* const values = values_at(s, cache, block, head) + token * kPanel;
+  for (int d = 0; d < s.head_size; ++d) keys[d * kPanel] = key[d];
+  for (int d = 0; d < s.head_size; d += kPanel)
+    std::memcpy(values + int64_t{d} * s.block_size, value + d, sizeof(float) * kPanel);
+}
+
+struct KvWrite {
+  const AttentionShape& shape;
+  float* cache;
+  const float *key, *value;
+  int64_t stride;
+  const int64_t* slot_mapping;
+};
+
+void write_kv(const AttentionShape* shape, float* kv_cache, int32_t num_tokens, const float* key,
+              const float* value, int64_t stride, const int64_t* slot_mapping) {
+  KvWrite context{*shape, kv_cache, key, value, stride, slot_mapping};
+  parallel(num_tokens, [](void* context, int token) {
+    const auto& [shape, cache, key, value, stride, slot_mapping] = *static_cast<KvWrite*>(context);
+    if (slot_mapping[token] < 0) return;  // a padding token
+    for (int head = 0; head < shape.num_kv_heads; ++head)
+      write_token(shape, cache, slot_mapping[token], head,
+                  key + token * stride + head * shape.head_size,
+                  value + token * stride + head * shape.head_size);
+  }, &context);
+}
+
+// ---- One query tile. ----
+
+struct Attention {
+  const AttentionShape& shape;
+  const AttentionPlan& plan;
+  const AttentionData& data;
+  float* partials;
+
+  int group() const { return shape.num_heads / shape.num_kv_heads; }
+  // Of one partial result: per row its largest score, its sum of weights, its weighted values.
+  int64_t partial_floats() const { return int64_t{plan.max_rows} * (2 + shape.head_size); }
+};
+
+// Largest scores, sums and weighted values of `rows` rows, one array after the other.
+struct Result {
+  float *largest, *sum, *values;
+  Result(float* memory, int rows) : largest(memory), sum(memory + rows), values(memory + 2 * rows) {}
+};
+
+struct QueryTile {
+  const Attention& a;
+  int span, first_token, num_tokens, kv_head;
+
+  int rows() const { return num_tokens * a.group(); }
+  int query_len() const { return a.plan.query_start_loc[span + 1] - a.plan.query_start_loc[span]; }
+  int context() const { return a.plan.seq_lens[span] - query_len(); }
+  const uint8_t* mask() const {
+    const bool masked = a.plan.mask_start && a.plan.mask_start[span] >= 0;
+    return masked ? a.plan.masks + a.plan.mask_start[span] : nullptr;
+  }
+  // The keys that the token may see, apart from a mask.
+  int first_key(int token) const {
+    const int window = a.shape.sliding_window;
+    return window ? max(0, context() + token + 1 - window) : 0;
+  }
+  int end_key(int token) const { return mask() ? a.plan.seq_lens[span] : context() + token + 1; }
+  int token_of(int row) const { return first_token + row / a.group(); }
+  int64_t head_of(int row) const { return kv_head * a.group() + row % a.group(); }
+  const float* query(int row) const {
+    return a.data.query + (a.plan.query_start_loc[span] + token_of(row)) * a.data.query_stride +
+           head_of(row) * a.shape.head_size;
+  }
+  float* out(int row) const {
+    return a.data.out + (a.plan.query_start_loc[span] + token_of(row)) * a.data.out_stride +
+           head_of(row) * a.shape.head_size;
+  }
+  int block(int key) const {
+    return a.data.block_table[span * a.data.block_table_stride + key / a.shape.block_size];
+  }
+};
+
+XY_INLINE void pack_query(const QueryTile& tile, const int32_t* heights, int num_heights, float* packed) {
+  for (int i = 0, row = 0; i < num_heights; row += heights[i++])
+    for (int r = 0; r < heights[i]; ++r) {
+      const float* const from = tile.query(row + r);
+      for (int d = 0; d < tile.a.shape.head_size; ++d)
+        packed[row * tile.a.shape.head_size + d * heights[i] + r] = from[d] * tile.a.shape.scale;
+    }
+}
+
+XY_INLINE Vec capped(Vec score, float cap) {
+  // cap * tanh(score / cap)
+  return cap - 2 * cap / (exp(score * (2 / cap)) + 1.0f);
+}
+
+// Turn a row's scores [begin, end) into weights; those of keys it may not see become 0.
+XY_INLINE void softmax(const QueryTile& tile, int row, int chunk_key, int begin, int end,
+                       float* scores, float* largest_score, float* weights_sum) {
+  const int token = tile.token_of(row);
+  const float never = -__builtin_inff();
+  const int first = max(begin, min(end, tile.first_key(token) - chunk_key));
+  const int last = max(first, min(end, tile.end_key(token) - chunk_key));
+  const int padded_end = round_up(end, kLanes);
+  if (const float cap = tile.a.shape.soft_cap; cap > 0)
+    for (int j = begin; j < padded_end; j += kLanes) store(scores + j, capped(load(scores + j), cap));
+  for (int j = begin; j < first; ++j) scores[j] = never;
+  for (int j = last; j < padded_end; ++j) scores[j] = never;
+  if (const uint8_t* const mask = tile.mask()) {
+    const uint8_t* const of_token = mask + token * tile.query_len();
+    for (int j = max(first, tile.context() - chunk_key); j < last; ++j)
+      if (!of_token[chunk_key + j - tile.context()]) scores[j] = never;
+  }
+  Vec most = splat(never);
+  for (int j = begin; j < padded_end; j += kLanes) most = vmax(most, load(scores + j));
+  *largest_score = largest(most);
+  const Vec shift = splat(*largest_score == never ? 0.0f : *largest_score);
+  Vec total = {};
+  for (int j = begin; j < padded_end; j += kLanes) {
+    const Vec weight = exp(load(scores + j) - shift);
+    store(scores + j, weight);
+    total += weight;
+  }
+  *weights_sum = sum(total);
+}
+
+// result = merge(result, chunk), as in online softmax (M. Milakov and N. Gimelshein, 2018).
+XY_INLINE void merge(int rows, int head_size, Result result, Result chunk) {
+  for (int row = 0; row < rows; ++row) {
+    const float most = max(result.largest[row], chunk.largest[row]);
+    if (chunk.largest[row] == -__builtin_inff()) continue;  // the row sees no key of the chunk
+    const float before = exp(result.largest[row] - most), now = exp(chunk.largest[row] - most);
+    result.largest[row] = most;
+    result.sum[row] = result.sum[row] * before + chunk.sum[row] * now;
+    float* const to = result.values + row * head_size;
+    const float* const from = chunk.values + row * head_size;
+    for (int d = 0; d < head_size; d += kLanes)
+      store(to + d, load(to + d) * before + load(from + d) * now);
+  }
+}
+
+XY_INLINE void clear(int rows, int head_size, Result result) {
+  for (int row = 0; row < rows; ++row) result.largest[row] = -__builtin_inff();
+  std::memset(result.sum, 0, sizeof(float) * rows);
+  std::memset(result.values, 0, sizeof(float) * rows * head_size);
+}
+
+XY_INLINE void write_out(const QueryTile& tile, Result result) {
+  const int head_size = tile.a.shape.head_size;
+  for (int row = 0; row < tile.rows(); ++row) {
+    const float factor = result.sum[row] > 0 ? 1 / result.sum[row] : 0;
+    float* const to = tile.out(row);
+    for (int d = 0; d < head_size; d += kLanes)
+      store(to + d, load(result.values + row * head_size + d) * factor);
+  }
+}
+
+// The result of one chunk, whose keys [begin, end) some row of the tile sees.
+XY_INLINE void attend_chunk(const QueryTile& tile, const float* query, const int32_t* heights,
+                            int num_heights, int chunk_key, int begin, int end, float* scores,
+                            Result result) {
+  const AttentionShape& s = tile.a.shape;
+  const int size = s.head_size, block_size = s.block_size;
+  begin = begin / kPanel * kPanel;
+  // Panels stay in the first-level cache while every row tile passes over them; one tile alone may
+  // take several at a time.
+  const int together = num_heights == 1 ? 4 : 1;
+  for (int key = begin; key < end;) {  // block by block
+    const int in_block = (chunk_key + key) % block_size;
+    const int keys = min(block_size - in_block, end - key);
+    const float* const panels = keys_at(s, tile.a.data.kv_cache, tile.block(chunk_key + key), tile.kv_head) +
+                                int64_t{in_block} * size;
+    const int count = panels_of(keys);
+    for (int panel = 0; panel < count; panel += together)
+      for (int i = 0, row = 0; i < num_heights; row += heights[i++])
+        multiply<Fp32>(heights[i], PackedRows{query + row * size},
+                       reinterpret_cast<const char*>(panels + panel * kPanel * size),
+                       int64_t{kPanel} * size * 4, min(together, count - panel), size,
+                       scores + row * kKvChunk + key + panel * kPanel, kKvChunk, false);
+    key += keys;
+  }
+  for (int row = 0; row < tile.rows(); ++row)
+    softmax(tile, row, chunk_key, begin, end, scores + row * kKvChunk, result.largest + row, result.sum + row);
+  for (int key = begin; key < end;) {
+    const int in_block = (chunk_key + key) % block_size;
+    const int keys = min(block_size - in_block, end - key);
+    const float* const panels = values_at(s, tile.a.data.kv_cache, tile.block(chunk_key + key), tile.kv_head) +
+                                in_block * kPanel;
+    for (int panel = 0; panel < size / kPanel; panel += together)
+      for (int i = 0, row = 0; i < num_heights; row += heights[i++])
+        multiply<Fp32>(heights[i], StridedRows{scores + row * kKvChunk + key, kKvChunk},
+                       reinterpret_cast<const char*>(panels + int64_t{panel} * kPanel * block_size),
+                       int64_t{kPanel} * block_size * 4, min(together, size / kPanel - panel), keys,
+                       result.values + row * size + panel * kPanel, size, key > begin);
+    key += keys;
+  }
+}
+
+void attend_task(void* context, int index) {
+  const auto& a = *static_cast<Attention*>(context);
+  const AttentionTask& task = a.plan.tasks[index];
+  const QueryTile tile{a, task.span, task.first_token, task.num_tokens, task.kv_head};
+  const int rows = tile.rows(), size = a.shape.head_size;
+  const int32_t* const heights = a.plan.heights + task.heights;
+  float* const scores = task_scratch(int64_t{rows} * (kKvChunk + 3 * size + 4));
+  float* const query = scores + int64_t{rows} * kKvChunk;
+  const Result chunk(query + rows * size, rows), total(query + rows * (2 * size + 2), rows);
+  pack_query(tile, heights, task.num_heights, query);
+  if (task.partial < 0) clear(rows, size, total);
+  const int first_key = tile.first_key(task.first_token);
+  const int end_key = tile.end_key(task.first_token + task.num_tokens - 1);
+  for (int i = task.first_chunk; i < task.end_chunk; ++i) {
+    const int chunk_key = i * kKvChunk;
+    const int begin = max(0, first_key - chunk_key), end = min(kKvChunk, end_key - chunk_key);
+    const int64_t partial = task.partial + i - task.first_chunk;
+    const Result result = task.partial < 0 ? chunk : Result(a.partials + partial * a.partial_floats(), rows);
+    attend_chunk(tile, query, heights, task.num_heights, chunk_key, begin, end, scores, result);
+    if (task.partial < 0) merge(rows, size, total, chunk);
+  }
+  if (task.partial < 0) write_out(tile, total);
+}
+
+void merge_task(void* context, int index) {
+  const auto& a = *static_cast<Attention*>(context);
+  const MergeTask& task = a.plan.merges[index];
+  const QueryTile tile{a, task.span, task.first_token, task.num_tokens, task.kv_head};
+  const int rows = tile.rows(), size = a.shape.head_size;
+  const Result total(task_scratch(int64_t{rows} * (2 + size)), rows);
+  clear(rows, size, total);
+  for (int i = task.partial; i < task.partial + task.num_partials; ++i)
+    merge(rows, size, total, Result(a.partials + i * a.partial_floats(), rows));
+  write_out(tile, total);
+}
+
+// The caller gives the memory for the plan's partial results, partial_floats() each.
+XY_INLINE void attend_all(Attention& a) {
+  parallel(a.plan.num_tasks, attend_task, &a);
+  parallel(a.plan.num_merges, merge_task, &a);
+}
+
+void attend(const AttentionShape* shape, const AttentionPlan* plan, const AttentionData* data) {
+  Attention a{*shape, *plan, *data, nullptr};
+  a.partials = caller_scratch(plan->num_partials * a.partial_floats());
+  attend_all(a);
+}
+
+}  // namespace XY_ISA

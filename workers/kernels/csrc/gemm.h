@@ -1,0 +1,470 @@
+// The virtual-padding GEMM: y[m, n] = sum over k of x[m, k] w[n, k].
+//
+// Every output element is one chain of fused multiply-adds per chunk of k, and the chunks' sums are
+// added in ascending order. Neither depends on the tile an element falls in, so a row has the same
+// bits whatever rows are computed beside it.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace XY_ISA {
+
+using namespace xy;
+
+// Rows of the tallest tile: with two vectors a row it fills the registers.
+constexpr int kMaxHeight = kLanes == 16 ? 12 : 6;
+
+// Most input features whose products are summed before they join the result. A panel's chunk stays
+// in the first-level cache while every row tile passes over it.
+constexpr int kMaxChunk = 384;
+
+template <class T>
+XY_INLINE T round_up(T x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// ---- Formats: how a panel's row of kPanel weights is read as two vectors of floats. ----
+
+struct Fp32 {
+  static constexpr int64_t bytes(int64_t k) { return k * kPanel * 4; }
+  const char* at;
+  XY_INLINE void next_group() {}
+  XY_INLINE void next(Vec& low, Vec& high) {
+    low = load(at), high = load(at + sizeof(Vec));
+    at += 2 * sizeof(Vec);
+  }
+};
+
+// Each 32-bit lane holds two columns: its lower half one of the first vector's, its upper half one
+// of the second's. Both become floats by one exact operation.
+struct Bf16 {
+  static constexpr int64_t bytes(int64_t k) { return k * kPanel * 2; }
+  const char* at;
+  XY_INLINE void next_group() {}
+  XY_INLINE static void widen(UVec both, Vec& low, Vec& high) {
+    low = (Vec)(both << 16), high = (Vec)(both & 0xFFFF0000u);
+  }
+  XY_INLINE void next(Vec& low, Vec& high) {
+    widen(load<UVec>(at), low, high);
+    at += sizeof(UVec);
+  }
+};
+
+struct Int8 {
+  static constexpr int64_t bytes(int64_t k) { return k * kPanel; }
+  const char* at;
+  XY_INLINE void next_group() {}
+  XY_INLINE void next(Vec& low, Vec& high) {
+    low = __builtin_convertvector(widen_int8(at), Vec);
+    high = __builtin_convertvector(widen_int8(at + kLanes), Vec);
+    at += kPanel;
+  }
+};
+
+// Per group of 32 input features: bf16 scales, bf16 minima, then the quanta, two to a byte. The
+// value quantum * scale + minimum is rounded once, by the fused multiply-add.
+struct Int4 {
+  static constexpr int kGroupBytes = 2 * kPanel * 2 + kGroup * kLanes;
+  static constexpr int64_t bytes(int64_t k) { return k / kGroup * kGroupBytes; }
+  const char* at;
+  Vec low_scale, high_scale, low_minimum, high_minimum;
+  XY_INLINE void next_group() {
+    Bf16 header;
+    header.at = at;
+    header.next(low_scale, high_scale);
+    header.next(low_minimum, high_minimum);
+    at = header.at;
+  }
+  XY_INLINE void next(Vec& low, Vec& high) {
+    const IVec both = widen_uint8(at);
+    low = __builtin_convertvector(both & 15, Vec) * low_scale + low_minimum;
+    high = __builtin_convertvector(both >> 4, Vec) * high_scale + high_minimum;
+    at += kLanes;
+  }
+};
+
+// ---- Tiles. ----
+
+// The left operand of a tile: rows side by side for each k (packed), or each row by itself.
+struct PackedRows {
+  const float* data;
+  template <int kRows>
+  XY_INLINE float at(int row, int k) const { return data[k * kRows + row]; }
+};
+
+struct StridedRows {
+  const float* data;
+  int64_t stride;
+  template <int kRows>
+  XY_INLINE float at(int row, int k) const { return data[row * stride + k]; }
+};
+
+// out[kRows, kPanels * kPanel] (+)= rows x panels over `depth` input features.
+template <class Format, int kRows, int kPanels, class Rows>
+void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, float* out,
+          int64_t out_stride, bool add) {
+  Vec acc[kRows][kPanels][2] = {};
+  Format weights[kPanels];
+  for (int p = 0; p < kPanels; ++p) weights[p].at = panel + p * panel_stride;
+  for (int k0 = 0; k0 < depth; k0 += kGroup) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) weights[p].next_group();
+    const int end = min(k0 + kGroup, depth);
+    for (int k = k0; k < end; ++k) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) {
+        Vec low, high;
+        weights[p].next(low, high);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) {
+          const Vec x = splat(rows.template at<kRows>(row, k));
+          acc[row][p][0] += x * low;
+          acc[row][p][1] += x * high;
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        float* const to = out + row * out_stride + p * kPanel + half * kLanes;
+        store(to, add ? load(to) + acc[row][p][half] : acc[row][p][half]);
+      }
+}
+
+
+// Panels that a tile of this height takes at once: enough sums in flight to cover the latency of a
+// multiply-add, as far as the registers reach.
+constexpr int panels_at_once(int height) { return height == 1 ? 4 : height == 2 ? 2 : 1; }
+
+template <class Format, int kRows, class Rows>
+void tile_row(Rows rows, const char* panels, int64_t panel_stride, int num_panels, int depth,
+              float* out, int64_t out_stride, bool add) {
+  constexpr int kAtOnce = panels_at_once(kRows);
+  int p = 0;
+  for (; p + kAtOnce <= num_panels; p += kAtOnce)
+    tile<Format, kRows, kAtOnce>(rows, panels + p * panel_stride, panel_stride, depth,
+                                 out + p * kPanel, out_stride, add);
+  for (; p < num_panels; ++p)
+    tile<Format, kRows, 1>(rows, panels + p * panel_stride, panel_stride, depth,
+                           out + p * kPanel, out_stride, add);
+}
+
+// out[height, num_panels * kPanel] (+)= rows x panels over `depth` input features.
+template <class Format, class Rows, int kRows = kMaxHeight>
+XY_INLINE void multiply(int height, Rows rows, const char* panels, int64_t panel_stride,
+                        int num_panels, int depth, float* out, int64_t out_stride, bool add) {
+  if constexpr (kRows > 1)
+    if (height != kRows)
+      return multiply<Format, Rows, kRows - 1>(height, rows, panels, panel_stride, num_panels,
+                                               depth, out, out_stride, add);
+  tile_row<Format, kRows>(rows, panels, panel_stride, num_panels, depth, out, out_stride, add);
+}
+
+// ---- Packing. ----
+
+template <class Function>
+XY_INLINE auto with_format(int32_t format, Function&& function) {
+  switch (format) {
+    case kBf16: return function(Bf16{});
+    case kInt8: return function(Int8{});
+    case kInt4: return function(Int4{});
+    default: return function(Fp32{});
+  }
+}
+
+// Input features of one chunk: k in as few equal parts as may be.
+XY_INLINE int chunk_of(int k) {
+  const int parts = (k + kMaxChunk - 1) / kMaxChunk;
+  return round_up((k + parts - 1) / parts, kGroup);
+}
+
+XY_INLINE int panels_of(int n) { return (n + kPanel - 1) / kPanel; }
+
+XY_INLINE int num_panels(const Weight& w) {
+  return w.gated ? 2 * panels_of(w.n / 2) : panels_of(w.n);
+}
+
+// The rows a panel holds: the first, and how many; the rest of the panel is zero.
+struct PanelRows {
+  int first, count;
+};
+
+XY_INLINE PanelRows panel_rows(const Weight& w, int panel) {
+  const int half = w.gated ? w.n / 2 : w.n;
+  const int begin = (w.gated ? panel / 2 : panel) * kPanel;
+  return {begin + (w.gated && panel % 2 ? half : 0), min(kPanel, half - begin)};
+}
+
+XY_INLINE int64_t panel_bytes(const Weight& w) {
+  return with_format(w.format, [&](auto format) { return format.bytes(round_up(w.k, kGroup)); });
+}
+
+int64_t packed_bytes(int32_t n, int32_t k, int32_t format, int32_t gated) {
+  const Weight w{n, k, format, gated, nullptr, nullptr};
+  return num_panels(w) * panel_bytes(w);
+}
+
+XY_INLINE int clamp(float x, int low, int high) {
+  return max(low, min(high, static_cast<int>(__builtin_rintf(x))));
+}
+
+// One panel's rows, [kPanel][depth] with zeros for what is missing, in the panel's format.
+XY_INLINE void pack_panel(int32_t format, const float* rows, int depth, const float* scales,
+                          char* to) {
+  const auto at = [&](int column, int k) { return rows[int64_t{column} * depth + k]; };
+  for (int k0 = 0; k0 < depth; k0 += kGroup) {
+    float scale[kPanel], minimum[kPanel];
+    if (format == kInt4) {
+      auto* const header = reinterpret_cast<uint16_t*>(to);
+      for (int c = 0; c < kPanel; ++c) {
+        float low = at(c, k0), high = low;
+        for (int k = k0; k < k0 + kGroup; ++k) low = min(low, at(c, k)), high = max(high, at(c, k));
+        const int place = c % kLanes * 2 + c / kLanes;
+        header[place] = bf16_of((high - low) / 15);
+        header[kPanel + place] = bf16_of(low);
+        scale[c] = float_of(header[place]), minimum[c] = float_of(header[kPanel + place]);
+      }
+      to += 2 * kPanel * 2;
+    }
+    for (int k = k0; k < k0 + kGroup; ++k)
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (int half = 0; half < 2; ++half) {
+          const int c = half * kLanes + lane;
+          const float value = at(c, k);
+          char* const row = to + (k - k0) * kPanel * (format == kFp32 ? 4 : format == kBf16 ? 2 : 1);
+          if (format == kFp32) {
+            reinterpret_cast<float*>(row)[c] = value;
+          } else if (format == kBf16) {
+            reinterpret_cast<uint16_t*>(row)[2 * lane + half] = bf16_of(value);
+          } else if (format == kInt8) {
+            row[c] = static_cast<char>(scales[c] > 0 ? clamp(value / scales[c], -127, 127) : 0);
+          } else {
+            const int quantum = scale[c] > 0 ? clamp((value - minimum[c]) / scale[c], 0, 15) : 0;
+            char& byte = to[(k - k0) * kLanes + lane];
+            byte = static_cast<char>(half ? byte | quantum << 4 : quantum);
+          }
+        }
+    to += kGroup * (format == kFp32   ? kPanel * 4
+                    : format == kBf16 ? kPanel * 2
+                    : format == kInt8 ? kPanel
+                                      : kLanes);
+  }
+}
+
+void pack(const Weight* weight, const float* rows, float* scales) {
+  struct Context {
+    const Weight& w;
+    const float* rows;
+    float* scales;
+  } context{*weight, rows, scales};
+  parallel(num_panels(*weight), [](void* context, int panel) {
+    const auto& [w, rows, scales] = *static_cast<Context*>(context);
+    const int depth = round_up(w.k, kGroup);
+    float* const padded = task_scratch(int64_t{kPanel} * depth);
+    std::memset(padded, 0, sizeof(float) * kPanel * depth);
+    const auto [first, count] = panel_rows(w, panel);
+    for (int c = 0; c < count; ++c)
+      std::memcpy(padded + int64_t{c} * depth, rows + int64_t{first + c} * w.k, sizeof(float) * w.k);
+    if (w.format == kInt8)
+      for (int c = 0; c < kPanel; ++c) {
+        float most = 0;
+        for (int k = 0; k < w.k; ++k) most = max(most, __builtin_fabsf(padded[int64_t{c} * depth + k]));
+        scales[panel * kPanel + c] = most / 127;
+      }
+    pack_panel(w.format, padded, depth, scales + panel * kPanel,
+               static_cast<char*>(w.panels) + panel * panel_bytes(w));
+  }, &context);
+}
+
+// Expand `depth` input features of a panel to floats, exactly as a tile would read them.
+template <class Format>
+void expand(const char* panel, int depth, float* to) {
+  Format weights;
+  weights.at = panel;
+  for (int k0 = 0; k0 < depth; k0 += kGroup) {
+    weights.next_group();
+    for (int k = k0; k < min(k0 + kGroup, depth); ++k, to += kPanel) {
+      Vec low, high;
+      weights.next(low, high);
+      store(to, low), store(to + kLanes, high);
+    }
+  }
+}
+
+void unpack(const Weight* weight, float* rows) {
+  const Weight& w = *weight;
+  const int depth = round_up(w.k, kGroup);
+  float* const columns = task_scratch(int64_t{kPanel} * depth);
+  for (int panel = 0; panel < num_panels(w); ++panel) {
+    with_format(w.format, [&](auto format) {
+      expand<decltype(format)>(static_cast<char*>(w.panels) + panel * panel_bytes(w), depth, columns);
+    });
+    const auto [first, count] = panel_rows(w, panel);
+    for (int c = 0; c < count; ++c)
+      for (int k = 0; k < w.k; ++k)
+        rows[int64_t{first + c} * w.k + k] =
+            columns[int64_t{k} * kPanel + c] * (w.format == kInt8 ? w.scales[panel * kPanel + c] : 1);
+  }
+}
+
+// ---- The left operand: rows of one tile side by side. ----
+
+// Of RMSNorm (B. Zhang and R. Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight.
+struct Norm {
+  const float* weight;
+  float eps;
+};
+
+XY_INLINE float inverse_rms(const float* x, int size, float eps) {
+  Vec squares = {};
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) squares += load(x + i) * load(x + i);
+  float total = sum(squares);
+  for (; i < size; ++i) total += x[i] * x[i];
+  return 1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps);
+}
+
+// Write rows[height][k] to packed[depth][height], normalised if `norm` is given, zero past k.
+template <int kRows = kMaxHeight>
+XY_INLINE void pack_rows(const float* rows, int64_t stride, int height, int k, int depth,
+                         const Norm* norm, float* packed) {
+  if constexpr (kRows > 1)
+    if (height != kRows) return pack_rows<kRows - 1>(rows, stride, height, k, depth, norm, packed);
+  float factor[kRows];
+  for (int i = 0; norm && i < kRows; ++i) factor[i] = inverse_rms(rows + i * stride, k, norm->eps);
+  for (int j = 0; j < k; ++j)
+    for (int i = 0; i < kRows; ++i) {
+      const float x = rows[i * stride + j];
+      packed[j * kRows + i] = norm ? x * factor[i] * norm->weight[j] : x;
+    }
+  std::memset(packed + k * kRows, 0, sizeof(float) * (depth - k) * kRows);
+}
+
+// ---- The whole product. ----
+
+struct Product {
+  const Weight& weight;
+  const GemmPlan& plan;
+  const float* x;
+  int64_t x_stride;
+  const Norm* norm;
+  const float* bias;
+  int32_t epilogue;
+  float* y;
+  int64_t y_stride;
+  float* packed;      // the left operand, tile after tile
+  const int* starts;  // first row of each tile
+};
+
+// What one half of a panel adds to its sums, once k is done.
+struct Affine {
+  Vec scale, bias;
+  bool scaled;
+
+  XY_INLINE Affine(const Product& p, int panel, int column) {
+    const auto [first, count] = panel_rows(p.weight, panel);
+    scaled = p.weight.scales != nullptr;
+    scale = scaled ? load(p.weight.scales + panel * kPanel + column) : Vec{};
+    bias = Vec{};
+    for (int i = 0; p.bias && i < min(kLanes, count - column); ++i)
+      bias[i] = p.bias[first + column + i];
+  }
+  XY_INLINE Vec operator()(const float* sums) const {
+    return scaled ? load(sums) * scale + bias : load(sums) + bias;
+  }
+};
+
+// Finish one panel's sums (two panels' if gated), and write the columns that exist.
+XY_INLINE void finish(const Product& p, const float* sums, int64_t sums_stride, int first_row,
+                      int num_rows, int panel) {
+  const bool gated = p.weight.gated;
+  const int count = panel_rows(p.weight, panel).count;
+  for (int column = 0; column < count; column += kLanes) {
+    const Affine gate(p, panel, column), up(p, gated ? panel + 1 : panel, column);
+    const int valid = min(kLanes, count - column);
+    float* to = p.y + first_row * p.y_stride + (gated ? panel / 2 : panel) * kPanel + column;
+    const float* from = sums + column;
+    for (int row = 0; row < num_rows; ++row, from += sums_stride, to += p.y_stride) {
+      const Vec v = gated ? silu(gate(from)) * up(from + kPanel) : gate(from);
+      if (valid == kLanes) {
+        store(to, p.epilogue == kAdd ? load(to) + v : v);
+      } else {
+        for (int i = 0; i < valid; ++i) to[i] = p.epilogue == kAdd ? to[i] + v[i] : v[i];
+      }
+    }
+  }
+}
+
+// One task: the tiles of one row block times the panels of one panel block.
+template <class Format>
+void multiply_block(const Product& p, int row_block, int panel_block) {
+  const int depth = round_up(p.weight.k, kGroup);
+  const int first_tile = row_block * p.plan.row_block;
+  const int end_tile = min(first_tile + p.plan.row_block, p.plan.num_tiles);
+  const int first_panel = panel_block * p.plan.panel_block;
+  const int end_panel = min(first_panel + p.plan.panel_block, num_panels(p.weight));
+  const int first_row = p.starts[first_tile];
+  const int num_rows = p.starts[end_tile] - first_row;
+  const int64_t width = int64_t{p.plan.panel_block} * kPanel, bytes = panel_bytes(p.weight);
+  const bool alone = end_tile - first_tile == 1;
+  // A panel that several tiles read is expanded once, if expanding takes more than a shift.
+  constexpr bool kExpand = !__is_same(Format, Fp32) && !__is_same(Format, Bf16);
+  // One tile alone reads each panel once, so it may take several panels at a time.
+  const int together = alone ? 4 : 1;
+
+  const int chunk_size = chunk_of(depth);
+  float* const sums = task_scratch(num_rows * width + (kExpand ? chunk_size * kPanel : 0));
+  float* const expanded = sums + num_rows * width;
+  for (int k0 = 0; k0 < depth; k0 += chunk_size) {
+    const int chunk = min(chunk_size, depth - k0);
+    for (int panel = first_panel; panel < end_panel; panel += together) {
+      const int count = min(together, end_panel - panel);
+      const char* const from = static_cast<const char*>(p.weight.panels) + panel * bytes + Format::bytes(k0);
+      if (kExpand && !alone) expand<Format>(from, chunk, expanded);
+      for (int tile = first_tile; tile < end_tile; ++tile) {
+        const int start = p.starts[tile], height = p.starts[tile + 1] - start;
+        const PackedRows rows{p.packed + int64_t{start} * depth + int64_t{k0} * height};
+        float* const out = sums + (start - first_row) * width + (panel - first_panel) * kPanel;
+        if (kExpand && !alone)
+          multiply<Fp32>(height, rows, reinterpret_cast<const char*>(expanded), 0, 1, chunk, out, width, k0 > 0);
+        else
+          multiply<Format>(height, rows, from, bytes, count, chunk, out, width, k0 > 0);
+      }
+    }
+  }
+  const int step = p.weight.gated ? 2 : 1;
+  for (int panel = first_panel; panel < end_panel; panel += step)
+    finish(p, sums + (panel - first_panel) * kPanel, width, first_row, num_rows, panel);
+}
+
+// Memory that `product` needs for the left operand, in floats.
+XY_INLINE int64_t packed_floats(int num_rows, int k) { return int64_t{num_rows} * round_up(k, kGroup); }
+
+XY_INLINE void multiply_all(Product& p, int* starts) {
+  const GemmPlan& plan = p.plan;
+  starts[0] = 0;
+  for (int tile = 0; tile < plan.num_tiles; ++tile) starts[tile + 1] = starts[tile] + plan.heights[tile];
+  p.starts = starts;
+  parallel(plan.num_tiles, [](void* context, int tile) {
+    const auto& p = *static_cast<Product*>(context);
+    const int start = p.starts[tile], depth = round_up(p.weight.k, kGroup);
+    pack_rows(p.x + start * p.x_stride, p.x_stride, p.plan.heights[tile], p.weight.k, depth, p.norm,
+              p.packed + int64_t{start} * depth);
+  }, &p);
+  const int row_blocks = (plan.num_tiles + plan.row_block - 1) / plan.row_block;
+  const int panel_blocks = (num_panels(p.weight) + plan.panel_block - 1) / plan.panel_block;
+  // Row blocks of one panel block follow each other, while its weights are still in a cache.
+  parallel(row_blocks * panel_blocks, [](void* context, int task) {
+    const auto& p = *static_cast<Product*>(context);
+    const int row_blocks = (p.plan.num_tiles + p.plan.row_block - 1) / p.plan.row_block;
+    with_format(p.weight.format, [&](auto format) {
+      multiply_block<decltype(format)>(p, task % row_blocks, task / row_blocks);
+    });
+  }, &p);
+}
+
+}  // namespace XY_ISA

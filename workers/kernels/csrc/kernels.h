@@ -1,0 +1,127 @@
+// What the instruction sets have in common: the values that cross the C ABI, and the table of
+// functions that each instruction set fills. `native.py` declares the same structures.
+#pragma once
+
+#include <cstdint>
+
+namespace xy {
+
+enum Format : int32_t { kFp32, kBf16, kInt8, kInt4 };
+
+// Input features that share one scale and minimum in int4; packed rows are a multiple of it long.
+constexpr int kGroup = 32;
+
+// A matrix [n, k] packed into panels of output features, each panel input feature by input feature.
+struct Weight {
+  int32_t n, k;
+  int32_t format;
+  int32_t gated;        // panels alternate between the first n/2 rows (gate) and the rest (up)
+  void* panels;         // as `packed_bytes` says; owned by the caller
+  const float* scales;  // [panel columns], int8 only
+};
+
+// How a GEMM over `num_rows` rows is cut. Rows are cut into tiles, each of one of the heights the
+// kernel has; a task is `row_block` tiles by `panel_block` panels.
+struct GemmPlan {
+  int32_t num_rows;
+  int32_t num_tiles;
+  const int32_t* heights;  // [num_tiles], their sum is num_rows
+  int32_t row_block, panel_block;
+};
+
+enum Epilogue : int32_t {
+  kStore,  // y = x w + b; of a gated weight y = silu(gate) * up, half as wide
+  kAdd,    // y += x w + b
+};
+
+struct AttentionShape {
+  int32_t num_heads, num_kv_heads, head_size, block_size;
+  float scale, soft_cap;         // no cap if 0
+  int32_t sliding_window;        // keys each query sees, itself included; all if 0
+  int64_t block_stride, head_stride;  // of the KV cache, in floats
+};
+
+// One query tile of one KV head over a range of KV chunks.
+struct AttentionTask {
+  int32_t span, first_token, num_tokens, kv_head;
+  int32_t first_chunk, end_chunk;
+  int32_t partial;                // where the chunks' partial results go; none if -1
+  int32_t heights, num_heights;   // the row tiles, in AttentionPlan::heights
+};
+
+// The partial results of one query tile, to be merged in the order of their chunks.
+struct MergeTask {
+  int32_t span, first_token, num_tokens, kv_head;
+  int32_t partial, num_partials;
+};
+
+struct AttentionPlan {
+  int32_t num_spans, num_tasks, num_merges, num_partials;
+  int32_t max_rows;               // of a query tile: its tokens times query heads per KV head
+  const int32_t* query_start_loc;  // [num_spans + 1]
+  const int32_t* seq_lens;         // [num_spans]
+  const int32_t* mask_start;       // [num_spans] offset into masks, or -1: causal; null: all causal
+  const uint8_t* masks;            // square [query_len, query_len] each: 1 where a key is seen
+  const int32_t* heights;
+  const AttentionTask* tasks;
+  const MergeTask* merges;
+};
+
+// Everything that attention reads and writes beside the plan.
+struct AttentionData {
+  const float* query;  // [num_tokens, num_heads, head_size], rows query_stride apart
+  int64_t query_stride;
+  float* kv_cache;
+  const int32_t* block_table;  // [num_spans, block_table_stride]
+  int64_t block_table_stride;
+  float* out;  // [num_tokens, num_heads, head_size], rows out_stride apart
+  int64_t out_stride;
+};
+
+struct Layer {
+  const float *input_norm, *post_attention_norm;
+  const float *q_norm, *k_norm;  // null where the model has none
+  const Weight *qkv, *o, *gate_up, *down;
+  const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;  // null where there is none
+  float* kv_cache;
+};
+
+struct Model {
+  int32_t num_layers, hidden_size, intermediate_size, rotary_dim;
+  float eps;
+  int32_t max_position;         // rows of the rotary table
+  const float* cos_sin;         // [max_position, rotary_dim]: cosines, then sines
+  const float* final_norm;
+  const Layer* layers;
+  AttentionShape attention;
+};
+
+struct Step {
+  int32_t num_tokens;
+  const int64_t* positions;     // [num_tokens]
+  const int64_t* slot_mapping;  // [num_tokens]
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  const AttentionPlan* attention;
+  GemmPlan qkv, o, gate_up, down;
+  float* hidden;                // [num_tokens, hidden_size]: embeddings in, normed states out
+};
+
+struct Kernels {
+  const char* isa;
+  int32_t lanes, max_height, kv_chunk;
+  int64_t (*packed_bytes)(int32_t n, int32_t k, int32_t format, int32_t gated);
+  // Fill weight->panels (and scales) from rows [n, k].
+  void (*pack)(const Weight* weight, const float* rows, float* scales);
+  void (*unpack)(const Weight* weight, float* rows);
+  void (*linear)(const Weight* weight, const GemmPlan* plan, const float* x, int64_t x_stride,
+                 const float* bias, int32_t epilogue, float* y, int64_t y_stride);
+  void (*write_kv)(const AttentionShape* shape, float* kv_cache, int32_t num_tokens,
+                   const float* key, const float* value, int64_t stride,
+                   const int64_t* slot_mapping);
+  void (*attend)(const AttentionShape* shape, const AttentionPlan* plan,
+                 const AttentionData* data);
+  void (*forward)(const Model* model, const Step* step);
+};
+
+}  // namespace xy

@@ -1,0 +1,114 @@
+// Vectors of floats as wide as the instruction set of this translation unit.
+//
+// The sources that include this header are compiled once per instruction set, each time into a
+// namespace of that name (XY_ISA). They use no templates of the standard library: the linker keeps
+// one copy of such a template, and it might be the one with instructions this CPU lacks.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define XY_INLINE inline __attribute__((always_inline))
+
+namespace XY_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2, NEON
+#endif
+
+// Columns of one panel: a tile's row is two vectors.
+constexpr int kPanel = 2 * kLanes;
+
+using Vec = float __attribute__((vector_size(kLanes * 4)));
+using IVec = int32_t __attribute__((vector_size(kLanes * 4)));
+using UVec = uint32_t __attribute__((vector_size(kLanes * 4)));
+
+template <class T>
+XY_INLINE T min(T a, T b) { return a < b ? a : b; }
+template <class T>
+XY_INLINE T max(T a, T b) { return a < b ? b : a; }
+
+template <class V = Vec>
+XY_INLINE V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+XY_INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof v); }
+
+XY_INLINE Vec splat(float x) { return x - Vec{}; }
+
+XY_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+
+// kLanes bytes as integers. GCC splits the conversion from half a register into single bytes.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+XY_INLINE IVec widen_int8(const void* from) { return (IVec)_mm256_cvtepi8_epi32(_mm_loadu_si64(from)); }
+XY_INLINE IVec widen_uint8(const void* from) { return (IVec)_mm256_cvtepu8_epi32(_mm_loadu_si64(from)); }
+#else
+using Int8s = int8_t __attribute__((vector_size(kLanes)));
+using Uint8s = uint8_t __attribute__((vector_size(kLanes)));
+XY_INLINE IVec widen_int8(const void* from) { return __builtin_convertvector(load<Int8s>(from), IVec); }
+XY_INLINE IVec widen_uint8(const void* from) { return __builtin_convertvector(load<Uint8s>(from), IVec); }
+#endif
+
+// Sums and maxima go over the lanes in one fixed order.
+XY_INLINE float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+XY_INLINE float largest(Vec v) {
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = max(most, v[i]);
+  return most;
+}
+
+// e^x to 2 units in the last place; exactly 0 below -87.3 (minus infinity too), where e^x would no
+// longer be a normal number. The polynomial is that of Cephes' expf (S. Moshier, public domain).
+XY_INLINE Vec exp(Vec x) {
+  const Vec top = splat(88.37f), bottom = splat(-87.33f);
+  const Vec clamped = vmax(bottom, x > top ? top : x);  // this order keeps a NaN
+  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec n = (clamped * 1.44269504f + shift) - shift;
+  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const IVec power = (__builtin_convertvector(n, IVec) + 127) << 23;
+  return x < bottom ? Vec{} : p * (Vec)power;
+}
+
+XY_INLINE float exp(float x) { return exp(splat(x))[0]; }
+
+XY_INLINE Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+
+// A bf16 is the upper half of a float.
+XY_INLINE uint16_t bf16_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+XY_INLINE float float_of(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+}  // namespace XY_ISA

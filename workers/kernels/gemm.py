@@ -1,0 +1,191 @@
+"""The virtual-padding GEMM: `y = x W^T + b` for any number of rows, on weights packed once."""
+
+import ctypes
+from enum import IntEnum
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.kernels import native
+from workers.kernels.calibration import tile_costs
+from workers.kernels.tiles import GemmPlan, plan_gemm
+
+Floats = NDArray[np.float32]
+
+
+class Format(IntEnum):
+    """How weights lie in memory: `xy::Format`."""
+
+    FP32 = 0
+    BF16 = 1  # exact for weights that are bf16 in the checkpoint
+    INT8 = 2  # one scale for each output feature
+    INT4 = 3  # groups of 32 input features, a bf16 scale and minimum each
+
+
+class Epilogue(IntEnum):
+    """What becomes of the product: `xy::Epilogue`."""
+
+    STORE = 0
+    ADD = 1
+
+
+class Weight:
+    """A weight matrix `[n, k]`, packed for the instruction set in use."""
+
+    def __init__(self, n: int, k: int, format: Format, gate_up: bool) -> None:
+        """Room for the packed weight; `pack` fills it."""
+        kernels = native.kernels()
+        self.n, self.k, self.gate_up = n, k, gate_up
+        self._format = format
+        self._panels = native.empty_aligned(kernels.packed_bytes(n, k, format, gate_up))
+        panel = 2 * kernels.lanes
+        self.num_panels = 2 * -(-n // 2 // panel) if gate_up else -(-n // panel)
+        self._scales = np.zeros(self.num_panels * panel, np.float32) if format == Format.INT8 else None
+        self.struct = native.WeightStruct(
+            n, k, format, gate_up, native.pointer(self._panels), native.pointer(self._scales)
+        )
+
+    @classmethod
+    def pack(cls, weight: Floats, format: str = "auto", *, gate_up: bool = False) -> Self:
+        """Pack a float32 weight `[n, k]`.
+
+        `format` is fp32, bf16, int8 or int4; auto is bf16 if that loses nothing, else fp32. With
+        `gate_up` the rows are those of the gate and then those of the up projection, and `linear`
+        gives silu(gate) * up. ValueError names what cannot be packed.
+        """
+        _check_array("weight", weight, 2)
+        n, k = weight.shape
+        if gate_up and n % 2:
+            raise ValueError(f"weight has {n} rows; gate and up need an even number")
+        names = ["auto", *(known.name.lower() for known in Format)]
+        if format not in names:
+            raise ValueError(f"format ({format!r}) must be one of {', '.join(names)}")
+        lossless = is_bf16(weight)
+        if format == "bf16" and not lossless:
+            raise ValueError("weight has values that bf16 would round; pack it as fp32 or auto")
+        if not np.isfinite(weight).all():
+            row, column = np.argwhere(~np.isfinite(weight))[0]
+            raise ValueError(
+                f"weight[{row}, {column}] is {weight[row, column]}; the checkpoint is damaged"
+            )
+        if format == "auto":
+            format = "bf16" if lossless else "fp32"
+        packed = cls(n, k, Format[format.upper()], gate_up)
+        native.kernels().pack(
+            ctypes.byref(packed.struct), native.pointer(weight), native.pointer(packed._scales)
+        )
+        return packed
+
+    @property
+    def format(self) -> str:
+        """One of fp32, bf16, int8 and int4."""
+        return self._format.name.lower()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weight."""
+        return self._panels.nbytes + (0 if self._scales is None else self._scales.nbytes)
+
+    @property
+    def out_features(self) -> int:
+        """Width of what `linear` gives."""
+        return self.n // 2 if self.gate_up else self.n
+
+    def unpacked(self) -> Floats:
+        """The values that the packed weight stands for, `[n, k]`."""
+        rows = np.empty((self.n, self.k), np.float32)
+        native.kernels().unpack(ctypes.byref(self.struct), native.pointer(rows))
+        return rows
+
+    def plan(self, num_rows: int) -> GemmPlan:
+        """How a product with `num_rows` rows is cut."""
+        return plan_gemm(num_rows, self.num_panels, native.num_threads(), tile_costs())
+
+
+def is_bf16(values: Floats) -> bool:
+    """Whether bf16 holds every value exactly: the lower halves of all floats are zero."""
+    return not (values.view(np.uint32) & 0xFFFF).any()
+
+
+def linear(
+    x: Floats,
+    weight: Weight,
+    bias: Floats | None = None,
+    out: Floats | None = None,
+    *,
+    add: bool = False,
+) -> Floats:
+    """`x W^T + bias`: `[m, k]` to `[m, out_features]`, added to `out` if `add`.
+
+    Rows of `x` and `out` may lie apart. A row's bits do not depend on the other rows.
+    """
+    _check_array("x", x, 2, columns=weight.k)
+    num_rows = x.shape[0]
+    if out is None:
+        if add:
+            raise ValueError("add needs an `out` to add to")
+        out = np.empty((num_rows, weight.out_features), np.float32)
+    _check_array("out", out, 2, columns=weight.out_features)
+    if out.shape[0] != num_rows:
+        raise ValueError(f"out has {out.shape[0]} rows, x has {num_rows}")
+    if bias is not None:
+        _check_array("bias", bias, 1, columns=weight.n)
+    run(
+        weight,
+        num_rows,
+        x.ctypes.data,
+        x.strides[0] // 4,
+        None if bias is None else bias.ctypes.data,
+        out.ctypes.data,
+        out.strides[0] // 4,
+        Epilogue.ADD if add else Epilogue.STORE,
+    )
+    return out
+
+
+def run(
+    weight: Weight,
+    num_rows: int,
+    x: int,
+    x_stride: int,
+    bias: int | None,
+    out: int,
+    out_stride: int,
+    epilogue: Epilogue = Epilogue.STORE,
+) -> None:
+    """`linear` on addresses of floats that the caller has checked; strides in floats."""
+    if num_rows:
+        plan = plan_struct(weight.plan(num_rows))
+        native.kernels().linear(
+            ctypes.byref(weight.struct),
+            ctypes.byref(plan),
+            x,
+            x_stride,
+            bias,
+            epilogue,
+            out,
+            out_stride,
+        )
+
+
+def plan_struct(plan: GemmPlan) -> native.GemmPlanStruct:
+    """The plan as C++ sees it; valid while `plan` lives."""
+    return native.GemmPlanStruct(
+        plan.num_rows,
+        len(plan.heights),
+        native.pointer(plan.heights),
+        plan.row_block,
+        plan.panel_block,
+    )
+
+
+def _check_array(name: str, array: NDArray[Any], ndim: int, columns: int | None = None) -> None:
+    if array.dtype != np.float32:
+        raise ValueError(f"{name} is {array.dtype}; it must be float32")
+    if array.ndim != ndim:
+        raise ValueError(f"{name} has the shape {array.shape}; it must have {ndim} dimensions")
+    if array.size and array.strides[-1] != 4:
+        raise ValueError(f"{name} has strides {array.strides}; the last dimension must be contiguous")
+    if columns is not None and array.shape[-1] != columns:
+        raise ValueError(f"{name} has the shape {array.shape}; its last dimension must be {columns}")

@@ -1,0 +1,194 @@
+"""How work is cut into tiles: row tiles of a GEMM, query tiles and KV splits of attention."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32s = NDArray[np.int32]
+
+ROWS_PER_BLOCK = 120
+"""Rows of one GEMM task: with a chunk of their inputs they stay in the second-level cache."""
+
+QUERY_ROWS = 96
+"""Most rows (tokens times query heads per KV head) of one query tile."""
+
+TASKS_PER_THREAD = 4
+"""So many that a thread which was taken off its core for a while leaves no long tail."""
+
+TASK_COST = 1 << 11
+"""What a query tile costs beside its products, in products of one row with one key."""
+
+LEAST_ROWS = 4
+"""A tile of fewer rows takes no less time: it waits for keys and values to come from memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileCosts:
+    """Time of one row tile on one panel by its height (index 0 is height 1), in any unit."""
+
+    of_height: tuple[float, ...]
+
+    @property
+    def max_height(self) -> int:
+        """Rows of the tallest tile."""
+        return len(self.of_height)
+
+
+def default_costs(max_height: int) -> TileCosts:
+    """What tiles cost where nothing was measured: a low one waits for the adders, a tall one does
+    not."""
+    return TileCosts(tuple(max(3.7 + 0.1 * height, float(height)) for height in range(1, max_height + 1)))
+
+
+@lru_cache(maxsize=1 << 14)
+def row_tiles(num_rows: int, costs: TileCosts) -> tuple[int, ...]:
+    """Heights of the row tiles that cover `num_rows` rows exactly in the least time, tallest first.
+
+    Rows that fit one tile take one, since each tile reads the weights anew.
+    """
+    tallest = costs.max_height
+    if num_rows <= tallest:
+        return (num_rows,) if num_rows else ()
+    # All but the last few tiles are of the height that costs least per row.
+    best = min(range(1, tallest + 1), key=lambda height: (costs.of_height[height - 1] / height, -height))
+    whole = max(0, num_rows // best - tallest)
+    rest = num_rows - whole * best
+    cheapest: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for rows in range(1, rest + 1):
+        cheapest.append(
+            min(
+                (cheapest[rows - height][0] + costs.of_height[height - 1],
+                 (height, *cheapest[rows - height][1]))
+                for height in range(1, min(tallest, rows) + 1)
+            )
+        )  # fmt: skip
+    return tuple(sorted((best,) * whole + cheapest[rest][1], reverse=True))
+
+
+@dataclass(frozen=True, slots=True)
+class GemmPlan:
+    """How a GEMM over `num_rows` rows is cut: a task is `row_block` tiles by `panel_block` panels."""
+
+    num_rows: int
+    heights: Int32s
+    row_block: int
+    panel_block: int
+
+
+@lru_cache(maxsize=1 << 12)
+def plan_gemm(num_rows: int, num_panels: int, num_threads: int, costs: TileCosts) -> GemmPlan:
+    """Cut the product of `num_rows` rows with `num_panels` panels for `num_threads` threads."""
+    heights = row_tiles(num_rows, costs)
+    num_blocks = max(1, -(-num_rows // ROWS_PER_BLOCK))
+    row_block = max(1, -(-len(heights) // num_blocks))
+    wanted = num_panels * num_blocks // (num_threads * TASKS_PER_THREAD)
+    # Even, for the pairs of a gated weight; a multiple of the panels one low tile takes at once.
+    panel_block = min(16 if num_blocks == 1 else 8, max(4, wanted // 4 * 4))
+    return GemmPlan(num_rows, np.array(heights, np.int32), row_block, panel_block)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTiles:
+    """The tasks of one step's attention, costliest first, and how their results are merged.
+
+    `tasks` rows: span, first_token, num_tokens, kv_head, first_chunk, end_chunk, partial (-1: none),
+    start in `heights`, number of heights. `merges` rows: span, first_token, num_tokens, kv_head,
+    partial, num_partials.
+    """
+
+    tasks: Int32s
+    merges: Int32s
+    heights: Int32s
+    num_partials: int
+    max_rows: int
+
+
+def plan_query_tiles(
+    query_lens: Int32s,
+    seq_lens: Int32s,
+    *,
+    group: int,
+    num_kv_heads: int,
+    kv_chunk: int,
+    sliding_window: int,
+    sees_all: NDArray[np.bool_],
+    num_threads: int,
+    costs: TileCosts,
+) -> QueryTiles:
+    """Cut spans into query tiles, weigh them, split what would keep one thread busy alone.
+
+    Lengths are `[num_spans]`, in tokens; `group` is query heads per KV head; tokens of a span in
+    `sees_all` may see the whole span (a mask decides); `sliding_window` 0 is none.
+    """
+    tokens = np.minimum(np.maximum(query_lens, 1), max(1, QUERY_ROWS // group)).astype(np.int32)
+    tiles_of_span = -(-query_lens // tokens)
+    span = np.repeat(np.arange(len(query_lens), dtype=np.int32), tiles_of_span)
+    ends = np.cumsum(tiles_of_span)
+    first = (np.arange(len(span)) - np.repeat(ends - tiles_of_span, tiles_of_span)) * tokens[span]
+    count = np.minimum(tokens[span], query_lens[span] - first)
+    context = (seq_lens - query_lens)[span]
+    end_key = np.where(sees_all[span], seq_lens[span], context + first + count)
+    first_key = np.maximum(0, context + first + 1 - sliding_window) if sliding_window else 0 * first
+    first_chunk, end_chunk = first_key // kv_chunk, -(-end_key // kv_chunk)
+
+    # The paper's load, tile size times KV length, with what it leaves out: a fixed part, and that
+    # few rows are no cheaper.
+    cost = np.maximum(count * group, LEAST_ROWS) * (end_key - first_key) + TASK_COST
+    limit = cost.sum() * num_kv_heads / (num_threads * TASKS_PER_THREAD)
+    chunks = end_chunk - first_chunk
+    pieces = np.minimum(chunks, np.ceil(cost / limit).astype(int)) if num_threads > 1 and len(cost) else 1 + 0 * chunks
+    split = pieces > 1
+    partial_of_tile = np.where(split, np.cumsum(chunks * split) - chunks * split, -1)
+    num_partials = int((chunks * split).sum())
+
+    tile = np.repeat(np.arange(len(span)), pieces)
+    piece = np.arange(len(tile)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = first_chunk[tile] + piece * chunks[tile] // pieces[tile]
+    end = first_chunk[tile] + (piece + 1) * chunks[tile] // pieces[tile]
+    order = np.argsort(-(cost / pieces)[tile], kind="stable")
+
+    sizes, size_of_tile = np.unique(count, return_inverse=True)
+    heights = [row_tiles(int(size) * group, costs) for size in sizes]
+    lengths = np.array([len(tiles) for tiles in heights], int)
+    starts = np.cumsum(lengths) - lengths
+
+    head = np.tile(np.arange(num_kv_heads), len(order))
+    of_piece = np.repeat(order, num_kv_heads)
+    at = tile[of_piece]
+    partial = np.where(
+        split[at],
+        partial_of_tile[at] + begin[of_piece] - first_chunk[at] + head * num_partials,
+        -1,
+    )
+    tasks = np.stack(
+        [
+            span[at], first[at], count[at], head, begin[of_piece], end[of_piece], partial,
+            starts[size_of_tile[at]], lengths[size_of_tile[at]],
+        ], axis=1,
+    )  # fmt: skip
+    merged = np.repeat(np.flatnonzero(split), num_kv_heads)
+    head = np.tile(np.arange(num_kv_heads), int(split.sum()))
+    merges = np.stack(
+        [
+            span[merged], first[merged], count[merged], head,
+            partial_of_tile[merged] + head * num_partials, chunks[merged],
+        ], axis=1,
+    )  # fmt: skip
+    return QueryTiles(
+        np.ascontiguousarray(tasks, np.int32),
+        np.ascontiguousarray(merges, np.int32),
+        np.array([height for tiles in heights for height in tiles], np.int32),
+        num_partials * num_kv_heads,
+        int(count.max(initial=0)) * group,
+    )
+
+
+def parse_costs(document: Mapping[str, object], max_height: int) -> TileCosts | None:
+    """The costs in what `xyserve calibrate` wrote; None if they are not for tiles of this library."""
+    costs = document.get("tile_costs")
+    if not isinstance(costs, list) or len(costs) != max_height:
+        return None
+    return TileCosts(tuple(float(cost) for cost in costs))
