@@ -18,6 +18,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from scheduler.request import Request
 from workers.engine import EngineStats, StepOutput
 from workers.token_stream import StreamAddress
+from workers.vllm_plugin import QUANTIZATION
 from workers.worker import WorkerConfig
 
 GIB = 1 << 30
@@ -34,6 +35,12 @@ def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
     args["kv_cache_memory_bytes"] = int(config.engine.kv_cache_gib * GIB)
     # Compiling for the CPU takes minutes and gains nothing there.
     args.setdefault("enforce_eager", config.device == "cpu")
+    if config.uses_own_kernels:
+        args["quantization"] = QUANTIZATION
+        args["dtype"] = "float32"
+        args["additional_config"] = {
+            QUANTIZATION: {"weight_format": config.weight_format, "num_threads": config.cpus}
+        }
     # In the caller's process, where the step's thread is.
     args["distributed_executor_backend"] = "uni"
     return AsyncEngineArgs(model=model, **(args | config.engine.extra_args))

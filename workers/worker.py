@@ -28,6 +28,10 @@ class WorkerConfig:
     device: Literal["cpu", "cuda", "npu"] = "cpu"
     cpus: int = 1
     """Cores of one worker; on the CPU they are its own, and its number of OpenMP threads."""
+    kernels: Literal["xyserve", "vllm"] = "xyserve"
+    """On the CPU: our GEMM, attention and forward pass, or vLLM's own."""
+    weight_format: Literal["auto", "int8", "int4"] = "auto"
+    """How our kernels keep weights: `auto` loses nothing (bf16 if the checkpoint is, else float32)."""
     step_timeout_s: float = 120.0
     """A step that runs longer makes the worker unhealthy, and Serve replaces it."""
     report_interval_s: float = 0.25
@@ -38,6 +42,20 @@ class WorkerConfig:
         for name in ("cpus", "step_timeout_s", "report_interval_s"):
             if not getattr(self, name) > 0:  # NaN is not either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+        if self.uses_own_kernels and self.engine.dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"engine.dtype ({self.engine.dtype}) must be float32 or auto with our CPU kernels, "
+                "which compute in float32 on bf16 weights; or set kernels: vllm"
+            )
+        if self.weight_format != "auto" and not self.uses_own_kernels:
+            raise ValueError(
+                f"weight_format ({self.weight_format}) needs device: cpu and kernels: xyserve"
+            )
+
+    @property
+    def uses_own_kernels(self) -> bool:
+        """Whether our CPU kernels run the model."""
+        return self.device == "cpu" and self.kernels == "xyserve"
 
 
 @dataclass(frozen=True, slots=True)

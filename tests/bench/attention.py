@@ -163,10 +163,10 @@ class Ours:
             block_size=BLOCK_SIZE,
             scale=model.head_size**-0.5,
         )
-        self.caches = [_cache(step).numpy()]
-        self.copies = cycle(self.caches)
+        self.cache = _empty_cache(step)
+        self.copies = cycle([self.cache.numpy()])
         self.planned = self.plan()
-        self.out = np.full_like(step.query, np.nan)
+        self.out = torch.full(step.query.shape, torch.nan).numpy()
 
     def plan(self) -> Any:
         """Plan the step."""
@@ -183,8 +183,7 @@ class Ours:
 
     def copy(self, copies: int) -> None:
         """Have `copies` equal caches."""
-        self.caches += [self.caches[0].copy() for _ in range(copies - 1)]
-        self.copies = cycle(self.caches)
+        self.copies = cycle([cache.numpy() for cache in _equal(self.cache, copies)])
 
 
 class Stock:
@@ -198,10 +197,10 @@ class Stock:
         self.seq_lens = torch.from_numpy(step.seq_lens)
         self.block_table = torch.from_numpy(step.block_table)
         self.query = torch.from_numpy(step.query)
-        self.caches = [_cache(step)]
-        self.copies = cycle(self.caches)
+        self.cache = _empty_cache(step)
+        self.copies = cycle([self.cache])
         self.planned = self.plan()
-        self.out = np.full_like(step.query, np.nan)
+        self.out = torch.full_like(self.query, torch.nan)
 
     def plan(self) -> torch.Tensor:
         """Make the metadata of the step."""
@@ -237,7 +236,7 @@ class Stock:
             query=self.query,
             key_cache=key_cache,
             value_cache=value_cache,
-            output=torch.from_numpy(self.out),
+            output=self.out,
             query_start_loc=self.query_start_loc,
             seq_lens=self.seq_lens,
             scale=self.step.model.head_size**-0.5,
@@ -252,8 +251,7 @@ class Stock:
 
     def copy(self, copies: int) -> None:
         """Have `copies` equal caches."""
-        self.caches += [self.caches[0].clone() for _ in range(copies - 1)]
-        self.copies = cycle(self.caches)
+        self.copies = cycle(_equal(self.cache, copies))
 
     def _halves(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next cache as the backend splits it."""
@@ -275,9 +273,10 @@ def measure(name: str, case: Case, threads: int, hot: bool) -> dict[str, Any]:
             side.write(key, value, step.slots(row, 0))
     for side in (ours, stock):
         side.attend()
-    if not np.allclose(ours.out, stock.out, rtol=TOLERANCE, atol=TOLERANCE):
-        raise SystemExit(f"{name}, {case.name}: off by {np.abs(ours.out - stock.out).max():.1e}")
-    copies = 1 if hot else -(-COLD_BYTES // ours.caches[0].nbytes)
+    expected = stock.out.numpy()
+    if not np.allclose(ours.out, expected, rtol=TOLERANCE, atol=TOLERANCE):
+        raise SystemExit(f"{name}, {case.name}: off by {np.abs(ours.out - expected).max():.1e}")
+    copies = 1 if hot else -(-COLD_BYTES // ours.cache.nbytes)
     for side in (ours, stock):
         side.copy(copies)
     attend_s = _in_turns(ours.attend, stock.attend, threads)
@@ -352,10 +351,15 @@ def _mixed_cases(grid: Grid, max_kv_tokens: int) -> Iterator[Case]:
                 yield Case("mixed", f"{trace.replace('_', ' ')}, {budget} #{draw}", spans)
 
 
-def _cache(step: Step) -> torch.Tensor:
+def _empty_cache(step: Step) -> torch.Tensor:
     """An empty cache with room for the step, in the view that vLLM gives each layer."""
     model = step.model
     return torch.zeros(step.num_blocks, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_size)
+
+
+def _equal(cache: torch.Tensor, copies: int) -> list[torch.Tensor]:
+    """The cache and copies of it."""
+    return [cache, *(cache.clone() for _ in range(copies - 1))]
 
 
 def _in_turns(ours: Callable[[], Any], stock: Callable[[], Any], threads: int) -> dict[str, float]:

@@ -28,6 +28,7 @@ class Epilogue(IntEnum):
 
     STORE = 0
     ADD = 1
+    SILU_MUL = 2
 
 
 class Weight:
@@ -122,6 +123,8 @@ def linear(
     """
     _check_array("x", x, 2, columns=weight.k)
     num_rows = x.shape[0]
+    if add and weight.gate_up:
+        raise ValueError("add is not for a gate_up weight: its two halves are multiplied")
     if out is None:
         if add:
             raise ValueError("add needs an `out` to add to")
@@ -139,7 +142,7 @@ def linear(
         None if bias is None else bias.ctypes.data,
         out.ctypes.data,
         out.strides[0] // 4,
-        Epilogue.ADD if add else Epilogue.STORE,
+        Epilogue.ADD if add else Epilogue.SILU_MUL if weight.gate_up else Epilogue.STORE,
     )
     return out
 

@@ -62,7 +62,8 @@ def attend(
 ) -> Float64Array:
     """Attend from one span's queries [Q, Hq, D] to all keys and values [S, Hkv, D] of its request.
 
-    Query head h reads key head h // (Hq / Hkv). `visible` is [Q, S].
+    Query head h reads key head h // (Hq / Hkv). `visible` is [Q, S]; a query that sees no key gives
+    zeros.
     """
     group_size = query.shape[1] // key.shape[1]
     out = np.empty(query.shape, dtype=np.float64)
@@ -73,6 +74,8 @@ def attend(
         if soft_cap is not None:
             scores = soft_cap * np.tanh(scores / soft_cap)
         scores = np.where(visible, scores, -np.inf)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        out[:, head] = weights @ values / weights.sum(axis=1, keepdims=True)
+        largest = scores.max(axis=1, keepdims=True, initial=-1e300)  # not the -inf of a blind query
+        weights = np.exp(scores - largest)
+        sums = weights.sum(axis=1, keepdims=True)
+        out[:, head] = weights @ values / np.where(sums > 0, sums, 1)
     return out

@@ -1,4 +1,4 @@
-"""Each kernel test runs on the best instructions of this CPU and on the portable ones."""
+"""What the kernels' tests share: the instruction sets they run on, and the threads."""
 
 from collections.abc import Iterator
 
@@ -7,9 +7,9 @@ import pytest
 from workers.kernels import native
 
 
-@pytest.fixture(scope="module", autouse=True, params=["best", "portable"])
+@pytest.fixture(scope="module", params=["best", "portable"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The instruction set that the tests of a module run on."""
+    """The instruction set that the tests of a module run on: the best one, and the plainest."""
     best, *others = native.available_isas()
     if request.param == "portable" and not others:
         pytest.skip("this CPU's best instruction set is the portable one")
@@ -18,7 +18,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.use_isa(best)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Begin and leave each test with one thread, whatever it sets."""
     native.set_num_threads(1)

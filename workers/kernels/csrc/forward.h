@@ -74,7 +74,7 @@ XY_INLINE void run_layer(Forward& f) {
   attend_all(attention);
   project(f, *layer.o, f.step.o, f.attended, nullptr, layer.o_bias, kAdd, hidden, m.hidden_size);
   project(f, *layer.gate_up, f.step.gate_up, hidden, layer.post_attention_norm, layer.gate_up_bias,
-          kStore, f.gated, m.intermediate_size);
+          kSiluMul, f.gated, m.intermediate_size);
   project(f, *layer.down, f.step.down, f.gated, nullptr, layer.down_bias, kAdd, hidden, m.hidden_size);
 }
 

@@ -328,15 +328,48 @@ XY_INLINE float inverse_rms(const float* x, int size, float eps) {
   return 1.0f / __builtin_sqrtf(total / static_cast<float>(size) + eps);
 }
 
+// v[i][j] becomes v[j][i].
+XY_INLINE void transpose(Vec (&v)[kLanes]) {
+  IVec low, high;  // of two vectors: their first halves interleaved, and their second halves
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  for (int width = 1; width < kLanes; width *= 2) {
+    Vec next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(v[i], v[i + kLanes / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + kLanes / 2], high);
+    }
+    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+  }
+}
+
 // Write rows[height][k] to packed[depth][height], normalised if `norm` is given, zero past k.
 template <int kRows = kMaxHeight>
 XY_INLINE void pack_rows(const float* rows, int64_t stride, int height, int k, int depth,
                          const Norm* norm, float* packed) {
   if constexpr (kRows > 1)
     if (height != kRows) return pack_rows<kRows - 1>(rows, stride, height, k, depth, norm, packed);
+  constexpr int kGroups = (kRows + kLanes - 1) / kLanes;
   float factor[kRows];
   for (int i = 0; norm && i < kRows; ++i) factor[i] = inverse_rms(rows + i * stride, k, norm->eps);
-  for (int j = 0; j < k; ++j)
+  int j = 0;
+  // A store of a whole vector reaches into what comes next, so the end of the tile is left out.
+  for (; kRows > 1 && j + kLanes < k; j += kLanes) {
+    Vec v[kGroups][kLanes] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec x = load(rows + i * stride + j);
+      v[i / kLanes][i % kLanes] = norm ? x * factor[i] * load(norm->weight + j) : x;
+    }
+    for (int group = 0; group < kGroups; ++group) transpose(v[group]);
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes; ++l)
+      for (int group = 0; group < kGroups; ++group)
+        store(packed + (j + l) * kRows + group * kLanes, v[group][l]);
+  }
+  for (; j < k; ++j)
     for (int i = 0; i < kRows; ++i) {
       const float x = rows[i * stride + j];
       packed[j * kRows + i] = norm ? x * factor[i] * norm->weight[j] : x;
@@ -378,24 +411,38 @@ struct Affine {
   }
 };
 
-// Finish one panel's sums (two panels' if gated), and write the columns that exist.
-XY_INLINE void finish(const Product& p, const float* sums, int64_t sums_stride, int first_row,
+// Finish one panel's sums (two panels' if they are multiplied), and write the columns that exist.
+template <int32_t kEpilogue>
+void finish(const Product& p, const float* sums, int64_t sums_stride, int first_row,
                       int num_rows, int panel) {
-  const bool gated = p.weight.gated;
-  const int count = panel_rows(p.weight, panel).count;
+  constexpr bool kPairs = kEpilogue == kSiluMul;
+  const auto [first, count] = panel_rows(p.weight, panel);
   for (int column = 0; column < count; column += kLanes) {
-    const Affine gate(p, panel, column), up(p, gated ? panel + 1 : panel, column);
+    const Affine own(p, panel, column), other(p, kPairs ? panel + 1 : panel, column);
     const int valid = min(kLanes, count - column);
-    float* to = p.y + first_row * p.y_stride + (gated ? panel / 2 : panel) * kPanel + column;
+    float* to = p.y + first_row * p.y_stride + first + column;
     const float* from = sums + column;
     for (int row = 0; row < num_rows; ++row, from += sums_stride, to += p.y_stride) {
-      const Vec v = gated ? silu(gate(from)) * up(from + kPanel) : gate(from);
+      const Vec v = kPairs ? silu(own(from)) * other(from + kPanel) : own(from);
       if (valid == kLanes) {
-        store(to, p.epilogue == kAdd ? load(to) + v : v);
+        store(to, kEpilogue == kAdd ? load(to) + v : v);
       } else {
-        for (int i = 0; i < valid; ++i) to[i] = p.epilogue == kAdd ? to[i] + v[i] : v[i];
+        for (int i = 0; i < valid; ++i) to[i] = kEpilogue == kAdd ? to[i] + v[i] : v[i];
       }
     }
+  }
+}
+
+XY_INLINE void finish_block(const Product& p, const float* sums, int64_t sums_stride, int first_row,
+                            int num_rows, int first_panel, int end_panel) {
+  const auto each = [&](int step, auto finish_panel) {
+    for (int panel = first_panel; panel < end_panel; panel += step)
+      finish_panel(p, sums + (panel - first_panel) * kPanel, sums_stride, first_row, num_rows, panel);
+  };
+  switch (p.epilogue) {
+    case kAdd: return each(1, finish<kAdd>);
+    case kSiluMul: return each(2, finish<kSiluMul>);
+    default: return each(1, finish<kStore>);
   }
 }
 
@@ -436,9 +483,7 @@ void multiply_block(const Product& p, int row_block, int panel_block) {
       }
     }
   }
-  const int step = p.weight.gated ? 2 : 1;
-  for (int panel = first_panel; panel < end_panel; panel += step)
-    finish(p, sums + (panel - first_panel) * kPanel, width, first_row, num_rows, panel);
+  finish_block(p, sums, width, first_row, num_rows, first_panel, end_panel);
 }
 
 // Memory that `product` needs for the left operand, in floats.

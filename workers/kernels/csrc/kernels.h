@@ -30,8 +30,9 @@ struct GemmPlan {
 };
 
 enum Epilogue : int32_t {
-  kStore,  // y = x w + b; of a gated weight y = silu(gate) * up, half as wide
-  kAdd,    // y += x w + b
+  kStore,    // y = x w + b
+  kAdd,      // y += x w + b
+  kSiluMul,  // y = silu(gate) * up, the two halves of x w + b, half as wide; of a gated weight only
 };
 
 struct AttentionShape {
