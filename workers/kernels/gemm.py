@@ -39,7 +39,7 @@ class Weight:
         kernels = native.kernels()
         self.n, self.k, self.gate_up = n, k, gate_up
         self._format = format
-        self._panels = native.empty_aligned(kernels.packed_bytes(n, k, format, gate_up))
+        self._panels = native.weights_arena.empty(kernels.packed_bytes(n, k, format, gate_up))
         panel = 2 * kernels.lanes
         self.num_panels = 2 * -(-n // 2 // panel) if gate_up else -(-n // panel)
         self._scales = np.zeros(self.num_panels * panel, np.float32) if format == Format.INT8 else None

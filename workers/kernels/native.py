@@ -1,6 +1,7 @@
 """The C++ library: its structures, its functions, and its threads."""
 
 import ctypes
+import mmap
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -252,9 +253,31 @@ def pointer(array: NDArray[Any] | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
-def empty_aligned(num_bytes: int) -> NDArray[np.uint8]:
-    """Memory that begins at a cache line, in huge pages where the system gives them."""
-    page = 1 << 21 if num_bytes >= 1 << 22 else 64
-    memory = np.empty(num_bytes + page, np.uint8)
-    start = -memory.ctypes.data % page
-    return memory[start : start + num_bytes]
+ARENA_BYTES = 64 << 20
+
+
+class Arena:
+    """Memory in huge pages for what is read from end to end at each step.
+
+    Weights of a few hundred kilobytes share a page, so that reading them misses neither the
+    translation buffer nor the prefetcher's stride at every fourth kilobyte.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is allocated yet."""
+        self._free: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def empty(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Memory that begins at a cache line; given back when nothing of its arena is in use."""
+        needed = -(-num_bytes // 64) * 64
+        if needed > self._free.size:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory gets no huge pages
+            memory = mmap.mmap(-1, max(needed, ARENA_BYTES), flags)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self._free = np.frombuffer(memory, np.uint8)
+        taken, self._free = self._free[:num_bytes], self._free[needed:]
+        return taken
+
+
+weights_arena = Arena()

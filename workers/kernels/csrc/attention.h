@@ -202,7 +202,7 @@ XY_INLINE void attend_chunk(const QueryTile& tile, const float* query, const int
       for (int i = 0, row = 0; i < num_heights; row += heights[i++])
         multiply<Fp32>(heights[i], PackedRows{query + row * size},
                        reinterpret_cast<const char*>(panels + panel * kPanel * size),
-                       int64_t{kPanel} * size * 4, min(together, count - panel), size,
+                       int64_t{kPanel} * size * 4, min(together, count - panel), size, {},
                        scores + row * kKvChunk + key + panel * kPanel, kKvChunk, false);
     key += keys;
   }
@@ -217,7 +217,7 @@ XY_INLINE void attend_chunk(const QueryTile& tile, const float* query, const int
       for (int i = 0, row = 0; i < num_heights; row += heights[i++])
         multiply<Fp32>(heights[i], StridedRows{scores + row * kKvChunk + key, kKvChunk},
                        reinterpret_cast<const char*>(panels + int64_t{panel} * kPanel * block_size),
-                       int64_t{kPanel} * block_size * 4, min(together, size / kPanel - panel), keys,
+                       int64_t{kPanel} * block_size * 4, min(together, size / kPanel - panel), keys, {},
                        result.values + row * size + panel * kPanel, size, key > begin);
     key += keys;
   }

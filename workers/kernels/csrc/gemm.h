@@ -20,6 +20,12 @@ constexpr int kMaxHeight = kLanes == 16 ? 12 : 6;
 // in the first-level cache while every row tile passes over it.
 constexpr int kMaxChunk = 384;
 
+// How far ahead of its use a weight that is read once is fetched, in bytes.
+constexpr int kFetchAhead = 1024;
+
+// Panels that a task reads side by side while it has one row tile only.
+constexpr int kStreams = 4;
+
 template <class T>
 XY_INLINE T round_up(T x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -99,9 +105,23 @@ struct StridedRows {
   XY_INLINE float at(int row, int k) const { return data[row * stride + k]; }
 };
 
+// What a tile fetches into the caches for later while it multiplies: a line at k and at each `step`
+// input features from there, of each of its panels.
+constexpr int kLine = 64;
+
+struct Fetch {
+  const char* from = nullptr;
+  int k = -1, step = 0;  // -1: nothing
+};
+
+template <int kValue>
+struct Constant {
+  constexpr int operator()() const { return kValue; }
+};
+
 // out[kRows, kPanels * kPanel] (+)= rows x panels over `depth` input features.
 template <class Format, int kRows, int kPanels, class Rows>
-void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, float* out,
+void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, Fetch fetch, float* out,
           int64_t out_stride, bool add) {
   Vec acc[kRows][kPanels][2] = {};
   Format weights[kPanels];
@@ -111,6 +131,10 @@ void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, float* 
     for (int p = 0; p < kPanels; ++p) weights[p].next_group();
     const int end = min(k0 + kGroup, depth);
     for (int k = k0; k < end; ++k) {
+      if (k == fetch.k) {
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(fetch.from + p * panel_stride);
+        fetch.k += fetch.step, fetch.from += kLine;
+      }
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
         Vec low, high;
@@ -142,26 +166,28 @@ constexpr int panels_at_once(int height) { return height == 1 ? 4 : height == 2 
 
 template <class Format, int kRows, class Rows>
 void tile_row(Rows rows, const char* panels, int64_t panel_stride, int num_panels, int depth,
-              float* out, int64_t out_stride, bool add) {
+              Fetch fetch, float* out, int64_t out_stride, bool add) {
   constexpr int kAtOnce = panels_at_once(kRows);
   int p = 0;
-  for (; p + kAtOnce <= num_panels; p += kAtOnce)
-    tile<Format, kRows, kAtOnce>(rows, panels + p * panel_stride, panel_stride, depth,
+  const auto next = [&](auto count) {
+    tile<Format, kRows, count()>(rows, panels + p * panel_stride, panel_stride, depth, fetch,
                                  out + p * kPanel, out_stride, add);
-  for (; p < num_panels; ++p)
-    tile<Format, kRows, 1>(rows, panels + p * panel_stride, panel_stride, depth,
-                           out + p * kPanel, out_stride, add);
+    p += count(), fetch.from += count() * panel_stride;
+  };
+  while (p + kAtOnce <= num_panels) next(Constant<kAtOnce>{});
+  while (p < num_panels) next(Constant<1>{});
 }
 
 // out[height, num_panels * kPanel] (+)= rows x panels over `depth` input features.
 template <class Format, class Rows, int kRows = kMaxHeight>
 XY_INLINE void multiply(int height, Rows rows, const char* panels, int64_t panel_stride,
-                        int num_panels, int depth, float* out, int64_t out_stride, bool add) {
+                        int num_panels, int depth, Fetch fetch, float* out, int64_t out_stride,
+                        bool add) {
   if constexpr (kRows > 1)
     if (height != kRows)
       return multiply<Format, Rows, kRows - 1>(height, rows, panels, panel_stride, num_panels,
-                                               depth, out, out_stride, add);
-  tile_row<Format, kRows>(rows, panels, panel_stride, num_panels, depth, out, out_stride, add);
+                                               depth, fetch, out, out_stride, add);
+  tile_row<Format, kRows>(rows, panels, panel_stride, num_panels, depth, fetch, out, out_stride, add);
 }
 
 // ---- Packing. ----
@@ -457,29 +483,51 @@ void multiply_block(const Product& p, int row_block, int panel_block) {
   const int first_row = p.starts[first_tile];
   const int num_rows = p.starts[end_tile] - first_row;
   const int64_t width = int64_t{p.plan.panel_block} * kPanel, bytes = panel_bytes(p.weight);
-  const bool alone = end_tile - first_tile == 1;
   // A panel that several tiles read is expanded once, if expanding takes more than a shift.
   constexpr bool kExpand = !__is_same(Format, Fp32) && !__is_same(Format, Bf16);
-  // One tile alone reads each panel once, so it may take several panels at a time.
-  const int together = alone ? 4 : 1;
 
   const int chunk_size = chunk_of(depth);
   float* const sums = task_scratch(num_rows * width + (kExpand ? chunk_size * kPanel : 0));
   float* const expanded = sums + num_rows * width;
-  for (int k0 = 0; k0 < depth; k0 += chunk_size) {
-    const int chunk = min(chunk_size, depth - k0);
-    for (int panel = first_panel; panel < end_panel; panel += together) {
-      const int count = min(together, end_panel - panel);
-      const char* const from = static_cast<const char*>(p.weight.panels) + panel * bytes + Format::bytes(k0);
-      if (kExpand && !alone) expand<Format>(from, chunk, expanded);
-      for (int tile = first_tile; tile < end_tile; ++tile) {
-        const int start = p.starts[tile], height = p.starts[tile + 1] - start;
-        const PackedRows rows{p.packed + int64_t{start} * depth + int64_t{k0} * height};
-        float* const out = sums + (start - first_row) * width + (panel - first_panel) * kPanel;
-        if (kExpand && !alone)
-          multiply<Fp32>(height, rows, reinterpret_cast<const char*>(expanded), 0, 1, chunk, out, width, k0 > 0);
-        else
-          multiply<Format>(height, rows, from, bytes, count, chunk, out, width, k0 > 0);
+  const auto panel_at = [&](int panel, int k) {
+    return static_cast<const char*>(p.weight.panels) + panel * bytes + Format::bytes(k);
+  };
+  const auto sums_at = [&](int tile, int panel) {
+    return sums + (p.starts[tile] - first_row) * width + (panel - first_panel) * kPanel;
+  };
+  const auto rows_at = [&](int tile, int k) {
+    const int start = p.starts[tile];
+    return PackedRows{p.packed + int64_t{start} * depth + int64_t{k} * (p.starts[tile + 1] - start)};
+  };
+  const int num_tiles = end_tile - first_tile;
+  if (num_tiles == 1) {
+    // Each panel is read once, from its beginning to its end.
+    const int step = max<int64_t>(1, kLine * kGroup / Format::bytes(kGroup));
+    for (int panel = first_panel; panel < end_panel; panel += kStreams)
+      for (int k = 0; k < depth; k += chunk_size)
+        multiply<Format>(num_rows, rows_at(first_tile, k), panel_at(panel, k), bytes,
+                         min(kStreams, end_panel - panel), min(chunk_size, depth - k),
+                         {panel_at(panel, k) + kFetchAhead, 0, step}, sums_at(first_tile, panel),
+                         width, k > 0);
+  } else {
+    for (int k = 0; k < depth; k += chunk_size) {
+      const int chunk = min(chunk_size, depth - k);
+      // While the tiles use a panel the next one comes, each tile fetching its part of the lines.
+      const int lines = static_cast<int>(Format::bytes(chunk) / kLine) / num_tiles + 1;
+      for (int panel = first_panel; panel < end_panel; ++panel) {
+        const char* const from = panel_at(panel, k);
+        if (kExpand) expand<Format>(from, chunk, expanded);
+        Fetch fetch{panel + 1 < end_panel ? panel_at(panel + 1, k) : panel_at(first_panel, k + chunk),
+                    0, max(1, chunk / lines)};
+        for (int tile = first_tile; tile < end_tile; ++tile, fetch.from += lines * kLine) {
+          const int height = p.starts[tile + 1] - p.starts[tile];
+          if (kExpand)
+            multiply<Fp32>(height, rows_at(tile, k), reinterpret_cast<const char*>(expanded), 0, 1,
+                           chunk, fetch, sums_at(tile, panel), width, k > 0);
+          else
+            multiply<Format>(height, rows_at(tile, k), from, bytes, 1, chunk, fetch,
+                             sums_at(tile, panel), width, k > 0);
+        }
       }
     }
   }

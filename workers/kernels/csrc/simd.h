@@ -32,9 +32,9 @@ using IVec = int32_t __attribute__((vector_size(kLanes * 4)));
 using UVec = uint32_t __attribute__((vector_size(kLanes * 4)));
 
 template <class T>
-XY_INLINE T min(T a, T b) { return a < b ? a : b; }
+constexpr XY_INLINE T min(T a, T b) { return a < b ? a : b; }
 template <class T>
-XY_INLINE T max(T a, T b) { return a < b ? b : a; }
+constexpr XY_INLINE T max(T a, T b) { return a < b ? b : a; }
 
 template <class V = Vec>
 XY_INLINE V load(const void* from) {
