@@ -57,7 +57,7 @@ def unsupported(num_heads: int, num_kv_heads: int, head_size: int, block_size: i
     """Why the kernel cannot serve a layer of these sizes; None if it can."""
     kernels = native.kernels()
     panel = 2 * kernels.lanes
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         return f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})"
     if head_size < panel or head_size % panel:
         return f"head_size ({head_size}) must be a multiple of {panel}"
@@ -92,8 +92,11 @@ def plan_attention(
     `seq_lens[r]` tokens; each sees the keys up to its own position. In a span r of `tree_masks`
     token i sees token j of the span where `tree_masks[r][i, j]`, and all that is before the span.
     """
-    query_start_loc = np.ascontiguousarray(query_start_loc, np.int32)
-    seq_lens = np.ascontiguousarray(seq_lens, np.int32)
+    for name, array in (("query_start_loc", query_start_loc), ("seq_lens", seq_lens)):
+        if not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{name} is {array.dtype}; it must be int32")
+    # Copies: the plan outlives the step's buffers.
+    query_start_loc, seq_lens = query_start_loc.astype(np.int32), seq_lens.astype(np.int32)
     query_lens = np.diff(query_start_loc)
     _check_spans(query_start_loc, query_lens, seq_lens)
     mask_start, masks = _flatten(tree_masks or {}, query_lens)
@@ -144,9 +147,14 @@ def _flatten(
     start = np.full(len(query_lens), -1, np.int32)
     parts, length = [], 0
     for span, mask in tree_masks.items():
+        if not 0 <= span < len(query_lens):
+            raise ValueError(f"tree_masks[{span}] is of no span; there are {len(query_lens)}")
         size = query_lens[span]
-        if mask.shape != (size, size):
-            raise ValueError(f"tree_masks[{span}] has the shape {mask.shape}, not ({size}, {size})")
+        if mask.shape != (size, size) or mask.dtype != np.bool_:
+            raise ValueError(
+                f"tree_masks[{span}] is {mask.dtype} of the shape {mask.shape}; "
+                f"it must be bool of the shape ({size}, {size})"
+            )
         start[span] = length
         parts.append(mask.astype(np.uint8).ravel())
         length += mask.size
@@ -202,6 +210,8 @@ def attend(
     expected = (plan.num_tokens, shape.num_heads, shape.head_size)
     _check("query", query, np.float32, expected)
     _check("out", out, np.float32, expected)
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
     spans = len(plan.max_seq_lens)
     _check("block_table", block_table, np.int32, (spans, *block_table.shape[1:2]))
     needed = -(-int(plan.max_seq_lens.max(initial=0)) // shape.block_size)
@@ -234,5 +244,6 @@ def _check(name: str, array: NDArray[Any], dtype: type, expected: tuple[int, ...
         raise ValueError(f"{name} is {array.dtype}; it must be {np.dtype(dtype)}")
     if array.shape != expected:
         raise ValueError(f"{name} has the shape {array.shape}; it must be {expected}")
-    if array.size and not array[0].flags.c_contiguous:
+    rows = array[0] if array.ndim > 1 and array.size else array
+    if not rows.flags.c_contiguous:
         raise ValueError(f"{name} has strides {array.strides}; each row must be contiguous")

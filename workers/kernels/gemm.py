@@ -57,6 +57,9 @@ class Weight:
         """
         _check_array("weight", weight, 2)
         n, k = weight.shape
+        if not weight.size:
+            raise ValueError(f"weight has the shape {weight.shape}; it must have elements")
+        weight = np.ascontiguousarray(weight)
         if gate_up and n % 2:
             raise ValueError(f"weight has {n} rows; gate and up need an even number")
         names = ["auto", *(known.name.lower() for known in Format)]
@@ -130,6 +133,8 @@ def linear(
             raise ValueError("add needs an `out` to add to")
         out = np.empty((num_rows, weight.out_features), np.float32)
     _check_array("out", out, 2, columns=weight.out_features)
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
     if out.shape[0] != num_rows:
         raise ValueError(f"out has {out.shape[0]} rows, x has {num_rows}")
     if bias is not None:

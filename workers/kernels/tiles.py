@@ -123,6 +123,35 @@ def plan_query_tiles(
     Lengths are `[num_spans]`, in tokens; `group` is query heads per KV head; tokens of a span in
     `sees_all` may see the whole span (a mask decides); `sliding_window` 0 is none.
     """
+    if not sliding_window and query_lens.max(initial=0) <= 1:
+        # So the tasks of decode steps change only when a request enters its next chunk of keys.
+        seq_lens = -(-seq_lens // kv_chunk) * kv_chunk
+    return _cut(
+        *(lens.astype(np.int32).tobytes() for lens in (query_lens, seq_lens)),
+        sees_all.tobytes(),
+        group,
+        num_kv_heads,
+        kv_chunk,
+        sliding_window,
+        num_threads,
+        costs,
+    )
+
+
+@lru_cache(maxsize=256)
+def _cut(
+    query_bytes: bytes,
+    seq_bytes: bytes,
+    sees_all_bytes: bytes,
+    group: int,
+    num_kv_heads: int,
+    kv_chunk: int,
+    sliding_window: int,
+    num_threads: int,
+    costs: TileCosts,
+) -> QueryTiles:
+    query_lens, seq_lens = np.frombuffer(query_bytes, np.int32), np.frombuffer(seq_bytes, np.int32)
+    sees_all = np.frombuffer(sees_all_bytes, np.bool_)
     tokens = np.minimum(np.maximum(query_lens, 1), max(1, QUERY_ROWS // group)).astype(np.int32)
     tiles_of_span = -(-query_lens // tokens)
     span = np.repeat(np.arange(len(query_lens), dtype=np.int32), tiles_of_span)

@@ -600,7 +600,7 @@ def test_spans_that_contradict_themselves_are_refused(
 @pytest.mark.parametrize(
     ("tree_masks", "reason"),
     [
-        ({1: np.ones((3, 4), np.bool_)}, r"tree_masks\[1\] has the shape \(3, 4\), not \(4, 4\)"),
+        ({1: np.ones((3, 4), np.bool_)}, r"tree_masks\[1\] is bool of the shape \(3, 4\)"),
         ({2: np.ones((4, 4), np.bool_)}, r"tree_masks\[2\]"),
         ({-1: np.ones((4, 4), np.bool_)}, r"tree_masks\[-1\]"),
         ({1: np.zeros((4, 4), np.float32)}, r"tree_masks\[1\] is float32"),

@@ -20,18 +20,17 @@ constexpr int kMaxHeight = kLanes == 16 ? 12 : 6;
 // in the first-level cache while every row tile passes over it.
 constexpr int kMaxChunk = 384;
 
-// How far ahead of its use a weight that is read once is fetched, in bytes.
-constexpr int kFetchAhead = 1024;
-
 // Panels that a task reads side by side while it has one row tile only.
 constexpr int kStreams = 4;
 
 template <class T>
 XY_INLINE T round_up(T x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// ---- Formats: how a panel's row of kPanel weights is read as two vectors of floats. ----
+// ---- Formats: how a panel's row of kPanel weights is read as two vectors of floats, and the largest
+// tile that has registers left for it: above kTallest rows a panel is expanded to floats first. ----
 
 struct Fp32 {
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel * 4; }
   const char* at;
   XY_INLINE void next_group() {}
@@ -44,6 +43,7 @@ struct Fp32 {
 // Each 32-bit lane holds two columns: its lower half one of the first vector's, its upper half one
 // of the second's. Both become floats by one exact operation.
 struct Bf16 {
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel * 2; }
   const char* at;
   XY_INLINE void next_group() {}
@@ -57,6 +57,7 @@ struct Bf16 {
 };
 
 struct Int8 {
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel; }
   const char* at;
   XY_INLINE void next_group() {}
@@ -68,8 +69,10 @@ struct Int8 {
 };
 
 // Per group of 32 input features: bf16 scales, bf16 minima, then the quanta, two to a byte. The
-// value quantum * scale + minimum is rounded once, by the fused multiply-add.
+// value quantum * scale + minimum is rounded once, by the fused multiply-add. The upper quantum of a
+// byte stays where it is, sixteen times its value, against a sixteenth of the scale: both exact.
 struct Int4 {
+  static constexpr int kTallest = kMaxHeight - 2, kMostPanels = 2;
   static constexpr int kGroupBytes = 2 * kPanel * 2 + kGroup * kLanes;
   static constexpr int64_t bytes(int64_t k) { return k / kGroup * kGroupBytes; }
   const char* at;
@@ -78,13 +81,14 @@ struct Int4 {
     Bf16 header;
     header.at = at;
     header.next(low_scale, high_scale);
+    high_scale *= 0.0625f;
     header.next(low_minimum, high_minimum);
     at = header.at;
   }
   XY_INLINE void next(Vec& low, Vec& high) {
     const IVec both = widen_uint8(at);
     low = __builtin_convertvector(both & 15, Vec) * low_scale + low_minimum;
-    high = __builtin_convertvector(both >> 4, Vec) * high_scale + high_minimum;
+    high = __builtin_convertvector(both & 0xF0, Vec) * high_scale + high_minimum;
     at += kLanes;
   }
 };
@@ -105,7 +109,7 @@ struct StridedRows {
   XY_INLINE float at(int row, int k) const { return data[row * stride + k]; }
 };
 
-// What a tile fetches into the caches for later while it multiplies: a line at k and at each `step`
+// What a tile fetches into the second-level cache while it multiplies: a line at k and at each `step`
 // input features from there, of each of its panels.
 constexpr int kLine = 64;
 
@@ -132,7 +136,7 @@ void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, Fetch f
     const int end = min(k0 + kGroup, depth);
     for (int k = k0; k < end; ++k) {
       if (k == fetch.k) {
-        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(fetch.from + p * panel_stride);
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(fetch.from + p * panel_stride, 0, 2);
         fetch.k += fetch.step, fetch.from += kLine;
       }
 #pragma GCC unroll 4
@@ -167,7 +171,7 @@ constexpr int panels_at_once(int height) { return height == 1 ? 4 : height == 2 
 template <class Format, int kRows, class Rows>
 void tile_row(Rows rows, const char* panels, int64_t panel_stride, int num_panels, int depth,
               Fetch fetch, float* out, int64_t out_stride, bool add) {
-  constexpr int kAtOnce = panels_at_once(kRows);
+  constexpr int kAtOnce = min(Format::kMostPanels, panels_at_once(kRows));
   int p = 0;
   const auto next = [&](auto count) {
     tile<Format, kRows, count()>(rows, panels + p * panel_stride, panel_stride, depth, fetch,
@@ -238,17 +242,18 @@ XY_INLINE int clamp(float x, int low, int high) {
   return max(low, min(high, static_cast<int>(__builtin_rintf(x))));
 }
 
-// One panel's rows, [kPanel][depth] with zeros for what is missing, in the panel's format.
-XY_INLINE void pack_panel(int32_t format, const float* rows, int depth, const float* scales,
+// One panel's rows, [kPanel][depth] with zeros for what is missing and past k, in the panel's format.
+XY_INLINE void pack_panel(int32_t format, const float* rows, int k, int depth, const float* scales,
                           char* to) {
-  const auto at = [&](int column, int k) { return rows[int64_t{column} * depth + k]; };
-  for (int k0 = 0; k0 < depth; k0 += kGroup) {
+  const auto at = [&](int column, int j) { return rows[int64_t{column} * depth + j]; };
+  for (int first = 0; first < depth; first += kGroup) {
     float scale[kPanel], minimum[kPanel];
     if (format == kInt4) {
       auto* const header = reinterpret_cast<uint16_t*>(to);
       for (int c = 0; c < kPanel; ++c) {
-        float low = at(c, k0), high = low;
-        for (int k = k0; k < k0 + kGroup; ++k) low = min(low, at(c, k)), high = max(high, at(c, k));
+        float low = at(c, first), high = low;
+        for (int j = first; j < min(first + kGroup, k); ++j)
+          low = min(low, at(c, j)), high = max(high, at(c, j));
         const int place = c % kLanes * 2 + c / kLanes;
         header[place] = bf16_of((high - low) / 15);
         header[kPanel + place] = bf16_of(low);
@@ -256,12 +261,12 @@ XY_INLINE void pack_panel(int32_t format, const float* rows, int depth, const fl
       }
       to += 2 * kPanel * 2;
     }
-    for (int k = k0; k < k0 + kGroup; ++k)
+    for (int j = first; j < first + kGroup; ++j)
       for (int lane = 0; lane < kLanes; ++lane)
         for (int half = 0; half < 2; ++half) {
           const int c = half * kLanes + lane;
-          const float value = at(c, k);
-          char* const row = to + (k - k0) * kPanel * (format == kFp32 ? 4 : format == kBf16 ? 2 : 1);
+          const float value = at(c, j);
+          char* const row = to + (j - first) * kPanel * (format == kFp32 ? 4 : format == kBf16 ? 2 : 1);
           if (format == kFp32) {
             reinterpret_cast<float*>(row)[c] = value;
           } else if (format == kBf16) {
@@ -270,7 +275,7 @@ XY_INLINE void pack_panel(int32_t format, const float* rows, int depth, const fl
             row[c] = static_cast<char>(scales[c] > 0 ? clamp(value / scales[c], -127, 127) : 0);
           } else {
             const int quantum = scale[c] > 0 ? clamp((value - minimum[c]) / scale[c], 0, 15) : 0;
-            char& byte = to[(k - k0) * kLanes + lane];
+            char& byte = to[(j - first) * kLanes + lane];
             byte = static_cast<char>(half ? byte | quantum << 4 : quantum);
           }
         }
@@ -301,7 +306,7 @@ void pack(const Weight* weight, const float* rows, float* scales) {
         for (int k = 0; k < w.k; ++k) most = max(most, __builtin_fabsf(padded[int64_t{c} * depth + k]));
         scales[panel * kPanel + c] = most / 127;
       }
-    pack_panel(w.format, padded, depth, scales + panel * kPanel,
+    pack_panel(w.format, padded, w.k, depth, scales + panel * kPanel,
                static_cast<char*>(w.panels) + panel * panel_bytes(w));
   }, &context);
 }
@@ -500,15 +505,18 @@ void multiply_block(const Product& p, int row_block, int panel_block) {
     return PackedRows{p.packed + int64_t{start} * depth + int64_t{k} * (p.starts[tile + 1] - start)};
   };
   const int num_tiles = end_tile - first_tile;
-  if (num_tiles == 1) {
-    // Each panel is read once, from its beginning to its end.
+  if (num_tiles == 1 && num_rows <= Format::kTallest) {
+    // Each panel is read once. What is read next is fetched meanwhile: the prefetcher of the machine
+    // needs some lines of each short stream before it follows.
     const int step = max<int64_t>(1, kLine * kGroup / Format::bytes(kGroup));
     for (int panel = first_panel; panel < end_panel; panel += kStreams)
-      for (int k = 0; k < depth; k += chunk_size)
+      for (int k = 0; k < depth; k += chunk_size) {
+        const char* const next = k + chunk_size < depth ? panel_at(panel, k + chunk_size)
+                                                        : panel_at(panel + kStreams, 0);
         multiply<Format>(num_rows, rows_at(first_tile, k), panel_at(panel, k), bytes,
                          min(kStreams, end_panel - panel), min(chunk_size, depth - k),
-                         {panel_at(panel, k) + kFetchAhead, 0, step}, sums_at(first_tile, panel),
-                         width, k > 0);
+                         {next, 0, step}, sums_at(first_tile, panel), width, k > 0);
+      }
   } else {
     for (int k = 0; k < depth; k += chunk_size) {
       const int chunk = min(chunk_size, depth - k);

@@ -66,6 +66,7 @@ class Pool {
   void forget() {
     for (auto& helper : helpers_) helper.detach();
     helpers_.clear();
+    waiting_.store(0);  // of the parent's phase, if the fork came in the middle of one
     new (&busy_) std::mutex;
   }
 

@@ -1,0 +1,218 @@
+"""What each weight format costs in quality: perplexity of the default model on real text.
+
+    python -m tests.bench.perplexity --json perplexity.json
+
+Contestants: our kernels with bf16 (the checkpoint's own type, so lossless), int8 and int4 weights,
+and as the reference stock vLLM in float32. Each is a process of its own, one after another, and
+gives the log probability of every token but the first of the same windows of 512 tokens, taken by
+seeded choice from as many Python Enhancement Proposals. With int4 the LM head is int8.
+
+MB: the weights that are multiplied with, the LM head among them, as they lie packed in memory.
+`ratio`: perplexity over that of stock. Keys of the summary: `ppl_vllm`, `ppl_bf16`, `ppl_int8` and
+`ppl_int4`.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from cluster.model import DEFAULT_MODEL, resolve_model
+from tests.bench.report import publish
+from workers.engine import EngineConfig
+from workers.worker import WorkerConfig
+
+STOCK = "vllm"
+FORMATS = {STOCK: "auto", "bf16": "auto", "int8": "int8", "int4": "int4"}
+"""The weight format that each contestant is configured with, stock first."""
+
+DATA = Path(os.environ.get("XYSERVE_DATA", Path(__file__).parents[3] / "shared" / "data"))
+TEXT = DATA / "text" / "python_peps.jsonl.gz"
+
+WINDOW_TOKENS = 512
+WINDOWS_AT_ONCE = 4
+
+Windows = list[list[int]]
+"""Token ids of each window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one contestant made of the text."""
+
+    logprobs: list[float]  # of each token but the first of each window
+    weight_bytes: int  # packed by our kernels
+
+
+def read_windows(tokenizer: Tokenizer, count: int) -> Windows:
+    """One window each of `count` documents: which, and where in them, is drawn with a seed."""
+    with gzip.open(TEXT, "rt") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    draw = random.Random(0)
+    draw.shuffle(texts)
+    windows: Windows = []
+    for text in texts:
+        if len(windows) == count:
+            break
+        ids = tokenizer.encode(text).ids
+        if len(ids) >= WINDOW_TOKENS:
+            start = draw.randrange(len(ids) - WINDOW_TOKENS + 1)
+            windows.append(ids[start : start + WINDOW_TOKENS])
+    return windows
+
+
+def worker_config(name: str, threads: int) -> WorkerConfig:
+    """The settings of one contestant."""
+    return WorkerConfig(
+        cpus=threads,
+        kernels="vllm" if name == STOCK else "xyserve",
+        weight_format=FORMATS[name],  # type: ignore[arg-type]
+        engine=EngineConfig(
+            dtype="float32",
+            max_model_len=2 * WINDOW_TOKENS,
+            max_num_seqs=WINDOWS_AT_ONCE,
+            max_num_batched_tokens=WINDOWS_AT_ONCE * WINDOW_TOKENS,
+            kv_cache_gib=0.25,
+            enable_prefix_caching=False,
+        ),
+    )
+
+
+def score(name: str, model: str, threads: int, windows: Windows) -> Score:
+    """Be a process that runs one contestant over all windows."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from workers.vllm_engine import engine_args
+
+    say(f"{name}: starting")
+    engine = LLMEngine.from_engine_args(engine_args(model, worker_config(name, threads)))
+    logprobs: list[float] = []
+    for begin in range(0, len(windows), WINDOWS_AT_ONCE):
+        batch = windows[begin : begin + WINDOWS_AT_ONCE]
+        logprobs += token_logprobs(engine, batch)
+        done = begin + len(batch)
+        say(f"{name}: {done} of {len(windows)} windows, {perplexity(logprobs):.4f} so far")
+    return Score(logprobs, sum(engine.apply_model(packed_bytes)))
+
+
+def token_logprobs(engine: Any, windows: Windows) -> list[float]:
+    """The log probability of each token but the first of each window, after those before it."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    for index, window in enumerate(windows):
+        engine.add_request(str(index), {"prompt_token_ids": window}, params)
+    found: dict[str, list[float]] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+                found[output.request_id] = [entry[token].logprob for token, entry in entries]
+    return [logprob for index in range(len(windows)) for logprob in found[str(index)]]
+
+
+def packed_bytes(model: Any) -> int:
+    """Memory of what our kernels packed."""
+    packed = (getattr(module, "packed", None) for module in model.modules())
+    return sum(weight.nbytes for weight in packed if weight is not None)
+
+
+def float32_bytes(model: str) -> int:
+    """Memory of the checkpoint's matrices in float32; its embedding is its LM head."""
+    with safe_open(Path(model) / "model.safetensors", "np") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    return sum(4 * math.prod(shape) for shape in shapes if len(shape) == 2)
+
+
+def perplexity(logprobs: list[float]) -> float:
+    """Of tokens with these natural log probabilities."""
+    return math.exp(-statistics.fmean(logprobs))
+
+
+def run(name: str, model: str, threads: int, windows: Windows) -> Score:
+    """`score` in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        try:
+            return process.submit(score, name, model, threads, windows).result()
+        except BrokenProcessPool:
+            raise SystemExit(f"{name} ended; its own messages are above") from None
+
+
+def make_rows(scores: dict[str, Score], float32: int) -> list[dict[str, Any]]:
+    """One row a contestant."""
+    reference = perplexity(scores[STOCK].logprobs)
+    return [
+        {
+            "format": f"{name} float32" if name == STOCK else name,
+            "MB": (float32 if name == STOCK else score.weight_bytes) / 1e6,
+            "perplexity": (found := perplexity(score.logprobs)),
+            "ratio": found / reference,
+        }
+        for name, score in scores.items()
+    ]
+
+
+def say(line: str) -> None:
+    """Report progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    about, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.perplexity",
+        description=about,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--windows", type=int, default=40, help="of 512 tokens (default: 40)")
+    parser.add_argument("--threads", type=int, default=1, help="each on its own core (default: 1)")
+    options = parser.parse_args()
+    if options.windows < 1:
+        parser.error(f"--windows {options.windows} must be at least 1")
+    if not 1 <= options.threads <= (cores := len(os.sched_getaffinity(0))):
+        parser.error(f"--threads {options.threads} must be 1 to {cores}, the cores at hand")
+    if not TEXT.exists():
+        parser.error(f"there is no {TEXT}; name a copy of the shared data in XYSERVE_DATA")
+    return options
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parse_options()
+    model = resolve_model(DEFAULT_MODEL)
+    tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    windows = read_windows(tokenizer, options.windows)
+    if len(windows) < options.windows:
+        raise SystemExit(f"{TEXT} has {len(windows)} documents long enough for a window")
+    scores = {name: run(name, model, options.threads, windows) for name in FORMATS}
+    num_tokens = len(windows) * (WINDOW_TOKENS - 1)
+    publish(
+        f"Perplexity of {DEFAULT_MODEL} over {num_tokens} tokens",
+        make_rows(scores, float32_bytes(model)),
+        {f"ppl_{name}": perplexity(score.logprobs) for name, score in scores.items()},
+        options.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
