@@ -1,14 +1,20 @@
 """The command line `xyserve`."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from cluster.errors import XYServeError
 from cluster.model_cli import model_app
+
+if TYPE_CHECKING:
+    from workers.calibrate import Calibration
 
 app = typer.Typer(
     help="Serve large language models from a Ray cluster.",
@@ -109,6 +115,75 @@ def doctor(config: Config = DEFAULT_CONFIG) -> None:
 
     if not print_findings(examine(read_serve_file(config)), Console()):
         raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    force: Annotated[bool, typer.Option("--force", help="Measure even if it was done.")] = False,
+) -> None:
+    """Measure which tiles the kernels are fastest with on this CPU.
+
+    A product of matrices is cut into tiles of so many rows each; which
+    heights are best depends on the CPU. Measuring takes seconds, on one
+    core; let the machine be idle meanwhile. The results are the same bits
+    with any tiles: only the time differs.
+
+    The table is kept in the cache folder (XDG_CACHE_HOME, or else ~/.cache),
+    one for each CPU and instruction set. Workers read it when they start, and
+    without one they use a built-in table.
+
+    Example: xyserve calibrate
+    """
+    try:
+        from workers.calibrate import calibrate as measure
+        from workers.calibrate import current_calibration
+    except ImportError as error:  # its message says how to build the library
+        raise _fail(str(error)) from error
+
+    before = current_calibration()
+    if before.is_measured and not force:
+        _show_calibration({"measured": before})
+        typer.echo(f"Measured before: {before.path}\nTo measure anew: xyserve calibrate --force")
+        return
+    console = Console(stderr=True)
+    doing = f"Timing row tiles on {before.cpu} with {before.isa}"
+    if not console.is_terminal:
+        console.print(doing)
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+            bar = bars.add_task(doing, total=1.0)
+            after = measure(lambda share: bars.update(bar, completed=share))
+    except OSError as error:
+        raise _fail(f"cannot write {before.path} ({error}); set XDG_CACHE_HOME") from error
+    _show_calibration({"before" if before.is_measured else "built-in": before, "measured": after})
+    typer.echo(f"Written to {after.path}\nWorkers that run keep their table until they restart.")
+
+
+def _show_calibration(tables: dict[str, Calibration]) -> None:
+    """Print tables side by side, and the row tiles that they lead to for some numbers of rows.
+
+    The tallest tile costs its height in rows, so that tables in different units compare.
+    """
+    [*_, newest] = tables.values()
+    tallest = len(newest.tile_costs)
+    costs = Table(
+        "rows of a tile", *tables, title=f"Time of a row tile: {newest.cpu}, {newest.isa}"
+    )
+    for height in range(1, tallest + 1):
+        shares = (table.tile_costs[height - 1] / table.tile_costs[-1] for table in tables.values())
+        costs.add_row(str(height), *(f"{tallest * share:.2f}" for share in shares))
+    tiles = Table("rows of a step", *tables, title="Row tiles")
+    for num_rows in (7, 8, 16, 31, 33):
+        cuts = (table.row_tiles(num_rows) for table in tables.values())
+        tiles.add_row(str(num_rows), *(" + ".join(map(str, cut)) for cut in cuts))
+    console = Console()
+    console.print(costs)
+    console.print(tiles)
+
+
+def _fail(message: str) -> typer.Exit:
+    typer.echo(f"Error: {message}", err=True)
+    return typer.Exit(1)
 
 
 def main() -> None:

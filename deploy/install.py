@@ -54,6 +54,8 @@ from transformers import LlamaForCausalLM
 # vLLM looks at a model's class in a process of its own and remembers the outcome; otherwise every
 # process of the first start would do so at the same time.
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.plugins import load_general_plugins
+load_general_plugins()
 ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
 """
 

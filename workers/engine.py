@@ -14,7 +14,8 @@ class EngineConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of weights and activations; `auto` keeps the checkpoint's."""
+    """Data type of weights and activations; `auto` keeps the checkpoint's, and with our CPU kernels
+    is float32."""
     max_model_len: int | None = None
     """Longest prompt plus output of one request, in tokens; the model's own limit if not given."""
     max_num_seqs: int = 128

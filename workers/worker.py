@@ -27,7 +27,7 @@ class WorkerConfig:
 
     device: Literal["cpu", "cuda", "npu"] = "cpu"
     cpus: int = 1
-    """Cores of one worker; on the CPU they are its own, and its number of OpenMP threads."""
+    """Cores of one worker; on the CPU they are its own, and its number of threads."""
     kernels: Literal["xyserve", "vllm"] = "xyserve"
     """On the CPU: our GEMM, attention and forward pass, or vLLM's own."""
     weight_format: Literal["auto", "int8", "int4"] = "auto"

@@ -14,6 +14,9 @@ from workers.worker import WorkerConfig
 
 Prompt = Sequence[int]
 
+NUM_LIKELIEST = 20
+"""Tokens whose log probabilities are kept at each output token."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -21,8 +24,6 @@ class Batch:
 
     prompts: Sequence[Prompt]
     max_tokens: int = 8
-    num_logprobs: int = 20
-    """Of the likeliest tokens, at each output token."""
     prompt_logprobs: bool = True
     """Also the log probability of each prompt token; vLLM then computes cached ones again."""
     num_threads: int = 1
@@ -47,7 +48,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Who computes what in an engine."""
+    """Who computes what in an engine, as its first batch found it."""
 
     model_class: str
     forward_refusal: str | None
@@ -102,7 +103,11 @@ class EngineProcesses:
 
 def _fork_calls(pipe: Connection) -> None:
     # A fork loses the threads that OpenMP started; compiling how vLLM ranks tokens takes seconds.
-    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     import transformers  # noqa: F401
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401
@@ -142,9 +147,11 @@ def run_engine(model: str, config: WorkerConfig, batches: Sequence[Batch]) -> Ru
     from workers.vllm_engine import engine_args
 
     engine = LLMEngine.from_engine_args(engine_args(model, config))
-    results = [_run_batch(engine, batch) for batch in batches]
-    outputs, num_steps = zip(*results, strict=True)
+    first, *others = batches
+    results = [_run_batch(engine, first)]
     [facts] = engine.apply_model(_facts)
+    results += [_run_batch(engine, batch) for batch in others]
+    outputs, num_steps = zip(*results, strict=True)
     return Run(facts, list(outputs), list(num_steps))
 
 
@@ -167,7 +174,7 @@ def _run_batch(engine: Any, batch: Batch) -> tuple[list[Output], int]:
         max_tokens=batch.max_tokens,
         ignore_eos=True,
         detokenize=False,
-        logprobs=batch.num_logprobs,
+        logprobs=NUM_LIKELIEST,
         prompt_logprobs=0 if batch.prompt_logprobs else None,
     )
     _prepare(engine, batch)

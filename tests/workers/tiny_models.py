@@ -21,14 +21,39 @@ _LLAMA_LIKE = {
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA_LIKE | {"model_type": "llama", "tie_word_embeddings": True},
-    # A window of no whole number of blocks, in a group of three heads.
+    # Every bias that there can be, scaled rotation, and the embedding is the LM head.
+    "llama": _LLAMA_LIKE
+    | {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "tie_word_embeddings": True,
+    },
+    # No bias, and a window that is no whole number of blocks.
     "mistral": _LLAMA_LIKE | {"model_type": "mistral", "sliding_window": 45},
+    # Some biases, and only half of each head is rotated.
     "qwen2": _LLAMA_LIKE
-    | {"model_type": "qwen2", "hidden_size": 128, "num_attention_heads": 4, "rope_theta": 1e6},
-    # Heads of another size than hidden_size / num_attention_heads.
+    | {
+        "model_type": "qwen2",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    # Norms of queries and keys, and heads of another size than hidden_size / num_attention_heads.
     "qwen3": _LLAMA_LIKE | {"model_type": "qwen3", "num_attention_heads": 4, "head_dim": 64},
-    # Scores and logits are capped, the first layer's window slides, the embedding is the LM head.
+    # Scores and logits are capped, and the window of the first layer only slides.
     "gemma2": _LLAMA_LIKE
     | {
         "model_type": "gemma2",
@@ -39,7 +64,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 10.0,
         "tie_word_embeddings": True,
     },
-    # ALiBi, LayerNorm, biases everywhere, no gate, embeddings that are normed.
+    # The embedding itself makes the logits; attention and MLP are parallel, pairs are rotated.
+    "cohere": _LLAMA_LIKE
+    | {
+        "model_type": "cohere",
+        "hidden_size": 192,
+        "use_qk_norm": True,
+        "logit_scale": 0.4,
+        "tie_word_embeddings": True,
+    },
+    # ALiBi, which our attention refuses; biases everywhere, no gate.
     "bloom": {
         "model_type": "bloom",
         "vocab_size": VOCAB_SIZE,
@@ -72,7 +106,7 @@ def write_checkpoint(
             elif weight.ndim == 1:  # a norm
                 weight.normal_(0 if name == "gemma2" else 1, 0.3)
             else:
-                gain = 4 if "embed" in key or "lm_head" in key else 1.5
+                gain = 3 if "embed" in key or "lm_head" in key else 1.5
                 weight.normal_(0, gain / weight.shape[1] ** 0.5)
             if key == spoilt:
                 weight[3, 5] = float("nan")

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,34 +55,30 @@ def cpu() -> str:
 
 def tile_costs() -> TileCosts:
     """The measured costs of row tiles, or the built-in ones where none were measured."""
-    return _costs_of(native.isa())
+    return _in_use(native.isa())[0]
 
 
 def is_measured() -> bool:
     """Whether `tile_costs` were measured on this machine."""
-    return _measured() is not None
+    return _in_use(native.isa())[1]
 
 
 @functools.cache
-def _costs_of(isa: str) -> TileCosts:
-    return _measured() or default_costs(native.kernels().max_height)
-
-
-def _measured() -> TileCosts | None:
-    """What `save` wrote; a file that cannot be used is named in the log and left out."""
+def _in_use(isa: str) -> tuple[TileCosts, bool]:
+    """The costs, and whether they are what `save` wrote: the log says why a file is left out."""
     file = path()
     try:
-        return _parse(json.loads(file.read_text()))
+        return _parse(json.loads(file.read_text())), True
     except FileNotFoundError:
-        return None
+        pass
     except (OSError, ValueError) as error:
         logger.warning(
-            "%s is not used (%s); row tiles are chosen from the built-in table. "
-            "`xyserve calibrate --force` measures anew",
+            "%s is not used: %s. Row tiles are chosen from the built-in table; "
+            "to measure anew, run: xyserve calibrate",
             file,
             error,
         )
-        return None
+    return default_costs(native.kernels().max_height), False
 
 
 def _parse(document: object) -> TileCosts:
@@ -115,22 +110,24 @@ def save(costs: TileCosts) -> None:
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     # Renamed when it is whole: a worker that starts meanwhile reads the old file or the new one.
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as whole:
-        whole.write(json.dumps(document, indent=1) + "\n")
-    Path(whole.name).chmod(0o644)
-    Path(whole.name).replace(file)
-    _costs_of.cache_clear()
+    whole = file.with_name(f"{file.name}.{os.getpid()}")
+    whole.write_text(json.dumps(document, indent=1) + "\n")
+    whole.replace(file)
+    _in_use.cache_clear()
 
 
 def measure(progress: Progress = lambda share: None) -> TileCosts:
-    """Time tiles of each height in turn, on one thread: medians, in `UNIT`. Takes seconds."""
+    """Time tiles of each height in turn, on one thread, in `UNIT`; takes seconds.
+
+    Lower quartiles: on a busy machine more than half of the times may be too long.
+    """
     num_threads = native.num_threads()
     native.set_num_threads(1)
     try:
         times_s = _interleaved(_products(), progress)
     finally:
         native.set_num_threads(num_threads)
-    return TileCosts(tuple(1e9 * statistics.median(times) for times in times_s))
+    return TileCosts(tuple(1e9 * statistics.quantiles(times)[0] for times in times_s))
 
 
 def _products() -> list[Callable[[], float]]:
@@ -141,6 +138,7 @@ def _products() -> list[Callable[[], float]]:
     n, k = SHAPE
     values = random.standard_normal((n, k), dtype=np.float32)
     weight = Weight.pack((values.view(np.uint32) & 0xFFFF0000).view(np.float32), "bf16")
+    num_panels: int = weight.num_panels
     linear = native.kernels().linear
 
     def product(height: int) -> Callable[[], float]:
@@ -151,17 +149,18 @@ def _products() -> list[Callable[[], float]]:
             num_rows=len(x),
             heights=np.full(num_tiles, height, np.int32),
             row_block=num_tiles,
-            panel_block=weight.num_panels,
+            panel_block=num_panels,
         )
 
         def tile_s() -> float:
             weight_struct, plan_of_call = ctypes.byref(weight.struct), plan_struct(plan)
-            began_s = time.perf_counter()
+            began_s = time.thread_time()  # not counting what other processes take
             linear(
                 weight_struct, ctypes.byref(plan_of_call), x.ctypes.data, k,
                 None, Epilogue.STORE, out.ctypes.data, n,
             )  # fmt: skip
-            return (time.perf_counter() - began_s) / (num_tiles * weight.num_panels)
+            took_s = time.thread_time() - began_s
+            return took_s / (num_tiles * num_panels)
 
         return tile_s
 
@@ -170,13 +169,13 @@ def _products() -> list[Callable[[], float]]:
 
 def _interleaved(products: list[Callable[[], float]], progress: Progress) -> list[list[float]]:
     """Let them take turns, so that whatever else slows the machine down slows all of them."""
-    for product in products:
-        product()  # its first call touches its memory
-    times_s: list[list[float]] = [[] for _ in products]
+    times_s: list[list[float]] = [[product()] for product in products]  # touches its memory
+    # In an order that keeps no step with what comes at intervals.
+    turns = np.random.default_rng(0)
     began_s = time.perf_counter()
     for done in range(1, MAX_ROUNDS + 1):
-        for times, product in zip(times_s, products, strict=True):
-            times.append(product())
+        for index in turns.permutation(len(products)):
+            times_s[index].append(products[index]())
         spent = (time.perf_counter() - began_s) / BUDGET_S
         progress(max(done / MAX_ROUNDS, min(done / MIN_ROUNDS, spent, 1.0)))
         if done >= MIN_ROUNDS and spent >= 1:

@@ -126,7 +126,7 @@ def plan_query_tiles(
     if not sliding_window and query_lens.max(initial=0) <= 1:
         # So the tasks of decode steps change only when a request enters its next chunk of keys.
         seq_lens = -(-seq_lens // kv_chunk) * kv_chunk
-    return _cut(
+    return cut_spans(
         *(lens.astype(np.int32).tobytes() for lens in (query_lens, seq_lens)),
         sees_all.tobytes(),
         group,
@@ -139,7 +139,7 @@ def plan_query_tiles(
 
 
 @lru_cache(maxsize=256)
-def _cut(
+def cut_spans(
     query_bytes: bytes,
     seq_bytes: bytes,
     sees_all_bytes: bytes,
@@ -150,6 +150,7 @@ def _cut(
     num_threads: int,
     costs: TileCosts,
 ) -> QueryTiles:
+    """`plan_query_tiles` of spans whose lengths come as the bytes of int32 arrays."""
     query_lens, seq_lens = np.frombuffer(query_bytes, np.int32), np.frombuffer(seq_bytes, np.int32)
     sees_all = np.frombuffer(sees_all_bytes, np.bool_)
     tokens = np.minimum(np.maximum(query_lens, 1), max(1, QUERY_ROWS // group)).astype(np.int32)

@@ -1,0 +1,212 @@
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workers.kernels import calibration, native
+from workers.kernels.calibration import is_measured, measure, save, tile_costs
+from workers.kernels.tiles import TileCosts, default_costs
+
+HEIGHT = native.kernels().max_height
+
+MEASURED = TileCosts(tuple(float(10 + height) for height in range(HEIGHT)))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder, in place of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calibration._in_use.cache_clear()
+    yield tmp_path
+    calibration._in_use.cache_clear()
+
+
+@pytest.fixture
+def portable() -> Iterator[None]:
+    native.use_isa("portable")
+    yield
+    native.use_isa(native.available_isas()[0])
+
+
+def write(**changed: object) -> None:
+    """A file as `save` writes it, with some of its values changed."""
+    save(MEASURED)
+    document = json.loads(calibration.path().read_text()) | changed
+    calibration.path().write_text(json.dumps(document))
+    calibration._in_use.cache_clear()
+
+
+def test_nothing_measured_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    assert (tile_costs(), is_measured()) == (default_costs(HEIGHT), False)
+    assert caplog.messages == []
+
+
+def test_what_is_saved_is_used_at_once_and_later(cache: Path) -> None:
+    assert not is_measured()
+
+    save(MEASURED)
+
+    assert (tile_costs(), is_measured()) == (MEASURED, True)
+    calibration._in_use.cache_clear()  # as in another process
+    assert (tile_costs(), is_measured()) == (MEASURED, True)
+
+
+def test_a_later_measurement_replaces_the_file_and_leaves_no_other(cache: Path) -> None:
+    save(default_costs(HEIGHT))
+    save(MEASURED)
+
+    assert tile_costs() == MEASURED
+    assert [file for file in cache.rglob("*") if file.is_file()] == [calibration.path()]
+
+
+def test_the_file_is_found_in_the_home_folder_without_xdg(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert calibration.path().parent == tmp_path / ".cache" / "xyserve" / "calibration"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "7", '"tile_costs"', "\0", "\xff\xfe"],
+    ids=["empty", "cut off", "a list", "null", "a number", "a string", "a zero", "no text"],
+)
+def test_a_damaged_file_is_named_once_and_left_out(
+    content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(MEASURED)
+    calibration.path().write_bytes(content.encode("latin-1"))
+    calibration._in_use.cache_clear()
+
+    assert (tile_costs(), is_measured()) == (default_costs(HEIGHT), False)
+    assert tile_costs() == default_costs(HEIGHT)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert str(calibration.path()) in record.message
+    assert "xyserve calibrate" in record.message
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        None,
+        7,
+        "1" * HEIGHT,
+        [1.0] * (HEIGHT - 1),
+        [1.0] * (HEIGHT + 1),
+        [0.0] * HEIGHT,
+        [-1.0] * HEIGHT,
+        [float("nan")] * HEIGHT,
+        [float("inf")] * HEIGHT,
+        ["fast"] * HEIGHT,
+        [None] * HEIGHT,
+    ],
+    ids=str,
+)
+def test_costs_that_cannot_be_are_left_out(costs: object, caplog: pytest.LogCaptureFixture) -> None:
+    write(tile_costs=costs)
+
+    assert (tile_costs(), is_measured()) == (default_costs(HEIGHT), False)
+    assert f"not {HEIGHT} positive numbers" in caplog.text
+
+
+@pytest.mark.parametrize("foreign", [{"cpu": "Another 9000"}, {"isa": "another"}, {"cpu": None}])
+def test_the_costs_of_another_machine_are_left_out(
+    foreign: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    write(**foreign)
+
+    assert (tile_costs(), is_measured()) == (default_costs(HEIGHT), False)
+    [key] = foreign
+    assert f"its {key} is" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    calibration.path().mkdir(parents=True)
+
+    assert not is_measured()
+    assert len(caplog.records) == 1
+
+
+def test_each_instruction_set_has_its_own_costs(request: pytest.FixtureRequest) -> None:
+    if native.isa() == "portable":
+        pytest.skip("this CPU's best instruction set is the portable one")
+    save(MEASURED)
+    own = calibration.path()
+
+    request.getfixturevalue("portable")
+
+    assert calibration.path() != own
+    assert (tile_costs(), is_measured()) == (default_costs(native.kernels().max_height), False)
+
+
+def test_another_cpu_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = calibration.path()
+    monkeypatch.setattr(calibration, "cpu", lambda: "Fast/Slow CPU @ 3 GHz")
+
+    assert calibration.path() != own
+    assert calibration.path().parent == own.parent
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure for a moment only: no test relies on the times."""
+    monkeypatch.setattr(calibration, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(calibration, "MAX_ROUNDS", 3)
+    monkeypatch.setattr(calibration, "ROWS", 2 * HEIGHT)
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_height_is_measured_and_can_be_saved(cache: Path) -> None:
+    costs = measure()
+
+    assert costs.max_height == HEIGHT
+    assert all(cost > 0 for cost in costs.of_height)
+    assert not any(cache.iterdir())
+
+    save(costs)
+
+    assert is_measured()
+    assert tile_costs().of_height == pytest.approx(costs.of_height, abs=0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_measuring_tells_how_far_it_is() -> None:
+    shares: list[float] = []
+
+    measure(shares.append)
+
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < shares[-1] == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_measuring_uses_one_thread_and_gives_the_others_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    native.set_num_threads(2)
+    seen: set[int] = set()
+
+    measure(lambda share: seen.add(native.num_threads()))
+
+    assert (seen, native.num_threads()) == ({1}, 2)
+    native.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("quick", "portable")
+def test_the_portable_kernels_are_measured_too() -> None:
+    assert measure().max_height == native.kernels().max_height
+
+
+def test_measuring_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(calibration, "BUDGET_S", 1e-9)
+    shares: list[float] = []
+
+    measure(shares.append)
+
+    assert shares == [0.5, 1.0, 1.0]
