@@ -9,7 +9,6 @@ from vllm.config.vllm import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionLayer,
-    AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
 )
@@ -74,7 +73,11 @@ class MetaAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         """Ask each layer who will serve it."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        self._refusals = {layer.impl.refusal for layer in layers.values()}
+        self._refusals = {
+            layer.impl.refusal
+            for layer in layers.values()
+            if isinstance(layer.impl, MetaAttentionImpl)
+        }
 
     def build(
         self,

@@ -10,6 +10,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
@@ -59,6 +60,8 @@ class VllmEngine:
         """Load `model`; takes seconds, and for the life of the process no second engine fits."""
         vllm_config = engine_args(model, config).create_engine_config(UsageContext.ENGINE_CONTEXT)
         self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
+        # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
+        freeze_gc_heap()
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._encode = encoder()
         self._clients: list[StreamAddress] = []

@@ -18,6 +18,9 @@ from workers.vllm_attention import MetaAttentionMetadata
 
 logger = init_logger(__name__)
 
+# torch does not say what a module of a model holds: the classes below are looked up, not declared.
+Module = Any
+
 # Layers whose forward is what `DecoderStack` runs. A class derived from one of these may do more.
 LAYERS = {
     llama.LlamaDecoderLayer,
@@ -36,7 +39,7 @@ ATTENTIONS = {
 class DecoderStack:
     """The decoder layers and the final norm of one loaded model, as C++ sees them."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Module) -> None:
         """Gather what the layers hold; `refusal(model, ...)` must have been None."""
         first = model.layers[0].self_attn
         self._layer_name = first.attn.layer_name
@@ -73,7 +76,7 @@ class DecoderStack:
         self._tensors.append(tensor)
         return tensor.data_ptr()
 
-    def _layer(self, layer: torch.nn.Module) -> native.LayerStruct:
+    def _layer(self, layer: Module) -> native.LayerStruct:
         attention, mlp = layer.self_attn, layer.mlp
         linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
         return native.LayerStruct(
@@ -88,22 +91,16 @@ class DecoderStack:
             self._pointer(attention.attn.kv_cache),
         )
 
-    def is_current(self, model: torch.nn.Module) -> bool:
+    def is_current(self, model: Module) -> bool:
         """Whether the KV cache is still where it was."""
-        return model.layers[0].self_attn.attn.kv_cache is self._kv_cache
+        return self._kv_cache is model.layers[0].self_attn.attn.kv_cache
 
-    def metadata(self) -> MetaAttentionMetadata | None:
-        """This step's attention; None while vLLM only warms up."""
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:
-            return None
-        assert isinstance(metadata, dict)
-        return metadata[self._layer_name]  # type: ignore[return-value]
-
-    def run(
-        self, hidden: torch.Tensor, positions: torch.Tensor, metadata: MetaAttentionMetadata
-    ) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Turn embeddings `[num_tokens, hidden_size]` in place into normed final states."""
+        of_layers = get_forward_context().attn_metadata
+        assert isinstance(of_layers, dict)
+        metadata = of_layers[self._layer_name]
+        assert isinstance(metadata, MetaAttentionMetadata)
         plan = metadata.plan(self.shape)
         gemms = [weight.plan(plan.num_tokens) for weight in self._weights]
         block_table, slots = metadata.block_table, metadata.slot_mapping
@@ -121,7 +118,7 @@ class DecoderStack:
         return hidden
 
 
-def refusal(model: torch.nn.Module, config: VllmConfig) -> str | None:
+def refusal(model: Module, config: VllmConfig) -> str | None:
     """Why a loaded model's layers cannot run in one call; None if they can."""
     if config.parallel_config.world_size > 1:
         return "the model is split over several processes"
@@ -140,12 +137,13 @@ def refusal(model: torch.nn.Module, config: VllmConfig) -> str | None:
     return "its layers differ in their attention" if len(shapes) > 1 else None
 
 
-def _layer_refusal(layer: torch.nn.Module) -> str | None:
+def _layer_refusal(layer: Module) -> str | None:
     attention, mlp = layer.self_attn, layer.mlp
     if type(layer) not in LAYERS or type(attention) not in ATTENTIONS:
         return f"{type(layer).__name__} with {type(attention).__name__} may do more"
     rotary = attention.rotary_emb
-    if type(rotary).forward_native is not RotaryEmbedding.forward_native or not rotary.is_neox_style:
+    same_rotation = type(rotary).forward_native is RotaryEmbedding.forward_native
+    if not same_rotation or not rotary.is_neox_style:
         return f"{type(rotary).__name__} turns queries and keys in another way"
     if getattr(attention, "do_llama_4_scaling", False):
         return "queries are scaled by their position"
@@ -164,7 +162,7 @@ def _layer_refusal(layer: torch.nn.Module) -> str | None:
 class NativeForward(torch.nn.Module):
     """A mixin before vLLM's own class of a model: one call for all layers, if it can be."""
 
-    model: torch.nn.Module
+    model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         """Build the model as vLLM does."""
@@ -193,13 +191,12 @@ class NativeForward(torch.nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> Any:
         """Final hidden states `[num_tokens, hidden_size]`."""
-        if get_forward_context().attn_metadata is not None:
+        if get_forward_context().attn_metadata is not None:  # else vLLM only warms up
             stack = self._find_stack()
-            metadata = stack and stack.metadata()
-            if stack is not None and metadata is not None:
+            if stack is not None:
                 if inputs_embeds is None:
                     inputs_embeds = self.model.embed_input_ids(input_ids)
-                return stack.run(inputs_embeds, positions, metadata)
+                return stack.run(inputs_embeds, positions)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
 
 

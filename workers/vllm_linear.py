@@ -91,7 +91,8 @@ class KernelConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our GEMM for what multiplies with a weight; vLLM's own for the rest."""
-        options = get_current_vllm_config().additional_config.get(QUANTIZATION, {})
+        config = get_current_vllm_config().additional_config
+        options = config.get(QUANTIZATION, {}) if isinstance(config, dict) else {}
         native.set_num_threads(options.get("num_threads", torch.get_num_threads()))
         weight_format = options.get("weight_format", "auto")
         if isinstance(layer, LinearBase):
@@ -101,7 +102,7 @@ class KernelConfig(QuantizationConfig):
         return None
 
 
-def pack(layer: torch.nn.Module, weight_format: str, prefix: str) -> None:
+def pack(layer: Any, weight_format: str, prefix: str) -> None:
     """Pack `layer.weight` into `layer.packed`; ValueError names the layer."""
     gate_up = isinstance(layer, MergedColumnParallelLinear) and (
         len(layer.output_sizes) == 2 and layer.output_sizes[0] == layer.output_sizes[1]
@@ -125,7 +126,7 @@ class KernelLinearMethod(UnquantizedLinearMethod):
         super().__init__()
         self._weight_format, self._prefix = weight_format, prefix
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the weight and let go of the loaded one."""
         if layer.weight.is_meta or getattr(layer, "_cpu_skip_gemm_dispatch", False):
             super().process_weights_after_loading(layer)

@@ -31,7 +31,7 @@ class WorkerConfig:
     kernels: Literal["xyserve", "vllm"] = "xyserve"
     """On the CPU: our GEMM, attention and forward pass, or vLLM's own."""
     weight_format: Literal["auto", "int8", "int4"] = "auto"
-    """How our kernels keep weights: `auto` loses nothing (bf16 if the checkpoint is, else float32)."""
+    """How our kernels keep weights; `auto` loses nothing: bf16 if the checkpoint is, else fp32."""
     step_timeout_s: float = 120.0
     """A step that runs longer makes the worker unhealthy, and Serve replaces it."""
     report_interval_s: float = 0.25

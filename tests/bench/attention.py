@@ -170,7 +170,7 @@ class Ours:
         self.out = torch.full(step.query.shape, torch.nan).numpy()
 
     def plan(self) -> Any:
-        """Plan the step, anew unless it is a decode step, which seldom differs from the one before."""
+        """Plan the step; a decode step seldom differs from the one before, others do."""
         if np.diff(self.step.query_start_loc).max() > 1:
             cut_spans.cache_clear()
         return plan_attention(self.shape, self.step.query_start_loc, self.step.seq_lens)

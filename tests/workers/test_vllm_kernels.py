@@ -32,7 +32,7 @@ NATIVE = {
 }
 """Models whose layers run in one call, and the classes that do so."""
 
-OTHERS = ("gemma2", "cohere", "bloom")
+OTHERS = ("gemma2", "gemma3n", "bloom")
 """Models that run operator by operator."""
 
 NO_PLUGIN = {"VLLM_PLUGINS": "none"}
@@ -197,8 +197,14 @@ def test_other_models_run_on_each_kernel_that_can_serve_them(engines: Engines, n
 
     refusal = "it has ALiBi slopes or attention sinks" if name == "bloom" else None
     assert facts.attention_refusals == {refusal}
-    # Four linear layers in each of two, and an embedding only where vLLM offers it.
-    assert len(facts.packed) == 4 * 2 + (name == "cohere")
+    packed = [layer.rpartition(".")[2] for layer in facts.packed]
+    layers = {"o_proj", "gate_up_proj", "down_proj"}
+    if name == "bloom":
+        layers = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    num_layers = 4 if name == "gemma3n" else 2
+    assert {layer: packed.count(layer) for layer in layers} == dict.fromkeys(layers, num_layers)
+    # All three make logits with their embedding, and only this one lets us choose how.
+    assert packed.count("embed_tokens") == (name == "gemma3n")
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 10.0,
         "tie_word_embeddings": True,
     },
-    # The embedding itself makes the logits; attention and MLP are parallel, pairs are rotated.
-    "cohere": _LLAMA_LIKE
+    # The last two layers share the caches of those before, and the embedding makes the logits.
+    "gemma3n": _LLAMA_LIKE
     | {
-        "model_type": "cohere",
-        "hidden_size": 192,
-        "use_qk_norm": True,
-        "logit_scale": 0.4,
+        "model_type": "gemma3n_text",
+        "intermediate_size": [136] * 4,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 45,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "hidden_size_per_layer_input": 32,
+        "laurel_rank": 16,
+        "final_logit_softcapping": 10.0,
         "tie_word_embeddings": True,
     },
     # ALiBi, which our attention refuses; biases everywhere, no gate.

@@ -17,7 +17,10 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """One attention layer; its KV cache is `[num_blocks, num_kv_heads, block_size, 2 * head_size]`."""
+    """One attention layer.
+
+    Its KV cache is `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -30,7 +33,8 @@ class AttentionShape:
     """Scores become `soft_cap * tanh(score / soft_cap)`."""
 
     def __post_init__(self) -> None:
-        if problem := unsupported(self.num_heads, self.num_kv_heads, self.head_size, self.block_size):
+        problem = unsupported(self.num_heads, self.num_kv_heads, self.head_size, self.block_size)
+        if problem:
             raise ValueError(problem)
         for name in ("sliding_window", "soft_cap"):
             value = getattr(self, name)
@@ -202,8 +206,8 @@ def attend(
 ) -> Floats:
     """Write attention of `query [num_tokens, num_heads, head_size]` to `out`, of the same shape.
 
-    `block_table [num_spans, max_blocks]` holds each span's blocks in `kv_cache`. A row's bits depend
-    on nothing but its query and its keys.
+    `block_table [num_spans, max_blocks]` holds each span's blocks in `kv_cache`. A row's bits
+    depend on nothing but its query and its keys.
     """
     shape = plan.shape
     _check_cache(shape, kv_cache)
@@ -226,7 +230,9 @@ def attend(
         out.ctypes.data,
         out.strides[0] // 4,
     )
-    native.kernels().attend(ctypes.byref(shape.struct()), ctypes.byref(plan.struct), ctypes.byref(data))
+    native.kernels().attend(
+        ctypes.byref(shape.struct()), ctypes.byref(plan.struct), ctypes.byref(data)
+    )
     return out
 
 

@@ -42,7 +42,9 @@ class Weight:
         self._panels = native.weights_arena.empty(kernels.packed_bytes(n, k, format, gate_up))
         panel = 2 * kernels.lanes
         self.num_panels = 2 * -(-n // 2 // panel) if gate_up else -(-n // panel)
-        self._scales = np.zeros(self.num_panels * panel, np.float32) if format == Format.INT8 else None
+        self._scales = (
+            np.zeros(self.num_panels * panel, np.float32) if format == Format.INT8 else None
+        )
         self.struct = native.WeightStruct(
             n, k, format, gate_up, native.pointer(self._panels), native.pointer(self._scales)
         )
@@ -194,6 +196,10 @@ def _check_array(name: str, array: NDArray[Any], ndim: int, columns: int | None 
     if array.ndim != ndim:
         raise ValueError(f"{name} has the shape {array.shape}; it must have {ndim} dimensions")
     if array.size and array.strides[-1] != 4:
-        raise ValueError(f"{name} has strides {array.strides}; the last dimension must be contiguous")
+        raise ValueError(
+            f"{name} has strides {array.strides}; the last dimension must be contiguous"
+        )
     if columns is not None and array.shape[-1] != columns:
-        raise ValueError(f"{name} has the shape {array.shape}; its last dimension must be {columns}")
+        raise ValueError(
+            f"{name} has the shape {array.shape}; its last dimension must be {columns}"
+        )

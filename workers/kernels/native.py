@@ -216,7 +216,7 @@ def kernels() -> Kernels:
 
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that this CPU has and the library was built for, the best one first."""
-    found = []
+    found: list[str] = []
     while (name := _library.xy_available_isa(len(found))) is not None:
         found.append(name.decode())
     return tuple(found)

@@ -38,9 +38,9 @@ class TileCosts:
 
 
 def default_costs(max_height: int) -> TileCosts:
-    """What tiles cost where nothing was measured: a low one waits for the adders, a tall one does
-    not."""
-    return TileCosts(tuple(max(3.7 + 0.1 * height, float(height)) for height in range(1, max_height + 1)))
+    """What tiles cost where nothing was measured: a low one waits for its sums."""
+    heights = range(1, max_height + 1)
+    return TileCosts(tuple(max(3.7 + 0.1 * height, float(height)) for height in heights))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -53,7 +53,8 @@ def row_tiles(num_rows: int, costs: TileCosts) -> tuple[int, ...]:
     if num_rows <= tallest:
         return (num_rows,) if num_rows else ()
     # All but the last few tiles are of the height that costs least per row.
-    best = min(range(1, tallest + 1), key=lambda height: (costs.of_height[height - 1] / height, -height))
+    of_row = [cost / height for height, cost in enumerate(costs.of_height, 1)]
+    best = max(height for height, cost in enumerate(of_row, 1) if cost == min(of_row))
     whole = max(0, num_rows // best - tallest)
     rest = num_rows - whole * best
     cheapest: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
@@ -70,7 +71,7 @@ def row_tiles(num_rows: int, costs: TileCosts) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class GemmPlan:
-    """How a GEMM over `num_rows` rows is cut: a task is `row_block` tiles by `panel_block` panels."""
+    """How a GEMM is cut: one task is `row_block` tiles by `panel_block` panels."""
 
     num_rows: int
     heights: Int32s
@@ -94,9 +95,9 @@ def plan_gemm(num_rows: int, num_panels: int, num_threads: int, costs: TileCosts
 class QueryTiles:
     """The tasks of one step's attention, costliest first, and how their results are merged.
 
-    `tasks` rows: span, first_token, num_tokens, kv_head, first_chunk, end_chunk, partial (-1: none),
-    start in `heights`, number of heights. `merges` rows: span, first_token, num_tokens, kv_head,
-    partial, num_partials.
+    `tasks` rows: span, first_token, num_tokens, kv_head, first_chunk, end_chunk, partial (-1:
+    none), start in `heights`, number of heights. `merges` rows: span, first_token, num_tokens,
+    kv_head, partial, num_partials.
     """
 
     tasks: Int32s
@@ -169,7 +170,9 @@ def cut_spans(
     cost = np.maximum(count * group, LEAST_ROWS) * (end_key - first_key) + TASK_COST
     limit = cost.sum() * num_kv_heads / (num_threads * TASKS_PER_THREAD)
     chunks = end_chunk - first_chunk
-    pieces = np.minimum(chunks, np.ceil(cost / limit).astype(int)) if num_threads > 1 and len(cost) else 1 + 0 * chunks
+    pieces = np.ones_like(chunks)
+    if num_threads > 1 and len(cost):
+        pieces = np.minimum(chunks, np.ceil(cost / limit).astype(int))
     split = pieces > 1
     partial_of_tile = np.where(split, np.cumsum(chunks * split) - chunks * split, -1)
     num_partials = int((chunks * split).sum())
@@ -217,7 +220,7 @@ def cut_spans(
 
 
 def parse_costs(document: Mapping[str, object], max_height: int) -> TileCosts | None:
-    """The costs in what `xyserve calibrate` wrote; None if they are not for tiles of this library."""
+    """The costs in what `xyserve calibrate` wrote; None if they are of other tiles."""
     costs = document.get("tile_costs")
     if not isinstance(costs, list) or len(costs) != max_height:
         return None

@@ -21,7 +21,14 @@ struct Forward {
 // (J. Su et al., 2021). `cos_sin` is the row of the token's position.
 XY_INLINE void rotate(float* x, const float* cos_sin, int rotary_dim) {
   const int half = rotary_dim / 2;
-  for (int i = 0; i < half; ++i) {
+  int i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec a = load(x + i), b = load(x + half + i);
+    const Vec c = load(cos_sin + i), s = load(cos_sin + half + i);
+    store(x + i, a * c - b * s);
+    store(x + half + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
     const float a = x[i], b = x[half + i], c = cos_sin[i], s = cos_sin[half + i];
     x[i] = a * c - b * s;
     x[half + i] = b * c + a * s;
