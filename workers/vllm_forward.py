@@ -128,11 +128,9 @@ def refusal(model: Module, config: VllmConfig) -> str | None:
         return "the drafter reads hidden states between layers"
     shapes = set()
     for layer in model.layers:
-        if problem := _layer_refusal(layer):
-            return problem
         attention = layer.self_attn.attn
-        if attention.impl.refusal is not None:
-            return str(attention.impl.refusal)
+        if problem := attention.impl.refusal or _layer_refusal(layer):
+            return str(problem)
         shapes.add(attention.impl.shape(attention.kv_cache.shape[2]))
     return "its layers differ in their attention" if len(shapes) > 1 else None
 

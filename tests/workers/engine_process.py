@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
 from workers.worker import WorkerConfig
 
 Prompt = Sequence[int]
+
+CALL_TIMEOUT_S = 120
+"""The first call also waits for vLLM to be imported."""
 
 NUM_LIKELIEST = 20
 """Tokens whose log probabilities are kept at each output token."""
@@ -89,6 +94,9 @@ class EngineProcesses:
     ) -> Any:
         """`function(*args)` in a process of its own, with `env` added to its environment."""
         self._pipe.send((function, args, env or {}))
+        if not self._pipe.poll(CALL_TIMEOUT_S):
+            self._kill()
+            raise EngineFailed(f"{function.__name__} did not end within {CALL_TIMEOUT_S} s")
         result, failure = self._pipe.recv()
         if failure is not None:
             raise EngineFailed(failure)
@@ -99,6 +107,12 @@ class EngineProcesses:
         with suppress(BrokenPipeError):
             self._pipe.send(None)
         self._process.join()
+
+    def _kill(self) -> None:
+        forks = psutil.Process(self._process.pid).children()
+        self._process.kill()
+        for fork in forks:
+            fork.kill()
 
 
 def _fork_calls(pipe: Connection) -> None:

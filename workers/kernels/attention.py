@@ -181,8 +181,6 @@ def write_kv(
     for name, array in (("key", key), ("value", value)):
         _check(name, array, np.float32, expected)
     _check("slot_mapping", slot_mapping, np.int64, (len(slot_mapping),))
-    if key.strides[0] != value.strides[0]:
-        raise ValueError(f"key and value have the strides {key.strides} and {value.strides}")
     slots = kv_cache.shape[0] * shape.block_size
     if slot_mapping.size and slot_mapping.max() >= slots:
         raise ValueError(f"slot_mapping holds {slot_mapping.max()}; the cache has {slots} slots")
@@ -191,8 +189,9 @@ def write_kv(
         kv_cache.ctypes.data,
         len(slot_mapping),
         key.ctypes.data,
-        value.ctypes.data,
         key.strides[0] // 4,
+        value.ctypes.data,
+        value.strides[0] // 4,
         slot_mapping.ctypes.data,
     )
 
@@ -207,7 +206,7 @@ def attend(
     """Write attention of `query [num_tokens, num_heads, head_size]` to `out`, of the same shape.
 
     `block_table [num_spans, max_blocks]` holds each span's blocks in `kv_cache`. A row's bits
-    depend on nothing but its query and its keys.
+    depend on nothing but its query, its keys and the block size.
     """
     shape = plan.shape
     _check_cache(shape, kv_cache)

@@ -174,6 +174,7 @@ class Kernels(Structure):
                 c_void_p,
                 c_int32,
                 c_void_p,
+                c_int64,
                 c_void_p,
                 c_int64,
                 c_void_p,

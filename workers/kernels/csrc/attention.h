@@ -38,21 +38,24 @@ XY_INLINE void write_token(const AttentionShape& s, float* cache, int64_t slot, 
 struct KvWrite {
   const AttentionShape& shape;
   float* cache;
-  const float *key, *value;
-  int64_t stride;
+  const float* key;
+  int64_t key_stride;
+  const float* value;
+  int64_t value_stride;
   const int64_t* slot_mapping;
 };
 
 void write_kv(const AttentionShape* shape, float* kv_cache, int32_t num_tokens, const float* key,
-              const float* value, int64_t stride, const int64_t* slot_mapping) {
-  KvWrite context{*shape, kv_cache, key, value, stride, slot_mapping};
+              int64_t key_stride, const float* value, int64_t value_stride,
+              const int64_t* slot_mapping) {
+  KvWrite context{*shape, kv_cache, key, key_stride, value, value_stride, slot_mapping};
   parallel(num_tokens, [](void* context, int token) {
-    const auto& [shape, cache, key, value, stride, slot_mapping] = *static_cast<KvWrite*>(context);
-    if (slot_mapping[token] < 0) return;  // a padding token
-    for (int head = 0; head < shape.num_kv_heads; ++head)
-      write_token(shape, cache, slot_mapping[token], head,
-                  key + token * stride + head * shape.head_size,
-                  value + token * stride + head * shape.head_size);
+    const auto& write = *static_cast<KvWrite*>(context);
+    if (write.slot_mapping[token] < 0) return;  // a padding token
+    for (int head = 0; head < write.shape.num_kv_heads; ++head)
+      write_token(write.shape, write.cache, write.slot_mapping[token], head,
+                  write.key + token * write.key_stride + head * write.shape.head_size,
+                  write.value + token * write.value_stride + head * write.shape.head_size);
   }, &context);
 }
 

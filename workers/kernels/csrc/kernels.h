@@ -118,8 +118,8 @@ struct Kernels {
   void (*linear)(const Weight* weight, const GemmPlan* plan, const float* x, int64_t x_stride,
                  const float* bias, int32_t epilogue, float* y, int64_t y_stride);
   void (*write_kv)(const AttentionShape* shape, float* kv_cache, int32_t num_tokens,
-                   const float* key, const float* value, int64_t stride,
-                   const int64_t* slot_mapping);
+                   const float* key, int64_t key_stride, const float* value,
+                   int64_t value_stride, const int64_t* slot_mapping);
   void (*attend)(const AttentionShape* shape, const AttentionPlan* plan,
                  const AttentionData* data);
   void (*forward)(const Model* model, const Step* step);

@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -17,6 +18,13 @@ namespace {
 // pass, shorter than what a thread waiting for this core would notice.
 constexpr int kSpins = 1000;
 
+using Clock = std::chrono::steady_clock;
+
+// A helper is late when the caller waits for it longer than this and than some tasks take: something
+// else runs on its core. The caller then does without helpers for kPause times as long as it waited.
+constexpr auto kLate = std::chrono::microseconds(200);
+constexpr int kTasksLate = 4, kPause = 8;
+
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -28,25 +36,28 @@ inline void relax() {
 class Pool {
  public:
   void run(int num_tasks, Task task, void* context) {
-    if (num_tasks <= 1 || helpers_.empty() || !busy_.try_lock()) {
-      for (int i = 0; i < num_tasks; ++i) task(context, i);
-      return;
-    }
+    if (num_tasks <= 1 || helpers_.empty() || !busy_.try_lock()) return run_alone(num_tasks, task, context);
     std::lock_guard lock(busy_, std::adopt_lock);
+    const auto start = Clock::now();
+    if (start < pause_end_) return run_alone(num_tasks, task, context);
     task_ = task, context_ = context, num_tasks_ = num_tasks;
     unfinished_.store(num_tasks, std::memory_order_relaxed);
     // The store of the ticket publishes what is above.
     waiting_.store(static_cast<uint32_t>(num_tasks), std::memory_order_release);
     epoch_.fetch_add(1, std::memory_order_seq_cst);
     epoch_.notify_all();
-    work();
+    const int done = work();
     for (int spin = 0; spin < kSpins; ++spin) {
       if (unfinished_.load(std::memory_order_acquire) == 0) return;
       relax();
     }
+    const auto waiting_since = Clock::now();
     // Asleep, the caller leaves its core to a helper that has a task and no core.
     for (int left; (left = unfinished_.load(std::memory_order_acquire)) != 0;)
       unfinished_.wait(left, std::memory_order_acquire);
+    const auto end = Clock::now();
+    const auto waited = end - waiting_since, of_task = (waiting_since - start) / (done + 1);
+    if (waited > kLate && waited > kTasksLate * of_task) pause_end_ = end + kPause * waited;
   }
 
   void resize(int num_threads) {
@@ -71,16 +82,23 @@ class Pool {
   }
 
  private:
-  // Take tasks until none is left. While one is left its phase is not over, so what `run` published
+  static void run_alone(int num_tasks, Task task, void* context) {
+    for (int i = 0; i < num_tasks; ++i) task(context, i);
+  }
+
+  // Take tasks until none is left, and count them. While one is left its phase is not over, so what `run` published
   // with it stands: it may be read after the task is taken.
-  void work() {
+  int work() {
+    int done = 0;
     uint32_t waiting = waiting_.load(std::memory_order_acquire);
     while (waiting != 0) {
       if (!waiting_.compare_exchange_weak(waiting, waiting - 1, std::memory_order_acquire)) continue;
       task_(context_, num_tasks_ - static_cast<int>(waiting));
+      ++done;
       if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
       waiting = waiting_.load(std::memory_order_acquire);
     }
+    return done;
   }
 
   void help() {
@@ -99,6 +117,7 @@ class Pool {
   Task task_ = nullptr;
   void* context_ = nullptr;
   int num_tasks_ = 0;
+  Clock::time_point pause_end_;  // until then the caller works alone
   alignas(64) std::atomic<uint32_t> waiting_ = 0;    // tasks that nobody has taken
   alignas(64) std::atomic<int> unfinished_ = 0;      // tasks that are not done
   alignas(64) std::atomic<int> epoch_ = 0;           // what idle helpers watch
