@@ -21,7 +21,7 @@ help:
 	@echo "                    CONFIG=deploy/cuda.yaml   another app; Ctrl-C ends it"
 	@echo "  make test       install, then ruff, mypy --strict and the whole test suite"
 	@echo "                    ARGS='-k placement'       only some of the tests"
-	@echo "  make lint       ruff and mypy --strict only"
+	@echo "  make lint       ruff, clang-format and mypy --strict only"
 	@echo "  make install    only make .venv; the second time it has nothing to do"
 	@echo "                    PYTHON=python3.12         another Python, 3.11 or newer"
 	@echo
@@ -37,6 +37,7 @@ serve: install
 
 lint: install
 	$(call phase,ruff,$(BIN)/ruff check .)
+	$(call phase,clang-format,$(BIN)/clang-format --dry-run --Werror workers/kernels/csrc/*.h workers/kernels/csrc/*.cpp)
 	$(call phase,mypy,$(BIN)/mypy)
 
 test: lint

@@ -6,12 +6,18 @@
 
 #define XY_EXPORT extern "C" __attribute__((visibility("default")))
 
-namespace portable { extern const xy::Kernels kernels; }
+namespace portable {
+extern const xy::Kernels kernels;
+}
 #ifdef XY_HAVE_AVX2
-namespace avx2 { extern const xy::Kernels kernels; }
+namespace avx2 {
+extern const xy::Kernels kernels;
+}
 #endif
 #ifdef XY_HAVE_AVX512
-namespace avx512 { extern const xy::Kernels kernels; }
+namespace avx512 {
+extern const xy::Kernels kernels;
+}
 #endif
 
 namespace {
@@ -27,7 +33,8 @@ const xy::Kernels* const* available() {
       found[n++] = &avx512::kernels;
 #endif
 #ifdef XY_HAVE_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = &avx2::kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      found[n++] = &avx2::kernels;
 #endif
     found[n] = &portable::kernels;
   }

@@ -1,9 +1,9 @@
 // The attention meta-kernel: matmul, softmax, matmul over one query tile and a range of keys, for
 // prefill, decode and verify spans alike, over the paged KV cache.
 //
-// Keys are taken in chunks that begin at multiples of kKvChunk. A chunk's result (largest score, sum
-// of weights, weighted values) is computed by itself and merged with those before it in order, on
-// one thread or on several: neither the task split nor the rest of the batch changes a bit.
+// Keys are taken in chunks that begin at multiples of kKvChunk. A chunk's result (largest score,
+// sum of weights, weighted values) is computed by itself and merged with those before it in order,
+// on one thread or on several: neither the task split nor the rest of the batch changes a bit.
 #pragma once
 
 #include "gemm.h"
@@ -13,9 +13,9 @@ namespace XY_ISA {
 // Keys of one chunk: a multiple of every block size.
 constexpr int kKvChunk = 256;
 
-// ---- The KV cache: of each block and KV head, block_size keys, then block_size values. Keys lie in
-// panels of kPanel tokens, dimension by dimension; values in panels of kPanel dimensions, token by
-// token. So both products read their right operand as the GEMM reads its weights. ----
+// ---- The KV cache: of each block and KV head, block_size keys, then block_size values. Keys lie
+// in panels of kPanel tokens, dimension by dimension; values in panels of kPanel dimensions, token
+// by token. So both products read their right operand as the GEMM reads its weights. ----
 
 XY_INLINE float* keys_at(const AttentionShape& s, float* cache, int block, int head) {
   return cache + block * s.block_stride + head * s.head_stride;
@@ -27,8 +27,10 @@ XY_INLINE float* values_at(const AttentionShape& s, float* cache, int block, int
 
 XY_INLINE void write_token(const AttentionShape& s, float* cache, int64_t slot, int head,
                            const float* key, const float* value) {
-  const int block = static_cast<int>(slot / s.block_size), token = static_cast<int>(slot % s.block_size);
-  float* const keys = keys_at(s, cache, block, head) + token / kPanel * kPanel * s.head_size + token % kPanel;
+  const int block = static_cast<int>(slot / s.block_size),
+            token = static_cast<int>(slot % s.block_size);
+  float* const keys =
+      keys_at(s, cache, block, head) + token / kPanel * kPanel * s.head_size + token % kPanel;
   float* const values = values_at(s, cache, block, head) + token * kPanel;
   for (int d = 0; d < s.head_size; ++d) keys[d * kPanel] = key[d];
   for (int d = 0; d < s.head_size; d += kPanel)
@@ -49,14 +51,17 @@ void write_kv(const AttentionShape* shape, float* kv_cache, int32_t num_tokens, 
               int64_t key_stride, const float* value, int64_t value_stride,
               const int64_t* slot_mapping) {
   KvWrite context{*shape, kv_cache, key, key_stride, value, value_stride, slot_mapping};
-  parallel(num_tokens, [](void* context, int token) {
-    const auto& write = *static_cast<KvWrite*>(context);
-    if (write.slot_mapping[token] < 0) return;  // a padding token
-    for (int head = 0; head < write.shape.num_kv_heads; ++head)
-      write_token(write.shape, write.cache, write.slot_mapping[token], head,
-                  write.key + token * write.key_stride + head * write.shape.head_size,
-                  write.value + token * write.value_stride + head * write.shape.head_size);
-  }, &context);
+  parallel(
+      num_tokens,
+      [](void* context, int token) {
+        const auto& write = *static_cast<KvWrite*>(context);
+        if (write.slot_mapping[token] < 0) return;  // a padding token
+        for (int head = 0; head < write.shape.num_kv_heads; ++head)
+          write_token(write.shape, write.cache, write.slot_mapping[token], head,
+                      write.key + token * write.key_stride + head * write.shape.head_size,
+                      write.value + token * write.value_stride + head * write.shape.head_size);
+      },
+      &context);
 }
 
 // ---- One query tile. ----
@@ -75,7 +80,8 @@ struct Attention {
 // Largest scores, sums and weighted values of `rows` rows, one array after the other.
 struct Result {
   float *largest, *sum, *values;
-  Result(float* memory, int rows) : largest(memory), sum(memory + rows), values(memory + 2 * rows) {}
+  Result(float* memory, int rows)
+      : largest(memory), sum(memory + rows), values(memory + 2 * rows) {}
 };
 
 struct QueryTile {
@@ -110,7 +116,8 @@ struct QueryTile {
   }
 };
 
-XY_INLINE void pack_query(const QueryTile& tile, const int32_t* heights, int num_heights, float* packed) {
+XY_INLINE void pack_query(const QueryTile& tile, const int32_t* heights, int num_heights,
+                          float* packed) {
   for (int i = 0, row = 0; i < num_heights; row += heights[i++])
     for (int r = 0; r < heights[i]; ++r) {
       const float* const from = tile.query(row + r);
@@ -133,7 +140,8 @@ XY_INLINE void softmax(const QueryTile& tile, int row, int chunk_key, int begin,
   const int last = max(first, min(end, tile.end_key(token) - chunk_key));
   const int padded_end = round_up(end, kLanes);
   if (const float cap = tile.a.shape.soft_cap; cap > 0)
-    for (int j = begin; j < padded_end; j += kLanes) store(scores + j, capped(load(scores + j), cap));
+    for (int j = begin; j < padded_end; j += kLanes)
+      store(scores + j, capped(load(scores + j), cap));
   for (int j = begin; j < first; ++j) scores[j] = never;
   for (int j = last; j < padded_end; ++j) scores[j] = never;
   if (const uint8_t* const mask = tile.mask()) {
@@ -198,8 +206,9 @@ XY_INLINE void attend_chunk(const QueryTile& tile, const float* query, const int
   for (int key = begin; key < end;) {  // block by block
     const int in_block = (chunk_key + key) % block_size;
     const int keys = min(block_size - in_block, end - key);
-    const float* const panels = keys_at(s, tile.a.data.kv_cache, tile.block(chunk_key + key), tile.kv_head) +
-                                int64_t{in_block} * size;
+    const float* const panels =
+        keys_at(s, tile.a.data.kv_cache, tile.block(chunk_key + key), tile.kv_head) +
+        int64_t{in_block} * size;
     const int count = panels_of(keys);
     for (int panel = 0; panel < count; panel += together)
       for (int i = 0, row = 0; i < num_heights; row += heights[i++])
@@ -210,18 +219,20 @@ XY_INLINE void attend_chunk(const QueryTile& tile, const float* query, const int
     key += keys;
   }
   for (int row = 0; row < tile.rows(); ++row)
-    softmax(tile, row, chunk_key, begin, end, scores + row * kKvChunk, result.largest + row, result.sum + row);
+    softmax(tile, row, chunk_key, begin, end, scores + row * kKvChunk, result.largest + row,
+            result.sum + row);
   for (int key = begin; key < end;) {
     const int in_block = (chunk_key + key) % block_size;
     const int keys = min(block_size - in_block, end - key);
-    const float* const panels = values_at(s, tile.a.data.kv_cache, tile.block(chunk_key + key), tile.kv_head) +
-                                in_block * kPanel;
+    const float* const panels =
+        values_at(s, tile.a.data.kv_cache, tile.block(chunk_key + key), tile.kv_head) +
+        in_block * kPanel;
     for (int panel = 0; panel < size / kPanel; panel += together)
       for (int i = 0, row = 0; i < num_heights; row += heights[i++])
         multiply<Fp32>(heights[i], StridedRows{scores + row * kKvChunk + key, kKvChunk},
                        reinterpret_cast<const char*>(panels + int64_t{panel} * kPanel * block_size),
-                       int64_t{kPanel} * block_size * 4, min(together, size / kPanel - panel), keys, {},
-                       result.values + row * size + panel * kPanel, size, key > begin);
+                       int64_t{kPanel} * block_size * 4, min(together, size / kPanel - panel), keys,
+                       {}, result.values + row * size + panel * kPanel, size, key > begin);
     key += keys;
   }
 }
@@ -243,7 +254,8 @@ void attend_task(void* context, int index) {
     const int chunk_key = i * kKvChunk;
     const int begin = max(0, first_key - chunk_key), end = min(kKvChunk, end_key - chunk_key);
     const int64_t partial = task.partial + i - task.first_chunk;
-    const Result result = task.partial < 0 ? chunk : Result(a.partials + partial * a.partial_floats(), rows);
+    const Result result =
+        task.partial < 0 ? chunk : Result(a.partials + partial * a.partial_floats(), rows);
     attend_chunk(tile, query, heights, task.num_heights, chunk_key, begin, end, scores, result);
     if (task.partial < 0) merge(rows, size, total, chunk);
   }

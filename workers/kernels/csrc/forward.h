@@ -64,8 +64,8 @@ XY_INLINE void project(const Forward& f, const Weight& weight, const GemmPlan& p
                        const float* norm, const float* bias, Epilogue epilogue, float* y,
                        int64_t y_stride) {
   const Norm of_rows{norm, f.model.eps};
-  Product product{weight, plan,     x, weight.k, norm ? &of_rows : nullptr,
-                  bias,   epilogue, y, y_stride, f.packed, nullptr};
+  Product product{weight, plan,     x,        weight.k, norm ? &of_rows : nullptr, bias, epilogue,
+                  y,      y_stride, f.packed, nullptr};
   multiply_all(product, f.starts);
 }
 
@@ -73,16 +73,19 @@ XY_INLINE void run_layer(Forward& f) {
   const Model& m = f.model;
   const Layer& layer = *f.layer;
   float* const hidden = f.step.hidden;
-  project(f, *layer.qkv, f.step.qkv, hidden, layer.input_norm, layer.qkv_bias, kStore, f.qkv, f.qkv_size());
+  project(f, *layer.qkv, f.step.qkv, hidden, layer.input_norm, layer.qkv_bias, kStore, f.qkv,
+          f.qkv_size());
   parallel(f.step.num_tokens, prepare_token, &f);
-  const AttentionData data{f.qkv, f.qkv_size(), layer.kv_cache, f.step.block_table,
-                           f.step.block_table_stride, f.attended, f.q_size()};
+  const AttentionData data{
+      f.qkv,      f.qkv_size(), layer.kv_cache, f.step.block_table, f.step.block_table_stride,
+      f.attended, f.q_size()};
   Attention attention{m.attention, *f.step.attention, data, f.partials};
   attend_all(attention);
   project(f, *layer.o, f.step.o, f.attended, nullptr, layer.o_bias, kAdd, hidden, m.hidden_size);
   project(f, *layer.gate_up, f.step.gate_up, hidden, layer.post_attention_norm, layer.gate_up_bias,
           kSiluMul, f.gated, m.intermediate_size);
-  project(f, *layer.down, f.step.down, f.gated, nullptr, layer.down_bias, kAdd, hidden, m.hidden_size);
+  project(f, *layer.down, f.step.down, f.gated, nullptr, layer.down_bias, kAdd, hidden,
+          m.hidden_size);
 }
 
 void forward(const Model* model, const Step* step) {

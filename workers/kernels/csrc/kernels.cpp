@@ -10,14 +10,15 @@ void linear(const Weight* weight, const GemmPlan* plan, const float* x, int64_t 
             const float* bias, int32_t epilogue, float* y, int64_t y_stride) {
   const int64_t packed = packed_floats(plan->num_rows, weight->k);
   float* const memory = caller_scratch(packed + plan->num_tiles + 1);
-  Product product{*weight, *plan, x, x_stride, nullptr, bias, epilogue, y, y_stride, memory, nullptr};
+  Product product{*weight,  *plan, x,        x_stride, nullptr, bias,
+                  epilogue, y,     y_stride, memory,   nullptr};
   multiply_all(product, reinterpret_cast<int*>(memory + packed));
 }
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    XY_NAME(XY_ISA), kLanes, kMaxHeight, kKvChunk, packed_bytes, pack, unpack,
-    linear,          write_kv, attend,   forward,
+    XY_NAME(XY_ISA), kLanes, kMaxHeight, kKvChunk, packed_bytes, pack,
+    unpack,          linear, write_kv,   attend,   forward,
 };
 
 }  // namespace XY_ISA

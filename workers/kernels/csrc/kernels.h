@@ -37,8 +37,8 @@ enum Epilogue : int32_t {
 
 struct AttentionShape {
   int32_t num_heads, num_kv_heads, head_size, block_size;
-  float scale, soft_cap;         // no cap if 0
-  int32_t sliding_window;        // keys each query sees, itself included; all if 0
+  float scale, soft_cap;              // no cap if 0
+  int32_t sliding_window;             // keys each query sees, itself included; all if 0
   int64_t block_stride, head_stride;  // of the KV cache, in floats
 };
 
@@ -46,8 +46,8 @@ struct AttentionShape {
 struct AttentionTask {
   int32_t span, first_token, num_tokens, kv_head;
   int32_t first_chunk, end_chunk;
-  int32_t partial;                // where the chunks' partial results go; none if -1
-  int32_t heights, num_heights;   // the row tiles, in AttentionPlan::heights
+  int32_t partial;               // where the chunks' partial results go; none if -1
+  int32_t heights, num_heights;  // the row tiles, in AttentionPlan::heights
 };
 
 // The partial results of one query tile, to be merged in the order of their chunks.
@@ -58,7 +58,7 @@ struct MergeTask {
 
 struct AttentionPlan {
   int32_t num_spans, num_tasks, num_merges, num_partials;
-  int32_t max_rows;               // of a query tile: its tokens times query heads per KV head
+  int32_t max_rows;                // of a query tile: its tokens times query heads per KV head
   const int32_t* query_start_loc;  // [num_spans + 1]
   const int32_t* seq_lens;         // [num_spans]
   const int32_t* mask_start;       // [num_spans] offset into masks, or -1: causal; null: all causal
@@ -90,8 +90,8 @@ struct Layer {
 struct Model {
   int32_t num_layers, hidden_size, intermediate_size, rotary_dim;
   float eps;
-  int32_t max_position;         // rows of the rotary table
-  const float* cos_sin;         // [max_position, rotary_dim]: cosines, then sines
+  int32_t max_position;  // rows of the rotary table
+  const float* cos_sin;  // [max_position, rotary_dim]: cosines, then sines
   const float* final_norm;
   const Layer* layers;
   AttentionShape attention;
@@ -105,7 +105,7 @@ struct Step {
   int64_t block_table_stride;
   const AttentionPlan* attention;
   GemmPlan qkv, o, gate_up, down;
-  float* hidden;                // [num_tokens, hidden_size]: embeddings in, normed states out
+  float* hidden;  // [num_tokens, hidden_size]: embeddings in, normed states out
 };
 
 struct Kernels {
@@ -118,10 +118,9 @@ struct Kernels {
   void (*linear)(const Weight* weight, const GemmPlan* plan, const float* x, int64_t x_stride,
                  const float* bias, int32_t epilogue, float* y, int64_t y_stride);
   void (*write_kv)(const AttentionShape* shape, float* kv_cache, int32_t num_tokens,
-                   const float* key, int64_t key_stride, const float* value,
-                   int64_t value_stride, const int64_t* slot_mapping);
-  void (*attend)(const AttentionShape* shape, const AttentionPlan* plan,
-                 const AttentionData* data);
+                   const float* key, int64_t key_stride, const float* value, int64_t value_stride,
+                   const int64_t* slot_mapping);
+  void (*attend)(const AttentionShape* shape, const AttentionPlan* plan, const AttentionData* data);
   void (*forward)(const Model* model, const Step* step);
 };
 

@@ -32,9 +32,18 @@ using IVec = int32_t __attribute__((vector_size(kLanes * 4)));
 using UVec = uint32_t __attribute__((vector_size(kLanes * 4)));
 
 template <class T>
-constexpr XY_INLINE T min(T a, T b) { return a < b ? a : b; }
+constexpr XY_INLINE T min(T a, T b) {
+  return a < b ? a : b;
+}
 template <class T>
-constexpr XY_INLINE T max(T a, T b) { return a < b ? b : a; }
+constexpr XY_INLINE T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <class T>
+XY_INLINE T round_up(T x, int multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 template <class V = Vec>
 XY_INLINE V load(const void* from) {
@@ -44,7 +53,9 @@ XY_INLINE V load(const void* from) {
 }
 
 template <class V>
-XY_INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof v); }
+XY_INLINE void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
 
 XY_INLINE Vec splat(float x) { return x - Vec{}; }
 
@@ -52,13 +63,21 @@ XY_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
 // kLanes bytes as integers. GCC splits the conversion from half a register into single bytes.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-XY_INLINE IVec widen_int8(const void* from) { return (IVec)_mm256_cvtepi8_epi32(_mm_loadu_si64(from)); }
-XY_INLINE IVec widen_uint8(const void* from) { return (IVec)_mm256_cvtepu8_epi32(_mm_loadu_si64(from)); }
+XY_INLINE IVec widen_int8(const void* from) {
+  return (IVec)_mm256_cvtepi8_epi32(_mm_loadu_si64(from));
+}
+XY_INLINE IVec widen_uint8(const void* from) {
+  return (IVec)_mm256_cvtepu8_epi32(_mm_loadu_si64(from));
+}
 #else
 using Int8s = int8_t __attribute__((vector_size(kLanes)));
 using Uint8s = uint8_t __attribute__((vector_size(kLanes)));
-XY_INLINE IVec widen_int8(const void* from) { return __builtin_convertvector(load<Int8s>(from), IVec); }
-XY_INLINE IVec widen_uint8(const void* from) { return __builtin_convertvector(load<Uint8s>(from), IVec); }
+XY_INLINE IVec widen_int8(const void* from) {
+  return __builtin_convertvector(load<Int8s>(from), IVec);
+}
+XY_INLINE IVec widen_uint8(const void* from) {
+  return __builtin_convertvector(load<Uint8s>(from), IVec);
+}
 #endif
 
 // Sums and maxima go over the lanes in one fixed order.

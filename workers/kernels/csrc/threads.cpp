@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -8,8 +10,6 @@
 #include <new>
 #include <thread>
 #include <vector>
-
-#include <pthread.h>
 
 namespace xy {
 namespace {
@@ -20,8 +20,9 @@ constexpr int kSpins = 1000;
 
 using Clock = std::chrono::steady_clock;
 
-// A helper is late when the caller waits for it longer than this and than some tasks take: something
-// else runs on its core. The caller then does without helpers for kPause times as long as it waited.
+// A helper is late when the caller waits for it longer than this and than some tasks take:
+// something else runs on its core. The caller then does without helpers for kPause times as long as
+// it waited.
 constexpr auto kLate = std::chrono::microseconds(200);
 constexpr int kTasksLate = 4, kPause = 8;
 
@@ -36,7 +37,8 @@ inline void relax() {
 class Pool {
  public:
   void run(int num_tasks, Task task, void* context) {
-    if (num_tasks <= 1 || helpers_.empty() || !busy_.try_lock()) return run_alone(num_tasks, task, context);
+    if (num_tasks <= 1 || helpers_.empty() || !busy_.try_lock())
+      return run_alone(num_tasks, task, context);
     std::lock_guard lock(busy_, std::adopt_lock);
     const auto start = Clock::now();
     if (start < pause_end_) return run_alone(num_tasks, task, context);
@@ -86,13 +88,14 @@ class Pool {
     for (int i = 0; i < num_tasks; ++i) task(context, i);
   }
 
-  // Take tasks until none is left, and count them. While one is left its phase is not over, so what `run` published
-  // with it stands: it may be read after the task is taken.
+  // Take tasks until none is left, and count them. While one is left its phase is not over, so what
+  // `run` published with it stands: it may be read after the task is taken.
   int work() {
     int done = 0;
     uint32_t waiting = waiting_.load(std::memory_order_acquire);
     while (waiting != 0) {
-      if (!waiting_.compare_exchange_weak(waiting, waiting - 1, std::memory_order_acquire)) continue;
+      if (!waiting_.compare_exchange_weak(waiting, waiting - 1, std::memory_order_acquire))
+        continue;
       task_(context_, num_tasks_ - static_cast<int>(waiting));
       ++done;
       if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
@@ -117,10 +120,10 @@ class Pool {
   Task task_ = nullptr;
   void* context_ = nullptr;
   int num_tasks_ = 0;
-  Clock::time_point pause_end_;  // until then the caller works alone
-  alignas(64) std::atomic<uint32_t> waiting_ = 0;    // tasks that nobody has taken
-  alignas(64) std::atomic<int> unfinished_ = 0;      // tasks that are not done
-  alignas(64) std::atomic<int> epoch_ = 0;           // what idle helpers watch
+  Clock::time_point pause_end_;                    // until then the caller works alone
+  alignas(64) std::atomic<uint32_t> waiting_ = 0;  // tasks that nobody has taken
+  alignas(64) std::atomic<int> unfinished_ = 0;    // tasks that are not done
+  alignas(64) std::atomic<int> epoch_ = 0;         // what idle helpers watch
   std::atomic<bool> stop_ = false;
 };
 

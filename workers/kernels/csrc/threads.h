@@ -7,9 +7,9 @@ namespace xy {
 
 using Task = void (*)(void* context, int task);
 
-// Run task 0 .. num_tasks - 1 on the caller and the helpers, and return when all are done. Tasks are
-// handed out one by one in ascending order, so a thread that the system takes off its core holds up
-// the task it has and no other. A second caller at the same time runs its tasks by itself.
+// Run task 0 .. num_tasks - 1 on the caller and the helpers, and return when all are done. Tasks
+// are handed out one by one in ascending order, so a thread that the system takes off its core
+// holds up the task it has and no other. A second caller at the same time runs its tasks by itself.
 void parallel(int num_tasks, Task task, void* context);
 
 // Number of threads from now on, the caller's own included.
