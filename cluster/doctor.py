@@ -253,7 +253,7 @@ def check_memory(
     )
     if num_workers * each <= available_bytes:
         return Finding("memory", "ok", detail)
-    remedy = "lower num_workers or worker.engine.kv_cache_gib, or worker.engine.dtype: bfloat16"
+    remedy = "lower num_workers or worker.engine.kv_cache_gib, or set worker.weight_format: int8"
     return Finding("memory", "warn", detail, remedy)
 
 
@@ -436,7 +436,9 @@ def _examine_hardware(serve_file: ServeFile, model: Path | None) -> list[Finding
         num_workers = config.autoscaling.get("max_replicas", 1)
     findings = [check_cores(num_workers, worker.cpus, len(os.sched_getaffinity(0)))]
     if worker.device == "cpu":
-        weights = weights_bytes(model, worker.engine.dtype) if model else None
+        # Our kernels keep weights as they are in the checkpoint, whatever they compute in.
+        dtype = "auto" if worker.uses_own_kernels else worker.engine.dtype
+        weights = weights_bytes(model, dtype) if model else None
         available = psutil.virtual_memory().available
         findings = [
             check_instruction_set(platform.machine(), _cpu_flags()),
