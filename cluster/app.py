@@ -101,7 +101,7 @@ def _deployment(cls: type, **options: Any) -> Any:
 
 def _worker_resources(config: AppConfig) -> dict[str, Any]:
     worker = config.worker
-    env = _VLLM_ENV | {"OMP_NUM_THREADS": str(worker.cpus)}
+    env = _VLLM_ENV | worker.thread_env
     options: dict[str, Any] = {"num_cpus": worker.cpus, "runtime_env": {"env_vars": env}}
     if worker.device == "cuda":
         options["num_gpus"] = 1

@@ -24,8 +24,10 @@ class PlacementRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """The one replica chosen by the GlobalScheduler; none while all are draining."""
         request: Any = pending_request.args[0] if pending_request and pending_request.args else None
-        if not isinstance(request, Request):
+        if pending_request is None or not isinstance(request, Request):
             return [candidate_replicas]
+        # Without this Serve asks again without pause as long as every worker drains.
+        pending_request.routing_context.should_backoff = True
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         async with self._sending:
             # The first use of a handle waits for this event loop, so it must not block it.

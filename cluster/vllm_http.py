@@ -28,14 +28,21 @@ VALIDATOR_ERRORS = (AttributeError, LookupError)
 UNSUPPORTED_ROUTES = {
     "/v1/embeddings": "embeddings",
     "/v1/rerank": "reranking",
+    "/rerank": "reranking",
     "/v1/score": "scoring",
+    "/score": "scoring",
+    "/pooling": "pooling",
+    "/classify": "classification",
     "/v1/moderations": "moderation",
     "/v1/audio/speech": "speech synthesis",
     "/v1/audio/transcriptions": "transcription",
     "/v1/audio/translations": "speech translation",
     "/v1/images/generations": "image generation",
 }
-"""Known routes of the OpenAI API that a text generation model cannot serve."""
+"""Known routes of the OpenAI API and vLLM that a text generation model cannot serve."""
+
+ENGINE_ROUTES = {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
+"""Routes of vLLM that rebuild the engine beside its server; the workers' engines are elsewhere."""
 
 
 def http_app(app: FastAPI, config: AppConfig) -> ASGIApp:
@@ -58,7 +65,10 @@ def error_in(data: str) -> ErrorInfo | None:
 
 
 def _answer_unsupported_routes(app: FastAPI, model_name: str) -> None:
-    """Say what the model cannot do instead of a bare 404."""
+    """Say what the model cannot do instead of a bare 404; drop what no model does here."""
+    app.router.routes = [
+        route for route in app.routes if getattr(route, "path", None) not in ENGINE_ROUTES
+    ]
 
     def make_answer(task: str) -> Callable[[], Awaitable[JSONResponse]]:
         async def answer() -> JSONResponse:

@@ -57,6 +57,15 @@ class WorkerConfig:
         """Whether our CPU kernels run the model."""
         return self.device == "cpu" and self.kernels == "xyserve"
 
+    @property
+    def thread_env(self) -> dict[str, str]:
+        """Environment of the worker's process; it must be there before torch is imported."""
+        env = {"OMP_NUM_THREADS": str(self.cpus)}
+        if self.uses_own_kernels:
+            # Torch's idle threads would spin for milliseconds on the cores that our kernels need.
+            env["OMP_WAIT_POLICY"] = "PASSIVE"
+        return env
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:

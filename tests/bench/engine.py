@@ -118,7 +118,7 @@ class Contestant:
 def vllm_engine(pipe: Connection, cores: list[int], model: str, config: WorkerConfig) -> None:
     """Be a process with vLLM's engine on `cores`."""
     os.sched_setaffinity(0, cores)
-    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    os.environ.update(config.thread_env)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine

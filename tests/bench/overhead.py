@@ -40,7 +40,7 @@ TURN = ("bare", "http", "handle")
 def bare_engine(pipe: Connection, cores: list[int], model: str, config: AppConfig) -> None:
     """A process with vLLM's engine on `cores`: takes prompts, gives (seconds, token ids)."""
     os.sched_setaffinity(0, cores)
-    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    os.environ.update(config.worker.thread_env)
     from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 

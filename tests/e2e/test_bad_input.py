@@ -312,6 +312,9 @@ def test_a_wrong_method_is_refused(http: httpx.Client, method: str, path: str) -
     [
         ("/v1/embeddings", "embeddings"),
         ("/v1/rerank", "reranking"),
+        ("/rerank", "reranking"),
+        ("/pooling", "pooling"),
+        ("/classify", "classification"),
         ("/v1/score", "scoring"),
         ("/v1/moderations", "moderation"),
         ("/v1/images/generations", "image generation"),
@@ -326,6 +329,11 @@ def test_a_task_that_the_model_cannot_do_is_refused(
     answer = post(http, path, {})
 
     assert_error(answer, 400, f"`{MODEL}` generates text and does not support {task}")
+
+
+@pytest.mark.parametrize("path", ["/scale_elastic_ep", "/is_scaling_elastic_ep"])
+def test_a_route_that_would_rebuild_the_engine_is_not_there(http: httpx.Client, path: str) -> None:
+    assert_error(post(http, path, {}), 404, f"Not Found: POST {path}")
 
 
 # Anything

@@ -14,7 +14,7 @@ namespace XY_ISA {
 
 // Most input features whose products are summed before they join the result. A panel's chunk stays
 // in the first-level cache while every row tile passes over it.
-constexpr int kMaxChunk = 384;
+constexpr int kMaxChunk = 640;
 
 // Input features of one chunk: k in as few equal parts as may be.
 XY_INLINE int chunk_of(int k) {
