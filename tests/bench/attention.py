@@ -26,8 +26,8 @@ import torch
 import vllm._custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from tests.bench.gemm import COLD_BYTES, geomeans, interleaved, set_threads
 from tests.bench.report import publish
+from tests.bench.timing import COLD_BYTES, geomeans, interleaved, set_threads
 from tests.workload import TRACES, Span, has_traces, mixed_step, trace_lengths
 from workers.kernels import native
 from workers.kernels.attention import AttentionShape, attend, plan_attention, write_kv

@@ -14,9 +14,7 @@ the geometric mean of `ratio` over the cells of a range of M, its minimum, and t
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import torch
 import vllm._custom_ops as ops
 
 from tests.bench.report import publish
+from tests.bench.timing import COLD_BYTES, Call, geomeans, interleaved, set_threads, turn_s
 from workers.kernels import native
 from workers.kernels.gemm import Weight, linear
 
@@ -66,62 +65,11 @@ QUICK_MODELS = ("SmolLM2-135M", "Llama-3.2-1B")
 QUICK_ROWS = (1, 4, 16, 33, 128, 256)
 RANGES = {"m1_32": (1, 32), "m33_128": (33, 128), "m129_1024": (129, 1024)}
 
-COLD_BYTES = 64 * 2**20
-"""What the copies of a contestant's weights exceed together: twice an L3 cache of 32 MiB."""
-
 PRIMITIVE_CACHE_SIZE = 32
 """As in vLLM's `dispatch_cpu_unquantized_gemm`; more than the values of M."""
 
 TOLERANCE = 2e-6
 """Of `sum |x| |w|`, the scale of the rounding errors of a float32 sum."""
-
-BUDGET_S = 0.25
-MIN_ROUNDS, MAX_ROUNDS = 3, 21
-"""Rounds of a cell: as many as fit the budget, within these."""
-
-TURN_S = 0.002
-"""About what a turn of short calls lasts: the clock and a cold start weigh little."""
-
-SETTLE_S = 0.005
-"""Between turns with several threads: the threads of the last turn may spin a while."""
-
-Call = Callable[[], Any]
-
-
-def interleaved(contestants: dict[str, Call], threads: int) -> dict[str, float]:
-    """Median seconds per call of each contestant, in turns; the callers have warmed them up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    calls = dict.fromkeys(contestants, 1)
-    order = list(contestants)
-    ends_s = time.perf_counter() + BUDGET_S
-    while len(times[order[0]]) < MAX_ROUNDS and (
-        len(times[order[0]]) < MIN_ROUNDS or time.perf_counter() < ends_s
-    ):
-        for name in order:
-            if threads > 1:
-                time.sleep(SETTLE_S)
-            times[name].append(_turn_s(contestants[name], calls[name]))
-            calls[name] = max(1, round(TURN_S / min(times[name])))
-        order.append(order.pop(0))
-    return {name: statistics.median(own) for name, own in times.items()}
-
-
-def geomeans(
-    rows: list[dict[str, Any]], groups: dict[str, list[dict[str, Any]]]
-) -> dict[str, float]:
-    """The geometric mean of `ratio` in each group that has rows, and the minimum of all rows."""
-    means = {
-        f"geomean_{name}": statistics.geometric_mean(row["ratio"] for row in group)
-        for name, group in groups.items()
-        if group
-    }
-    return means | {"min_ratio": min(row["ratio"] for row in rows)}
-
-
-def set_threads(threads: int) -> None:
-    """Give both sides `threads` threads; before first use, as oneDNN keeps what it planned with."""
-    torch.set_num_threads(threads)
-    native.set_num_threads(threads)
 
 
 class Layer:
@@ -170,14 +118,14 @@ def peak_gflops() -> float:
     """float32 GFLOP/s of the best of a few large products: no less than that is possible."""
     size = 1024
     a, b = torch.rand(size, size), torch.rand(size, size)
-    best_s = min(_turn_s(lambda: a @ b, 3) for _ in range(8))
+    best_s = min(turn_s(lambda: a @ b, 3) for _ in range(8))
     return 2 * size**3 / best_s / 1e9
 
 
 def peak_read_gb_s() -> float:
     """GB/s of the best of a few sums over 1 GB."""
     values = torch.ones(2**28)
-    best_s = min(_turn_s(values.sum, 1) for _ in range(5))
+    best_s = min(turn_s(values.sum, 1) for _ in range(5))
     return 4 * values.numel() / best_s / 1e9
 
 
@@ -239,14 +187,6 @@ def main() -> None:
         geomeans(rows, groups) | peaks,
         options.json,
     )
-
-
-def _turn_s(call: Call, times: int) -> float:
-    """Mean seconds of `times` calls in a row."""
-    began_s = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - began_s) / times
 
 
 if __name__ == "__main__":
