@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int32s = NDArray[np.int32]
+Ints = NDArray[np.integer[Any]]
 
 ROWS_PER_BLOCK = 120
 """Rows of one GEMM task: with a chunk of their inputs they stay in the second-level cache."""
@@ -153,70 +155,72 @@ def cut_spans(
 ) -> QueryTiles:
     """`plan_query_tiles` of spans whose lengths come as the bytes of int32 arrays."""
     query_lens, seq_lens = np.frombuffer(query_bytes, np.int32), np.frombuffer(seq_bytes, np.int32)
-    sees_all = np.frombuffer(sees_all_bytes, np.bool_)
-    tokens = np.minimum(np.maximum(query_lens, 1), max(1, QUERY_ROWS // group)).astype(np.int32)
-    tiles_of_span = -(-query_lens // tokens)
-    span = np.repeat(np.arange(len(query_lens), dtype=np.int32), tiles_of_span)
-    ends = np.cumsum(tiles_of_span)
-    first = (np.arange(len(span)) - np.repeat(ends - tiles_of_span, tiles_of_span)) * tokens[span]
-    count = np.minimum(tokens[span], query_lens[span] - first)
+    span, first, count = _cut_queries(query_lens, max(1, QUERY_ROWS // group))
     context = (seq_lens - query_lens)[span]
-    end_key = np.where(sees_all[span], seq_lens[span], context + first + count)
-    first_key = np.maximum(0, context + first + 1 - sliding_window) if sliding_window else 0 * first
+    sees_all = np.frombuffer(sees_all_bytes, np.bool_)[span]
+    end_key = np.where(sees_all, seq_lens[span], context + first + count)
+    first_key = np.maximum(0, context + first + 1 - (sliding_window or 1 << 30))
     first_chunk, end_chunk = first_key // kv_chunk, -(-end_key // kv_chunk)
 
     # The paper's load, tile size times KV length, with what it leaves out: a fixed part, and that
     # few rows are no cheaper.
     cost = np.maximum(count * group, LEAST_ROWS) * (end_key - first_key) + TASK_COST
-    limit = cost.sum() * num_kv_heads / (num_threads * TASKS_PER_THREAD)
     chunks = end_chunk - first_chunk
     pieces = np.ones_like(chunks)
     if num_threads > 1 and len(cost):
+        limit = cost.sum() * num_kv_heads / (num_threads * TASKS_PER_THREAD)
         pieces = np.minimum(chunks, np.ceil(cost / limit).astype(int))
-    split = pieces > 1
-    partial_of_tile = np.where(split, np.cumsum(chunks * split) - chunks * split, -1)
-    num_partials = int((chunks * split).sum())
 
+    # Each chunk of a tile that is split has a place for its result, in each KV head.
+    is_split = pieces > 1
+    places = np.cumsum(chunks * is_split)
+    num_places = int(places[-1]) if len(places) else 0
+    first_place = np.where(is_split, places - chunks, -1)
     tile = np.repeat(np.arange(len(span)), pieces)
     piece = np.arange(len(tile)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begin = first_chunk[tile] + piece * chunks[tile] // pieces[tile]
-    end = first_chunk[tile] + (piece + 1) * chunks[tile] // pieces[tile]
-    order = np.argsort(-(cost / pieces)[tile], kind="stable")
+    begin, end = (
+        first_chunk[tile] + at * chunks[tile] // pieces[tile] for at in (piece, piece + 1)
+    )
 
     sizes, size_of_tile = np.unique(count, return_inverse=True)
     heights = [row_tiles(int(size) * group, costs) for size in sizes]
-    lengths = np.array([len(tiles) for tiles in heights], int)
-    starts = np.cumsum(lengths) - lengths
+    num_heights = np.array([len(of_size) for of_size in heights], int)
+    first_height = np.cumsum(num_heights) - num_heights
 
-    head = np.tile(np.arange(num_kv_heads), len(order))
-    of_piece = np.repeat(order, num_kv_heads)
-    at = tile[of_piece]
-    partial = np.where(
-        split[at],
-        partial_of_tile[at] + begin[of_piece] - first_chunk[at] + head * num_partials,
-        -1,
-    )
-    tasks = np.stack(
-        [
-            span[at], first[at], count[at], head, begin[of_piece], end[of_piece], partial,
-            starts[size_of_tile[at]], lengths[size_of_tile[at]],
-        ], axis=1,
-    )  # fmt: skip
-    merged = np.repeat(np.flatnonzero(split), num_kv_heads)
-    head = np.tile(np.arange(num_kv_heads), int(split.sum()))
-    merges = np.stack(
-        [
-            span[merged], first[merged], count[merged], head,
-            partial_of_tile[merged] + head * num_partials, chunks[merged],
-        ], axis=1,
-    )  # fmt: skip
+    order, head = _times_heads(np.argsort(-(cost / pieces)[tile], kind="stable"), num_kv_heads)
+    at = tile[order]
+    place = first_place[at] + begin[order] - first_chunk[at] + head * num_places
+    tasks = [
+        span[at], first[at], count[at], head, begin[order], end[order],
+        np.where(is_split[at], place, -1),
+        first_height[size_of_tile[at]], num_heights[size_of_tile[at]],
+    ]  # fmt: skip
+    at, head = _times_heads(np.flatnonzero(is_split), num_kv_heads)
+    merges = [
+        span[at], first[at], count[at], head, first_place[at] + head * num_places, chunks[at]
+    ]  # fmt: skip
     return QueryTiles(
-        np.ascontiguousarray(tasks, np.int32),
-        np.ascontiguousarray(merges, np.int32),
-        np.array([height for tiles in heights for height in tiles], np.int32),
-        num_partials * num_kv_heads,
+        np.ascontiguousarray(np.stack(tasks, axis=1), np.int32),
+        np.ascontiguousarray(np.stack(merges, axis=1), np.int32),
+        np.array([height for of_size in heights for height in of_size], np.int32),
+        num_places * num_kv_heads,
         int(count.max(initial=0)) * group,
     )
+
+
+def _cut_queries(query_lens: Int32s, most_tokens: int) -> tuple[Ints, Ints, Ints]:
+    """Span, first token and number of tokens of each query tile."""
+    tokens = np.minimum(np.maximum(query_lens, 1), most_tokens)
+    num_tiles = -(-query_lens // tokens)
+    span = np.repeat(np.arange(len(query_lens)), num_tiles)
+    index = np.arange(len(span)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
+    first = index * tokens[span]
+    return span, first, np.minimum(tokens[span], query_lens[span] - first)
+
+
+def _times_heads(items: Ints, num_kv_heads: int) -> tuple[Ints, Ints]:
+    """Each item once for each KV head, and the heads."""
+    return np.repeat(items, num_kv_heads), np.tile(np.arange(num_kv_heads), len(items))
 
 
 def parse_costs(document: Mapping[str, object], max_height: int) -> TileCosts | None:
