@@ -2,11 +2,13 @@
 
 import json
 import socket
+import time
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray import serve
 
 from cluster.client import XYServe
 from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Load, Server, wait_for_load
@@ -47,6 +49,15 @@ def steps_to_free(handle: XYServe, start: Callable[[], Leave], num_running: int)
     before = Load(handle)
     leave()
     return wait_for_load(handle, num_running=0).steps_since(before)
+
+
+def wait_until_forgotten() -> None:
+    """Until the GlobalScheduler has heard of the end of all requests, and so places evenly."""
+    scheduler = serve.get_deployment_handle("GlobalScheduler", "xyserve")
+    give_up_s = time.monotonic() + ANSWER_TIMEOUT_S
+    while any(load.num_requests for load in scheduler.loads.remote().result()):
+        assert time.monotonic() < give_up_s
+        time.sleep(0.05)
 
 
 def assert_frees_at_once(handle: XYServe, start: Callable[[], Leave], num_running: int) -> None:
@@ -90,6 +101,7 @@ def _for_handle() -> dict[str, Any]:
 
 def test_a_request_that_waits_for_a_slot_is_forgotten(server: Server, handle: XYServe) -> None:
     wait_for_load(handle, num_running=0)
+    wait_until_forgotten()
     slots = 32  # two workers of max_num_seqs 16
     busy = request(server, "/v1/completions", **LONG | {"n": slots, "temperature": 1})
     wait_for_load(handle, num_running=slots)
