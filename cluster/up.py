@@ -81,6 +81,8 @@ def up(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -> No
                 _temp_dir=str(temp_dir) if temp_dir else None,
             )
             stack.callback(ray.shutdown)
+            # Again: Ray has put its own handlers in their place, which end without a clean-up.
+            stack.enter_context(_signals_interrupt())
         with phases.phase("Starting the app", "App"):
             stack.callback(serve.shutdown)
             _deploy(file, f"http://{context.dashboard_url}", phases)
