@@ -55,7 +55,6 @@ class DecoderStack:
             )
         )  # fmt: skip
         cos_sin = first.rotary_emb.cos_sin_cache.float().contiguous()
-        self.max_position = cos_sin.shape[0]
         self._layers = (native.LayerStruct * len(layers))(*layers)
         self._struct = native.ModelStruct(
             len(layers),

@@ -96,14 +96,15 @@ def worker_config(name: str, threads: int) -> WorkerConfig:
 def score(name: str, model: str, threads: int, windows: Windows) -> Score:
     """Be a process that runs one contestant over all windows."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    config = worker_config(name, threads)
+    os.environ.update(config.thread_env)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from workers.vllm_engine import engine_args
 
     say(f"{name}: starting")
-    engine = LLMEngine.from_engine_args(engine_args(model, worker_config(name, threads)))
+    engine = LLMEngine.from_engine_args(engine_args(model, config))
     logprobs: list[float] = []
     for begin in range(0, len(windows), WINDOWS_AT_ONCE):
         batch = windows[begin : begin + WINDOWS_AT_ONCE]

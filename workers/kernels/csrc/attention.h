@@ -10,7 +10,7 @@
 
 namespace XY_ISA {
 
-// Keys of one chunk: a multiple of every block size.
+// Keys of one chunk. Blocks may be of any size: a chunk is taken block by block.
 constexpr int kKvChunk = 256;
 
 // ---- The KV cache: of each block and KV head, block_size keys, then block_size values. Keys lie
