@@ -1,0 +1,117 @@
+"""How others fill a step, behind the same interface as `HybridScheduler`, to be measured against.
+
+None of them reads a target or a clock. Budgets are in tokens, and the step's own limit holds too.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from scheduler.cost_model import CostModel
+from scheduler.request import RequestState
+from scheduler.step import Step
+from scheduler.task import BatchPlan, Limits, Reason, StepView
+
+NO_LIMIT_S = float("inf")
+
+
+class StaticBudget:
+    """vLLM's default: those that run in the order they came, then those that wait, one budget.
+
+    No request takes more than `long_prefill_token_threshold` tokens of a step, if it is not 0 and
+    the request is not alone.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        cost_model: CostModel,
+        *,
+        budget: int,
+        long_prefill_token_threshold: int = 0,
+    ) -> None:
+        self._limits = limits
+        self._cost_model = cost_model
+        self._budget = budget
+        self._threshold = long_prefill_token_threshold
+
+    def plan(self, view: StepView, now: float) -> BatchPlan:
+        """Make the next step."""
+        step = Step(view, self._limits, self._cost_model)
+        step.num_tokens_left = min(step.num_tokens_left, self._budget)
+        alone = len(view.running) + len(view.waiting) == 1
+        chunk = NO_CHUNK if alone else self._threshold or NO_CHUNK
+        take_running(step, view.running, chunk)
+        admit_in_order(step, view.waiting, chunk)
+        return step.plan(NO_LIMIT_S)
+
+
+class DecodeFirst:
+    """Sarathi-Serve: all decodes, then prefills begun, then new ones, until a fixed budget.
+
+    A. Agrawal et al., OSDI '24, algorithm 3.
+    """
+
+    def __init__(self, limits: Limits, cost_model: CostModel, *, budget: int) -> None:
+        self._limits = limits
+        self._cost_model = cost_model
+        self._budget = budget
+
+    def plan(self, view: StepView, now: float) -> BatchPlan:
+        """Make the next step."""
+        step = Step(view, self._limits, self._cost_model)
+        step.num_tokens_left = min(step.num_tokens_left, self._budget)
+        take_running(step, sorted(view.running, key=lambda state: not state.is_decoding))
+        admit_in_order(step, view.waiting)
+        return step.plan(NO_LIMIT_S)
+
+
+class PrefillFirst:
+    """XY-Serve's paper: prefills take the budget but for slots that are reserved for decodes.
+
+    The decodes that waited longest for a token take the slots (section 4.1; it does not say how
+    many there are).
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        cost_model: CostModel,
+        *,
+        budget: int,
+        reserved_slots: int,
+    ) -> None:
+        self._limits = limits
+        self._cost_model = cost_model
+        self._budget = budget
+        self._reserved_slots = reserved_slots
+
+    def plan(self, view: StepView, now: float) -> BatchPlan:
+        """Make the next step."""
+        step = Step(view, self._limits, self._cost_model)
+        decodes = [state for state in view.running if state.is_decoding]
+        prefills = [state for state in view.running if not state.is_decoding]
+        budget = min(step.num_tokens_left, self._budget)
+        num_reserved = min(len(decodes), self._reserved_slots, budget)
+        step.num_tokens_left = budget - num_reserved
+        take_running(step, prefills)
+        admit_in_order(step, view.waiting)
+        step.num_tokens_left += num_reserved
+        take_running(step, sorted(decodes, key=lambda state: state.last_token_s))
+        return step.plan(NO_LIMIT_S)
+
+
+NO_CHUNK = 1 << 62
+"""A chunk size that cuts no prompt."""
+
+
+def take_running(step: Step, states: Iterable[RequestState], chunk: int = NO_CHUNK) -> None:
+    """Take each as far as the step has room, drafts included."""
+    for state in states:
+        step.take_running(state, min(state.num_new_tokens + state.num_drafts, chunk))
+
+
+def admit_in_order(step: Step, states: Sequence[RequestState], chunk: int = NO_CHUNK) -> None:
+    """Admit one after another until one does not fit; no other may pass it."""
+    for index, state in enumerate(states):
+        if step.admit(state, min(state.num_new_tokens, chunk)) is not None:
+            step.defer_rest(states[index:], Reason.BEHIND)
+            return

@@ -1,0 +1,312 @@
+"""Seconds of a step, predicted from its spans."""
+
+import math
+import statistics
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.task import Stage, StageTask
+
+TOKEN_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Where the slope of the linear part may change: a few tokens are bound by reading the weights,
+many by arithmetic, and between them lie the heights of the kernels' tiles."""
+SAMPLE_KNOTS = (0, 1, 4, 16, 64)
+"""The same for the rows of the LM head."""
+
+SPEED_RATE = 0.15
+"""Weight of a new observation in the speed."""
+SPEED_WINDOW = 5
+"""The median of so many steps is one observation: a single outlier moves nothing."""
+WEIGHT_RATE = 0.02
+"""Share of an error that the weights take over in one step."""
+ERROR_WINDOW = 256
+"""Steps over which the model's own error is reported."""
+
+
+@dataclass(slots=True)
+class StepShape:
+    """The work of a step, as far as its time depends on it. Grows span by span."""
+
+    query_tile: int
+    """Query tokens that read the KV cache together."""
+    num_tokens: int = 0
+    num_samples: int = 0
+    """Rows of the LM head."""
+    num_spans: int = 0
+    num_kv_reads: int = 0
+    """Tokens of KV cache read, once for each query tile."""
+    num_pairs: int = 0
+    """Query-key pairs of causal attention."""
+
+    def add(self, num_tokens: int, seq_len: int, samples: int) -> None:
+        """Add the last `num_tokens` of `seq_len` tokens, `samples` of which are sampled."""
+        self.num_tokens += num_tokens
+        self.num_samples += samples
+        self.num_spans += 1
+        self.num_kv_reads += -(-num_tokens // self.query_tile) * seq_len
+        self.num_pairs += num_tokens * seq_len - num_tokens * (num_tokens - 1) // 2
+
+    def add_task(self, task: StageTask) -> None:
+        """Add a task: all tokens of a decode or a verify are sampled, of a prefill the last."""
+        samples = task.num_tokens if task.stage is not Stage.PREFILL else int(task.samples)
+        self.add(task.num_tokens, task.seq_len, samples)
+
+    def plus(self, num_tokens: int, seq_len: int, samples: int) -> "StepShape":
+        """The shape with one more span."""
+        shape = StepShape(
+            self.query_tile,
+            self.num_tokens,
+            self.num_samples,
+            self.num_spans,
+            self.num_kv_reads,
+            self.num_pairs,
+        )
+        shape.add(num_tokens, seq_len, samples)
+        return shape
+
+    def longer(self, seq_len: int) -> "StepShape":
+        """The shape with one more draft of a decode, at the end of `seq_len` tokens."""
+        shape = self.plus(0, 0, 0)
+        shape.num_spans -= 1
+        shape.num_tokens += 1
+        shape.num_samples += 1
+        shape.num_pairs += seq_len
+        return shape
+
+
+class CostModel:
+    """Predicts a step's time as a sum of parts, each of which grows with the work.
+
+        seconds = speed * (fixed + linear(tokens) + head(samples)
+                           + a * spans + b * kv_reads + c * pairs)
+
+    `linear` and `head` are piecewise linear and never fall; no part is negative. So a prediction is
+    positive, and monotone in the tokens and in their context. `speed` follows the machine from step
+    to step: it doubles soon after another process takes half of it. The parts follow slowly.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float],
+        *,
+        token_knots: Sequence[int] = TOKEN_KNOTS,
+        sample_knots: Sequence[int] = SAMPLE_KNOTS,
+        token_tile: int = 1,
+        query_tile: int = 32,
+        speed: float = 1.0,
+    ) -> None:
+        """`weights`: fixed, then the slope from each token knot on, then from each sample knot on,
+        then those of spans, KV reads and pairs; all in seconds. Tokens are computed in tiles of
+        `token_tile` rows. ValueError if a weight is negative or not finite, or one is missing.
+        """
+        num_weights = 1 + len(token_knots) + len(sample_knots) + 3
+        if len(weights) != num_weights:
+            raise ValueError(f"a cost model of these knots has {num_weights} weights, not "
+                             f"{len(weights)}")  # fmt: skip
+        if not all(0 <= weight < math.inf for weight in weights) or not 0 < speed < math.inf:
+            raise ValueError(f"weights ({weights}) must be finite and not negative, speed positive")
+        self.token_knots = tuple(token_knots)
+        self.sample_knots = tuple(sample_knots)
+        self.token_tile = token_tile
+        self.query_tile = query_tile
+        self.speed = speed
+        self._weights = np.array(weights, dtype=float)
+        self._recent_ratios: deque[float] = deque(maxlen=SPEED_WINDOW)
+        self._errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self._tabulate()
+
+    def shape(self) -> StepShape:
+        """The empty step."""
+        return StepShape(self.query_tile)
+
+    def shape_of(self, tasks: Iterable[StageTask]) -> StepShape:
+        """The shape of a step of these tasks."""
+        shape = self.shape()
+        for task in tasks:
+            shape.add_task(task)
+        return shape
+
+    def predict(self, shape: StepShape) -> float:
+        """Seconds of a step; 0 for an empty one."""
+        if shape.num_tokens == 0:
+            return 0.0
+        seconds: float = self.speed * (
+            self._fixed
+            + _interpolate(self._linear, -(-shape.num_tokens // self.token_tile) * self.token_tile)
+            + _interpolate(self._head, shape.num_samples)
+            + self._of_span * shape.num_spans
+            + self._of_kv_read * shape.num_kv_reads
+            + self._of_pair * shape.num_pairs
+        )
+        return seconds
+
+    def longest_chunk(
+        self, shape: StepShape, num_computed_tokens: int, num_tokens: int, limit_s: float
+    ) -> int:
+        """How many of a request's next `num_tokens` tokens fit into a step besides `shape`.
+
+        The step then takes `limit_s` at most. The last of the tokens is sampled.
+        """
+        fits, too_many = 0, num_tokens + 1
+        while too_many - fits > 1:
+            # Most often all fit or none; after that the middle.
+            middle = num_tokens if too_many > num_tokens else (fits + too_many) // 2
+            seq_len = num_computed_tokens + middle
+            if self.predict(shape.plus(middle, seq_len, middle == num_tokens)) <= limit_s:
+                fits = middle
+            else:
+                too_many = middle
+        return fits
+
+    @property
+    def error(self) -> float:
+        """Median of the relative error of recent predictions; 0 before there were any."""
+        return statistics.median(self._errors) if self._errors else 0.0
+
+    def observe(self, shape: StepShape, measured_s: float) -> None:
+        """Learn from a step that took `measured_s` seconds."""
+        predicted_s = self.predict(shape)
+        if not 0 < measured_s < math.inf or not predicted_s:
+            return
+        self._errors.append(abs(predicted_s / measured_s - 1))
+        base_s = predicted_s / self.speed
+        self._recent_ratios.append(measured_s / base_s)
+        ratio = statistics.median(self._recent_ratios)
+        self.speed *= (ratio / self.speed) ** SPEED_RATE
+        # A proportionate LMS step: each part takes over its share of the error, and its sign stays.
+        parts = self._weights * self._features(shape)
+        error = min(max(measured_s / self.speed / base_s - 1, -0.5), 0.5)
+        self._weights *= 1 + WEIGHT_RATE * error * parts * base_s / (parts @ parts)
+        self._tabulate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; `CostModel.from_dict` gives it back."""
+        return {
+            "weights": self._weights.tolist(),
+            "token_knots": list(self.token_knots),
+            "sample_knots": list(self.sample_knots),
+            "token_tile": self.token_tile,
+            "query_tile": self.query_tile,
+            "speed": self.speed,
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "CostModel":
+        """The model that `to_dict` described; ValueError or TypeError if it is malformed."""
+        return cls(**state)
+
+    def _features(self, shape: StepShape) -> npt.NDArray[np.float64]:
+        num_rows = -(-shape.num_tokens // self.token_tile) * self.token_tile
+        attention = (shape.num_spans, shape.num_kv_reads, shape.num_pairs)
+        return np.array(
+            (
+                1,
+                *_segments(num_rows, self.token_knots),
+                *_segments(shape.num_samples, self.sample_knots),
+                *attention,
+            ),
+            dtype=float,
+        )
+
+    def _tabulate(self) -> None:
+        fixed, *rest = self._weights.tolist()
+        num_token_knots = len(self.token_knots)
+        self._fixed: float = fixed
+        self._linear = _table(self.token_knots, rest[:num_token_knots])
+        self._head = _table(self.sample_knots, rest[num_token_knots:-3])
+        self._of_span, self._of_kv_read, self._of_pair = rest[-3:]
+
+
+Table = tuple[tuple[int, ...], list[float], list[float]]
+"""Knots of a piecewise linear function, its values there, and its slopes from there on."""
+
+
+def _table(knots: tuple[int, ...], slopes: list[float]) -> Table:
+    values = [0.0]
+    for slope, begin, end in zip(slopes, knots, knots[1:], strict=False):
+        values.append(values[-1] + slope * (end - begin))
+    return knots, values, slopes
+
+
+def _interpolate(table: Table, x: int) -> float:
+    knots, values, slopes = table
+    segment = bisect_right(knots, x) - 1
+    return values[segment] + slopes[segment] * (x - knots[segment])
+
+
+def _segments(x: int, knots: tuple[int, ...]) -> list[float]:
+    """How much of `x` lies between each knot and the next."""
+    return [
+        float(min(max(x - begin, 0), end - begin))
+        for begin, end in zip(knots, (*knots[1:], math.inf), strict=True)
+    ]
+
+
+def fit(
+    steps: Sequence[tuple[StepShape, float]], *, token_tile: int = 1, num_rounds: int = 5
+) -> CostModel:
+    """The cost model nearest to measured steps: their shapes and seconds.
+
+    Minimises the sum of Huber's loss of the relative errors under weights that are not negative,
+    by least squares that are weighted anew in each round, so that an outlier counts little. Knots
+    between which nothing was measured are left out. ValueError for fewer than two steps, for
+    shapes of unlike query tiles, or seconds that are not positive.
+    """
+    shapes = [shape for shape, _ in steps]
+    seconds = np.array([measured_s for _, measured_s in steps])
+    query_tiles = {shape.query_tile for shape in shapes}
+    if len(steps) < 2 or len(query_tiles) != 1 or not (seconds > 0).all():
+        raise ValueError(
+            f"a fit needs two steps or more (got {len(steps)}), all of one query tile (got "
+            f"{sorted(query_tiles)}), and positive seconds"
+        )
+    token_knots = _measured_knots(TOKEN_KNOTS, [shape.num_tokens for shape in shapes])
+    sample_knots = _measured_knots(SAMPLE_KNOTS, [shape.num_samples for shape in shapes])
+    model = CostModel(
+        [0.0] * (1 + len(token_knots) + len(sample_knots) + 3),
+        token_knots=token_knots,
+        sample_knots=sample_knots,
+        token_tile=token_tile,
+        query_tile=query_tiles.pop(),
+    )
+    features = np.array([model._features(shape) for shape in shapes]) / seconds[:, None]
+    trust = np.ones(len(steps))
+    for _ in range(num_rounds):
+        weights = _least_squares(features * trust[:, None], trust)
+        errors = np.abs(features @ weights - 1)
+        scale = max(float(np.median(errors)), 1e-6) * 2
+        trust = np.sqrt(np.minimum(1, scale / np.maximum(errors, 1e-12)))
+    state = model.to_dict() | {"weights": weights.tolist()}
+    return CostModel.from_dict(state)
+
+
+def _measured_knots(knots: tuple[int, ...], measured: list[int]) -> tuple[int, ...]:
+    """Those knots that have a measured value in the segment that begins there."""
+    kept = [knots[0]]
+    for begin, end in zip(knots[1:], (*knots[2:], math.inf), strict=True):
+        if any(begin < value <= end for value in measured):
+            kept.append(begin)
+    return tuple(kept)
+
+
+def _least_squares(
+    matrix: npt.NDArray[np.float64], target: npt.NDArray[np.float64], num_sweeps: int = 500
+) -> npt.NDArray[np.float64]:
+    """Solve min |matrix w - target| under w >= 0, by coordinate descent on the normal equations."""
+    scale = np.maximum(np.linalg.norm(matrix, axis=0), 1e-300)
+    matrix = matrix / scale
+    gram, moment = matrix.T @ matrix, matrix.T @ target
+    weights = np.zeros(len(moment))
+    for _ in range(num_sweeps):
+        for i in range(len(weights)):
+            gradient = gram[i] @ weights - moment[i]
+            if gram[i, i] > 0:
+                weights[i] = max(0.0, weights[i] - gradient / gram[i, i])
+    solution: npt.NDArray[np.float64] = weights / scale
+    return solution

@@ -1,0 +1,264 @@
+"""One step on one worker, filled by deadlines and predicted time."""
+
+import heapq
+import math
+
+from scheduler.cost_model import CostModel
+from scheduler.request import RequestState
+from scheduler.speculation import add_drafts
+from scheduler.step import Step
+from scheduler.task import BatchPlan, Limits, Reason, StepView
+
+TTFT_SHARE = 0.25
+"""A step without decodes lasts at most this share of the tightest time to first token: whoever
+comes meanwhile has to wait for its end."""
+LEAST_CHUNK = 16
+"""Prefill chunks of fewer tokens are not worth a span, unless they end the prompt."""
+TURN = 10
+"""Every so many steps the oldest prefill of those that others went before goes first."""
+PATIENCE_S = 60.0
+"""One that waited longer has the next free room of the KV cache."""
+MAX_STRETCH = 10.0
+"""Beside decodes, prefills are taken to last at most so many times as long as alone."""
+
+
+class HybridScheduler:
+    """Decodes, then prefills by deadline, then drafts, until the predicted time meets a target.
+
+    A step lasts until the earliest deadline of those that decode in it. Prefills go in the order
+    that lets most of them be on time. A request that cannot meet its targets any more, or has
+    none, gets what these leave; but it moves on: the oldest decode is in each step, and in every
+    `TURN`-th the oldest prefill goes first. Without any targets the steps are those of
+    `DecodeFirst` with the whole budget.
+    """
+
+    def __init__(self, limits: Limits, cost_model: CostModel) -> None:
+        self._limits = limits
+        self._cost_model = cost_model
+
+    def plan(self, view: StepView, now: float) -> BatchPlan:
+        """Make the next step."""
+        return _Planning(self._limits, self._cost_model, view, now).plan()
+
+
+class _Planning:
+    """One plan in the making.
+
+    Requests are `on_time` while they have targets and could still meet them. What may not be
+    broken for their sake is `firm_s`, how long this step may last; `soft_s` is what is left of it
+    when the others that decode are spared too, as far as that costs no request its target.
+    """
+
+    def __init__(self, limits: Limits, cost_model: CostModel, view: StepView, now: float) -> None:
+        self._limits = limits
+        self._cost_model = cost_model
+        self._view = view
+        self._now = now
+        self._margin = 1 / (1 + 2 * cost_model.error)
+        self._decodes = [state for state in view.running if state.is_decoding]
+        self._prefills = [state for state in view.running if not state.is_decoding]
+        self._waiting = {state.request.request_id for state in view.waiting}
+        self._on_time = {
+            state.request.request_id
+            for states in (view.running, view.waiting)
+            for state in states
+            if self._can_be_on_time(state)
+        }
+        self._closed: Reason | None = None
+        """Why no more requests are admitted."""
+        self._step = Step(view, limits, cost_model, victim_order=self._victim_order)
+
+    def plan(self) -> BatchPlan:
+        firm_s = self._take_decodes()
+        soft_s = min(firm_s, self._slack_of_late())
+        if firm_s == math.inf:
+            firm_s = TTFT_SHARE * self._tightest_ttft_s()
+        urgent, rest = self._by_deadline(firm_s)
+        if rest and self._view.step % TURN == 0:
+            self._take_prefill(min(rest, key=_age), firm_s, least=LEAST_CHUNK)
+        if (starved := self._starved(rest)) is not None:
+            self._take_prefill(starved, soft_s)
+            self._closed = Reason.KV
+        for state in urgent:
+            self._take_prefill(state, firm_s, keep_tpot=True)
+        for state in rest:
+            if self._take_prefill(state, soft_s) is Reason.KV:
+                self._closed = Reason.BEHIND
+        add_drafts(self._step, self._decodes, self._cost_model, firm_s)
+        return self._step.plan(firm_s)
+
+    def _can_be_on_time(self, state: RequestState) -> bool:
+        """Whether the request has targets, and would meet them if it were alone from now on."""
+        slo = state.request.slo
+        if slo.ttft_s == slo.tpot_s == math.inf:
+            return False
+        token_s = self._alone_s(1, state.num_tokens + 1)
+        if state.num_output_tokens == 0:
+            prefill_s = self._alone_s(state.num_new_tokens, state.num_tokens)
+            return token_s <= slo.tpot_s and self._now + prefill_s <= state.due_s
+        num_left = state.request.max_tokens - state.num_output_tokens
+        end_s = state.first_token_s + (state.request.max_tokens - 1) * slo.tpot_s
+        return (
+            state.first_token_s <= state.arrival_s + slo.ttft_s
+            and self._now + num_left * token_s <= end_s
+        )
+
+    def _alone_s(self, num_tokens: int, seq_len: int) -> float:
+        shape = self._cost_model.shape()
+        shape.add(num_tokens, seq_len, 1)
+        return self._cost_model.predict(shape)
+
+    def _is_on_time(self, state: RequestState) -> bool:
+        return state.request.request_id in self._on_time
+
+    def _victim_order(self, state: RequestState) -> tuple[int, bool, float]:
+        return state.request.priority, not self._is_on_time(state), state.arrival_s
+
+    def _take_decodes(self) -> float:
+        """Take all decodes that fit with those on time; returns how long the step may last."""
+        step, cost_model = self._step, self._cost_model
+        for state in filter(self._is_on_time, self._decodes):
+            step.take_running(state, 1)
+        seconds = cost_model.predict(step.shape)
+        firm_s = self._margin * min(
+            (self._slack_s(state, seconds) for state in self._decodes if self._is_on_time(state)),
+            default=math.inf,
+        )
+        others = sorted((state for state in self._decodes if not self._is_on_time(state)), key=_age)
+        for index, state in enumerate(others):
+            longer = step.shape.plus(1, state.num_tokens, 1)
+            # The oldest is always taken, so that none starves.
+            if index > 0 and cost_model.predict(longer) > firm_s:
+                step.defer_rest(others, Reason.OVERDUE)
+                break
+            step.take_running(state, 1)
+        return firm_s
+
+    def _slack_s(self, state: RequestState, seconds: float) -> float:
+        """How long the step may last for a decode, if it lasts `seconds` without prefills.
+
+        One that is late takes half of what its target leaves for prefills until it has caught up.
+        """
+        half_way_s = (seconds + max(seconds, state.request.slo.tpot_s)) / 2
+        return max(state.due_s - self._now, half_way_s)
+
+    def _slack_of_late(self) -> float:
+        """How long the step may last so that late decodes, too, get their tokens in time."""
+        seconds = self._cost_model.predict(self._step.shape)
+        gaps = (
+            self._margin * (state.last_token_s + state.request.slo.tpot_s - self._now)
+            for state in self._decodes
+            if not self._is_on_time(state)
+        )
+        return min((gap_s for gap_s in gaps if gap_s >= seconds), default=math.inf)
+
+    def _tightest_ttft_s(self) -> float:
+        return min(
+            (
+                state.request.slo.ttft_s
+                for states in (self._prefills, self._view.waiting)
+                for state in states
+                if self._is_on_time(state)
+            ),
+            default=math.inf,
+        )
+
+    def _by_deadline(self, firm_s: float) -> tuple[list[RequestState], list[RequestState]]:
+        """The prefills that can be on time in their best order, then the others in theirs.
+
+        J. M. Moore's and T. J. Hodgson's algorithm (1968), by which the fewest jobs are late: take
+        them by deadline, and whenever one would be late, put off the longest taken so far.
+        """
+        shape = self._step.shape
+        seconds = self._cost_model.predict(shape)
+        # Of each step only what the decodes leave goes to prefills.
+        stretch = 1.0
+        if firm_s < math.inf and seconds > 0:
+            stretch = min(firm_s / max(firm_s - seconds, firm_s / MAX_STRETCH), MAX_STRETCH)
+        candidates = [*self._prefills, *self._view.waiting]
+        on_time = sorted(filter(self._is_on_time, candidates), key=_deadline)
+        taken: list[tuple[int, float, int]] = []
+        put_off: list[tuple[int, float, int]] = []
+        end_s = self._now
+        for index, state in enumerate(on_time):
+            longer = shape.plus(state.num_new_tokens, state.num_tokens, 1)
+            work_s = (self._cost_model.predict(longer) - seconds) * stretch
+            heapq.heappush(taken, (-state.request.priority, -work_s, index))
+            end_s += work_s
+            if state.num_output_tokens == 0 and end_s > state.due_s:
+                longest = heapq.heappop(taken)
+                put_off.append(longest)
+                end_s += longest[1]
+        kept = sorted(index for *_, index in taken)
+        late = [index for *_, index in sorted(put_off, reverse=True)]
+        rest = sorted(
+            (state for state in candidates if not self._is_on_time(state)),
+            key=lambda state: (state.request.request_id in self._waiting, *_rank(state)),
+        )
+        return [on_time[index] for index in (*kept, *late)], rest
+
+    def _starved(self, rest: list[RequestState]) -> RequestState | None:
+        """The oldest that waits without end, unless another of its kind is being served."""
+        waiting = [state for state in rest if state.request.request_id in self._waiting]
+        if not waiting or any(not self._is_on_time(state) for state in self._view.running):
+            return None
+        oldest = min(waiting, key=_age)
+        return oldest if self._now - oldest.arrival_s > PATIENCE_S else None
+
+    def _take_prefill(
+        self, state: RequestState, limit_s: float, *, least: int = 0, keep_tpot: bool = False
+    ) -> Reason | None:
+        """Take as many of the request's tokens as `limit_s` allows, or say why none."""
+        step = self._step
+        if state in step:
+            return None
+        is_waiting = state.request.request_id in self._waiting
+        if is_waiting and self._closed:
+            reason: Reason | None = self._closed
+        elif is_waiting and keep_tpot and not self._keeps_tpot(state):
+            reason = Reason.TPOT
+        else:
+            reason = None
+            num_tokens = min(state.num_new_tokens, step.num_tokens_left)
+            chunk = self._cost_model.longest_chunk(
+                step.shape, state.num_computed_tokens, num_tokens, limit_s
+            )
+            chunk = max(chunk, min(least, num_tokens))
+            if num_tokens > 0 and chunk < min(LEAST_CHUNK, num_tokens):
+                reason = Reason.TIME
+            elif is_waiting:
+                return step.admit(state, chunk)
+            else:
+                step.take_running(state, chunk)
+        if reason is not None:
+            step.defer(state, reason)
+        return reason
+
+    def _keeps_tpot(self, state: RequestState) -> bool:
+        """Whether all on time could go on decoding within their targets after this prefill."""
+        others = [
+            other
+            for other in (*self._view.running, *self._view.waiting)
+            if self._is_on_time(other)
+            and (other.request.request_id not in self._waiting or other in self._step)
+        ]
+        if not others:
+            return True
+        shape = self._cost_model.shape()
+        for other in (*others, state):
+            shape.add(1, other.num_tokens + 1, 1)
+        tightest_s = min(other.request.slo.tpot_s for other in (*others, state))
+        return self._cost_model.predict(shape) <= self._margin * tightest_s
+
+
+def _age(state: RequestState) -> float:
+    return state.arrival_s
+
+
+def _rank(state: RequestState) -> tuple[int, float]:
+    return state.request.priority, state.arrival_s
+
+
+def _deadline(state: RequestState) -> tuple[int, float]:
+    """Sorts by deadline; one that had its first token before it was preempted goes first."""
+    return state.request.priority, state.due_s if state.num_output_tokens == 0 else -math.inf

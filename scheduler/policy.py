@@ -1,0 +1,56 @@
+"""Which scheduler fills the steps, by name and settings."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from scheduler.baselines import DecodeFirst, PrefillFirst, StaticBudget
+from scheduler.cost_model import CostModel
+from scheduler.hybrid import HybridScheduler
+from scheduler.task import Limits, StepScheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPolicy:
+    """The choice of a step scheduler, live or simulated."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: Literal["hybrid", "static", "decode_first", "prefill_first"] = "hybrid"
+    """`hybrid` is ours; `static` is vLLM's own, `decode_first` Sarathi-Serve's, `prefill_first` that
+    of XY-Serve's paper."""
+    budget: int | None = None
+    """Most tokens of one step, below the engine's own limit; `hybrid` needs none."""
+    long_prefill_token_threshold: int = 0
+    """Of `static`: most tokens of one prompt in a step; 0 for no limit."""
+    reserved_slots: int = 64
+    """Of `prefill_first`: decodes that every step has room for."""
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "reserved_slots"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+        if self.long_prefill_token_threshold < 0:
+            raise ValueError(
+                f"long_prefill_token_threshold ({self.long_prefill_token_threshold}) must not be "
+                "negative; 0 means no limit"
+            )
+
+    def make(self, limits: Limits, cost_model: CostModel) -> StepScheduler:
+        """The step scheduler of a worker."""
+        budget = min(self.budget or limits.max_num_batched_tokens, limits.max_num_batched_tokens)
+        match self.name:
+            case "hybrid":
+                return HybridScheduler(limits, cost_model)
+            case "static":
+                return StaticBudget(
+                    limits,
+                    cost_model,
+                    budget=budget,
+                    long_prefill_token_threshold=self.long_prefill_token_threshold,
+                )
+            case "decode_first":
+                return DecodeFirst(limits, cost_model, budget=budget)
+            case "prefill_first":
+                return PrefillFirst(
+                    limits, cost_model, budget=budget, reserved_slots=self.reserved_slots
+                )
