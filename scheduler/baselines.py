@@ -106,7 +106,8 @@ NO_CHUNK = 1 << 62
 def take_running(step: Step, states: Iterable[RequestState], chunk: int = NO_CHUNK) -> None:
     """Take each as far as the step has room, drafts included."""
     for state in states:
-        step.take_running(state, min(state.num_new_tokens + state.num_drafts, chunk))
+        num_drafts = state.num_drafts if state.is_decoding else 0
+        step.take_running(state, min(state.num_new_tokens + num_drafts, chunk))
 
 
 def admit_in_order(step: Step, states: Sequence[RequestState], chunk: int = NO_CHUNK) -> None:

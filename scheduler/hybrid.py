@@ -3,7 +3,7 @@
 import heapq
 import math
 
-from scheduler.cost_model import CostModel
+from scheduler.cost_model import CostModel, StepShape
 from scheduler.request import RequestState
 from scheduler.speculation import add_drafts
 from scheduler.step import Step
@@ -55,9 +55,15 @@ class _Planning:
         self._view = view
         self._now = now
         self._margin = 1 / (1 + 2 * cost_model.error)
+        self._token_s = self._alone_s(1, 1)
         self._decodes = [state for state in view.running if state.is_decoding]
         self._prefills = [state for state in view.running if not state.is_decoding]
         self._waiting = {state.request.request_id for state in view.waiting}
+        self._prefill_s = {
+            state.request.request_id: self._alone_s(state.num_new_tokens, state.num_tokens)
+            for states in (self._prefills, view.waiting)
+            for state in states
+        }
         self._on_time = {
             state.request.request_id
             for states in (view.running, view.waiting)
@@ -66,6 +72,11 @@ class _Planning:
         }
         self._closed: Reason | None = None
         """Why no more requests are admitted."""
+        self._filled_s = 0.0
+        """The step has no room for a chunk if it may last no longer than this."""
+        self._future: StepShape | None = None
+        """The decodes of those on time that run or were admitted, if all of them decoded."""
+        self._future_tpot_s = math.inf
         self._step = Step(view, limits, cost_model, victim_order=self._victim_order)
 
     def plan(self) -> BatchPlan:
@@ -84,6 +95,10 @@ class _Planning:
         for state in rest:
             if self._take_prefill(state, soft_s) is Reason.KV:
                 self._closed = Reason.BEHIND
+        for state in (*urgent, *rest):
+            if not self._step.is_empty:
+                break
+            self._take_prefill(state, math.inf)  # too late for its target, but nothing else fits
         add_drafts(self._step, self._decodes, self._cost_model, firm_s)
         return self._step.plan(firm_s)
 
@@ -92,15 +107,14 @@ class _Planning:
         slo = state.request.slo
         if slo.ttft_s == slo.tpot_s == math.inf:
             return False
-        token_s = self._alone_s(1, state.num_tokens + 1)
         if state.num_output_tokens == 0:
-            prefill_s = self._alone_s(state.num_new_tokens, state.num_tokens)
-            return token_s <= slo.tpot_s and self._now + prefill_s <= state.due_s
+            prefill_s = self._prefill_s[state.request.request_id]
+            return self._token_s <= slo.tpot_s and self._now + prefill_s <= state.due_s
         num_left = state.request.max_tokens - state.num_output_tokens
         end_s = state.first_token_s + (state.request.max_tokens - 1) * slo.tpot_s
         return (
             state.first_token_s <= state.arrival_s + slo.ttft_s
-            and self._now + num_left * token_s <= end_s
+            and self._now + num_left * self._token_s <= end_s
         )
 
     def _alone_s(self, num_tokens: int, seq_len: int) -> float:
@@ -169,8 +183,7 @@ class _Planning:
         J. M. Moore's and T. J. Hodgson's algorithm (1968), by which the fewest jobs are late: take
         them by deadline, and whenever one would be late, put off the longest taken so far.
         """
-        shape = self._step.shape
-        seconds = self._cost_model.predict(shape)
+        seconds = self._cost_model.predict(self._step.shape)
         # Of each step only what the decodes leave goes to prefills.
         stretch = 1.0
         if firm_s < math.inf and seconds > 0:
@@ -181,8 +194,7 @@ class _Planning:
         put_off: list[tuple[int, float, int]] = []
         end_s = self._now
         for index, state in enumerate(on_time):
-            longer = shape.plus(state.num_new_tokens, state.num_tokens, 1)
-            work_s = (self._cost_model.predict(longer) - seconds) * stretch
+            work_s = self._prefill_s[state.request.request_id] * stretch
             heapq.heappush(taken, (-state.request.priority, -work_s, index))
             end_s += work_s
             if state.num_output_tokens == 0 and end_s > state.due_s:
@@ -213,42 +225,44 @@ class _Planning:
         if state in step:
             return None
         is_waiting = state.request.request_id in self._waiting
-        if is_waiting and self._closed:
-            reason: Reason | None = self._closed
+        reason: Reason | None = None
+        if state.num_new_tokens >= LEAST_CHUNK and limit_s <= self._filled_s and not least:
+            reason = Reason.TIME
+        elif is_waiting and self._closed:
+            reason = self._closed
         elif is_waiting and keep_tpot and not self._keeps_tpot(state):
             reason = Reason.TPOT
         else:
-            reason = None
             num_tokens = min(state.num_new_tokens, step.num_tokens_left)
             chunk = self._cost_model.longest_chunk(
                 step.shape, state.num_computed_tokens, num_tokens, limit_s
             )
             chunk = max(chunk, min(least, num_tokens))
             if num_tokens > 0 and chunk < min(LEAST_CHUNK, num_tokens):
-                reason = Reason.TIME
-            elif is_waiting:
-                return step.admit(state, chunk)
-            else:
+                reason, self._filled_s = Reason.TIME, limit_s
+            elif not is_waiting:
                 step.take_running(state, chunk)
+            elif (reason := step.admit(state, chunk)) is None and self._is_on_time(state):
+                self._add_to_future(state)
         if reason is not None:
             step.defer(state, reason)
         return reason
 
     def _keeps_tpot(self, state: RequestState) -> bool:
-        """Whether all on time could go on decoding within their targets after this prefill."""
-        others = [
-            other
-            for other in (*self._view.running, *self._view.waiting)
-            if self._is_on_time(other)
-            and (other.request.request_id not in self._waiting or other in self._step)
-        ]
-        if not others:
+        """Whether those on time can all go on decoding in time when this prefill is over."""
+        if self._future is None:
+            self._future = self._cost_model.shape()
+            for other in filter(self._is_on_time, self._view.running):
+                self._add_to_future(other)
+        if self._future.num_spans == 0:
             return True
-        shape = self._cost_model.shape()
-        for other in (*others, state):
-            shape.add(1, other.num_tokens + 1, 1)
-        tightest_s = min(other.request.slo.tpot_s for other in (*others, state))
-        return self._cost_model.predict(shape) <= self._margin * tightest_s
+        longer_s = self._cost_model.predict(self._future.plus(1, state.num_tokens + 1, 1))
+        return longer_s <= self._margin * min(self._future_tpot_s, state.request.slo.tpot_s)
+
+    def _add_to_future(self, state: RequestState) -> None:
+        if self._future is not None:
+            self._future.add(1, state.num_tokens + 1, 1)
+            self._future_tpot_s = min(self._future_tpot_s, state.request.slo.tpot_s)
 
 
 def _age(state: RequestState) -> float:

@@ -16,8 +16,8 @@ class StepPolicy:
     __pydantic_config__ = {"extra": "forbid"}
 
     name: Literal["hybrid", "static", "decode_first", "prefill_first"] = "hybrid"
-    """`hybrid` is ours; `static` is vLLM's own, `decode_first` Sarathi-Serve's, `prefill_first` that
-    of XY-Serve's paper."""
+    """`hybrid` is ours; `static` is vLLM's own, `decode_first` Sarathi-Serve's, `prefill_first`
+    that of XY-Serve's paper."""
     budget: int | None = None
     """Most tokens of one step, below the engine's own limit; `hybrid` needs none."""
     long_prefill_token_threshold: int = 0

@@ -41,6 +41,11 @@ class Step:
     def __contains__(self, state: RequestState) -> bool:
         return state.request.request_id in self._tasks
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was taken yet."""
+        return not self._tasks
+
     def take_running(self, state: RequestState, num_tokens: int) -> bool:
         """Compute up to `num_tokens` more tokens of a request that runs; False if none fits.
 

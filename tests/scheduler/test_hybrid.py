@@ -1,0 +1,235 @@
+"""The rules that the hybrid scheduler holds, each in the smallest scene that shows it."""
+
+import pytest
+
+from scheduler.baselines import DecodeFirst
+from scheduler.hybrid import LEAST_CHUNK, PATIENCE_S, TURN, HybridScheduler
+from scheduler.request import RequestState, Slo
+from scheduler.task import BatchPlan, StepView
+from tests.scheduler.scenes import (
+    FIXED_S,
+    LIMITS,
+    TOKEN_S,
+    cost_model,
+    decoding,
+    prefilling,
+    reasons,
+    tokens,
+    view,
+    waiting,
+)
+
+CHAT = Slo(ttft_s=2.0, tpot_s=0.1)
+
+
+def plan(of: StepView, now: float = 1.0) -> BatchPlan:
+    return HybridScheduler(LIMITS, cost_model()).plan(of, now)
+
+
+def test_a_long_prompt_takes_only_the_time_that_decodes_can_spare() -> None:
+    chunk = tokens(plan(view([decoding("a", slo=CHAT)], [waiting("long", 5000)])))["long"]
+
+    assert FIXED_S + (1 + chunk) * TOKEN_S <= CHAT.tpot_s
+    assert FIXED_S + (2 + chunk) * TOKEN_S > CHAT.tpot_s  # and not a token less
+
+
+def test_a_step_without_targets_takes_the_whole_budget() -> None:
+    made = plan(view([decoding("a")], [waiting("long", 5000)]))
+
+    assert tokens(made) == {"a": 1, "long": 2047}
+
+
+def test_without_targets_its_plans_are_those_of_decode_first() -> None:
+    scene = view(
+        [prefilling("p", 3000, 1000, arrival_s=0.1), decoding("a"), decoding("b")],
+        [waiting("w", 300, arrival_s=0.2), waiting("x", 900, arrival_s=0.3)],
+    )
+    sarathi = DecodeFirst(LIMITS, cost_model(), budget=LIMITS.max_num_batched_tokens)
+
+    assert plan(scene).tasks == sarathi.plan(scene, 1.0).tasks
+
+
+def test_prefills_go_by_deadline_and_not_by_arrival() -> None:
+    relaxed = waiting("relaxed", 80, slo=Slo(ttft_s=60, tpot_s=0.1), arrival_s=0.5)
+    urgent = waiting("urgent", 80, slo=Slo(ttft_s=0.5, tpot_s=0.1), arrival_s=0.9)
+
+    made = plan(view([decoding("a", slo=CHAT)], [relaxed, urgent]))
+
+    assert tokens(made)["urgent"] == 80
+    assert reasons(made) == {"relaxed": "time"}
+
+
+def test_a_shorter_prompt_passes_a_long_one_that_runs() -> None:
+    long = prefilling("long", 5000, 1000, slo=Slo(ttft_s=60, tpot_s=0.1))
+    short = waiting("short", 50, slo=CHAT, arrival_s=0.9)
+
+    made = plan(view([decoding("a", slo=CHAT), long], [short]))
+
+    assert tokens(made)["short"] == 50
+    assert tokens(made)["long"] == 100 - 10 - 1 - 50
+
+
+def test_of_two_that_cannot_both_be_on_time_the_longer_waits() -> None:
+    long = waiting("long", 1800, slo=Slo(ttft_s=2.0, tpot_s=1.0), arrival_s=0.9)
+    short = waiting("short", 400, slo=Slo(ttft_s=2.0, tpot_s=1.0), arrival_s=0.95)
+
+    assert list(tokens(plan(view([], [long, short])))) == ["short", "long"]
+
+
+def test_a_request_that_missed_its_target_goes_behind_one_that_can_be_saved() -> None:
+    lost = waiting("lost", 80, slo=CHAT, arrival_s=-5.0)
+    saved = waiting("saved", 80, slo=CHAT, arrival_s=0.9)
+
+    made = plan(view([decoding("a", slo=CHAT)], [lost, saved]))
+
+    assert "saved" in tokens(made)
+    assert "lost" not in tokens(made)
+
+
+def test_a_lost_request_sets_no_limit_for_one_that_can_be_saved() -> None:
+    lost = decoding("lost", slo=Slo(ttft_s=0.001, tpot_s=0.02), arrival_s=-5.0)
+    saved = waiting("saved", 400, slo=CHAT, arrival_s=0.9)
+
+    assert tokens(plan(view([lost], [saved])))["saved"] == 400
+
+
+def test_the_oldest_prefill_that_was_passed_over_goes_first_every_so_many_steps() -> None:
+    lost = waiting("lost", 80, slo=CHAT, arrival_s=-5.0)
+    others = [waiting(f"w{i}", 80, slo=CHAT, arrival_s=0.9) for i in range(5)]
+
+    made = plan(view([decoding("a", slo=CHAT)], [lost, *others], step=TURN))
+
+    assert tokens(made)["lost"] == 80
+
+
+def test_a_turn_moves_on_even_if_decodes_leave_no_time() -> None:
+    tight = [decoding(f"d{i}", slo=Slo(2.0, 0.043)) for i in range(32)]
+    lost = prefilling("lost", 5000, 1000, slo=CHAT, arrival_s=-5.0)
+
+    assert "lost" not in tokens(plan(view([*tight, lost], step=1)))
+    assert tokens(plan(view([*tight, lost], step=TURN)))["lost"] == LEAST_CHUNK
+
+
+def test_late_decodes_are_left_out_when_those_on_time_could_not_go_on_with_them() -> None:
+    saved = [decoding(f"s{i}", slo=Slo(2.0, 0.025)) for i in range(10)]
+    lost = [decoding(f"l{i}", slo=Slo(0.001, 1.0), arrival_s=-9.0 + i) for i in range(10)]
+
+    made = plan(view([*lost, *saved]))
+
+    assert made.predicted_s <= 0.025
+    assert {f"s{i}" for i in range(10)} <= tokens(made).keys()
+    assert "l0" in tokens(made), "the oldest is always in"
+    assert set(reasons(made).values()) == {"overdue"}
+
+
+def test_a_prefill_whose_decode_would_break_targets_waits() -> None:
+    running = [decoding(f"d{i}", slo=Slo(2.0, 0.04)) for i in range(30)]
+
+    made = plan(view(running, [waiting("w", 20, slo=Slo(2.0, 0.04), arrival_s=0.9)]))
+
+    assert reasons(made) == {"w": "tpot"}
+
+
+def test_a_step_without_decodes_is_short_against_the_time_to_first_token() -> None:
+    made = plan(view([], [waiting("w", 1900, slo=CHAT, arrival_s=1.0)]))
+
+    assert 0 < made.predicted_s <= CHAT.ttft_s / 4
+
+
+def test_what_fits_is_taken_when_the_first_does_not_fit_the_kv_cache() -> None:
+    big = waiting("big", 1500, slo=Slo(60, 1.0))
+    small = waiting("small", 100, slo=Slo(60, 1.0), arrival_s=0.5)
+
+    made = plan(view([decoding("a", slo=CHAT)], [big, small], num_free_kv_blocks=20))
+
+    assert tokens(made) == {"a": 1, "small": 89}
+    assert reasons(made) == {"big": "kv"}
+
+
+def test_without_targets_none_passes_one_that_does_not_fit_the_kv_cache() -> None:
+    made = plan(
+        view([decoding("a")], [waiting("big", 1500), waiting("small")], num_free_kv_blocks=20)
+    )
+
+    assert tokens(made) == {"a": 1}
+    assert reasons(made) == {"big": "kv", "small": "behind"}
+
+
+def test_one_that_waited_without_end_has_the_next_room_in_the_kv_cache() -> None:
+    starved = waiting("starved", 1500, slo=CHAT, arrival_s=-PATIENCE_S)
+    fresh = waiting("fresh", 80, slo=CHAT, arrival_s=0.9)
+    running = [decoding("a", slo=CHAT)]
+
+    assert "fresh" not in tokens(plan(view(running, [starved, fresh], num_free_kv_blocks=20)))
+    assert "starved" in tokens(plan(view(running, [starved, fresh], num_free_kv_blocks=200)))
+
+
+@pytest.mark.parametrize("tpot_s", [0.001, 0.0105, 0.02])
+def test_something_is_computed_even_if_no_target_can_be_met(tpot_s: float) -> None:
+    scenes: list[tuple[list[RequestState], list[RequestState]]] = [
+        ([decoding("a", slo=Slo(0.001, tpot_s))], []),
+        ([], [waiting("w", 500, slo=Slo(0.001, tpot_s))]),
+        ([], [waiting("w", 500, slo=Slo(0.03, tpot_s), arrival_s=1.0)]),
+        ([prefilling("p", 500, 100, slo=Slo(0.6, tpot_s), arrival_s=0.99)], []),
+    ]
+    for running, queue in scenes:
+        assert plan(view(running, queue)).tasks
+
+
+def test_higher_priority_goes_before_an_earlier_deadline() -> None:
+    low = waiting("low", 80, slo=Slo(1.0, 0.1), arrival_s=0.9, priority=1)
+    high = waiting("high", 80, slo=Slo(30.0, 0.1), arrival_s=0.9, priority=0)
+
+    assert "low" not in tokens(plan(view([decoding("a", slo=CHAT)], [low, high])))
+
+
+def test_a_full_kv_cache_preempts_the_lost_before_the_latest() -> None:
+    lost = decoding("lost", num_prompt_tokens=108, slo=Slo(0.001, 1), arrival_s=-9.0)
+    late = decoding("late", num_prompt_tokens=108, slo=CHAT, arrival_s=0.0)
+    first = decoding("first", num_prompt_tokens=108, slo=CHAT, arrival_s=-1.0)
+
+    made = plan(view([first, lost, late], num_free_kv_blocks=0))
+
+    assert made.preempted == ("lost",)
+    assert tokens(made) == {"first": 1, "late": 1}
+
+
+def test_a_preempted_request_comes_back_before_new_ones() -> None:
+    resumed = waiting("resumed", 80, slo=CHAT, arrival_s=-1.0)
+    resumed.num_output_tokens, resumed.first_token_s, resumed.last_token_s = 3, 0.0, 0.9
+    fresh = waiting("fresh", 80, slo=CHAT, arrival_s=0.9)
+
+    made = plan(view([decoding("a", slo=CHAT)], [fresh, resumed]))
+
+    assert list(tokens(made)) == ["a", "resumed"]
+
+
+def test_a_prefix_hit_counts_as_done() -> None:
+    made = plan(view([decoding("a", slo=CHAT)], [waiting("w", 1000, slo=CHAT, cached=960)]))
+
+    (task,) = (task for task in made.tasks if task.request_id == "w")
+    assert (task.num_tokens, task.seq_len, task.samples) == (40, 1000, True)
+
+
+def test_every_request_is_in_the_plan_or_has_a_reason() -> None:
+    running = [decoding(f"d{i}", slo=CHAT) for i in range(5)]
+    queue = [waiting(f"w{i}", 300, slo=CHAT if i % 2 else Slo()) for i in range(40)]
+
+    made = plan(view(running, queue))
+
+    everyone = {state.request.request_id for state in (*running, *queue)}
+    assert tokens(made).keys() | reasons(made).keys() == everyone
+    assert not tokens(made).keys() & reasons(made).keys()
+
+
+def test_a_margin_is_kept_for_the_models_own_error() -> None:
+    model = cost_model()
+    scene = view([decoding("a", slo=CHAT)], [waiting("w", 500, slo=CHAT)])
+    exact = HybridScheduler(LIMITS, model).plan(scene, 1.0)
+    shape = model.shape_of(exact.tasks)
+    for index in range(100):
+        model.observe(shape, exact.predicted_s * (0.8 if index % 2 else 1.2))
+
+    careful = HybridScheduler(LIMITS, model).plan(scene, 1.0)
+
+    assert careful.predicted_s < 0.8 * exact.predicted_s
