@@ -33,6 +33,7 @@ class Step:
         self._cost_model = cost_model
         self._victim_order = victim_order
         self._running = {state.request.request_id: state for state in view.running}
+        self._admitted: list[RequestState] = []
         self._num_free_blocks = view.num_free_kv_blocks
         self._tasks: dict[str, StageTask] = {}
         self._deferred: dict[str, Reason] = {}
@@ -59,6 +60,9 @@ class Step:
             self.defer(state, Reason.TOKENS)
             return False
         while self._new_blocks(state, num_tokens) > self._num_free_blocks:
+            if self._admitted:
+                self._send_back(self._admitted.pop())
+                continue
             victim = max(self._running.values(), key=self._victim_order)
             self._preempt(victim)
             if victim is state:
@@ -83,6 +87,7 @@ class Step:
             self.defer(state, reason)
             return reason
         self._running[state.request.request_id] = state
+        self._admitted.append(state)
         # A prefix hit may be of blocks that nobody uses: those count as free until now.
         self._num_free_blocks -= self._limits.num_blocks(state.num_computed_tokens)
         self._add(state, min(num_tokens, self.num_tokens_left))
@@ -142,6 +147,13 @@ class Step:
         self.num_tokens_left += task.num_tokens
         self._num_free_blocks += self._new_blocks(state, task.num_tokens)
         self.shape = self._cost_model.shape_of(self._tasks.values())
+
+    def _send_back(self, state: RequestState) -> None:
+        """Undo an admission."""
+        del self._running[state.request.request_id]
+        self._remove(state)
+        self._num_free_blocks += self._limits.num_blocks(state.num_computed_tokens)
+        self.defer(state, Reason.KV)
 
     def _preempt(self, victim: RequestState) -> None:
         request_id = victim.request.request_id
