@@ -41,6 +41,10 @@ class XYServe:
     the server answers are raised as `RequestFailed` with its message and status. `timeout_s`
     bounds a whole call; when it is over the call is cancelled and TimeoutError raised.
 
+    `slo_class` names the service class of a call, one of the app's config; `slo_ttft_ms` (time to
+    the first token) and `slo_tpot_ms` (time per output token after it) replace single targets of
+    the class, `math.inf` lifting one. The workers schedule their steps by these targets.
+
     Synchronous and asynchronous methods may be mixed; the object is safe to share between
     threads.
     """

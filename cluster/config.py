@@ -15,6 +15,7 @@ import yaml
 
 from cluster.errors import ConfigError
 from cluster.model import DEFAULT_MODEL
+from cluster.slo import SloConfig
 from workers.engine import EngineConfig
 from workers.worker import WorkerConfig
 
@@ -66,6 +67,7 @@ class AppConfig:
     """Start even if no node has the device yet, for clusters that grow on demand."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     ingress: IngressConfig = field(default_factory=IngressConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "num_ingresses"):
@@ -173,7 +175,8 @@ def _config_at(loc: list[str]) -> Any:
     """The config class at a place of the tree."""
     cls: Any = AppConfig
     for name in loc:
-        cls = typing.get_type_hints(cls)[name]
+        is_mapping = typing.get_origin(cls) is dict
+        cls = typing.get_args(cls)[1] if is_mapping else typing.get_type_hints(cls)[name]
     return cls
 
 

@@ -33,6 +33,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from cluster.config import AppConfig
 from cluster.engine_client import EngineClient
 from cluster.errors import RequestFailed
+from cluster.slo import PARAMETERS, current_targets, read_targets
 from cluster.vllm_http import error_in, http_app
 from scheduler.request import Request
 from workers.vllm_engine import encoder, engine_args
@@ -63,8 +64,16 @@ class WorkersCore(EngineCoreClient):
             raise NotImplementedError("the served model generates text; it has no pooling tasks")
         num_prompt_tokens = len(request.prompt_token_ids or request.prompt_is_token_ids or ())
         assert sampling.max_tokens is not None  # set by vLLM's InputProcessor
+        targets = current_targets.get()
         self._client.submit(
-            Request(request.request_id, num_prompt_tokens, sampling.max_tokens, request.priority),
+            Request(
+                request.request_id,
+                num_prompt_tokens,
+                sampling.max_tokens,
+                request.priority,
+                targets.slo,
+                targets.slo_class,
+            ),
             lambda attempt_id: self._encode(
                 msgspec.structs.replace(request, request_id=attempt_id)
             ),
@@ -156,6 +165,7 @@ class Frontend:
         client: EngineClient[EngineCoreOutputs],
         has_workers: Callable[[], Awaitable[bool]],
     ) -> None:
+        self._slo = config.slo
         self._args = _serve_args(config, model)
         args = engine_args(model, config.worker)
         args.served_model_name = config.model_name  # in messages and metrics
@@ -191,6 +201,8 @@ class Frontend:
 
     async def _respond(self, api: str, payload: dict[str, Any]) -> Any:
         state = self._app.state
+        current_targets.set(read_targets(self._slo, payload, PARAMETERS))
+        payload = {name: payload[name] for name in payload if name not in PARAMETERS}
         try:
             request = (ChatCompletionRequest if api == "chat" else CompletionRequest)(**payload)
         except Exception as error:  # of any kind, see VALIDATOR_ERRORS

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.dependencies.utils import request_body_to_args
 from fastapi.responses import JSONResponse
 from ray.exceptions import TaskCancelledError
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +19,8 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 
 from cluster.config import AppConfig
+from cluster.errors import RequestFailed
+from cluster.slo import HEADERS, SloConfig, current_targets, read_targets
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +48,16 @@ ENGINE_ROUTES = {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
 
 
 def http_app(app: FastAPI, config: AppConfig) -> ASGIApp:
-    """vLLM's `app` with the errors, limits and ends of requests that clients expect."""
+    """vLLM's `app` with the targets, errors, limits and ends of requests that clients expect."""
     _answer_unsupported_routes(app, config.model_name)
     app.add_exception_handler(HTTPException, _answer_http_error)
     for error in VALIDATOR_ERRORS:
         app.add_exception_handler(error, _answer_validator_error)
     app.middleware_stack = None  # was built already, without these handlers
     return DisconnectByMessage(
-        RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes)
+        TargetsByHeader(
+            RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes), config.slo
+        )
     )
 
 
@@ -108,6 +112,37 @@ async def _answer_validator_error(request: Request, error: Exception) -> JSONRes
         logger.error("a request failed", exc_info=error)
     answer: JSONResponse = await exception_handler(request, error)
     return answer
+
+
+class TargetsByHeader:
+    """Reads the targets of a request from its headers; the answer's header tells its class.
+
+    It does so for every POST, so that no route that generates is forgotten.
+    """
+
+    def __init__(self, app: ASGIApp, config: SloConfig) -> None:
+        self._app = app
+        self._config = config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its targets in the context, or answer what is wrong with them."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            targets = read_targets(self._config, Headers(scope=scope), HEADERS)
+        except RequestFailed as failure:
+            error = create_error_response(str(failure))
+            await JSONResponse(error.model_dump(), failure.status)(scope, receive, send)
+            return
+
+        async def with_class(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[HEADERS.slo_class] = targets.slo_class
+            await send(message)
+
+        current_targets.set(targets)
+        await self._app(scope, receive, with_class)
 
 
 class RequestSizeLimit:

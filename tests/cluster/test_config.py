@@ -11,6 +11,7 @@ from cluster.config import (
     read_serve_file,
 )
 from cluster.errors import ConfigError
+from cluster.slo import SloClass, SloConfig
 from workers.engine import EngineConfig
 from workers.worker import WorkerConfig
 
@@ -54,6 +55,7 @@ def test_args_become_the_config_at_every_level() -> None:
             "num_workers": 2,
             "worker": {"device": "cuda", "engine": {"max_num_seqs": 4, "seed": 7}},
             "ingress": {"max_n": 3},
+            "slo": {"default": "batch", "classes": {"night": {"ttft_ms": 60_000}}},
         }
     )
 
@@ -62,6 +64,7 @@ def test_args_become_the_config_at_every_level() -> None:
         num_workers=2,
         worker=WorkerConfig(device="cuda", engine=EngineConfig(max_num_seqs=4, seed=7)),
         ingress=IngressConfig(max_n=3),
+        slo=SloConfig(default="batch", classes={"night": SloClass(ttft_ms=60_000)}),
     )
 
 
@@ -82,6 +85,11 @@ def test_the_model_has_its_own_name_in_the_api_unless_another_is_given(
             "worker.engine.max_num_seq: unknown key; did you mean max_num_seqs?",
         ),
         ({"ingress": {"max_N": 2}}, "ingress.max_N: unknown key; did you mean max_n?"),
+        ({"slo": {"class": {}}}, "slo.class: unknown key; did you mean classes?"),
+        (
+            {"slo": {"classes": {"fast": {"ttft": 5}}}},
+            "slo.classes.fast.ttft: unknown key; did you mean ttft_ms?",
+        ),
         (
             {"worker": {"engine": {"extra_args": {"gpu_memory_utilisation": 0.5}}}},
             "worker.engine.extra_args.gpu_memory_utilisation: vLLM has no such argument; "
@@ -162,6 +170,26 @@ def test_extra_arguments_that_vllm_has_are_taken() -> None:
             "worker.engine: max_num_batched_tokens (8) must be at least max_num_seqs (9), or a "
             "full decode batch would not fit",
         ),
+        (
+            {"slo": {"default": "fast", "classes": {"slow": {}}}},
+            "slo: default (fast) is no service class; known are batch, interactive, slow, standard",
+        ),
+        (
+            {"slo": {"classes": {"fast": {"ttft_ms": -1}}}},
+            "slo.classes.fast: ttft_ms (-1.0) must be positive, or null for no target",
+        ),
+        (
+            {"slo": {"classes": {"fast": {"tpot_ms": float("nan")}}}},
+            "slo.classes.fast: tpot_ms (nan) must be positive, or null for no target",
+        ),
+        (
+            {"slo": {"classes": {"fast": {"tpot_ms": 5e-324}}}},
+            "slo.classes.fast: tpot_ms (5e-324) must be positive, or null for no target",
+        ),
+        (
+            {"slo": {"classes": {"sehr schön": {}}}},
+            "slo: classes: 'sehr schön' cannot be a class's name; use letters, digits and . _ -",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_named_with_the_range(args: dict[str, Any], error: str) -> None:
@@ -172,6 +200,10 @@ def test_a_value_out_of_range_is_named_with_the_range(args: dict[str, Any], erro
     ("args", "error"),
     [
         ({"model": 5}, "model: input should be a valid string, not 5"),
+        (
+            {"slo": {"classes": {"fast": 5}}},
+            "slo.classes.fast: input should be a dictionary or an instance of SloClass, not 5",
+        ),
         (
             {"num_workers": "two"},
             "num_workers: input should be a valid integer, unable to parse string as an integer, "
