@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,9 +15,12 @@ from rich.table import Table
 
 from cluster.errors import XYServeError
 from cluster.model_cli import model_app
+from cluster.replay_cli import replay
+from cluster.simulate_cli import simulate
 
 if TYPE_CHECKING:
     from workers.calibrate import Calibration
+    from workers.engine_profile import EngineProfile
 
 app = typer.Typer(
     help="Serve large language models from a Ray cluster.",
@@ -23,8 +29,12 @@ app = typer.Typer(
     epilog="Start with `xyserve up deploy/local.yaml`, then talk to it with any OpenAI client.",
 )
 app.add_typer(model_app, name="model")
+app.command()(simulate)
+app.command()(replay)
 
 DEFAULT_CONFIG = Path("deploy/local.yaml")
+NUM_SHOWN = 12
+"""Steps in the table of a profile."""
 
 Config = Annotated[Path, typer.Argument(help="A Serve config file.")]
 Address = Annotated[
@@ -119,21 +129,40 @@ def doctor(config: Config = DEFAULT_CONFIG) -> None:
 
 @app.command()
 def calibrate(
+    config: Config = DEFAULT_CONFIG,
+    kernels_only: Annotated[
+        bool, typer.Option("--kernels-only", help="Measure the row tiles, and no engine.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Measure even if it was done.")] = False,
 ) -> None:
-    """Measure which tiles the kernels are fastest with on this CPU.
+    """Measure this machine: the CPU kernels' row tiles, and the steps of CONFIG's engine.
 
     A product of matrices is cut into tiles of so many rows each; which
     heights are best depends on the CPU. Measuring takes seconds, on one
     core; let the machine be idle meanwhile. The results are the same bits
     with any tiles: only the time differs.
 
-    The table is kept in the cache folder (XDG_CACHE_HOME, or else ~/.cache),
-    one for each CPU and instruction set. Workers read it when they start, and
-    without one they use a built-in table.
+    Workers predict how long a step will take, to keep their requests' targets.
+    For that the engine of CONFIG takes steps of many kinds, for some two
+    minutes, on as many cores as a worker has. At its first start a worker does
+    the same briefly, so this is for those who want it more exact.
 
-    Example: xyserve calibrate
+    Both are kept in the cache folder (XDG_CACHE_HOME, or else ~/.cache): the
+    tiles for each CPU and instruction set, the steps for each model, engine
+    config, machine and version. Workers read them when they start.
+
+    Example: xyserve calibrate deploy/local.yaml
     """
+    from cluster.config import read_serve_file
+
+    worker = None if kernels_only else read_serve_file(config).config.worker
+    if worker is None or worker.uses_own_kernels:
+        _calibrate_kernels(force)
+    if worker is not None:
+        _calibrate_engine(config, force)
+
+
+def _calibrate_kernels(force: bool) -> None:
     try:
         from workers.calibrate import calibrate as measure
         from workers.calibrate import current_calibration
@@ -145,18 +174,72 @@ def calibrate(
         _show_calibration({"measured": before})
         typer.echo(f"Measured before: {before.path}\nTo measure anew: xyserve calibrate --force")
         return
-    console = Console(stderr=True)
-    doing = f"Timing row tiles on {before.cpu} with {before.isa}"
-    if not console.is_terminal:
-        console.print(doing)
     try:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-            bar = bars.add_task(doing, total=1.0)
-            after = measure(lambda share: bars.update(bar, completed=share))
+        with _progress(f"Timing row tiles on {before.cpu} with {before.isa}") as progress:
+            after = measure(progress)
     except OSError as error:
         raise _fail(f"cannot write {before.path} ({error}); set XDG_CACHE_HOME") from error
     _show_calibration({"before" if before.is_measured else "built-in": before, "measured": after})
     typer.echo(f"Written to {after.path}\nWorkers that run keep their table until they restart.")
+
+
+def _calibrate_engine(config: Path, force: bool) -> None:
+    from cluster.config import read_serve_file
+    from cluster.model import resolve_model
+    from workers.calibrate import EngineNotMeasured, calibrate_engine, current_profile
+
+    args = read_serve_file(config).config
+    model = resolve_model(args.model)
+    before, path = current_profile(model, args.worker)
+    if before is not None and before.depth == "full" and not force:
+        _show_profile(before)
+        typer.echo(f"Measured before: {path}\nTo measure anew: xyserve calibrate --force")
+        return
+    try:
+        with _progress(f"Timing steps of {args.model}") as progress:
+            profile = calibrate_engine(model, args.worker, progress)
+    except EngineNotMeasured as error:
+        raise _fail(f"the engine of {config} cannot be measured: {error}") from error
+    except OSError as error:
+        raise _fail(f"cannot write {path} ({error}); set XDG_CACHE_HOME") from error
+    _show_profile(profile)
+    typer.echo(f"Written to {path}\nWorkers that run keep their cost model until they restart.")
+
+
+@contextmanager
+def _progress(doing: str) -> Iterator[Callable[[float], None]]:
+    """Show how far it is, as a bar on a terminal, and as one line elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(doing)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(doing, total=1.0)
+        yield lambda share: bars.update(bar, completed=share)
+
+
+def _show_profile(profile: EngineProfile) -> None:
+    """Print steps that were predicted and then measured, from short to long."""
+    table = Table(
+        "decodes", "prompt tokens", "context", "predicted", "measured", "error",
+        title=f"Steps that the cost model was not fitted to: {NUM_SHOWN} of {len(profile.checked)}",
+    )  # fmt: skip
+    by_length = sorted(profile.checked, key=lambda step: step.measured_s)
+    for step in by_length[:: max(1, len(by_length) // NUM_SHOWN)][:NUM_SHOWN]:
+        table.add_row(
+            str(step.num_decodes),
+            str(step.num_prefill_tokens),
+            str(step.num_context_tokens),
+            f"{1e3 * step.predicted_s:.1f} ms",
+            f"{1e3 * step.measured_s:.1f} ms",
+            f"{step.error:.1%}",
+        )
+    Console().print(table)
+    errors = [step.error for step in profile.checked]
+    typer.echo(
+        f"Median error: {statistics.median(errors):.1%} of {len(errors)} such steps, "
+        f"{profile.error:.1%} of those it was fitted to ({profile.num_steps} measurements in "
+        f"{profile.took_s:.0f} s)"
+    )
 
 
 def _show_calibration(tables: dict[str, Calibration]) -> None:

@@ -1,5 +1,6 @@
 """Seconds of a step, predicted from its spans."""
 
+import itertools
 import math
 import statistics
 from bisect import bisect_right
@@ -17,14 +18,25 @@ TOKEN_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Where the slope of the linear part may change: a few tokens are bound by reading the weights,
 many by arithmetic, and between them lie the heights of the kernels' tiles."""
 SAMPLE_KNOTS = (0, 1, 4, 16, 64)
-"""The same for the rows of the LM head."""
+"""The same for the LM head."""
 
 SPEED_RATE = 0.15
 """Weight of a new observation in the speed."""
 SPEED_WINDOW = 5
 """The median of so many steps is one observation: a single outlier moves nothing."""
+SPEED_RANGE = 1e-3, 1e3
+"""Times the profile's: beyond it is no machine's doing, but a broken clock's."""
+SETTLED = 0.15
+"""While the recent steps are farther from the speed, the machine changes, and not its parts."""
 WEIGHT_RATE = 0.02
 """Share of an error that the weights take over in one step."""
+LARGEST_ERROR = 0.2
+"""A step that is farther off teaches the weights no more than this."""
+FORGET_RATE = 0.0005
+"""Share of the way back to the profile that the weights take in one step: what is seen no more is
+forgotten, and outliers, all of which are too long, do not add up."""
+WEIGHT_LEAST, WEIGHT_MOST = 1 / 3, 3.0
+"""Times the profile's, that online learning may make of a weight."""
 ERROR_WINDOW = 256
 """Steps over which the model's own error is reported."""
 
@@ -37,7 +49,9 @@ class StepShape:
     """Query tokens that read the KV cache together."""
     num_tokens: int = 0
     num_samples: int = 0
-    """Rows of the LM head."""
+    """Tokens that are followed by a sampled one."""
+    num_logits: int = 0
+    """Rows of the LM head: vLLM also computes one for a span that samples nothing."""
     num_spans: int = 0
     num_kv_reads: int = 0
     """Tokens of KV cache read, once for each query tile."""
@@ -48,6 +62,7 @@ class StepShape:
         """Add the last `num_tokens` of `seq_len` tokens, `samples` of which are sampled."""
         self.num_tokens += num_tokens
         self.num_samples += samples
+        self.num_logits += samples or 1
         self.num_spans += 1
         self.num_kv_reads += -(-num_tokens // self.query_tile) * seq_len
         self.num_pairs += num_tokens * seq_len - num_tokens * (num_tokens - 1) // 2
@@ -63,6 +78,7 @@ class StepShape:
             self.query_tile,
             self.num_tokens,
             self.num_samples,
+            self.num_logits,
             self.num_spans,
             self.num_kv_reads,
             self.num_pairs,
@@ -72,23 +88,27 @@ class StepShape:
 
     def longer(self, seq_len: int) -> "StepShape":
         """The shape with one more draft of a decode, at the end of `seq_len` tokens."""
-        shape = self.plus(0, 0, 0)
-        shape.num_spans -= 1
-        shape.num_tokens += 1
-        shape.num_samples += 1
-        shape.num_pairs += seq_len
-        return shape
+        return StepShape(
+            self.query_tile,
+            self.num_tokens + 1,
+            self.num_samples + 1,
+            self.num_logits + 1,
+            self.num_spans,
+            self.num_kv_reads,
+            self.num_pairs + seq_len,
+        )
 
 
 class CostModel:
     """Predicts a step's time as a sum of parts, each of which grows with the work.
 
-        seconds = speed * (fixed + linear(tokens) + head(samples)
+        seconds = speed * (fixed + linear(tokens) + head(logits)
                            + a * spans + b * kv_reads + c * pairs)
 
     `linear` and `head` are piecewise linear and never fall; no part is negative. So a prediction is
     positive, and monotone in the tokens and in their context. `speed` follows the machine from step
-    to step: it doubles soon after another process takes half of it. The parts follow slowly.
+    to step: it doubles soon after another process takes half of it. The parts follow slowly, and
+    never far.
     """
 
     def __init__(
@@ -103,20 +123,27 @@ class CostModel:
     ) -> None:
         """`weights`: fixed, then the slope from each token knot on, then from each sample knot on,
         then those of spans, KV reads and pairs; all in seconds. Tokens are computed in tiles of
-        `token_tile` rows. ValueError if a weight is negative or not finite, or one is missing.
+        `token_tile` rows. ValueError if a weight is negative or not finite, or one is missing, or
+        if knots do not ascend from 0.
         """
+        for knots in (token_knots, sample_knots):
+            if not knots or knots[0] != 0 or any(a >= b for a, b in itertools.pairwise(knots)):
+                raise ValueError(f"knots ({knots}) must ascend from 0")
         num_weights = 1 + len(token_knots) + len(sample_knots) + 3
         if len(weights) != num_weights:
             raise ValueError(f"a cost model of these knots has {num_weights} weights, not "
                              f"{len(weights)}")  # fmt: skip
         if not all(0 <= weight < math.inf for weight in weights) or not 0 < speed < math.inf:
             raise ValueError(f"weights ({weights}) must be finite and not negative, speed positive")
+        if token_tile < 1 or query_tile < 1:
+            raise ValueError(f"tiles ({token_tile}, {query_tile}) must be at least 1")
         self.token_knots = tuple(token_knots)
         self.sample_knots = tuple(sample_knots)
         self.token_tile = token_tile
         self.query_tile = query_tile
         self.speed = speed
-        self._weights = np.array(weights, dtype=float)
+        self._weights = [float(weight) for weight in weights]
+        self._profiled = tuple(self._weights)
         self._recent_ratios: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._errors: deque[float] = deque(maxlen=ERROR_WINDOW)
         self._tabulate()
@@ -139,7 +166,7 @@ class CostModel:
         seconds: float = self.speed * (
             self._fixed
             + _interpolate(self._linear, -(-shape.num_tokens // self.token_tile) * self.token_tile)
-            + _interpolate(self._head, shape.num_samples)
+            + _interpolate(self._head, shape.num_logits)
             + self._of_span * shape.num_spans
             + self._of_kv_read * shape.num_kv_reads
             + self._of_pair * shape.num_pairs
@@ -172,23 +199,37 @@ class CostModel:
     def observe(self, shape: StepShape, measured_s: float) -> None:
         """Learn from a step that took `measured_s` seconds."""
         predicted_s = self.predict(shape)
-        if not 0 < measured_s < math.inf or not predicted_s:
+        if not 0 < measured_s < math.inf or not 0 < predicted_s < math.inf:
             return
         self._errors.append(abs(predicted_s / measured_s - 1))
-        base_s = predicted_s / self.speed
-        self._recent_ratios.append(measured_s / base_s)
-        ratio = statistics.median(self._recent_ratios)
-        self.speed *= (ratio / self.speed) ** SPEED_RATE
-        # A proportionate LMS step: each part takes over its share of the error, and its sign stays.
-        parts = self._weights * self._features(shape)
-        error = min(max(measured_s / self.speed / base_s - 1, -0.5), 0.5)
-        self._weights *= 1 + WEIGHT_RATE * error * parts * base_s / (parts @ parts)
+        ratio = measured_s / (predicted_s / self.speed)
+        self._recent_ratios.append(min(max(ratio, SPEED_RANGE[0]), SPEED_RANGE[1]))
+        recent = statistics.median(self._recent_ratios)
+        self.speed *= (recent / self.speed) ** SPEED_RATE
+        if abs(recent / self.speed - 1) < SETTLED:
+            self._learn(shape, ratio / self.speed - 1)
+
+    def _learn(self, shape: StepShape, error: float) -> None:
+        """Let each part take over its share of the error (proportionate LMS); its sign stays."""
+        features = self._features(shape)
+        parts = [weight * value for weight, value in zip(self._weights, features, strict=True)]
+        base_s = sum(parts)
+        shares = [part / base_s for part in parts]
+        error = min(max(error, -LARGEST_ERROR), LARGEST_ERROR)
+        rate = WEIGHT_RATE * error / sum(share * share for share in shares)
+        self._weights = [
+            min(
+                max(weight * (1 + rate * share) + FORGET_RATE * (own - weight), WEIGHT_LEAST * own),
+                WEIGHT_MOST * own,
+            )
+            for weight, share, own in zip(self._weights, shares, self._profiled, strict=True)
+        ]
         self._tabulate()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; `CostModel.from_dict` gives it back."""
         return {
-            "weights": self._weights.tolist(),
+            "weights": list(self._weights),
             "token_knots": list(self.token_knots),
             "sample_knots": list(self.sample_knots),
             "token_tile": self.token_tile,
@@ -201,26 +242,23 @@ class CostModel:
         """The model that `to_dict` described; ValueError or TypeError if it is malformed."""
         return cls(**state)
 
-    def _features(self, shape: StepShape) -> npt.NDArray[np.float64]:
+    def _features(self, shape: StepShape) -> list[float]:
         num_rows = -(-shape.num_tokens // self.token_tile) * self.token_tile
-        attention = (shape.num_spans, shape.num_kv_reads, shape.num_pairs)
-        return np.array(
-            (
-                1,
-                *_segments(num_rows, self.token_knots),
-                *_segments(shape.num_samples, self.sample_knots),
-                *attention,
-            ),
-            dtype=float,
-        )
+        return [
+            1,
+            *_segments(num_rows, self.token_knots),
+            *_segments(shape.num_logits, self.sample_knots),
+            shape.num_spans,
+            shape.num_kv_reads,
+            shape.num_pairs,
+        ]
 
     def _tabulate(self) -> None:
-        fixed, *rest = self._weights.tolist()
         num_token_knots = len(self.token_knots)
-        self._fixed: float = fixed
-        self._linear = _table(self.token_knots, rest[:num_token_knots])
-        self._head = _table(self.sample_knots, rest[num_token_knots:-3])
-        self._of_span, self._of_kv_read, self._of_pair = rest[-3:]
+        self._fixed = self._weights[0]
+        self._linear = _table(self.token_knots, self._weights[1 : 1 + num_token_knots])
+        self._head = _table(self.sample_knots, self._weights[1 + num_token_knots : -3])
+        self._of_span, self._of_kv_read, self._of_pair = self._weights[-3:]
 
 
 Table = tuple[tuple[int, ...], list[float], list[float]]
@@ -240,34 +278,35 @@ def _interpolate(table: Table, x: int) -> float:
     return values[segment] + slopes[segment] * (x - knots[segment])
 
 
-def _segments(x: int, knots: tuple[int, ...]) -> list[float]:
+def _segments(x: int, knots: tuple[int, ...]) -> list[int]:
     """How much of `x` lies between each knot and the next."""
-    return [
-        float(min(max(x - begin, 0), end - begin))
-        for begin, end in zip(knots, (*knots[1:], math.inf), strict=True)
-    ]
+    last = bisect_right(knots, x) - 1
+    whole = [end - begin for begin, end in itertools.pairwise(knots[: last + 1])]
+    return [*whole, x - knots[last], *(0 for _ in knots[last + 1 :])]
 
 
 def fit(
-    steps: Sequence[tuple[StepShape, float]], *, token_tile: int = 1, num_rounds: int = 5
+    steps: Sequence[tuple[StepShape, float]], *, token_tile: int = 1, num_rounds: int = 10
 ) -> CostModel:
     """The cost model nearest to measured steps: their shapes and seconds.
 
     Minimises the sum of Huber's loss of the relative errors under weights that are not negative,
     by least squares that are weighted anew in each round, so that an outlier counts little. Knots
     between which nothing was measured are left out. ValueError for fewer than two steps, for
-    shapes of unlike query tiles, or seconds that are not positive.
+    shapes of unlike query tiles or empty ones, or seconds that are not positive.
     """
     shapes = [shape for shape, _ in steps]
     seconds = np.array([measured_s for _, measured_s in steps])
     query_tiles = {shape.query_tile for shape in shapes}
-    if len(steps) < 2 or len(query_tiles) != 1 or not (seconds > 0).all():
+    if len(steps) < 2 or len(query_tiles) != 1:
         raise ValueError(
             f"a fit needs two steps or more (got {len(steps)}), all of one query tile (got "
-            f"{sorted(query_tiles)}), and positive seconds"
+            f"{sorted(query_tiles)})"
         )
+    if not (np.isfinite(seconds) & (seconds > 0)).all() or not all(s.num_tokens for s in shapes):
+        raise ValueError("a fit needs steps of one token or more, and positive seconds")
     token_knots = _measured_knots(TOKEN_KNOTS, [shape.num_tokens for shape in shapes])
-    sample_knots = _measured_knots(SAMPLE_KNOTS, [shape.num_samples for shape in shapes])
+    sample_knots = _measured_knots(SAMPLE_KNOTS, [shape.num_logits for shape in shapes])
     model = CostModel(
         [0.0] * (1 + len(token_knots) + len(sample_knots) + 3),
         token_knots=token_knots,
@@ -276,14 +315,18 @@ def fit(
         query_tile=query_tiles.pop(),
     )
     features = np.array([model._features(shape) for shape in shapes]) / seconds[:, None]
+    if all(shape.num_logits == shape.num_spans for shape in shapes):
+        features[:, SPAN_FEATURE] = 0  # without drafts, what a span costs is in its row of the head
     trust = np.ones(len(steps))
     for _ in range(num_rounds):
         weights = _least_squares(features * trust[:, None], trust)
         errors = np.abs(features @ weights - 1)
         scale = max(float(np.median(errors)), 1e-6) * 2
         trust = np.sqrt(np.minimum(1, scale / np.maximum(errors, 1e-12)))
-    state = model.to_dict() | {"weights": weights.tolist()}
-    return CostModel.from_dict(state)
+    return CostModel.from_dict(model.to_dict() | {"weights": weights.tolist()})
+
+
+SPAN_FEATURE = -3
 
 
 def _measured_knots(knots: tuple[int, ...], measured: list[int]) -> tuple[int, ...]:
@@ -295,18 +338,33 @@ def _measured_knots(knots: tuple[int, ...], measured: list[int]) -> tuple[int, .
     return tuple(kept)
 
 
-def _least_squares(
-    matrix: npt.NDArray[np.float64], target: npt.NDArray[np.float64], num_sweeps: int = 500
-) -> npt.NDArray[np.float64]:
-    """Solve min |matrix w - target| under w >= 0, by coordinate descent on the normal equations."""
-    scale = np.maximum(np.linalg.norm(matrix, axis=0), 1e-300)
+Floats = npt.NDArray[np.float64]
+
+
+def _least_squares(matrix: Floats, target: Floats) -> Floats:
+    """Solve min |matrix w - target| under w >= 0, by the active sets of Lawson and Hanson (1974).
+
+    Columns that others make up stay at 0.
+    """
+    scale = np.linalg.norm(matrix, axis=0)
+    scale[scale == 0] = 1
     matrix = matrix / scale
-    gram, moment = matrix.T @ matrix, matrix.T @ target
-    weights = np.zeros(len(moment))
-    for _ in range(num_sweeps):
-        for i in range(len(weights)):
-            gradient = gram[i] @ weights - moment[i]
-            if gram[i, i] > 0:
-                weights[i] = max(0.0, weights[i] - gradient / gram[i, i])
-    solution: npt.NDArray[np.float64] = weights / scale
+    weights = np.zeros(matrix.shape[1])
+    free = np.zeros(matrix.shape[1], dtype=bool)
+    for _ in range(3 * len(weights)):
+        gain = np.where(free, 0, matrix.T @ (target - matrix @ weights))
+        if gain.max() <= 1e-9 * np.linalg.norm(target):
+            break
+        free[gain.argmax()] = True
+        while free.any():
+            trial = np.zeros_like(weights)
+            trial[free] = np.linalg.lstsq(matrix[:, free], target)[0]
+            if not (falls := free & (trial <= 0)).any():
+                weights = trial
+                break
+            # As far as the first weight that falls to 0, which then stays there.
+            reach = np.min(weights[falls] / np.maximum(weights[falls] - trial[falls], 1e-300))
+            weights = np.maximum(weights + reach * (trial - weights), 0)
+            free &= ~falls | (weights > 1e-12)
+    solution: Floats = weights / scale
     return solution

@@ -12,6 +12,8 @@ from scheduler.task import BatchPlan, Limits, Reason, StepView
 TTFT_SHARE = 0.25
 """A step without decodes lasts at most this share of the tightest time to first token: whoever
 comes meanwhile has to wait for its end."""
+SAFETY = 0.99
+"""Share of the time that is planned with; the rest is for what happens between two steps."""
 LEAST_CHUNK = 16
 """Prefill chunks of fewer tokens are not worth a span, unless they end the prompt."""
 TURN = 10
@@ -54,7 +56,7 @@ class _Planning:
         self._cost_model = cost_model
         self._view = view
         self._now = now
-        self._margin = 1 / (1 + 2 * cost_model.error)
+        self._margin = SAFETY / (1 + 2 * cost_model.error)
         self._token_s = self._alone_s(1, 1)
         self._decodes = [state for state in view.running if state.is_decoding]
         self._prefills = [state for state in view.running if not state.is_decoding]

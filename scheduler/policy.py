@@ -15,9 +15,9 @@ class StepPolicy:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    name: Literal["hybrid", "static", "decode_first", "prefill_first"] = "hybrid"
+    name: Literal["hybrid", "static", "decode_first", "prefill_first", "vllm"] = "hybrid"
     """`hybrid` is ours; `static` is vLLM's own, `decode_first` Sarathi-Serve's, `prefill_first`
-    that of XY-Serve's paper."""
+    that of XY-Serve's paper. `vllm` leaves vLLM's scheduler alone; there is none to simulate."""
     budget: int | None = None
     """Most tokens of one step, below the engine's own limit; `hybrid` needs none."""
     long_prefill_token_threshold: int = 0
@@ -36,7 +36,7 @@ class StepPolicy:
             )
 
     def make(self, limits: Limits, cost_model: CostModel) -> StepScheduler:
-        """The step scheduler of a worker."""
+        """The step scheduler of a worker; ValueError for `vllm`."""
         budget = min(self.budget or limits.max_num_batched_tokens, limits.max_num_batched_tokens)
         match self.name:
             case "hybrid":
@@ -54,3 +54,5 @@ class StepPolicy:
                 return PrefillFirst(
                     limits, cost_model, budget=budget, reserved_slots=self.reserved_slots
                 )
+            case "vllm":
+                raise ValueError("step_policy.name (vllm): vLLM decides its own steps, live only")

@@ -35,6 +35,7 @@ class Step:
         self._running = {state.request.request_id: state for state in view.running}
         self._admitted: list[RequestState] = []
         self._num_free_blocks = view.num_free_kv_blocks
+        self._num_shared_blocks = view.num_shared_kv_blocks
         self._tasks: dict[str, StageTask] = {}
         self._deferred: dict[str, Reason] = {}
         self._preempted: list[str] = []
@@ -160,6 +161,7 @@ class Step:
         del self._running[request_id]
         if request_id in self._tasks:
             self._remove(victim)
-        self._num_free_blocks += self._limits.num_blocks(victim.num_computed_tokens)
+        num_blocks = self._limits.num_blocks(victim.num_computed_tokens)
+        self._num_free_blocks += num_blocks - self._num_shared_blocks.get(request_id, 0)
         self._preempted.append(request_id)
         self._deferred[request_id] = Reason.PREEMPTED

@@ -1,7 +1,7 @@
 """What a step is made of: spans of tokens by stage, what was put off, and how long it takes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
@@ -127,6 +127,9 @@ class StepView:
     waiting: Sequence[RequestState]
     """Those that can take one, by (priority, arrival); preempted ones first."""
     num_free_kv_blocks: int
+    num_shared_kv_blocks: Mapping[str, int] = field(default_factory=dict)
+    """Of those that run, by id, the blocks that others hold too, so that preemption does not free
+    them; those with none may be left out."""
 
 
 class StepScheduler(Protocol):

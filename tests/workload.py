@@ -1,12 +1,16 @@
 """Prompts for tests and benchmarks: the full sets where they are at hand, else small copies."""
 
-import csv
-import gzip
+import itertools
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+
+from tokenizers import Tokenizer
+
+from scheduler.trace import read_trace
 
 _COPY = Path(__file__).parent / "data"
 _FULL = Path(os.environ.get("XYSERVE_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -33,6 +37,20 @@ def instructions() -> list[str]:
         return [json.loads(line)["turns"][0] for line in lines]
 
 
+def prompts_of(tokenizer: Tokenizer, lengths: Iterable[int]) -> list[list[int]]:
+    """Token ids of one prompt for each length, each beginning with a text of its own."""
+    texts = instructions()
+    Random(0).shuffle(texts)
+    endless = itertools.cycle(texts)
+    prompts = []
+    for length in lengths:
+        prompt: list[int] = []
+        while len(prompt) < length:
+            prompt += tokenizer.encode(next(endless) + "\n").ids
+        prompts.append(prompt[:length])
+    return prompts
+
+
 def conversation_lengths() -> list[tuple[int, int]]:
     """Prompt and output tokens of requests to a chat service (Azure 2023), in order of arrival.
 
@@ -57,19 +75,16 @@ def has_traces() -> bool:
     return (_FULL / "traces").is_dir()
 
 
+def find_trace(trace: str) -> Path:
+    """The file of a trace; without the data sets there is none."""
+    [path] = (_FULL / "traces").glob(f"{trace}.*")
+    return path
+
+
 def trace_lengths(trace: str) -> list[tuple[int, int]]:
     """Prompt and output tokens of each request of a trace, in order of arrival."""
-    folder = _FULL / "traces"
-    if (path := folder / f"{trace}.csv").exists():
-        with path.open() as lines:
-            return [
-                (int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-                for row in csv.DictReader(lines)
-            ]
-    path = folder / f"{trace}.jsonl"
-    with path.open() if path.exists() else gzip.open(f"{path}.gz", "rt") as lines:
-        requests = [json.loads(line) for line in lines]
-    return [(request["input_length"], request["output_length"]) for request in requests]
+    arrivals = read_trace(find_trace(trace))
+    return [(a.request.num_prompt_tokens, a.num_output_tokens) for a in arrivals]
 
 
 def mixed_step(

@@ -1,10 +1,28 @@
-"""The measured table of row tiles as the command line shows it, and measuring it anew."""
+"""What is measured on this machine, as the command line shows it, and measuring it anew."""
 
+import multiprocessing
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+from scheduler.policy import StepPolicy
+from workers.cpus import claim_cpus
+from workers.engine_profile import (
+    EngineProfile,
+    load_profile,
+    profile_key,
+    profile_path,
+    save_profile,
+)
 from workers.kernels import calibration, native, tiles
+from workers.worker import WorkerConfig
+
+Progress = Callable[[float], None]
+"""Told the share that is done, 0 to 1."""
+
+ENGINE_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +54,59 @@ def current_calibration() -> Calibration:
     )
 
 
-def calibrate(progress: Callable[[float], None]) -> Calibration:
+def calibrate(progress: Progress) -> Calibration:
     """Measure and save the table, telling `progress` the share done; OSError: cannot be saved."""
     calibration.save(calibration.measure(progress))
     return current_calibration()
+
+
+class EngineNotMeasured(RuntimeError):
+    """The engine did not start, or failed while it was measured."""
+
+
+def current_profile(model: str, config: WorkerConfig) -> tuple[EngineProfile | None, Path]:
+    """What workers of `config` on this machine predict steps by, and where it lies, or would."""
+    key = profile_key(model, config)
+    return load_profile(key), profile_path(key)
+
+
+def calibrate_engine(model: str, config: WorkerConfig, progress: Progress) -> EngineProfile:
+    """Measure the steps of an engine, in full, and save what comes of it; takes minutes.
+
+    It runs in a process with the environment and the cores of a worker. EngineNotMeasured if it
+    fails; OSError: what was measured cannot be saved.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_engine, args=(theirs, model, config), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process ends the pipe
+    try:
+        while not isinstance(message := ours.recv(), EngineProfile):
+            if isinstance(message, Exception):
+                raise EngineNotMeasured(str(message)) from message
+            progress(message)
+    except EOFError:
+        process.join()
+        raise EngineNotMeasured(f"its process ended with {process.exitcode}") from None
+    finally:
+        process.kill()  # nothing of vLLM's is worth putting away
+        process.join()
+    save_profile(profile_key(model, config), message)
+    return message
+
+
+def _measure_engine(pipe: Connection, model: str, config: WorkerConfig) -> None:
+    os.environ.update(config.thread_env | ENGINE_ENV)
+    try:
+        if config.device == "cpu":
+            claim_cpus(config.cpus).pin_process()
+        from workers.vllm_engine import VllmEngine  # it reads the environment
+
+        own_scheduler = replace(
+            config, calibrate_at_start=False, step_policy=StepPolicy(), record=None
+        )
+        engine = VllmEngine(model, own_scheduler)
+        pipe.send(engine.measure("full", pipe.send))
+    except Exception as error:
+        pipe.send(EngineNotMeasured(f"{type(error).__name__}: {error}"))

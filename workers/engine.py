@@ -1,6 +1,7 @@
 """What a worker asks of an inference engine, and how one is configured."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from scheduler.request import Request
@@ -96,6 +97,9 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """Count what runs and waits."""
+
+    def record(self, path: Path) -> None:
+        """Write every decision from now on to a new file; called before the first request."""
 
     def shutdown(self) -> None:
         """Release everything."""

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Read by vLLM when it is imported: without it, the executor would move to a child process.
@@ -18,8 +19,11 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.request import Request
 from workers.engine import EngineStats, StepOutput
+from workers.engine_profile import Depth, EngineProfile
 from workers.token_stream import StreamAddress
 from workers.vllm_plugin import QUANTIZATION
+from workers.vllm_profile import Progress, calibrated_cost_model, measure
+from workers.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.worker import WorkerConfig
 
 GIB = 1 << 30
@@ -59,9 +63,21 @@ class VllmEngine:
     def __init__(self, model: str, config: WorkerConfig) -> None:
         """Load `model`; takes seconds, and for the life of the process no second engine fits."""
         vllm_config = engine_args(model, config).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        scheduler_config = vllm_config.scheduler_config
+        if config.step_policy.name != "vllm" and scheduler_config.scheduler_cls is None:
+            scheduler_config.scheduler_cls = (
+                PlannedAsyncScheduler if scheduler_config.async_scheduling else PlannedScheduler
+            )
         self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
+        self._policy = config.step_policy
+        self._planned: PlannedScheduler | None = None
+        if isinstance(scheduler := self._core.scheduler, PlannedScheduler):
+            if config.calibrate_at_start:
+                scheduler.cost_model = calibrated_cost_model(self._core, model, config)
+            scheduler.step_scheduler = self._policy.make(scheduler.limits, scheduler.cost_model)
+            self._planned = scheduler
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._encode = encoder()
         self._clients: list[StreamAddress] = []
@@ -75,7 +91,10 @@ class VllmEngine:
             self._clients.append(client)
         # vLLM groups the outputs of a step by this index.
         core_request.client_index = self._clients.index(client)
-        self._core.add_request(*self._core.preprocess_add_request(core_request))
+        preprocessed, wave = self._core.preprocess_add_request(core_request)
+        if self._planned:
+            self._planned.expect(request)
+        self._core.add_request(preprocessed, wave)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Forget these requests."""
@@ -108,6 +127,19 @@ class VllmEngine:
         running, waiting = self._core.scheduler.get_request_counts()
         return EngineStats(running, waiting, self._core.scheduler.get_kv_cache_usage())
 
+    def record(self, path: Path) -> None:
+        """Write every decision to `path`; ValueError if another scheduler takes them."""
+        if self._planned is None:
+            raise ValueError(f"{type(self._core.scheduler).__name__} keeps no record: {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._planned.record(path.open("w", buffering=1), self._policy)
+
+    def measure(self, depth: Depth, progress: Progress) -> EngineProfile:
+        """Measure its steps, seconds or minutes; it must be idle and have a scheduler of ours."""
+        return measure(self._core, depth, progress)
+
     def shutdown(self) -> None:
         """Release vLLM's resources."""
+        if self._planned and self._planned.recorder:
+            self._planned.recorder.close()
         self._core.shutdown()

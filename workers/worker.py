@@ -5,10 +5,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import psutil
 
+from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from workers.cpus import CpuClaim, claim_cpus
 from workers.engine import Engine, EngineConfig
@@ -32,10 +34,17 @@ class WorkerConfig:
     """On the CPU: our GEMM, attention and forward pass, or vLLM's own."""
     weight_format: Literal["auto", "int8", "int4"] = "auto"
     """How our kernels keep weights; `auto` loses nothing: bf16 if the checkpoint is, else fp32."""
+    calibrate_at_start: bool = True
+    """Measure the engine's steps at its first start on a machine, some ten seconds long, so that
+    their times can be predicted; `xyserve calibrate` does it more exactly."""
     step_timeout_s: float = 120.0
     """A step that runs longer makes the worker unhealthy, and Serve replaces it."""
     report_interval_s: float = 0.25
     """Least time between two reports of load to the GlobalScheduler."""
+    step_policy: StepPolicy = field(default_factory=StepPolicy)
+    """Who decides what each step computes."""
+    record: str | None = None
+    """Write every decision to `<record>.<worker id>.jsonl` on the worker's node, to be replayed."""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
@@ -50,6 +59,10 @@ class WorkerConfig:
         if self.weight_format != "auto" and not self.uses_own_kernels:
             raise ValueError(
                 f"weight_format ({self.weight_format}) needs device: cpu and kernels: xyserve"
+            )
+        if self.record is not None and self.step_policy.name == "vllm":
+            raise ValueError(
+                f"record ({self.record}) needs a step_policy of ours: vllm's decisions are its own"
             )
 
     @property
@@ -124,7 +137,7 @@ class Worker:
             self._cpus = claim_cpus(config.cpus)
             self._cpus.pin_process()
         try:
-            self._loop = EngineLoop(make_engine, self._report_load)
+            self._loop = EngineLoop(lambda: self._recorded(make_engine()), self._report_load)
         except BaseException:
             self._release_cpus()
             raise
@@ -182,6 +195,11 @@ class Worker:
         """End the engine and give the cores back."""
         self._loop.stop()
         self._release_cpus()
+
+    def _recorded(self, engine: Engine) -> Engine:
+        if self._config.record is not None:
+            engine.record(Path(f"{self._config.record}.{self.worker_id}.jsonl"))
+        return engine
 
     def _release_cpus(self) -> None:
         if self._cpus:

@@ -30,7 +30,6 @@ llama.cpp is run by the interpreter --llama-python; to make one (it compiles for
 import argparse
 import hashlib
 import inspect
-import itertools
 import json
 import multiprocessing
 import os
@@ -52,7 +51,7 @@ from tokenizers import Tokenizer
 
 from cluster.model import DEFAULT_MODEL, SOURCE, home, resolve_model
 from tests.bench.report import publish
-from tests.workload import conversation_lengths, instructions
+from tests.workload import conversation_lengths, prompts_of
 from workers.engine import EngineConfig
 from workers.worker import WorkerConfig
 
@@ -278,18 +277,8 @@ def gguf_file() -> Path:
 
 def make_prompts(tokenizer: Tokenizer, count: int, clip: tuple[int, int]) -> Prompts:
     """Prompts as long as the trace's, within `clip`, each beginning with a text of its own."""
-    draw = random.Random(0)
-    texts = instructions()
-    draw.shuffle(texts)
-    endless = itertools.cycle(texts)
-    prompts = []
-    for length, _ in draw.choices(conversation_lengths(), k=count):
-        length = min(max(length, clip[0]), clip[1])
-        prompt: list[int] = []
-        while len(prompt) < length:
-            prompt += tokenizer.encode(next(endless) + "\n").ids
-        prompts.append(prompt[:length])
-    return prompts
+    lengths = random.Random(0).choices(conversation_lengths(), k=count)
+    return prompts_of(tokenizer, (min(max(length, clip[0]), clip[1]) for length, _ in lengths))
 
 
 def make_cases(tokenizer: Tokenizer, options: argparse.Namespace, rival: str | None) -> list[Case]:

@@ -34,7 +34,7 @@ from cluster.config import parse_args
 from cluster.model import resolve_model
 from tests.bench.overhead import running_app
 from tests.bench.report import publish
-from tests.workload import instructions, questions
+from tests.workload import prompts_of, questions
 
 CHAT_TOKENS, DOCUMENT_TOKENS = 100, 16
 CHAT_TTFT_S = 2.0
@@ -115,6 +115,17 @@ async def workload(
     return answers
 
 
+async def warm_up(handle: XYServe) -> None:
+    """Requests that let both workers run each kind of step once."""
+    answers = [Answer(True, time.perf_counter()) for _ in range(8)]
+    await asyncio.gather(
+        *(
+            ask(handle, prompt, answer, max_tokens=8)
+            for prompt, answer in zip(questions(8), answers, strict=True)
+        )
+    )
+
+
 def figures(answers: list[Answer], options: argparse.Namespace) -> dict[str, float]:
     """What a user would have seen."""
     chats = [answer for answer in answers if answer.is_chat]
@@ -139,19 +150,6 @@ def figures(answers: list[Answer], options: argparse.Namespace) -> dict[str, flo
     }
 
 
-def make_documents(model: str, length: int, count: int) -> list[list[int]]:
-    """Token ids of texts of `length` tokens; each begins in a way of its own."""
-    tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-    texts = itertools.cycle(instructions())
-    documents = []
-    for _ in range(count):
-        document: list[int] = []
-        while len(document) < length:
-            document += tokenizer.encode(next(texts) + "\n").ids
-        documents.append(document[:length])
-    return documents
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -168,7 +166,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8124)
     options = parser.parse_args()
     model = resolve_model(parse_args({}).model)
-    documents = make_documents(model, options.document, int(options.seconds))
+    tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    documents = prompts_of(tokenizer, [options.document] * int(options.seconds))
     seen: dict[str, list[dict[str, float]]] = {policy: [] for policy in options.policies}
     for _ in range(options.rounds):
         for policy in options.policies:
@@ -180,7 +179,7 @@ def main() -> None:
                 },
             }
             with running_app(args, options.port) as handle:
-                asyncio.run(workload_warm(handle))
+                asyncio.run(warm_up(handle))
                 answers = asyncio.run(workload(handle, documents, options))
             seen[policy].append(figures(answers, options))
             print(policy, {k: round(v, 2) for k, v in seen[policy][-1].items()}, flush=True)
@@ -193,17 +192,6 @@ def main() -> None:
         f"{p}_{key}": value for p, median in medians.items() for key, value in median.items()
     }
     publish("Long prompts into running decodes, two CPU workers", rows, summary, options.json)
-
-
-async def workload_warm(handle: XYServe) -> None:
-    """Requests that let both workers run each kind of step once."""
-    answers = [Answer(True, time.perf_counter()) for _ in range(8)]
-    await asyncio.gather(
-        *(
-            ask(handle, prompt, answer, max_tokens=8)
-            for prompt, answer in zip(questions(8), answers, strict=True)
-        )
-    )
 
 
 if __name__ == "__main__":

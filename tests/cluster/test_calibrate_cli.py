@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from tests.workers.tiny_models import write_checkpoint
 from workers.kernels import calibration, native
 from workers.kernels.tiles import TileCosts, default_costs, row_tiles
 
@@ -22,7 +24,7 @@ def refuse(name, *args, load=ctypes.CDLL, **options):
         raise OSError(f"{name}: cannot open shared object file")
     return load(name, *args, **options)
 ctypes.CDLL = refuse
-sys.argv = ["xyserve", "calibrate"]
+sys.argv = ["xyserve", "calibrate", "--kernels-only"]
 from cluster.cli import main
 main()
 """
@@ -64,7 +66,7 @@ def cells(output: str) -> list[list[str]]:
 
 
 def test_it_shows_the_built_in_table_beside_the_measured_one(measured: list[TileCosts]) -> None:
-    result = CliRunner().invoke(app, ["calibrate"])
+    result = CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
     built_in = default_costs(HEIGHT)
     heights = [
@@ -80,9 +82,9 @@ def test_it_shows_the_built_in_table_beside_the_measured_one(measured: list[Tile
 
 
 def test_a_second_time_it_only_shows_what_was_measured(measured: list[TileCosts]) -> None:
-    CliRunner().invoke(app, ["calibrate"])
+    CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
-    again = CliRunner().invoke(app, ["calibrate"])
+    again = CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
     assert again.exit_code == 0
     assert cells(again.stdout)[-1] == sums(33, FLAT)
@@ -93,9 +95,9 @@ def test_a_second_time_it_only_shows_what_was_measured(measured: list[TileCosts]
 def test_force_measures_anew(measured: list[TileCosts]) -> None:
     rising = TileCosts(tuple(float(height) for height in range(1, HEIGHT + 1)))
     measured.append(rising)
-    CliRunner().invoke(app, ["calibrate"])
+    CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
-    forced = CliRunner().invoke(app, ["calibrate", "--force"])
+    forced = CliRunner().invoke(app, ["calibrate", "--kernels-only", "--force"])
 
     assert forced.exit_code == 0
     assert cells(forced.stdout)[-1] == sums(33, FLAT, rising)
@@ -107,7 +109,7 @@ def test_a_damaged_table_is_measured_anew_without_force(measured: list[TileCosts
     calibration.path().parent.mkdir(parents=True)
     calibration.path().write_text("{")
 
-    result = CliRunner().invoke(app, ["calibrate"])
+    result = CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
     assert result.exit_code == 0
     assert "built-in" in result.stdout
@@ -120,7 +122,7 @@ def test_a_cache_folder_that_takes_no_file_is_an_error(
     (cache / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
 
-    result = CliRunner().invoke(app, ["calibrate"])
+    result = CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
     assert (result.exit_code, result.stdout) == (1, "")
     assert f"Error: cannot write {calibration.path()}" in result.stderr
@@ -136,3 +138,54 @@ def test_without_the_library_it_says_how_to_build_it() -> None:
     assert "Error: the native kernels cannot be loaded" in result.stderr
     assert "make install" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def write_config(path: Path, model: Path) -> Path:
+    worker = {
+        "engine": {
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 64,
+            "max_model_len": 256,
+            "kv_cache_gib": 0.01,
+            "block_size": 32,
+            "extra_args": {"skip_tokenizer_init": True},
+        }
+    }
+    app = {"import_path": "cluster.app:build_app", "args": {"model": str(model), "worker": worker}}
+    path.write_text(yaml.safe_dump({"applications": [app]}))
+    return path
+
+
+def test_it_measures_the_steps_of_a_configs_engine_once(
+    measured: list[TileCosts], tmp_path: Path
+) -> None:
+    write_checkpoint("llama", tmp_path / "llama")
+    config = str(write_config(tmp_path / "config.yaml", tmp_path / "llama"))
+
+    first = CliRunner().invoke(app, ["calibrate", config])
+    again = CliRunner().invoke(app, ["calibrate", config])
+
+    assert first.exit_code == again.exit_code == 0
+    [path] = (tmp_path / "xyserve" / "calibration").glob("engine-llama-*.json")
+    assert f"Written to {path}" in first.stdout
+    assert f"Measured before: {path}" in again.stdout
+    title = "Steps that the cost model was not fitted to: 12 of 40"
+    assert (
+        first.stdout.partition(title)[2].splitlines()[:16]
+        == (again.stdout.partition(title)[2].splitlines()[:16])
+    )
+    assert "Median error: " in first.stdout
+    assert len([row for row in cells(first.stdout) if row[-1].endswith("%")]) == 12
+
+
+def test_an_engine_that_does_not_start_is_an_error(
+    measured: list[TileCosts], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    config = write_config(tmp_path / "config.yaml", tmp_path / "empty")
+
+    result = CliRunner().invoke(app, ["calibrate", str(config)])
+
+    assert result.exit_code == 1
+    assert f"Error: the engine of {config} cannot be measured: " in result.stderr
+    assert not list(tmp_path.rglob("engine-*"))

@@ -3,7 +3,7 @@
 import pytest
 
 from scheduler.baselines import DecodeFirst
-from scheduler.hybrid import LEAST_CHUNK, PATIENCE_S, TURN, HybridScheduler
+from scheduler.hybrid import LEAST_CHUNK, PATIENCE_S, SAFETY, TURN, HybridScheduler
 from scheduler.request import RequestState, Slo
 from scheduler.task import BatchPlan, StepView
 from tests.scheduler.scenes import (
@@ -29,8 +29,8 @@ def plan(of: StepView, now: float = 1.0) -> BatchPlan:
 def test_a_long_prompt_takes_only_the_time_that_decodes_can_spare() -> None:
     chunk = tokens(plan(view([decoding("a", slo=CHAT)], [waiting("long", 5000)])))["long"]
 
-    assert FIXED_S + (1 + chunk) * TOKEN_S <= CHAT.tpot_s
-    assert FIXED_S + (2 + chunk) * TOKEN_S > CHAT.tpot_s  # and not a token less
+    assert FIXED_S + (1 + chunk) * TOKEN_S <= SAFETY * CHAT.tpot_s
+    assert FIXED_S + (2 + chunk) * TOKEN_S > SAFETY * CHAT.tpot_s  # and not a token less
 
 
 def test_a_step_without_targets_takes_the_whole_budget() -> None:
@@ -66,7 +66,7 @@ def test_a_shorter_prompt_passes_a_long_one_that_runs() -> None:
     made = plan(view([decoding("a", slo=CHAT), long], [short]))
 
     assert tokens(made)["short"] == 50
-    assert tokens(made)["long"] == 100 - 10 - 1 - 50
+    assert tokens(made)["long"] == 99 - 10 - 1 - 50
 
 
 def test_of_two_that_cannot_both_be_on_time_the_longer_waits() -> None:
@@ -142,7 +142,7 @@ def test_what_fits_is_taken_when_the_first_does_not_fit_the_kv_cache() -> None:
 
     made = plan(view([decoding("a", slo=CHAT)], [big, small], num_free_kv_blocks=20))
 
-    assert tokens(made) == {"a": 1, "small": 89}
+    assert tokens(made) == {"a": 1, "small": 88}
     assert reasons(made) == {"big": "kv"}
 
 

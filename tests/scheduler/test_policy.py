@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scheduler.policy import StepPolicy
 from scheduler.request import Request, RequestState, Slo
 from scheduler.task import BatchPlan, Limits, Stage, StepView
-from tests.scheduler.scenes import cost_model
+from tests.scheduler.scenes import LIMITS, cost_model
 
 POLICIES = [
     StepPolicy(),
@@ -163,3 +163,8 @@ def test_nothing_is_idle_while_work_fits(
     if not plan.tasks:
         assert not view.running or plan.preempted
         assert plan.preempted or not fits
+
+
+def test_vllms_own_scheduler_cannot_be_made() -> None:
+    with pytest.raises(ValueError, match="live only"):
+        StepPolicy(name="vllm").make(LIMITS, cost_model())

@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import msgspec
 
@@ -45,6 +46,7 @@ class FakeEngine:
         self.runs_model = True
         """Whether steps find something to compute."""
         self.is_shut_down = False
+        self.record_path: Path | None = None
         self.threads: set[str] = set()
         """Names of the threads that used the engine."""
         self._max_num_seqs = max_num_seqs
@@ -88,6 +90,10 @@ class FakeEngine:
             raise self.stats_error
         num_running = min(len(self._sequences), self._max_num_seqs)
         return EngineStats(num_running, len(self._sequences) - num_running, num_running / 8)
+
+    def record(self, path: Path) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.record_path = path
 
     def shutdown(self) -> None:
         self.threads.add(threading.current_thread().name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.cpus import claim_cpus
@@ -342,3 +343,16 @@ def test_a_worker_whose_engine_cannot_be_made_raises_its_error_and_gives_its_cor
 def test_a_config_refuses_what_is_not_positive(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"^{name} \({value}\) must be positive$"):
         WorkerConfig(**{name: value})
+
+
+async def test_a_worker_records_under_its_own_name(make_setup: MakeSetup) -> None:
+    setup = make_setup(record="/runs/night")
+
+    assert setup.engine.record_path == Path("/runs/night.w.jsonl")
+    assert setup.engine.threads == {"engine"}
+    assert make_setup().engine.record_path is None
+
+
+def test_there_is_nothing_to_record_of_vllms_own_scheduler() -> None:
+    with pytest.raises(ValueError, match=r"record \(night\) needs a step_policy of ours"):
+        WorkerConfig(step_policy=StepPolicy(name="vllm"), record="night")

@@ -1,0 +1,215 @@
+"""A small trace live on two CPU workers, and the same trace simulated.
+
+    python -m tests.bench.fidelity --json fidelity.json
+
+The simulated workers take the steps' times from the profile of `xyserve calibrate` (measured first,
+for some minutes, if there is none), and are planned by the same scheduler. Requests are the first
+of the Azure conversation trace, of clipped lengths, at `--rate` times what one request at a time
+would allow; they are sent by the client handle, and times are taken there.
+
+Keys of the summary: `ttft_error`, `tpot_error` and `makespan_error`, relative errors of the means
+(of the makespan itself); `step_median_error`, the median relative error of the predicted seconds of
+the live steps. Medians over the rounds.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from tokenizers import Tokenizer
+
+from cluster.client import XYServe
+from cluster.config import AppConfig, parse_args
+from cluster.model import resolve_model
+from scheduler.cost_model import CostModel
+from scheduler.device import DeviceProfile
+from scheduler.policy import StepPolicy
+from scheduler.record import replay
+from scheduler.request import Request, Slo
+from scheduler.simulator import simulate
+from scheduler.task import Limits
+from scheduler.trace import Arrival
+from tests.bench.overhead import running_app
+from tests.bench.report import publish
+from tests.workload import conversation_lengths, prompts_of
+from workers.calibrate import calibrate_engine, current_profile
+
+TTFT_MS, TPOT_MS = 10_000, 250
+
+
+@dataclass(slots=True)
+class Answer:
+    """When a request was sent and its tokens came, from the start of the run."""
+
+    sent_s: float
+    token_s: list[float] = field(default_factory=list)
+
+
+def calibrated_device(model: str, config: AppConfig) -> DeviceProfile:
+    """What a worker of `config` is to the simulator; measured now if it was not in full before."""
+    profile, _ = current_profile(model, config.worker)
+    if profile is None or profile.depth != "full":
+        with Progress(console=Console(stderr=True)) as bars:
+            bar = bars.add_task("Measuring the engine's steps", total=1.0)
+            profile = calibrate_engine(
+                model, config.worker, lambda share: bars.update(bar, completed=share)
+            )
+    engine = config.worker.engine
+    return DeviceProfile(
+        name="this machine",
+        source="xyserve calibrate",
+        modelled=False,
+        cost_model=CostModel.from_dict(profile.cost_model),
+        limits=Limits(
+            engine.max_num_seqs,
+            engine.max_num_batched_tokens,
+            profile.kv_block_size,
+            profile.num_kv_blocks,
+        ),
+    )
+
+
+def make_arrivals(
+    device: DeviceProfile, num_requests: int, num_workers: int, rate: float
+) -> list[Arrival]:
+    """The trace's requests, with Poisson-like gaps scaled to the load of this machine."""
+    lengths = [
+        (min(max(prompt, 16), 400), min(max(output, 8), 100))
+        for prompt, output in conversation_lengths()[:num_requests]
+    ]
+    alone_s = 0.0
+    for prompt, output in lengths:
+        shape = device.cost_model.shape()
+        shape.add(prompt, prompt, 1)
+        alone_s += device.cost_model.predict(shape)
+        shape = device.cost_model.shape()
+        shape.add(1, prompt, 1)
+        alone_s += output * device.cost_model.predict(shape)
+    gap_s = alone_s / num_requests / num_workers / rate
+    slo = Slo(TTFT_MS / 1000, TPOT_MS / 1000)
+    return [
+        # Gaps between half and one and a half of the mean: neither in step nor in clumps.
+        Arrival(
+            Request(str(index), prompt, output, slo=slo),
+            gap_s * (index + 0.5 * (index * 7 % 11) / 11),
+            output,
+        )
+        for index, (prompt, output) in enumerate(lengths)
+    ]
+
+
+async def live(handle: XYServe, arrivals: list[Arrival], prompts: list[list[int]]) -> list[Answer]:
+    """Send each request at its time and note when its tokens come."""
+    began_s = time.perf_counter() + 0.5
+
+    async def one(arrival: Arrival, prompt: list[int]) -> Answer:
+        await asyncio.sleep(began_s + arrival.arrival_s - time.perf_counter())
+        answer = Answer(time.perf_counter() - began_s)
+        stream = handle.stream_async(
+            prompt,
+            max_tokens=arrival.num_output_tokens,
+            temperature=0,
+            ignore_eos=True,
+            return_token_ids=True,
+            slo_ttft_ms=TTFT_MS,
+            slo_tpot_ms=TPOT_MS,
+        )
+        async for chunk in stream:
+            count = sum(len(choice.token_ids or ()) for choice in chunk.choices)
+            answer.token_s += [time.perf_counter() - began_s] * count
+        return answer
+
+    return await asyncio.gather(*map(one, arrivals, prompts))
+
+
+def figures_of_answers(answers: list[Answer]) -> dict[str, float]:
+    """Means over the requests, and the time from the first sent to the last token."""
+    tpots = [
+        (answer.token_s[-1] - answer.token_s[0]) / (len(answer.token_s) - 1) for answer in answers
+    ]
+    return {
+        "ttft_s": statistics.mean(answer.token_s[0] - answer.sent_s for answer in answers),
+        "tpot_s": statistics.mean(tpots),
+        "makespan_s": max(answer.token_s[-1] for answer in answers)
+        - min(answer.sent_s for answer in answers),
+    }
+
+
+def step_errors(folder: Path) -> list[float]:
+    """Relative errors of the predicted seconds of all recorded steps."""
+    errors = []
+    for record in folder.glob("*.jsonl"):
+        with record.open() as lines:
+            for report, plan in replay(lines):
+                if plan != report.plan:
+                    raise SystemExit(f"{record}: step {report.step} comes out otherwise in replay")
+                if plan.tasks:
+                    errors.append(abs(report.plan.predicted_s / report.measured_s - 1))
+    return errors
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=80)
+    parser.add_argument("--rate", type=float, default=0.9)
+    parser.add_argument("--port", type=int, default=8125)
+    options = parser.parse_args()
+    args: dict[str, Any] = {
+        "num_workers": 2,
+        "worker": {"engine": {"dtype": "float32", "max_num_seqs": 32}},
+    }
+    config = parse_args(args)
+    model = resolve_model(config.model)
+    device = calibrated_device(model, config)
+    arrivals = make_arrivals(device, options.requests, 2, options.rate)
+    tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    prompts = prompts_of(tokenizer, [a.request.num_prompt_tokens for a in arrivals])
+    rows = []
+    for index in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            args["worker"]["record"] = str(Path(folder) / "record")
+            with running_app(args, options.port) as handle:
+                asyncio.run(live(handle, arrivals[:4], prompts[-4:]))  # each kind of step once
+                answers = asyncio.run(live(handle, arrivals, prompts))
+            errors = step_errors(Path(folder))
+        measured = figures_of_answers(answers)
+        sent = [
+            replace(arrival, arrival_s=answer.sent_s)
+            for arrival, answer in zip(arrivals, answers, strict=True)
+        ]
+        summary = simulate(sent, device, policy=StepPolicy(), num_workers=2).summary
+        simulated = {
+            "ttft_s": summary.ttft_s.mean,
+            "tpot_s": summary.tpot_s.mean,
+            "makespan_s": summary.makespan_s,
+        }
+        rows.append(
+            {"round": index, "step_median_error": statistics.median(errors)}
+            | {f"live {key}": value for key, value in measured.items()}
+            | {f"simulated {key}": value for key, value in simulated.items()}
+            | {
+                key.replace("_s", "_error"): abs(simulated[key] / value - 1)
+                for key, value in measured.items()
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    keys = ("ttft_error", "tpot_error", "makespan_error", "step_median_error")
+    medians = {key: statistics.median(row[key] for row in rows) for key in keys}
+    publish("Simulated against measured, two CPU workers", rows, medians, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""How much load each step scheduler carries before requests miss their targets, simulated.
+
+    python -m tests.bench.scheduler --json scheduler.json
+
+Capacity is the highest rate at which 90% of the requests meet both of their targets: time to first
+token, and mean time per output token. All schedulers plan with the device's own cost model, on the
+same requests. A baseline's capacity is the highest of its settings:
+
+    static          vLLM's: budgets of 512, 1024, 2048, 8192 tokens
+    decode_first    Sarathi-Serve's: budgets of 256, 512, 1024, 2048
+    prefill_first   of XY-Serve's paper: 512, 2048, 4096, with 64 slots, and 2048 with 256
+
+Scenes are a trace and a pair of targets. Targets are multiples of what the device does unloaded:
+of the time to first token of the trace's 90th percentile prompt (at least of 1,000 tokens), and of
+a step that decodes 16 requests of the trace's mean length. `tight` is 4 and 2.5 times these,
+`loose` 12 and 6. Rates are changed by scaling times between arrivals, and searched by bisection,
+to 2%. In the agent trace these are the starts of sessions, whose calls follow each other; a session
+is served several times, as another one that shares no prefix.
+
+Keys of the summary: `TRACE_TARGETS` is the hybrid scheduler's capacity over that of the best
+baseline, `capacity_geomean` and `capacity_min` are over all scenes.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scheduler.device import DeviceProfile, read_device
+from scheduler.policy import StepPolicy
+from scheduler.request import Slo
+from scheduler.simulator import simulate
+from scheduler.trace import (
+    Arrival,
+    clip_lengths,
+    first_requests,
+    read_trace,
+    scale_rate,
+    with_max_tokens,
+    with_slo,
+)
+from tests.bench.report import publish
+from tests.workload import find_trace, has_traces
+
+TRACES = ("azure_2023_code", "azure_2023_conv", "mooncake_conversation", "agent_prefix")
+TARGETS = {"tight": (4.0, 2.5), "loose": (12.0, 6.0)}
+ATTAINMENT = 0.9
+PRECISION = 1.02
+HIGHEST = 1000
+"""No trace should have to come so many times as fast."""
+MAX_MODEL_LEN = 131_072
+MAX_TOKENS = 2048
+AGENT_COPIES = 8
+"""Of the sessions; they are served by one worker, which fewer would not fill."""
+
+HYBRID = StepPolicy()
+BASELINES = (
+    *(StepPolicy(name="static", budget=budget) for budget in (512, 1024, 2048, 8192)),
+    *(StepPolicy(name="decode_first", budget=budget) for budget in (256, 512, 1024, 2048)),
+    *(
+        StepPolicy(name="prefill_first", budget=budget, reserved_slots=slots)
+        for budget, slots in ((512, 64), (2048, 64), (4096, 64), (2048, 256))
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Requests with targets, and where they are served."""
+
+    trace: str
+    targets: str
+    arrivals: list[Arrival]
+    device: DeviceProfile
+    num_workers: int
+
+    def attains(self, policy: StepPolicy, rate: float) -> bool:
+        """Whether enough requests meet their targets at this rate."""
+        result = simulate(
+            scale_rate(self.arrivals, rate),
+            self.device,
+            policy=policy,
+            num_workers=self.num_workers,
+        )
+        met = statistics.mean(outcome.met_targets for outcome in result.outcomes)
+        return met >= ATTAINMENT
+
+    def capacity(self, policy: StepPolicy, least: float = 0.0) -> float:
+        """The highest rate that `policy` attains, or `least` if that is not below it."""
+        if least and not self.attains(policy, least * PRECISION):
+            return least
+        low, high = least * PRECISION or 1e-3, (least or 1.0) * 2
+        while self.attains(policy, high):
+            low, high = high, high * 2
+            if high > HIGHEST:
+                raise SystemExit(f"{self.trace}: too few requests to load {self.device.name}")
+        while high / low > PRECISION:
+            middle = (low * high) ** 0.5
+            if self.attains(policy, middle):
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+def repeated(sessions: list[Arrival], times: int) -> list[Arrival]:
+    """Copies of all sessions, one after another, with prefixes of their own."""
+    length_s = max(arrival.arrival_s for arrival in sessions if arrival.after is None)
+    num_ids = 1 + max(max(arrival.hash_ids, default=0) for arrival in sessions)
+    return [
+        replace(
+            arrival,
+            request=replace(arrival.request, request_id=f"{arrival.request.request_id}/{copy}"),
+            arrival_s=arrival.arrival_s + (0 if arrival.after else copy * length_s),
+            hash_ids=tuple(copy * num_ids + hash_id for hash_id in arrival.hash_ids),
+            after=arrival.after and f"{arrival.after}/{copy}",
+        )
+        for copy in range(times)
+        for arrival in sessions
+    ]
+
+
+def make_scene(
+    trace: str, targets: str, device: DeviceProfile, num_workers: int, num_requests: int
+) -> Scene:
+    """The first requests of a trace, with targets as this file says."""
+    arrivals = clip_lengths(read_trace(find_trace(trace)), MAX_MODEL_LEN)
+    if arrivals[-1].after:
+        arrivals, num_workers = repeated(arrivals, AGENT_COPIES), 1
+    else:
+        arrivals = first_requests(arrivals, num_requests)
+    arrivals = with_max_tokens(arrivals, MAX_TOKENS)
+    prompts = sorted(arrival.request.num_prompt_tokens for arrival in arrivals)
+    prompt = max(1000, prompts[int(0.9 * len(prompts))])
+    length = round(
+        statistics.mean(a.request.num_prompt_tokens + a.num_output_tokens / 2 for a in arrivals)
+    )
+    prefill, decode = device.cost_model.shape(), device.cost_model.shape()
+    prefill.add(prompt, prompt, 1)
+    for _ in range(16):
+        decode.add(1, length, 1)
+    of_ttft, of_tpot = TARGETS[targets]
+    slo = Slo(
+        ttft_s=of_ttft * device.cost_model.predict(prefill),
+        tpot_s=of_tpot * device.cost_model.predict(decode),
+    )
+    return Scene(trace, targets, with_slo(arrivals, slo), device, num_workers)
+
+
+def measure(scene: Scene) -> dict[str, Any]:
+    """One row of the table: the capacity of each contestant, in the trace's own rate."""
+    capacities: dict[str, float] = {}
+    best: dict[str, StepPolicy] = {}
+    for policy in BASELINES:
+        before = capacities.get(policy.name, 0.0)
+        capacities[policy.name] = scene.capacity(policy, before)
+        if capacities[policy.name] > before:
+            best[policy.name] = policy
+    baseline = max(capacities, key=lambda name: capacities[name])
+    hybrid = scene.capacity(HYBRID, 0.0)
+    slo = scene.arrivals[0].request.slo
+    print(f"{scene.trace} {scene.targets}: {hybrid / capacities[baseline]:.2f}", file=sys.stderr)
+    return {
+        "trace": scene.trace,
+        "targets": scene.targets,
+        "device": f"{scene.num_workers} x {scene.device.name}",
+        "ttft_s": slo.ttft_s,
+        "tpot_ms": 1000 * slo.tpot_s,
+        "hybrid": hybrid,
+        **capacities,
+        "best baseline": f"{baseline}, budget {best[baseline].budget}"
+        + (f", {best[baseline].reserved_slots} slots" if baseline == "prefill_first" else ""),
+        "ratio": hybrid / capacities[baseline],
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--device", default="ascend-910b-llama-3-8b")
+    parser.add_argument("--agent-device", default="h200-qwen2.5-32b", help="of the agent trace")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=1500, help="of each trace")
+    parser.add_argument("--traces", nargs="+", default=TRACES, choices=TRACES)
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    options = parser.parse_args()
+    if not has_traces():
+        raise SystemExit("the traces are not at hand; set XYSERVE_DATA to their folder")
+    devices = {trace: read_device(options.device) for trace in options.traces}
+    if "agent_prefix" in devices:
+        devices["agent_prefix"] = read_device(options.agent_device)
+    scenes = [
+        make_scene(trace, targets, devices[trace], options.workers, options.requests)
+        for trace in options.traces
+        for targets in TARGETS
+    ]
+    with multiprocessing.Pool(options.processes) as pool:
+        rows = pool.map(measure, scenes, chunksize=1)
+    ratios = [row["ratio"] for row in rows]
+    summary = {f"{row['trace']}_{row['targets']}": row["ratio"] for row in rows}
+    summary["capacity_geomean"] = statistics.geometric_mean(ratios)
+    summary["capacity_min"] = min(ratios)
+    publish(
+        "Capacity, in multiples of the trace's own rate",
+        rows,
+        summary,
+        options.json,
+    )
+
+
+if __name__ == "__main__":
+    main()

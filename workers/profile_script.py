@@ -1,0 +1,119 @@
+"""The steps by which an engine is measured, as spans of tokens on its seats."""
+
+import itertools
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+from scheduler.task import Limits
+
+LEAST_SEAT_LEN = 8
+MIXED_SEED = 0
+
+
+class SeatSpan(NamedTuple):
+    """Query tokens of the request on a seat."""
+
+    seat: int
+    num_computed_tokens: int
+    """In the KV cache before the step."""
+    num_tokens: int
+
+
+Step = tuple[SeatSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """Requests that stand for those of clients, each with its share of the KV cache."""
+
+    lens: tuple[int, ...]
+    """Tokens that each one has room for, most first."""
+    max_num_batched_tokens: int
+
+    @classmethod
+    def within(cls, limits: Limits, num_free_blocks: int, max_model_len: int) -> "Seats":
+        """As many as may run; seat `i` gets a share of `1 / (i + 1)` of the first one's.
+
+        So there are long contexts, and every batch's contexts fill much of the KV cache.
+        """
+        block_size = limits.kv_block_size
+        count = max(1, min(limits.max_num_seqs, num_free_blocks // 2))
+        first_share = (num_free_blocks - count) / sum(1 / (seat + 1) for seat in range(count))
+        # A token is left for the output that vLLM keeps room for.
+        most = max_model_len - 2
+        lens = [
+            min(max(1, int(first_share / (seat + 1))) * block_size, most) for seat in range(count)
+        ]
+        return cls(
+            tuple(lens for lens in lens if lens >= min(LEAST_SEAT_LEN, most)),
+            limits.max_num_batched_tokens,
+        )
+
+    def span(self, seat: int, num_tokens: int, share: float) -> SeatSpan:
+        """Tokens of a seat with `share` of the context that it has room for before them."""
+        return SeatSpan(seat, int(share * (self.lens[seat] - num_tokens)), num_tokens)
+
+    def decodes(self, count: int, share: float) -> Step:
+        """One token each of the first `count` seats."""
+        return tuple(self.span(seat, 1, share) for seat in range(count))
+
+    def prefill(self, num_tokens: int, share: float) -> Step:
+        """Tokens of one prompt."""
+        return (self.span(0, num_tokens, share),)
+
+    def prompts(self, count: int, num_tokens: int) -> Step:
+        """The first tokens of several prompts."""
+        return tuple(self.span(seat, num_tokens, 0) for seat in range(count))
+
+    def mixed(self, random: Random, max_chunk: int) -> Step:
+        """Decodes at random contexts, most often with a chunk of a prompt or two."""
+        free = random.sample(range(len(self.lens)), random.randint(1, len(self.lens)))
+        left = self.max_num_batched_tokens
+        chunks = []
+        for _ in range(min(random.choice([0, 1, 1, 2]), len(free), left - 1)):
+            seat = min(free)  # the roomiest
+            free.remove(seat)
+            most = min(max_chunk, self.lens[seat], left - 1)
+            num_tokens = int(2 ** random.uniform(0, most.bit_length()))
+            chunks.append(self.span(seat, min(max(num_tokens, 1), most), random.random()))
+            left -= chunks[-1].num_tokens
+        decodes = (self.span(seat, 1, random.random()) for seat in free[:left])
+        return (*decodes, *chunks)
+
+
+def script(seats: Seats, depth: str) -> list[list[Step]]:
+    """Series of steps to fit, each from short to long ones, so that it can be broken off."""
+    full = depth == "full"
+    most = min(seats.max_num_batched_tokens, seats.lens[0])
+    batches = _sizes(min(len(seats.lens), seats.max_num_batched_tokens), between=full)
+    chunks = _sizes(most)[2:] or [most]  # one or two tokens are decodes, too
+    contexts = (0.0, 0.5, 1.0) if full else (0.05, 1.0)
+    random = Random(MIXED_SEED)
+    series = [[seats.decodes(count, share) for count in batches] for share in contexts]
+    series.append([seats.prefill(size, 0.0) for size in chunks])
+    series.append([seats.prefill(size, 1.0) for size in (chunks if full else chunks[::2])])
+    for size in (8, 32) if full else (16,):
+        counts = [
+            count
+            for count in _sizes(len(seats.lens))[1:]
+            if size <= seats.lens[count - 1] and count * size <= seats.max_num_batched_tokens
+        ]
+        series.append([seats.prompts(count, size) for count in counts])
+    mixed = (seats.mixed(random, 256 if full else 64) for _ in range(48 if full else 10))
+    series.append(sorted(mixed, key=num_tokens))
+    # A step may belong to several series.
+    seen = set[Step]()
+    return [[s for s in steps if not (s in seen or seen.add(s))] for steps in series]  # type: ignore[func-returns-value]
+
+
+def num_tokens(step: Step) -> int:
+    """Query tokens of the step."""
+    return sum(span.num_tokens for span in step)
+
+
+def _sizes(most: int, *, between: bool = False) -> list[int]:
+    """1, 2, 4 and so on to `most`, which is the last; also those half way `between`."""
+    powers = [1 << power for power in range(most.bit_length())]
+    halves = [size * 3 // 2 for size in powers[1:]] if between else []
+    return sorted({size for size in itertools.chain(powers, halves) if size < most} | {most})
