@@ -12,6 +12,7 @@ from cluster.config import AppConfig, parse_args
 from cluster.errors import DeviceMissing
 from cluster.global_scheduler import GlobalScheduler
 from cluster.ingress import Ingress
+from cluster.metrics import StepMetrics
 from cluster.model import resolve_model
 from cluster.router import PlacementRouter
 from workers.engine import Engine
@@ -29,7 +30,7 @@ class WorkerReplica(Worker):
             # vLLM takes long to import; only this process of the cluster package needs it.
             from workers.vllm_engine import VllmEngine
 
-            return VllmEngine(resolve_model(config.model), config.worker)
+            return VllmEngine(resolve_model(config.model), config.worker, StepMetrics().observe)
 
         super().__init__(
             serve.get_replica_context().replica_id.unique_id,

@@ -61,11 +61,8 @@ class _Planning:
         self._decodes = [state for state in view.running if state.is_decoding]
         self._prefills = [state for state in view.running if not state.is_decoding]
         self._waiting = {state.request.request_id for state in view.waiting}
-        self._prefill_s = {
-            state.request.request_id: self._alone_s(state.num_new_tokens, state.num_tokens)
-            for states in (self._prefills, view.waiting)
-            for state in states
-        }
+        self._prefill_s: dict[str, float] = {}
+        """How long the prefill of a request would take alone, where that was looked at."""
         self._on_time = {
             state.request.request_id
             for states in (view.running, view.waiting)
@@ -110,14 +107,24 @@ class _Planning:
         if slo.ttft_s == slo.tpot_s == math.inf:
             return False
         if state.num_output_tokens == 0:
-            prefill_s = self._prefill_s[state.request.request_id]
-            return self._token_s <= slo.tpot_s and self._now + prefill_s <= state.due_s
+            due_s = state.arrival_s + slo.ttft_s
+            return (
+                self._now < due_s  # most often enough to know, when many wait
+                and self._token_s <= slo.tpot_s
+                and self._now + self._time_to_prefill(state) <= due_s
+            )
         num_left = state.request.max_tokens - state.num_output_tokens
         end_s = state.first_token_s + (state.request.max_tokens - 1) * slo.tpot_s
         return (
             state.first_token_s <= state.arrival_s + slo.ttft_s
             and self._now + num_left * self._token_s <= end_s
         )
+
+    def _time_to_prefill(self, state: RequestState) -> float:
+        request_id = state.request.request_id
+        if request_id not in self._prefill_s:
+            self._prefill_s[request_id] = self._alone_s(state.num_new_tokens, state.num_tokens)
+        return self._prefill_s[request_id]
 
     def _alone_s(self, num_tokens: int, seq_len: int) -> float:
         shape = self._cost_model.shape()
@@ -196,7 +203,7 @@ class _Planning:
         put_off: list[tuple[int, float, int]] = []
         end_s = self._now
         for index, state in enumerate(on_time):
-            work_s = self._prefill_s[state.request.request_id] * stretch
+            work_s = self._time_to_prefill(state) * stretch
             heapq.heappush(taken, (-state.request.priority, -work_s, index))
             end_s += work_s
             if state.num_output_tokens == 0 and end_s > state.due_s:

@@ -18,6 +18,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.request import Request
+from scheduler.task import StepReport
 from workers.engine import EngineStats, StepOutput
 from workers.engine_profile import Depth, EngineProfile
 from workers.token_stream import StreamAddress
@@ -60,8 +61,16 @@ def encoder() -> Callable[[object], list[bytes]]:
 class VllmEngine:
     """An `Engine` on vLLM's `EngineCore`."""
 
-    def __init__(self, model: str, config: WorkerConfig) -> None:
-        """Load `model`; takes seconds, and for the life of the process no second engine fits."""
+    def __init__(
+        self,
+        model: str,
+        config: WorkerConfig,
+        on_step: Callable[[StepReport], None] | None = None,
+    ) -> None:
+        """Load `model`; takes seconds, and for the life of the process no second engine fits.
+
+        `on_step` is told of each step that a scheduler of ours decided.
+        """
         vllm_config = engine_args(model, config).create_engine_config(UsageContext.ENGINE_CONTEXT)
         scheduler_config = vllm_config.scheduler_config
         if config.step_policy.name != "vllm" and scheduler_config.scheduler_cls is None:
@@ -77,6 +86,7 @@ class VllmEngine:
             if config.calibrate_at_start:
                 scheduler.cost_model = calibrated_cost_model(self._core, model, config)
             scheduler.step_scheduler = self._policy.make(scheduler.limits, scheduler.cost_model)
+            scheduler.on_step = on_step
             self._planned = scheduler
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._encode = encoder()

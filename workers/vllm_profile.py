@@ -273,7 +273,7 @@ class SeatedEngine:
         self._core.step()  # not vLLM's choice of it, which may begin one step before another ends
         assert self._measured_s > 0, "the step did not run"
 
-    def _note(self, view: StepView, now: float, report: StepReport) -> None:
+    def _note(self, report: StepReport) -> None:
         self._measured_s = report.measured_s
 
 

@@ -254,7 +254,7 @@ class PlannedScheduler(Scheduler):
         )
         self.cost_model = generic_cost_model()
         self.step_scheduler: StepScheduler = HybridScheduler(self.limits, self.cost_model)
-        self.on_step: Callable[[StepView, float, StepReport], None] | None = None
+        self.on_step: Callable[[StepReport], None] | None = None
         """Called after each step that computed something."""
         self.recorder: Recorder | None = None
         self._expected: dict[str, Request] = {}
@@ -490,7 +490,7 @@ class PlannedScheduler(Scheduler):
             self.recorder.write_step(step.view, report, step.executed, step.num_recorded)
         self.cost_model.observe(self.cost_model.shape_of(step.executed), measured_s)
         if self.on_step:
-            self.on_step(step.view, step.began_s, report)
+            self.on_step(report)
 
     def _free_request(
         self, request: VllmRequest, delay_free_blocks: bool = False

@@ -18,7 +18,10 @@ def test_what_was_admitted_goes_back_before_anything_that_runs_is_preempted() ->
 
 
 def test_nothing_is_admitted_in_a_step_that_preempts() -> None:
-    running = [decoding("a", num_prompt_tokens=108), decoding("b", num_prompt_tokens=108)]
+    running = [
+        decoding("a", num_prompt_tokens=108, arrival_s=-1.0),
+        decoding("b", num_prompt_tokens=108),
+    ]
     step = Step(view(running, num_free_kv_blocks=0), LIMITS, cost_model())
 
     assert step.take_running(running[0], 1)
