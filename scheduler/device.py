@@ -29,6 +29,9 @@ class DeviceProfile:
     """Seconds of a step."""
     limits: Limits
     """What a step and the KV cache can hold."""
+    crowded_cost_model: CostModel | None = None
+    """Seconds of a step while all other workers compute too, where they share a machine: its
+    memory, caches and cores' clock. Between, time is in proportion to how many do."""
 
     @property
     def num_kv_tokens(self) -> int:
@@ -43,6 +46,7 @@ class DeviceProfile:
             "modelled": self.modelled,
             "limits": asdict(self.limits),
             "cost_model": self.cost_model.to_dict(),
+            "crowded_cost_model": self.crowded_cost_model and self.crowded_cost_model.to_dict(),
         }
 
     @classmethod
@@ -54,6 +58,8 @@ class DeviceProfile:
             modelled=state["modelled"],
             limits=Limits(**state["limits"]),
             cost_model=CostModel.from_dict(state["cost_model"]),
+            crowded_cost_model=(crowded := state.get("crowded_cost_model"))
+            and CostModel.from_dict(crowded),
         )
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scheduler.cost_model import CostModel
+from scheduler.cost_model import CostModel, StepShape
 from scheduler.device import DeviceProfile
 from scheduler.kv_cache import Holding, KvCache, KvCacheFull
 from scheduler.placement import WorkerLoad, place
@@ -256,12 +256,15 @@ class _Worker:
         self.jump: _Jump | None = None
         self.plan: BatchPlan | None = None
         """The step under way, if it is not a jump."""
+        self.neighbours: list[_Worker] = []
+        """The others on its machine."""
         self._truth = device.cost_model
+        self._crowded = device.crowded_cost_model
         self._limits = device.limits
         self._scheduler = scheduler
         self._learning = learning
         self._noise = noise
-        self._fast_forward = fast_forward and learning is None
+        self._fast_forward = fast_forward and learning is None and self._crowded is None
         self._num_kv_tokens = device.num_kv_tokens
         self._log = log
         self._running: list[RequestState] = []
@@ -444,7 +447,7 @@ class _Worker:
 
     def _begin_step(self, plan: BatchPlan, now: float) -> float:
         shape = self._truth.shape_of(plan.tasks)
-        seconds = self._truth.predict(shape)
+        seconds = self._seconds(shape)
         if self._noise is not None:
             seconds *= self._noise.factors(self.num_steps, 1)[0]
         if self._learning is not None:
@@ -463,6 +466,14 @@ class _Worker:
         self.num_spans += shape.num_spans
         self.busy_s += seconds
         return now + seconds
+
+    def _seconds(self, shape: StepShape) -> float:
+        """How long a step takes beside what its neighbours are computing."""
+        seconds = self._truth.predict(shape)
+        if self._crowded is None or not self.neighbours:
+            return seconds
+        share = sum(worker.is_busy for worker in self.neighbours) / len(self.neighbours)
+        return seconds + share * (self._crowded.predict(shape) - seconds)
 
     def _advance(self, live: _Live, task: StageTask) -> int:
         """Move a request on by its task; returns how many output tokens that gave."""
@@ -671,6 +682,8 @@ class _Cluster:
 
     def __post_init__(self) -> None:
         self.workers = [self._make_worker(index) for index in range(self.num_workers)]
+        for worker in self.workers if self.device.crowded_cost_model else ():
+            worker.neighbours = [other for other in self.workers if other is not worker]
         self.loads = [WorkerLoad(worker.worker_id, 0, 0) for worker in self.workers]
         self.index_of = {worker.worker_id: i for i, worker in enumerate(self.workers)}
 

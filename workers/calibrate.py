@@ -73,8 +73,17 @@ def current_profile(model: str, config: WorkerConfig) -> tuple[EngineProfile | N
 def calibrate_engine(model: str, config: WorkerConfig, progress: Progress) -> EngineProfile:
     """Measure the steps of an engine, in full, and save what comes of it; takes minutes.
 
-    It runs in a process with the environment and the cores of a worker. EngineNotMeasured if it
-    fails; OSError: what was measured cannot be saved.
+    EngineNotMeasured if it fails; OSError: what was measured cannot be saved.
+    """
+    profile = measure_engine(model, config, progress)
+    save_profile(profile_key(model, config), profile)
+    return profile
+
+
+def measure_engine(model: str, config: WorkerConfig, progress: Progress) -> EngineProfile:
+    """Measure the steps of an engine in a process with the environment and cores of a worker.
+
+    EngineNotMeasured if it fails.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -92,7 +101,6 @@ def calibrate_engine(model: str, config: WorkerConfig, progress: Progress) -> En
     finally:
         process.kill()  # nothing of vLLM's is worth putting away
         process.join()
-    save_profile(profile_key(model, config), message)
     return message
 
 

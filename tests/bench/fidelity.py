@@ -2,8 +2,10 @@
 
     python -m tests.bench.fidelity --json fidelity.json
 
-The simulated workers take the steps' times from the profile of `xyserve calibrate` (measured first,
-for some minutes, if there is none), and are planned by the same scheduler. Requests are the first
+The simulated workers take the steps' times from a profile of the engine, measured for some minutes
+the first time: as `xyserve calibrate` measures it, alone, and again on both cores side by side, as
+the workers of one machine share its memory and caches. They are planned by the same scheduler.
+Requests are the first
 of the Azure conversation trace, of clipped lengths, at `--rate` times what one request at a time
 would allow; they are sent by the client handle, and times are taken there.
 
@@ -18,6 +20,7 @@ import json
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,8 @@ from scheduler.trace import Arrival
 from tests.bench.overhead import running_app
 from tests.bench.report import publish
 from tests.workload import conversation_lengths, prompts_of
-from workers.calibrate import calibrate_engine, current_profile
+from workers.calibrate import measure_engine
+from workers.engine_profile import EngineProfile, profile_key, profile_path
 
 TTFT_MS, TPOT_MS = 10_000, 250
 
@@ -53,28 +57,44 @@ class Answer:
     token_s: list[float] = field(default_factory=list)
 
 
-def calibrated_device(model: str, config: AppConfig) -> DeviceProfile:
-    """What a worker of `config` is to the simulator; measured now if it was not in full before."""
-    profile, _ = current_profile(model, config.worker)
-    if profile is None or profile.depth != "full":
-        with Progress(console=Console(stderr=True)) as bars:
-            bar = bars.add_task("Measuring the engine's steps", total=1.0)
-            profile = calibrate_engine(
+def calibrated_device(
+    model: str, config: AppConfig, num_workers: int, folder: Path
+) -> DeviceProfile:
+    """What a worker of `config` is to the simulator, alone and beside all others.
+
+    Measured for some minutes, and kept in `folder` for the next time.
+    """
+    file = folder / f"{profile_path(profile_key(model, config.worker)).stem}-{num_workers}.json"
+    if file.exists():
+        return DeviceProfile.from_dict(json.loads(file.read_text()))
+    with Progress(console=Console(stderr=True)) as bars:
+
+        def measure(name: str) -> EngineProfile:
+            bar = bars.add_task(f"Measuring the engine's steps, {name}", total=1.0)
+            return measure_engine(
                 model, config.worker, lambda share: bars.update(bar, completed=share)
             )
+
+        alone = measure("alone")
+        with ThreadPoolExecutor(num_workers) as pool:
+            crowded, *_ = pool.map(measure, [f"beside {num_workers - 1} more"] * num_workers)
     engine = config.worker.engine
-    return DeviceProfile(
+    device = DeviceProfile(
         name="this machine",
-        source="xyserve calibrate",
+        source="measured by tests.bench.fidelity",
         modelled=False,
-        cost_model=CostModel.from_dict(profile.cost_model),
+        cost_model=CostModel.from_dict(alone.cost_model),
+        crowded_cost_model=CostModel.from_dict(crowded.cost_model),
         limits=Limits(
             engine.max_num_seqs,
             engine.max_num_batched_tokens,
-            profile.kv_block_size,
-            profile.num_kv_blocks,
+            alone.kv_block_size,
+            alone.num_kv_blocks,
         ),
     )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(device.to_dict()))
+    return device
 
 
 def make_arrivals(
@@ -163,8 +183,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=80)
-    parser.add_argument("--rate", type=float, default=0.9)
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--rate", type=float, default=0.5)
+    parser.add_argument("--profiles", type=Path, default=Path("/tmp/xyserve-fidelity"))
     parser.add_argument("--port", type=int, default=8125)
     options = parser.parse_args()
     args: dict[str, Any] = {
@@ -173,7 +194,7 @@ def main() -> None:
     }
     config = parse_args(args)
     model = resolve_model(config.model)
-    device = calibrated_device(model, config)
+    device = calibrated_device(model, config, 2, options.profiles)
     arrivals = make_arrivals(device, options.requests, 2, options.rate)
     tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
     prompts = prompts_of(tokenizer, [a.request.num_prompt_tokens for a in arrivals])
