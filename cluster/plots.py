@@ -10,7 +10,8 @@ matplotlib.use("Agg")  # draws without a screen
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from scheduler.simulator import SimulationResult, StepRecord
+from scheduler.simulated_worker import StepRecord
+from scheduler.simulator import SimulationResult
 
 MAX_BARS = 2000
 """Steps that a timeline shows; more would be thinner than a line."""

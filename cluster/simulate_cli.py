@@ -19,7 +19,8 @@ from cluster.errors import XYServeError
 from scheduler.device import DeviceProfile, device_names, read_device
 from scheduler.policy import StepPolicy
 from scheduler.request import Slo
-from scheduler.simulator import SimulationError, SimulationResult, Speculation
+from scheduler.simulated_worker import SimulationError
+from scheduler.simulator import SimulationResult, Speculation
 from scheduler.simulator import simulate as run
 from scheduler.summary import Summary
 from scheduler.trace import (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scheduler import simulator
+from scheduler import simulated_worker
 from scheduler.cost_model import CostModel
 from scheduler.device import DeviceProfile
 from scheduler.policy import StepPolicy
@@ -397,7 +397,7 @@ def test_requests_that_never_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -
             return plan_of()
 
     monkeypatch.setattr(StepPolicy, "make", lambda *args: Idle())
-    monkeypatch.setattr(simulator._Worker, "_check", lambda *args: None)
+    monkeypatch.setattr(simulated_worker.SimulatedWorker, "_check", lambda *args: None)
 
     with pytest.raises(SimulationError, match="1 of 1 requests never finish"):
         simulate([arrival("r")], device())
