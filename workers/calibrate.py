@@ -108,7 +108,8 @@ def _measure_engine(pipe: Connection, model: str, config: WorkerConfig) -> None:
     os.environ.update(config.thread_env | ENGINE_ENV)
     try:
         if config.device == "cpu":
-            claim_cpus(config.cpus).pin_process()
+            claim = claim_cpus(config.cpus)  # held until the process ends
+            claim.pin_process()
         from workers.vllm_engine import VllmEngine  # it reads the environment
 
         own_scheduler = replace(
