@@ -4,10 +4,12 @@
 
 The simulated workers take the steps' times from a profile of the engine, measured for some minutes
 the first time: as `xyserve calibrate` measures it, alone, and again on both cores side by side, as
-the workers of one machine share its memory and caches. They are planned by the same scheduler.
-Requests are the first
-of the Azure conversation trace, of clipped lengths, at `--rate` times what one request at a time
-would allow; they are sent by the client handle, and times are taken there.
+the workers of one machine share its memory and caches. What the rest of the cluster takes from the
+same two cores is found in a run of other requests before each measured one: two factors, of steps
+beside an idle and a busy neighbour. The simulated workers are planned by the same scheduler.
+
+Requests are the first of the Azure conversation trace, of clipped lengths, at `--rate` times what
+one request at a time would allow; they are sent by the client handle, and times are taken there.
 
 Keys of the summary: `ttft_error`, `tpot_error` and `makespan_error`, relative errors of the means
 (of the makespan itself); `step_median_error`, the median relative error of the predicted seconds of
@@ -16,6 +18,7 @@ the live steps. Medians over the rounds.
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import tempfile
@@ -25,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer
@@ -38,7 +42,7 @@ from scheduler.policy import StepPolicy
 from scheduler.record import replay
 from scheduler.request import Request, Slo
 from scheduler.simulator import simulate
-from scheduler.task import Limits
+from scheduler.task import Limits, StepReport
 from scheduler.trace import Arrival
 from tests.bench.overhead import running_app
 from tests.bench.report import publish
@@ -47,6 +51,8 @@ from workers.calibrate import measure_engine
 from workers.engine_profile import EngineProfile, profile_key, profile_path
 
 TTFT_MS, TPOT_MS = 10_000, 250
+LOOP_S = 0.01
+"""Steps nearer to each other than this are taken without pause."""
 
 
 @dataclass(slots=True)
@@ -163,17 +169,46 @@ def figures_of_answers(answers: list[Answer]) -> dict[str, float]:
     }
 
 
-def step_errors(folder: Path) -> list[float]:
-    """Relative errors of the predicted seconds of all recorded steps."""
-    errors = []
-    for record in folder.glob("*.jsonl"):
+def read_records(folder: Path) -> list[list[StepReport]]:
+    """The steps of each worker, all of which must come out the same in replay."""
+    records = []
+    for record in sorted(folder.glob("*.jsonl")):
         with record.open() as lines:
-            for report, plan in replay(lines):
-                if plan != report.plan:
-                    raise SystemExit(f"{record}: step {report.step} comes out otherwise in replay")
-                if plan.tasks:
-                    errors.append(abs(report.plan.predicted_s / report.measured_s - 1))
-    return errors
+            steps = list(replay(lines))
+        for report, plan in steps:
+            if plan != report.plan:
+                raise SystemExit(f"{record}: step {report.step} comes out otherwise in replay")
+        records.append([report for report, _ in steps if report.plan.tasks])
+    return records
+
+
+def in_cluster(device: DeviceProfile, records: list[list[StepReport]]) -> DeviceProfile:
+    """The device with what a step takes inside the cluster, from its begin to the next one's."""
+    assert device.crowded_cost_model is not None
+    models = {False: device.cost_model, True: device.crowded_cost_model}
+    measured, predicted = {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}
+    for own, other in (records, records[::-1]):
+        begins = np.array([report.began_s for report in other])
+        ends = begins + [report.measured_s for report in other]
+        for report, following in itertools.pairwise(own):
+            began_s, end_s = report.began_s, report.began_s + report.measured_s
+            if following.began_s - end_s < LOOP_S:
+                end_s = following.began_s
+            overlaps_s = np.minimum(ends, end_s) - np.maximum(begins, began_s)
+            share = np.maximum(overlaps_s, 0).sum() / (end_s - began_s)
+            if 0.2 < share < 0.8:
+                continue
+            crowded = bool(share > 0.5)
+            shape = models[crowded].shape_of(report.plan.tasks)
+            measured[crowded] += end_s - began_s
+            predicted[crowded] += models[crowded].predict(shape)
+    alone, crowded = (
+        CostModel.from_dict(
+            models[c].to_dict() | {"speed": models[c].speed * measured[c] / predicted[c]}
+        )
+        for c in (False, True)
+    )
+    return replace(device, cost_model=alone, crowded_cost_model=crowded)
 
 
 def main() -> None:
@@ -183,7 +218,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--rate", type=float, default=0.5)
     parser.add_argument("--profiles", type=Path, default=Path("/tmp/xyserve-fidelity"))
     parser.add_argument("--port", type=int, default=8125)
@@ -197,21 +232,33 @@ def main() -> None:
     device = calibrated_device(model, config, 2, options.profiles)
     arrivals = make_arrivals(device, options.requests, 2, options.rate)
     tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-    prompts = prompts_of(tokenizer, [a.request.num_prompt_tokens for a in arrivals])
+    lengths = [arrival.request.num_prompt_tokens for arrival in arrivals]
+    prompts = prompts_of(tokenizer, lengths)
+    # Other lengths at other times: the second half of the requests in the place of the first.
+    others = prompts_of(tokenizer, lengths[len(lengths) // 2 :])
     rows = []
     for index in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             args["worker"]["record"] = str(Path(folder) / "record")
             with running_app(args, options.port) as handle:
-                asyncio.run(live(handle, arrivals[:4], prompts[-4:]))  # each kind of step once
+                asyncio.run(live(handle, arrivals[: len(others)], others))
+                began_s = time.monotonic()
                 answers = asyncio.run(live(handle, arrivals, prompts))
-            errors = step_errors(Path(folder))
+            records = read_records(Path(folder))
+        before = [[r for r in record if r.began_s < began_s] for record in records]
+        around = in_cluster(device, before)
+        errors = [
+            abs(report.plan.predicted_s / report.measured_s - 1)
+            for record in records
+            for report in record
+            if report.began_s >= began_s
+        ]
         measured = figures_of_answers(answers)
         sent = [
             replace(arrival, arrival_s=answer.sent_s)
             for arrival, answer in zip(arrivals, answers, strict=True)
         ]
-        summary = simulate(sent, device, policy=StepPolicy(), num_workers=2).summary
+        summary = simulate(sent, around, policy=StepPolicy(), num_workers=2).summary
         simulated = {
             "ttft_s": summary.ttft_s.mean,
             "tpot_s": summary.tpot_s.mean,

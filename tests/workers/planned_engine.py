@@ -108,7 +108,7 @@ def _play(engine: Any, config: WorkerConfig, jobs: Sequence[Job], script: int) -
     for step in itertools.count():
         for name, job in list(waiting.items()):
             if job.begin <= step or not engine.has_requests():
-                _add(engine, name, job)
+                add_job(engine, name, job)
                 requests[name] = scheduler.requests[name]
                 del waiting[name]
         engine.abort_requests([name for name in requests if jobs[ids.index(name)].abort == step])
@@ -175,7 +175,7 @@ def play_ahead(
     for step in range(2000):
         for name, job in list(waiting.items()):
             if job.begin <= step:
-                _add(engine, name, waiting.pop(name))
+                add_job(engine, name, waiting.pop(name))
         if not waiting and not scheduler.has_requests() and not in_flight:
             return list(num_tokens.values()), record.getvalue().splitlines()
         if scheduler.has_requests():
@@ -203,7 +203,8 @@ def play_ahead(
     raise AssertionError("the scheduler spins")
 
 
-def _add(engine: Any, name: str, job: Job) -> None:
+def add_job(engine: Any, name: str, job: Job) -> None:
+    """Add a request to a `VllmEngine` under a name."""
     import time
 
     from vllm import SamplingParams

@@ -305,7 +305,7 @@ def test_a_worker_records_its_engine(engines: Engines, tmp_path: Path) -> None:
 
 
 def _record(folder: str, path: Path) -> tuple[int, int]:
-    from tests.workers.planned_engine import _add
+    from tests.workers.planned_engine import add_job
     from workers.vllm_engine import VllmEngine
 
     config = WorkerConfig(
@@ -314,7 +314,7 @@ def _record(folder: str, path: Path) -> tuple[int, int]:
     )
     engine = VllmEngine(folder, config)
     engine.record(path)
-    _add(engine, "a", Job([5, 6, 7], max_tokens=3))
+    add_job(engine, "a", Job([5, 6, 7], max_tokens=3))
     while engine.has_requests():
         engine.step()
     from scheduler.record import replay
