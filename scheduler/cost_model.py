@@ -146,6 +146,7 @@ class CostModel:
         self._profiled = tuple(self._weights)
         self._recent_ratios: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self._lateness: deque[float] = deque(maxlen=ERROR_WINDOW)
         self._tabulate()
 
     def shape(self) -> StepShape:
@@ -196,12 +197,20 @@ class CostModel:
         """Median of the relative error of recent predictions; 0 before there were any."""
         return statistics.median(self._errors) if self._errors else 0.0
 
+    @property
+    def lateness(self) -> float:
+        """How much longer than predicted recent steps took, relative: one in twenty took more."""
+        if not self._lateness:
+            return 0.0
+        return max(0.0, sorted(self._lateness)[int(0.95 * len(self._lateness))])
+
     def observe(self, shape: StepShape, measured_s: float) -> None:
         """Learn from a step that took `measured_s` seconds."""
         predicted_s = self.predict(shape)
         if not 0 < measured_s < math.inf or not 0 < predicted_s < math.inf:
             return
         self._errors.append(abs(predicted_s / measured_s - 1))
+        self._lateness.append(measured_s / predicted_s - 1)
         ratio = measured_s / (predicted_s / self.speed)
         self._recent_ratios.append(min(max(ratio, SPEED_RANGE[0]), SPEED_RANGE[1]))
         recent = statistics.median(self._recent_ratios)

@@ -14,6 +14,8 @@ TTFT_SHARE = 0.25
 comes meanwhile has to wait for its end."""
 SAFETY = 0.99
 """Share of the time that is planned with; the rest is for what happens between two steps."""
+MOST_LATENESS = 0.5
+"""Steps that are late by more than this share are not planned for: prefills would get nothing."""
 LEAST_CHUNK = 16
 """Prefill chunks of fewer tokens are not worth a span, unless they end the prompt."""
 TURN = 10
@@ -56,7 +58,7 @@ class _Planning:
         self._cost_model = cost_model
         self._view = view
         self._now = now
-        self._margin = SAFETY / (1 + 2 * cost_model.error)
+        self._margin = SAFETY / (1 + min(cost_model.lateness, MOST_LATENESS))
         self._token_s = self._alone_s(1, 1)
         self._decodes = [state for state in view.running if state.is_decoding]
         self._prefills = [state for state in view.running if not state.is_decoding]

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--chats", type=int, default=6)
-    parser.add_argument("--tpot-ms", type=float, default=150)
+    parser.add_argument("--tpot-ms", type=float, default=100)
     parser.add_argument("--document", type=int, default=1500, help="tokens of a document")
     parser.add_argument("--documents-per-s", type=float, default=0.15)
     parser.add_argument("--document-ttft-s", type=float, default=20)

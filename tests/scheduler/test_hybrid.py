@@ -222,7 +222,7 @@ def test_every_request_is_in_the_plan_or_has_a_reason() -> None:
     assert not tokens(made).keys() & reasons(made).keys()
 
 
-def test_a_margin_is_kept_for_the_models_own_error() -> None:
+def test_a_margin_is_kept_for_steps_that_take_longer_than_predicted() -> None:
     model = cost_model()
     scene = view([decoding("a", slo=CHAT)], [waiting("w", 500, slo=CHAT)])
     exact = HybridScheduler(LIMITS, model).plan(scene, 1.0)
