@@ -113,7 +113,7 @@ def test_the_devices_are_listed() -> None:
     result = CliRunner().invoke(app, ["simulate", "--list-devices"])
 
     assert result.exit_code == 0
-    assert "measured" in cells(result.stdout)["cpu-avx2-smollm2-135m"]
+    assert "measured" in cells(result.stdout)["cpu-avx512-smollm2-135m"]
     assert "modelled" in cells(result.stdout)["h200-llama-3-8b"]
 
 

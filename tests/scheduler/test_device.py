@@ -101,7 +101,7 @@ def test_a_tied_embedding_is_counted_once() -> None:
 
 
 def test_the_measured_profile_is_that_of_the_cpu() -> None:
-    device = read_device("cpu-avx2-smollm2-135m")
+    device = read_device("cpu-avx512-smollm2-135m")
 
     assert not device.modelled
     assert 0.005 < decode_s(device, 1, context=100) < 0.05
