@@ -199,10 +199,10 @@ class CostModel:
 
     @property
     def lateness(self) -> float:
-        """How much longer than predicted recent steps took, relative: one in twenty took more."""
+        """How much longer than predicted recent steps took, relative: one in ten took more."""
         if not self._lateness:
             return 0.0
-        return max(0.0, sorted(self._lateness)[int(0.95 * len(self._lateness))])
+        return max(0.0, sorted(self._lateness)[int(0.9 * len(self._lateness))])
 
     def observe(self, shape: StepShape, measured_s: float) -> None:
         """Learn from a step that took `measured_s` seconds."""

@@ -16,10 +16,10 @@ SAFETY = 0.99
 """Share of the time that is planned with; the rest is for what happens between two steps."""
 MOST_LATENESS = 0.5
 """Steps that are late by more than this share are not planned for: prefills would get nothing."""
-LEAST_CHUNK = 16
-"""Prefill chunks of fewer tokens are not worth a span, unless they end the prompt."""
 TURN = 10
 """Every so many steps the oldest prefill of those that others went before goes first."""
+TURN_TOKENS = 16
+"""What it gets then at least, even if that is too much for a target."""
 PATIENCE_S = 60.0
 """One that waited longer has the next free room of the KV cache."""
 MAX_STRETCH = 10.0
@@ -74,7 +74,7 @@ class _Planning:
         self._closed: Reason | None = None
         """Why no more requests are admitted."""
         self._filled_s = 0.0
-        """The step has no room for a chunk if it may last no longer than this."""
+        """The step has no room for a token more if it may last no longer than this."""
         self._future: StepShape | None = None
         """The decodes of those on time that run or were admitted, if all of them decoded."""
         self._future_tpot_s = math.inf
@@ -87,7 +87,7 @@ class _Planning:
             firm_s = TTFT_SHARE * self._tightest_ttft_s()
         urgent, rest = self._by_deadline(firm_s)
         if rest and self._view.step % TURN == 0:
-            self._take_prefill(min(rest, key=_age), firm_s, least=LEAST_CHUNK)
+            self._take_prefill(min(rest, key=_age), firm_s, least=TURN_TOKENS)
         if (starved := self._starved(rest)) is not None:
             self._take_prefill(starved, soft_s)
             self._closed = Reason.KV
@@ -237,7 +237,7 @@ class _Planning:
             return None
         is_waiting = state.request.request_id in self._waiting
         reason: Reason | None = None
-        if state.num_new_tokens >= LEAST_CHUNK and limit_s <= self._filled_s and not least:
+        if limit_s <= self._filled_s and not least:
             reason = Reason.TIME
         elif is_waiting and self._closed:
             reason = self._closed
@@ -249,7 +249,7 @@ class _Planning:
                 step.shape, state.num_computed_tokens, num_tokens, limit_s
             )
             chunk = max(chunk, min(least, num_tokens))
-            if num_tokens > 0 and chunk < min(LEAST_CHUNK, num_tokens):
+            if num_tokens > 0 and chunk == 0:
                 reason, self._filled_s = Reason.TIME, limit_s
             elif not is_waiting:
                 step.take_running(state, chunk)

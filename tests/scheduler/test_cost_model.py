@@ -284,14 +284,14 @@ def test_a_fit_of_any_measurements_is_a_model(
     assert copy(model).to_dict() == model.to_dict()
 
 
-def test_lateness_is_what_one_step_in_twenty_exceeds() -> None:
+def test_lateness_is_what_one_step_in_ten_exceeds() -> None:
     model = CostModel([0.01, 0.001, 0, 0, 0, 0], token_knots=(0,), sample_knots=(0,))
     shape = model.shape()
     shape.add(10, 10, 1)
     assert model.lateness == 0
 
     for index in range(200):
-        late = 1.3 if index % 10 == 0 else 1.0
+        late = 1.3 if index % 9 == 0 else 1.0
         model.observe(shape, late * model.predict(shape))
 
     assert model.lateness == pytest.approx(0.3, abs=0.01)

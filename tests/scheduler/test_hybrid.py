@@ -3,7 +3,7 @@
 import pytest
 
 from scheduler.baselines import DecodeFirst
-from scheduler.hybrid import LEAST_CHUNK, PATIENCE_S, SAFETY, TURN, HybridScheduler
+from scheduler.hybrid import PATIENCE_S, SAFETY, TURN, TURN_TOKENS, HybridScheduler
 from scheduler.request import RequestState, Slo
 from scheduler.task import BatchPlan, StepView
 from tests.scheduler.scenes import (
@@ -50,12 +50,12 @@ def test_without_targets_its_plans_are_those_of_decode_first() -> None:
 
 
 def test_prefills_go_by_deadline_and_not_by_arrival() -> None:
-    relaxed = waiting("relaxed", 80, slo=Slo(ttft_s=60, tpot_s=0.1), arrival_s=0.5)
-    urgent = waiting("urgent", 80, slo=Slo(ttft_s=0.5, tpot_s=0.1), arrival_s=0.9)
+    relaxed = waiting("relaxed", 120, slo=Slo(ttft_s=60, tpot_s=0.1), arrival_s=0.5)
+    urgent = waiting("urgent", 120, slo=Slo(ttft_s=0.5, tpot_s=0.1), arrival_s=0.9)
 
     made = plan(view([decoding("a", slo=CHAT)], [relaxed, urgent]))
 
-    assert tokens(made)["urgent"] == 80
+    assert tokens(made)["urgent"] == 88
     assert reasons(made) == {"relaxed": "time"}
 
 
@@ -77,8 +77,8 @@ def test_of_two_that_cannot_both_be_on_time_the_longer_waits() -> None:
 
 
 def test_a_request_that_missed_its_target_goes_behind_one_that_can_be_saved() -> None:
-    lost = waiting("lost", 80, slo=CHAT, arrival_s=-5.0)
-    saved = waiting("saved", 80, slo=CHAT, arrival_s=0.9)
+    lost = waiting("lost", 120, slo=CHAT, arrival_s=-5.0)
+    saved = waiting("saved", 120, slo=CHAT, arrival_s=0.9)
 
     made = plan(view([decoding("a", slo=CHAT)], [lost, saved]))
 
@@ -107,7 +107,7 @@ def test_a_turn_moves_on_even_if_decodes_leave_no_time() -> None:
     lost = prefilling("lost", 5000, 1000, slo=CHAT, arrival_s=-5.0)
 
     assert "lost" not in tokens(plan(view([*tight, lost], step=1)))
-    assert tokens(plan(view([*tight, lost], step=TURN)))["lost"] == LEAST_CHUNK
+    assert tokens(plan(view([*tight, lost], step=TURN)))["lost"] == TURN_TOKENS
 
 
 def test_late_decodes_are_left_out_when_those_on_time_could_not_go_on_with_them() -> None:
@@ -177,8 +177,8 @@ def test_something_is_computed_even_if_no_target_can_be_met(tpot_s: float) -> No
 
 
 def test_higher_priority_goes_before_an_earlier_deadline() -> None:
-    low = waiting("low", 80, slo=Slo(1.0, 0.1), arrival_s=0.9, priority=1)
-    high = waiting("high", 80, slo=Slo(30.0, 0.1), arrival_s=0.9, priority=0)
+    low = waiting("low", 120, slo=Slo(1.0, 0.1), arrival_s=0.9, priority=1)
+    high = waiting("high", 120, slo=Slo(30.0, 0.1), arrival_s=0.9, priority=0)
 
     assert "low" not in tokens(plan(view([decoding("a", slo=CHAT)], [low, high])))
 
@@ -195,9 +195,9 @@ def test_a_full_kv_cache_preempts_the_lost_before_the_latest() -> None:
 
 
 def test_a_preempted_request_comes_back_before_new_ones() -> None:
-    resumed = waiting("resumed", 80, slo=CHAT, arrival_s=-1.0)
+    resumed = waiting("resumed", 120, slo=CHAT, arrival_s=-1.0)
     resumed.num_output_tokens, resumed.first_token_s, resumed.last_token_s = 3, 0.0, 0.9
-    fresh = waiting("fresh", 80, slo=CHAT, arrival_s=0.9)
+    fresh = waiting("fresh", 120, slo=CHAT, arrival_s=0.9)
 
     made = plan(view([decoding("a", slo=CHAT)], [fresh, resumed]))
 
