@@ -9,7 +9,8 @@
 | `*.jsonl` with `session_id` and `call` | agent sessions: each call follows the one before |
 | `*.csv` with `TIMESTAMP` | Azure: lengths |
 | `*_arrivals.csv` beside `*_lengths.jsonl` | ServeGen: clients' rates and lengths, to draw from |
-| `*.jsonl` with `arrival_s` | recorded runs: `input_length`, `output_length`, maybe `class` |
+| `*.jsonl` with `arrival_s` | other runs: `input_length`, `output_length`, maybe `class` |
+| `*.jsonl` that a worker wrote | decisions (`scheduler.record`): its requests |
 
 All may be compressed with gzip, by the name ending in `.gz`.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from scheduler import record
 from scheduler.request import Request, Slo
 
 MOONCAKE_BLOCK = 512
@@ -83,6 +85,8 @@ def read_trace(
             return read_mooncake(path, seed=seed)
         if {"arrival_s", "input_length"} <= keys:
             return read_recorded(path)
+        if "format" in keys:
+            return read_recorded(path, enumerate(record.arrivals(_read_lines(path)), 1))
         if {"client", "input_tokens"} <= keys:
             raise ValueError(f"{path}: ServeGen's lengths; name its *_arrivals.csv instead")
         found = ", ".join(sorted(keys))
@@ -180,11 +184,13 @@ def read_agent_sessions(path: Path, *, sessions_per_s: float, seed: int = 0) -> 
     return found
 
 
-def read_recorded(path: Path) -> list[Arrival]:
+def read_recorded(
+    path: Path, rows: Iterable[tuple[int, dict[str, Any]]] | None = None
+) -> list[Arrival]:
     """Read JSON lines of `arrival_s`, `input_length`, `output_length`, and maybe `class`,
-    `max_tokens` and `request_id`."""
+    `max_tokens` and `request_id`; `rows` if they were read already."""
     found: list[Arrival] = []
-    for number, row in _json_rows(path):
+    for number, row in _json_rows(path) if rows is None else rows:
         with _Line(path, number):
             name = str(row.get("request_id", f"recorded-{len(found)}"))
             num_output = int(row["output_length"])

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.policy import StepPolicy
+from scheduler.record import Recorder
 from scheduler.request import Slo
+from scheduler.task import StepReport
 from scheduler.trace import (
     Arrival,
     clip_lengths,
@@ -19,6 +22,7 @@ from scheduler.trace import (
     with_slo,
 )
 from tests import workload
+from tests.scheduler.scenes import LIMITS, cost_model, decoding, view, waiting
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(
     f"2023-11-16 {time},{num_input},{num_output}"
@@ -315,3 +319,25 @@ def test_the_published_traces_can_be_read(name: str, count: int | None) -> None:
         assert len(arrivals) == count
     else:
         assert 100 < len(arrivals) < 3000
+
+
+def test_the_requests_of_a_workers_decisions_can_be_simulated(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    running = decoding("a", num_prompt_tokens=100, num_output_tokens=5, arrival_s=3.0)
+    queued = waiting("b", 70, arrival_s=4.5)
+    scene = view([running], [queued])
+    model = cost_model()
+    plan = StepPolicy().make(LIMITS, model).plan(scene, 5.0)
+    with path.open("w") as file:
+        recorder = Recorder(file, StepPolicy(), LIMITS, model)
+        recorder.write_step(scene, StepReport(1, 5.0, plan, 0.1, 0.001), plan.tasks, 0)
+        recorder.write_finish("a", 9)
+
+    first, second = read_trace(path)
+
+    assert (first.arrival_s, first.request.num_prompt_tokens, first.num_output_tokens) == (
+        0,
+        100,
+        9,
+    )
+    assert (second.arrival_s, second.request.num_prompt_tokens) == (1.5, 70)
