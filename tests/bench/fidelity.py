@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from scheduler.request import Request, Slo
 from scheduler.simulator import simulate
 from scheduler.task import Limits, StepReport
 from scheduler.trace import Arrival
+from tests.bench.answers import Answer, ask, makespan_s
 from tests.bench.overhead import running_app
 from tests.bench.report import publish
 from tests.workload import conversation_lengths, prompts_of
@@ -53,14 +54,6 @@ from workers.engine_profile import EngineProfile, profile_key, profile_path
 TTFT_MS, TPOT_MS = 10_000, 250
 LOOP_S = 0.01
 """Steps nearer to each other than this are taken without pause."""
-
-
-@dataclass(slots=True)
-class Answer:
-    """When a request was sent and its tokens came, from the start of the run."""
-
-    sent_s: float
-    token_s: list[float] = field(default_factory=list)
 
 
 def calibrated_device(
@@ -138,35 +131,10 @@ async def live(handle: XYServe, arrivals: list[Arrival], prompts: list[list[int]
 
     async def one(arrival: Arrival, prompt: list[int]) -> Answer:
         await asyncio.sleep(began_s + arrival.arrival_s - time.perf_counter())
-        answer = Answer(time.perf_counter() - began_s)
-        stream = handle.stream_async(
-            prompt,
-            max_tokens=arrival.num_output_tokens,
-            temperature=0,
-            ignore_eos=True,
-            return_token_ids=True,
-            slo_ttft_ms=TTFT_MS,
-            slo_tpot_ms=TPOT_MS,
-        )
-        async for chunk in stream:
-            count = sum(len(choice.token_ids or ()) for choice in chunk.choices)
-            answer.token_s += [time.perf_counter() - began_s] * count
-        return answer
+        targets = {"slo_ttft_ms": TTFT_MS, "slo_tpot_ms": TPOT_MS}
+        return await ask(handle, prompt, arrival.num_output_tokens, **targets)
 
     return await asyncio.gather(*map(one, arrivals, prompts))
-
-
-def figures_of_answers(answers: list[Answer]) -> dict[str, float]:
-    """Means over the requests, and the time from the first sent to the last token."""
-    tpots = [
-        (answer.token_s[-1] - answer.token_s[0]) / (len(answer.token_s) - 1) for answer in answers
-    ]
-    return {
-        "ttft_s": statistics.mean(answer.token_s[0] - answer.sent_s for answer in answers),
-        "tpot_s": statistics.mean(tpots),
-        "makespan_s": max(answer.token_s[-1] for answer in answers)
-        - min(answer.sent_s for answer in answers),
-    }
 
 
 def read_records(folder: Path) -> list[list[StepReport]]:
@@ -198,10 +166,10 @@ def in_cluster(device: DeviceProfile, records: list[list[StepReport]]) -> Device
             share = np.maximum(overlaps_s, 0).sum() / (end_s - began_s)
             if 0.2 < share < 0.8:
                 continue
-            crowded = bool(share > 0.5)
-            shape = models[crowded].shape_of(report.plan.tasks)
-            measured[crowded] += end_s - began_s
-            predicted[crowded] += models[crowded].predict(shape)
+            is_crowded = bool(share > 0.5)
+            shape = models[is_crowded].shape_of(report.plan.tasks)
+            measured[is_crowded] += end_s - began_s
+            predicted[is_crowded] += models[is_crowded].predict(shape)
     alone, crowded = (
         CostModel.from_dict(
             models[c].to_dict() | {"speed": models[c].speed * measured[c] / predicted[c]}
@@ -253,9 +221,14 @@ def main() -> None:
             for report in record
             if report.began_s >= began_s
         ]
-        measured = figures_of_answers(answers)
+        measured = {
+            "ttft_s": statistics.mean(answer.ttft_s for answer in answers),
+            "tpot_s": statistics.mean(answer.tpot_s for answer in answers),
+            "makespan_s": makespan_s(answers),
+        }
+        first_s = min(answer.sent_s for answer in answers)
         sent = [
-            replace(arrival, arrival_s=answer.sent_s)
+            replace(arrival, arrival_s=answer.sent_s - first_s)
             for arrival, answer in zip(arrivals, answers, strict=True)
         ]
         summary = simulate(sent, around, policy=StepPolicy(), num_workers=2).summary

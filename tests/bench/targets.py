@@ -22,9 +22,7 @@ import itertools
 import random
 import statistics
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -32,6 +30,7 @@ from tokenizers import Tokenizer
 from cluster.client import XYServe
 from cluster.config import parse_args
 from cluster.model import resolve_model
+from tests.bench.answers import Answer, ask, makespan_s
 from tests.bench.overhead import running_app
 from tests.bench.report import publish
 from tests.workload import prompts_of, questions
@@ -40,104 +39,55 @@ CHAT_TOKENS, DOCUMENT_TOKENS = 100, 16
 CHAT_TTFT_S = 2.0
 
 
-@dataclass(slots=True)
-class Answer:
-    """When the tokens of one request came."""
-
-    is_chat: bool
-    sent_s: float
-    token_s: list[float] = field(default_factory=list)
-
-    @property
-    def ttft_s(self) -> float:
-        return self.token_s[0] - self.sent_s
-
-    @property
-    def tpot_s(self) -> float:
-        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1)
-
-
-async def ask(handle: XYServe, prompt: Any, answer: Answer, **params: Any) -> Answer:
-    """Stream one answer, noting the time of each token."""
-    stream = handle.stream_async(
-        prompt, temperature=0, ignore_eos=True, return_token_ids=True, **params
-    )
-    async for chunk in stream:
-        count = sum(len(choice.token_ids or ()) for choice in chunk.choices)
-        answer.token_s += [time.perf_counter()] * count
-    return answer
-
-
 async def workload(
     handle: XYServe, documents: list[list[int]], options: argparse.Namespace
-) -> list[Answer]:
+) -> tuple[list[Answer], list[Answer]]:
     """Chats without pause and documents at their times, for `--seconds`; all finish."""
     draw = random.Random(options.seed)
     prompts = itertools.cycle(questions(100))
-    began_s = time.perf_counter()
-    ends_s = began_s + options.seconds
-    answers: list[Answer] = []
+    ends_s = time.perf_counter() + options.seconds
 
-    async def chat() -> None:
+    async def chats() -> list[Answer]:
+        answers = []
         while time.perf_counter() < ends_s:
-            answer = Answer(True, time.perf_counter())
-            answers.append(answer)
-            await ask(
-                handle,
-                next(prompts),
-                answer,
-                max_tokens=CHAT_TOKENS,
-                slo_ttft_ms=1000 * CHAT_TTFT_S,
-                slo_tpot_ms=options.tpot_ms,
-            )
+            targets = {"slo_ttft_ms": 1000 * CHAT_TTFT_S, "slo_tpot_ms": options.tpot_ms}
+            answers.append(await ask(handle, next(prompts), CHAT_TOKENS, **targets))
+        return answers
 
-    async def document(prompt: list[int], at_s: float) -> None:
+    async def document(prompt: list[int], at_s: float) -> Answer:
         await asyncio.sleep(at_s - time.perf_counter())
-        answer = Answer(False, time.perf_counter())
-        answers.append(answer)
-        await ask(
-            handle,
-            prompt,
-            answer,
-            max_tokens=DOCUMENT_TOKENS,
-            slo_ttft_ms=1000 * options.document_ttft_s,
-            slo_tpot_ms=options.tpot_ms,
-        )
+        ttft_ms = 1000 * options.document_ttft_s
+        targets = {"slo_ttft_ms": ttft_ms, "slo_tpot_ms": options.tpot_ms}
+        return await ask(handle, prompt, DOCUMENT_TOKENS, **targets)
 
-    work = [chat() for _ in range(options.chats)]
-    at_s = began_s
+    coming = []
+    at_s = time.perf_counter()
     for prompt in documents:
         at_s += draw.expovariate(options.documents_per_s)
         if at_s > ends_s:
             break
-        work.append(document(prompt, at_s))
-    await asyncio.gather(*work)
-    return answers
+        coming.append(document(prompt, at_s))
+    chatting = asyncio.gather(*(chats() for _ in range(options.chats)))
+    of_documents = await asyncio.gather(*coming)
+    return list(itertools.chain.from_iterable(await chatting)), of_documents
 
 
 async def warm_up(handle: XYServe) -> None:
-    """Requests that let both workers run each kind of step once."""
-    answers = [Answer(True, time.perf_counter()) for _ in range(8)]
-    await asyncio.gather(
-        *(
-            ask(handle, prompt, answer, max_tokens=8)
-            for prompt, answer in zip(questions(8), answers, strict=True)
-        )
-    )
+    """Let both workers run each kind of step once."""
+    await asyncio.gather(*(ask(handle, prompt, 8) for prompt in questions(8)))
 
 
-def figures(answers: list[Answer], options: argparse.Namespace) -> dict[str, float]:
+def figures(
+    chats: list[Answer], documents: list[Answer], options: argparse.Namespace
+) -> dict[str, float]:
     """What a user would have seen."""
-    chats = [answer for answer in answers if answer.is_chat]
-    documents = [answer for answer in answers if not answer.is_chat]
     gaps = np.concatenate([np.diff(answer.token_s) for answer in chats])
+    answers = [*chats, *documents]
+    ttft_s = [CHAT_TTFT_S] * len(chats) + [options.document_ttft_s] * len(documents)
     met = [
-        answer.ttft_s <= (CHAT_TTFT_S if answer.is_chat else options.document_ttft_s)
-        and answer.tpot_s <= options.tpot_ms / 1000
-        for answer in answers
+        answer.ttft_s <= limit_s and answer.tpot_s <= options.tpot_ms / 1000
+        for answer, limit_s in zip(answers, ttft_s, strict=True)
     ]
-    began_s = min(answer.sent_s for answer in answers)
-    took_s = max(answer.token_s[-1] for answer in answers) - began_s
     return {
         "gap_p50_ms": 1000 * float(np.percentile(gaps, 50)),
         "gap_p99_ms": 1000 * float(np.percentile(gaps, 99)),
@@ -145,7 +95,7 @@ def figures(answers: list[Answer], options: argparse.Namespace) -> dict[str, flo
         "chat_ttft_p99_ms": 1000 * float(np.percentile([a.ttft_s for a in chats], 99)),
         "document_ttft_p50_s": float(np.percentile([a.ttft_s for a in documents], 50)),
         "document_ttft_p99_s": float(np.percentile([a.ttft_s for a in documents], 99)),
-        "tokens_per_s": sum(len(answer.token_s) for answer in answers) / took_s,
+        "tokens_per_s": sum(len(answer.token_s) for answer in answers) / makespan_s(answers),
         "attainment": statistics.mean(met),
     }
 
@@ -181,7 +131,7 @@ def main() -> None:
             with running_app(args, options.port) as handle:
                 asyncio.run(warm_up(handle))
                 answers = asyncio.run(workload(handle, documents, options))
-            seen[policy].append(figures(answers, options))
+            seen[policy].append(figures(*answers, options))
             print(policy, {k: round(v, 2) for k, v in seen[policy][-1].items()}, flush=True)
     medians = {
         policy: {key: statistics.median(run[key] for run in runs) for key in runs[0]}

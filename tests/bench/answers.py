@@ -1,0 +1,47 @@
+"""Streamed answers as a client sees them: when each token came."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.client import XYServe
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request and the times of its tokens, by `time.perf_counter`."""
+
+    sent_s: float = field(default_factory=time.perf_counter)
+    token_s: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token."""
+        return self.token_s[0] - self.sent_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per token after the first."""
+        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1)
+
+
+async def ask(handle: XYServe, prompt: Any, max_tokens: int, **params: Any) -> Answer:
+    """Stream one greedy answer of exactly `max_tokens` tokens."""
+    answer = Answer()
+    stream = handle.stream_async(
+        prompt,
+        max_tokens=max_tokens,
+        temperature=0,
+        ignore_eos=True,
+        return_token_ids=True,
+        **params,
+    )
+    async for chunk in stream:
+        count = sum(len(choice.token_ids or ()) for choice in chunk.choices)
+        answer.token_s += [time.perf_counter()] * count
+    return answer
+
+
+def makespan_s(answers: list[Answer]) -> float:
+    """Time from the first request sent to the last token of all."""
+    return max(a.token_s[-1] for a in answers) - min(a.sent_s for a in answers)
