@@ -4,10 +4,15 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
+
+# One of the libraries below sets the root logger to this level; by default it would be ERROR, which
+# would hide all warnings of ours.
+os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "WARNING")
 
 import msgspec
 from vllm.config import VllmConfig
