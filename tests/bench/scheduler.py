@@ -17,6 +17,8 @@ a step that decodes 16 requests of the trace's mean length. `tight` is 4 and 2.5
 to 2%. In the agent trace these are the starts of sessions, whose calls follow each other; a session
 is served several times, as another one that shares no prefix.
 
+It takes the better part of an hour on two cores, most of it for the agent trace (see --traces).
+
 Keys of the summary: `TRACE_TARGETS` is the hybrid scheduler's capacity over that of the best
 baseline, `capacity_geomean` and `capacity_min` are over all scenes.
 """
@@ -186,7 +188,7 @@ def main() -> None:
     parser.add_argument("--device", default="ascend-910b-llama-3-8b")
     parser.add_argument("--agent-device", default="h200-qwen2.5-32b", help="of the agent trace")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=1500, help="of each trace")
+    parser.add_argument("--requests", type=int, default=500, help="of each trace")
     parser.add_argument("--traces", nargs="+", default=TRACES, choices=TRACES)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
