@@ -54,7 +54,6 @@ class _Planning:
     """
 
     def __init__(self, limits: Limits, cost_model: CostModel, view: StepView, now: float) -> None:
-        self._limits = limits
         self._cost_model = cost_model
         self._view = view
         self._now = now
