@@ -14,10 +14,10 @@ Scenes are a trace and a pair of targets. Targets are multiples of what the devi
 of the time to first token of the trace's 90th percentile prompt (at least of 1,000 tokens), and of
 a step that decodes 16 requests of the trace's mean length. `tight` is 4 and 2.5 times these,
 `loose` 12 and 6. Rates are changed by scaling times between arrivals, and searched by bisection,
-to 2%. In the agent trace these are the starts of sessions, whose calls follow each other; a session
-is served several times, as another one that shares no prefix.
+to 2%. The calls of the agent trace come at their recorded times, too: if each waited for the answer
+to the one before, a slow scheduler would lower its own load.
 
-It takes the better part of an hour on two cores, most of it for the agent trace (see --traces).
+It takes some 15 minutes on two cores.
 
 Keys of the summary: `TRACE_TARGETS` is the hybrid scheduler's capacity over that of the best
 baseline, `capacity_geomean` and `capacity_min` are over all scenes.
@@ -38,7 +38,6 @@ from scheduler.simulator import simulate
 from scheduler.trace import (
     Arrival,
     clip_lengths,
-    first_requests,
     read_trace,
     scale_rate,
     with_max_tokens,
@@ -55,8 +54,6 @@ HIGHEST = 1000
 """No trace should have to come so many times as fast."""
 MAX_MODEL_LEN = 131_072
 MAX_TOKENS = 2048
-AGENT_COPIES = 8
-"""Of the sessions; they are served by one worker, which fewer would not fill."""
 
 HYBRID = StepPolicy()
 BASELINES = (
@@ -108,21 +105,17 @@ class Scene:
         return low
 
 
-def repeated(sessions: list[Arrival], times: int) -> list[Arrival]:
-    """Copies of all sessions, one after another, with prefixes of their own."""
-    length_s = max(arrival.arrival_s for arrival in sessions if arrival.after is None)
-    num_ids = 1 + max(max(arrival.hash_ids, default=0) for arrival in sessions)
-    return [
-        replace(
-            arrival,
-            request=replace(arrival.request, request_id=f"{arrival.request.request_id}/{copy}"),
-            arrival_s=arrival.arrival_s + (0 if arrival.after else copy * length_s),
-            hash_ids=tuple(copy * num_ids + hash_id for hash_id in arrival.hash_ids),
-            after=arrival.after and f"{arrival.after}/{copy}",
-        )
-        for copy in range(times)
+def open_loop(sessions: list[Arrival]) -> list[Arrival]:
+    """All calls at their recorded times, whether or not the one before was answered."""
+    times: dict[str, float] = {}
+    for arrival in sessions:
+        begin_s = times[arrival.after] if arrival.after else 0.0
+        times[arrival.request.request_id] = begin_s + arrival.arrival_s
+    timed = [
+        replace(arrival, arrival_s=times[arrival.request.request_id], after=None)
         for arrival in sessions
     ]
+    return sorted(timed, key=lambda arrival: arrival.arrival_s)
 
 
 def make_scene(
@@ -130,11 +123,7 @@ def make_scene(
 ) -> Scene:
     """The first requests of a trace, with targets as this file says."""
     arrivals = clip_lengths(read_trace(find_trace(trace)), MAX_MODEL_LEN)
-    if arrivals[-1].after:
-        arrivals, num_workers = repeated(arrivals, AGENT_COPIES), 1
-    else:
-        arrivals = first_requests(arrivals, num_requests)
-    arrivals = with_max_tokens(arrivals, MAX_TOKENS)
+    arrivals = with_max_tokens(open_loop(arrivals)[:num_requests], MAX_TOKENS)
     prompts = sorted(arrival.request.num_prompt_tokens for arrival in arrivals)
     prompt = max(1000, prompts[int(0.9 * len(prompts))])
     length = round(
@@ -186,7 +175,6 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--device", default="ascend-910b-llama-3-8b")
-    parser.add_argument("--agent-device", default="h200-qwen2.5-32b", help="of the agent trace")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--requests", type=int, default=500, help="of each trace")
     parser.add_argument("--traces", nargs="+", default=TRACES, choices=TRACES)
@@ -194,11 +182,9 @@ def main() -> None:
     options = parser.parse_args()
     if not has_traces():
         raise SystemExit("the traces are not at hand; set XYSERVE_DATA to their folder")
-    devices = {trace: read_device(options.device) for trace in options.traces}
-    if "agent_prefix" in devices:
-        devices["agent_prefix"] = read_device(options.agent_device)
+    device = read_device(options.device)
     scenes = [
-        make_scene(trace, targets, devices[trace], options.workers, options.requests)
+        make_scene(trace, targets, device, options.workers, options.requests)
         for trace in options.traces
         for targets in TARGETS
     ]
