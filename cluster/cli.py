@@ -19,6 +19,7 @@ from cluster.replay_cli import replay
 from cluster.simulate_cli import simulate
 
 if TYPE_CHECKING:
+    from cluster.config import AppConfig
     from workers.calibrate import Calibration
     from workers.engine_profile import EngineProfile
 
@@ -155,11 +156,11 @@ def calibrate(
     """
     from cluster.config import read_serve_file
 
-    worker = None if kernels_only else read_serve_file(config).config.worker
-    if worker is None or worker.uses_own_kernels:
+    args = None if kernels_only else read_serve_file(config).config
+    if args is None or args.worker.uses_own_kernels:
         _calibrate_kernels(force)
-    if worker is not None:
-        _calibrate_engine(config, force)
+    if args is not None:
+        _calibrate_engine(config, args, force)
 
 
 def _calibrate_kernels(force: bool) -> None:
@@ -183,12 +184,10 @@ def _calibrate_kernels(force: bool) -> None:
     typer.echo(f"Written to {after.path}\nWorkers that run keep their table until they restart.")
 
 
-def _calibrate_engine(config: Path, force: bool) -> None:
-    from cluster.config import read_serve_file
+def _calibrate_engine(config: Path, args: AppConfig, force: bool) -> None:
     from cluster.model import resolve_model
     from workers.calibrate import EngineNotMeasured, calibrate_engine, current_profile
 
-    args = read_serve_file(config).config
     model = resolve_model(args.model)
     before, path = current_profile(model, args.worker)
     if before is not None and before.depth == "full" and not force:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -11,6 +10,7 @@ from scheduler.policy import StepPolicy
 from workers.cpus import claim_cpus
 from workers.engine_profile import (
     EngineProfile,
+    Progress,
     load_profile,
     profile_key,
     profile_path,
@@ -18,9 +18,6 @@ from workers.engine_profile import (
 )
 from workers.kernels import calibration, native, tiles
 from workers.worker import WorkerConfig
-
-Progress = Callable[[float], None]
-"""Told the share that is done, 0 to 1."""
 
 ENGINE_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 Depth = Literal["brief", "full"]
 """At a worker's first start, or by `xyserve calibrate`."""
 
+Progress = Callable[[float], None]
+"""Told the share that is done, 0 to 1."""
+
 LOCK_TIMEOUT_S = 180.0
 """How long the measurement of another worker is waited for."""
 

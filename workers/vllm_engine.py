@@ -20,10 +20,10 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from scheduler.request import Request
 from scheduler.task import StepReport
 from workers.engine import EngineStats, StepOutput
-from workers.engine_profile import Depth, EngineProfile
+from workers.engine_profile import Depth, EngineProfile, Progress
 from workers.token_stream import StreamAddress
 from workers.vllm_plugin import QUANTIZATION
-from workers.vllm_profile import Progress, calibrated_cost_model, measure
+from workers.vllm_profile import calibrated_cost_model, measure
 from workers.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.worker import WorkerConfig
 

@@ -3,7 +3,7 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
@@ -17,15 +17,20 @@ from vllm.v1.request import RequestStatus
 
 from scheduler.cost_model import CostModel, StepShape, fit
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport, StepView
-from workers.engine_profile import Checked, Depth, EngineProfile, load_or_measure, profile_key
+from workers.engine_profile import (
+    Checked,
+    Depth,
+    EngineProfile,
+    Progress,
+    load_or_measure,
+    profile_key,
+)
+from workers.kernels.tiles import QUERY_ROWS
 from workers.profile_script import Seats, Step, num_tokens, script
 from workers.vllm_scheduler import PlannedScheduler
 from workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
-
-QUERY_ROWS = 96
-"""Rows of one query tile of our attention: tokens times the query heads of a KV head."""
 
 ORDER_SEED, CHECK_SEED, TOKEN_SEED = 1, 2, 3
 
@@ -36,9 +41,6 @@ batch anew, which a batch that decodes on never does."""
 NUM_CHECKED = 40
 
 LEAST_MODEL_LEN = 16
-
-Progress = Callable[[float], None]
-"""Told the share that is done, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
