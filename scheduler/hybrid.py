@@ -95,6 +95,8 @@ class _Planning:
         for state in rest:
             if self._take_prefill(state, soft_s) is Reason.KV:
                 self._closed = Reason.BEHIND
+        if self._step.is_empty:
+            self._closed = None  # nothing runs that room or a turn could be kept for
         for state in (*urgent, *rest):
             if not self._step.is_empty:
                 break

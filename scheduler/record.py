@@ -25,7 +25,7 @@ from scheduler.task import (
     StepView,
 )
 
-FORMAT = "xyserve decisions 1"
+FORMAT = "xyserve decisions 2"
 
 
 class Recorder:
@@ -113,8 +113,7 @@ class Recorder:
             state.num_computed_tokens,
             _finite(state.first_token_s),
             _finite(state.last_token_s),
-            state.num_drafts,
-            state.acceptance_rate,
+            list(state.draft_chances),
         ]
 
     def _task(self, task: StageTask) -> list[Any]:
@@ -246,7 +245,7 @@ def _read_request(row: list[Any]) -> tuple[Request, float]:
 
 
 def _read_state(row: list[Any], requests: list[tuple[Request, float]]) -> RequestState:
-    number, num_output_tokens, num_computed_tokens, first_s, last_s, num_drafts, rate = row
+    number, num_output_tokens, num_computed_tokens, first_s, last_s, draft_chances = row
     request, arrival_s = requests[number]
     return RequestState(
         request,
@@ -255,8 +254,7 @@ def _read_state(row: list[Any], requests: list[tuple[Request, float]]) -> Reques
         num_computed_tokens,
         _float(first_s),
         _float(last_s),
-        num_drafts,
-        rate,
+        tuple(draft_chances),
     )
 
 

@@ -54,10 +54,9 @@ class RequestState:
     would give it."""
     first_token_s: float = math.inf
     last_token_s: float = math.inf
-    num_drafts: int = 0
-    """Draft tokens at hand for its next token."""
-    acceptance_rate: float = 0.0
-    """Chance of a draft to be accepted if those before it were."""
+    draft_chances: tuple[float, ...] = ()
+    """Of each draft token at hand for its next tokens, the chance to be accepted if those before it
+    were."""
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +67,11 @@ class RequestState:
     def num_new_tokens(self) -> int:
         """Tokens known and not in the KV cache, without drafts."""
         return self.request.num_prompt_tokens + self.num_output_tokens - self.num_computed_tokens
+
+    @property
+    def num_drafts(self) -> int:
+        """Draft tokens at hand."""
+        return len(self.draft_chances)
 
     @property
     def is_decoding(self) -> bool:

@@ -51,8 +51,8 @@ class LiveRequest:
     holding: Holding
     random: Random | None
     """Decides which of its drafts are accepted."""
-    most_drafts: int
-    """Drafts that are at hand for each next token."""
+    draft_chances: tuple[float, ...] = ()
+    """Of the drafts that are at hand for each next token."""
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     is_admitted: bool = False
@@ -293,7 +293,7 @@ class SimulatedWorker:
         live.num_preemptions += 1
         self.num_preemptions += 1
         live.state.num_computed_tokens = 0
-        live.state.num_drafts = 0
+        live.state.draft_chances = ()
         self._running = [state for state in self._running if state is not live.state]
         self._wait(live)
 
@@ -355,7 +355,7 @@ class SimulatedWorker:
             while (
                 num_tokens < min(task.num_tokens, live.num_left)
                 and live.random is not None
-                and live.random.random() < state.acceptance_rate
+                and live.random.random() < state.draft_chances[num_tokens - 1]
             ):
                 num_tokens += 1
             # Blocks of drafts that were refused are given back.
@@ -375,10 +375,10 @@ class SimulatedWorker:
             state.first_token_s = now
         state.num_output_tokens += num_tokens
         state.last_token_s = now
-        if live.most_drafts:
+        if live.draft_chances:
             num_left = state.request.max_tokens - state.num_output_tokens
             room = self._num_kv_tokens - state.num_tokens
-            state.num_drafts = max(0, min(live.most_drafts, num_left - 1, room))
+            state.draft_chances = live.draft_chances[: max(0, min(num_left - 1, room))]
         left = state.request.num_outstanding_tokens(state.num_output_tokens)
         self.num_outstanding_tokens -= before - left
         return live.num_left == 0

@@ -287,13 +287,13 @@ class _Cluster:
         holding = worker.kv.holding(
             arrival.hash_ids, arrival.hash_block_size, arrival.request.num_prompt_tokens
         )
-        random, most_drafts = None, 0
+        random: Random | None = None
+        draft_chances: tuple[float, ...] = ()
         if self.speculation is not None:
-            most_drafts = self.speculation.num_drafts
             random = Random(f"{self.seed} {arrival.request.request_id}")
             rate = random.gauss(self.speculation.acceptance_rate, self.speculation.spread)
-            state.acceptance_rate = min(max(rate, 0.0), 1.0)
-        return LiveRequest(arrival, index, state, holding, random, most_drafts)
+            draft_chances = (min(max(rate, 0.0), 1.0),) * self.speculation.num_drafts
+        return LiveRequest(arrival, index, state, holding, random, draft_chances)
 
     def _report_until(self, now: float) -> None:
         """Let the workers report at the last of the regular times before `now`."""

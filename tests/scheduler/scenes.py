@@ -59,7 +59,7 @@ def decoding(
     state.num_output_tokens = num_output_tokens
     state.num_computed_tokens = state.num_tokens - 1
     state.first_token_s, state.last_token_s = first_token_s, last_token_s
-    state.num_drafts, state.acceptance_rate = num_drafts, acceptance_rate
+    state.draft_chances = (acceptance_rate,) * num_drafts
     return state
 
 

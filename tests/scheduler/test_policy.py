@@ -38,8 +38,7 @@ def states(draw: st.DrawFn, name: str, runs: bool) -> RequestState:
         state.num_output_tokens = draw(st.integers(1, 19))
         state.first_token_s = draw(st.floats(state.arrival_s, NOW))
         state.last_token_s = draw(st.floats(state.first_token_s, NOW))
-        state.num_drafts = draw(st.integers(0, 4))
-        state.acceptance_rate = draw(st.floats(0, 1))
+        state.draft_chances = tuple(draw(st.lists(st.floats(0, 1), max_size=4)))
     if runs:
         state.num_computed_tokens = (
             state.num_tokens - 1
@@ -47,7 +46,7 @@ def states(draw: st.DrawFn, name: str, runs: bool) -> RequestState:
             else draw(st.integers(0, state.num_tokens - 1))
         )
     else:
-        state.num_drafts = 0
+        state.draft_chances = ()
         state.num_computed_tokens = draw(st.integers(0, (state.num_tokens - 1) // BLOCK)) * BLOCK
     return state
 

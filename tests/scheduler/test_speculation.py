@@ -63,7 +63,7 @@ def test_drafts_never_break_a_target() -> None:
 
 def test_a_request_in_prefill_has_no_drafts_verified() -> None:
     state = prefilling("p", 200, 100)
-    state.num_drafts = 4
+    state.draft_chances = (0.7,) * 4
 
     assert tokens(plan(state)) == {"p": 100}
 
