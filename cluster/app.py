@@ -1,47 +1,111 @@
 """The Serve application: its deployments and how they are bound to each other."""
 
+import asyncio
+import logging
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.util import get_node_ip_address
 
 from cluster.config import AppConfig, parse_args
 from cluster.errors import DeviceMissing
 from cluster.global_scheduler import GlobalScheduler
 from cluster.ingress import Ingress
-from cluster.metrics import StepMetrics
+from cluster.metrics import CollapseMetrics, DraftMetrics, StepMetrics
 from cluster.model import resolve_model
 from cluster.router import PlacementRouter
+from scheduler.task import StepReport
+from workers.draft_stream import DrafterAddress
+from workers.draft_worker import DraftConfig, DraftWorker, make_drafters
 from workers.engine import Engine
-from workers.worker import Worker
+from workers.worker import Worker, WorkerReport
+
+logger = logging.getLogger(__name__)
 
 MAX_ONGOING_REQUESTS = 4096
 """Requests that wait in a worker's own queue, where its scheduler sees them, not in Serve's."""
+
+
+class GlobalSchedulerReplica(GlobalScheduler):
+    """The GlobalScheduler as a replica of Serve."""
+
+    def __init__(self) -> None:
+        super().__init__(on_collapse=CollapseMetrics().count)
 
 
 class WorkerReplica(Worker):
     """A worker as a replica of Serve."""
 
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
+        metrics = StepMetrics()
+        draft_metrics = DraftMetrics() if config.draft else None
+
         def make_engine() -> Engine:
             # vLLM takes long to import; only this process of the cluster package needs it.
             from workers.vllm_engine import VllmEngine
 
-            return VllmEngine(resolve_model(config.model), config.worker, StepMetrics().observe)
+            return VllmEngine(resolve_model(config.model), config.worker, on_step, config.draft)
 
+        def on_step(report: StepReport) -> None:
+            metrics.observe(report)
+            self.timeline.add(
+                "step",
+                report.began_s,
+                report.began_s + report.measured_s,
+                {task.request_id: task.num_tokens for task in report.plan.tasks},
+            )
+
+        def send(report: WorkerReport) -> None:
+            answer = scheduler.report.remote(report)
+            if draft_metrics and report.drafts:
+                draft_metrics.observe(report.drafts)
+                asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
+
+        loop = asyncio.get_running_loop()
+        self._drafter: DrafterAddress | None = None
         super().__init__(
-            serve.get_replica_context().replica_id.unique_id,
-            config.worker,
-            make_engine,
-            lambda report: scheduler.report.remote(report),
+            serve.get_replica_context().replica_id.unique_id, config.worker, make_engine, send
         )
+
+    async def _follow(self, answer: "DeploymentResponse[DrafterAddress | None]") -> None:
+        """Have the draft worker that the GlobalScheduler names make the drafts."""
+        try:
+            drafter = await answer
+        except (RayError, RuntimeError) as error:  # it restarts; the present one stays
+            logger.warning("the GlobalScheduler did not answer: %r", error)
+            return
+        if drafter != self._drafter:
+            self._drafter = drafter
+            self.assign_drafter(drafter)
 
     def __del__(self) -> None:
         """Serve's hook for the end of a replica, also of one whose constructor failed."""
         if hasattr(self, "_loop"):
+            self.shutdown()
+
+
+class DraftReplica(DraftWorker):
+    """A draft worker as a replica of Serve."""
+
+    def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
+        assert config.draft
+        draft = config.draft
+        super().__init__(
+            serve.get_replica_context().replica_id.unique_id,
+            draft,
+            lambda: make_drafters(draft, resolve_model(config.model), resolve_model),
+            lambda report: scheduler.report_drafter.remote(report),
+            get_node_ip_address(),
+        )
+
+    def __del__(self) -> None:
+        """Serve's hook for the end of a replica, also of one whose constructor failed."""
+        if hasattr(self, "_thread"):
             self.shutdown()
 
 
@@ -50,7 +114,7 @@ def build_app(args: dict[str, Any]) -> Application:
     config = parse_args(args)
     if not config.wait_for_device:
         _check_device(config)
-    scheduler = _deployment(GlobalScheduler, num_replicas=1).bind()
+    scheduler = _deployment(GlobalSchedulerReplica, name="GlobalScheduler", num_replicas=1).bind()
     workers = _deployment(
         WorkerReplica,
         name="Worker",
@@ -66,6 +130,8 @@ def build_app(args: dict[str, Any]) -> Application:
         ),
         graceful_shutdown_timeout_s=config.drain_timeout_s,
     ).bind(config, scheduler)
+    # Nobody calls the draft workers; an argument is what makes them a part of the app.
+    draft_workers = _draft_workers(config.draft).bind(config, scheduler) if config.draft else None
     return _deployment(
         serve.ingress()(Ingress),
         name="Ingress",
@@ -78,7 +144,7 @@ def build_app(args: dict[str, Any]) -> Application:
             },
         },
         graceful_shutdown_timeout_s=config.drain_timeout_s,
-    ).bind(config, workers, scheduler)
+    ).bind(config, workers, scheduler, draft_workers)
 
 
 _VLLM_ENV = {
@@ -109,6 +175,16 @@ def _worker_resources(config: AppConfig) -> dict[str, Any]:
     elif worker.device == "npu":
         options["resources"] = {"NPU": 1}
     return options
+
+
+def _draft_workers(config: DraftConfig) -> Any:
+    env = _VLLM_ENV | {"OMP_NUM_THREADS": str(max(config.cpus, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
+    return _deployment(
+        DraftReplica,
+        name="DraftWorker",
+        num_replicas=config.num_workers,
+        ray_actor_options={"num_cpus": config.cpus, "runtime_env": {"env_vars": env}},
+    )
 
 
 def _check_device(config: AppConfig) -> None:

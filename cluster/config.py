@@ -16,6 +16,7 @@ import yaml
 from cluster.errors import ConfigError
 from cluster.model import DEFAULT_MODEL
 from cluster.slo import SloConfig
+from workers.draft_worker import DraftConfig
 from workers.engine import EngineConfig
 from workers.worker import WorkerConfig
 
@@ -66,6 +67,8 @@ class AppConfig:
     wait_for_device: bool = False
     """Start even if no node has the device yet, for clusters that grow on demand."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
+    draft: DraftConfig | None = None
+    """Draft workers beside the workers; none without it."""
     ingress: IngressConfig = field(default_factory=IngressConfig)
     slo: SloConfig = field(default_factory=SloConfig)
 
@@ -75,6 +78,11 @@ class AppConfig:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if not self.drain_timeout_s >= 0:
             raise ValueError(f"drain_timeout_s ({self.drain_timeout_s}) must not be negative")
+        if self.draft and self.worker.step_policy.name == "vllm":
+            raise ValueError(
+                "draft needs a worker.step_policy of ours, which decides how many drafts are "
+                "verified in each step; vllm's own takes none from draft workers"
+            )
         _check_names(
             "worker.engine.extra_args",
             self.worker.engine.extra_args,

@@ -1,17 +1,33 @@
 """The GlobalScheduler: places each request on a worker, from the view of all workers."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from scheduler.drafting import Cause, DraftReport, DraftWatch, DraftWorkerLoad, choose_drafter
 from scheduler.placement import WorkerLoad, place
 from scheduler.request import Request
+from workers.draft_stream import DrafterAddress
+from workers.draft_worker import DraftWorkerReport
+from workers.engine import DraftStats
 from workers.worker import WorkerReport
+
+logger = logging.getLogger(__name__)
 
 FORGET_AFTER_S = 30.0
 """A placement that its worker has not reported by then never arrived there."""
 SILENT_AFTER_S = 30.0
 """A worker that has not reported for this long perhaps hangs; a live one does every 2 s."""
+DRAFTER_SILENT_AFTER_S = 3.0
+"""A draft worker that has not reported, or owes an answer, for so long may be stopped; a live one
+does twice a second."""
+EXPLANATIONS = {
+    Cause.SILENT: "the draft worker does not answer; is it stopped or overloaded?",
+    Cause.RESTARTED: "the draft worker has restarted and must learn anew",
+    Cause.LATE: "they come after the tokens that they guess; is the draft worker overloaded?",
+    Cause.CONTENT: "the drafters do not foresee the text that is written now",
+}
 
 
 @dataclass(slots=True)
@@ -25,6 +41,10 @@ class _WorkerView:
     placed: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Outstanding tokens and time of placement, by request id."""
     draining: bool = False
+    tokens_per_span: float = 1.0
+    drafter: str | None = None
+    """The draft worker that drafts for it, by id."""
+    drafts: DraftWatch = field(default_factory=DraftWatch)
 
     def is_silent(self, now: float) -> bool:
         return now - self.heard_s > SILENT_AFTER_S
@@ -38,6 +58,7 @@ class _WorkerView:
             sum(self.reported.values()) + sum(tokens for tokens, _ in self.placed.values()),
             len(self.reported) + len(self.placed),
             self.draining,
+            self.tokens_per_span,
             self.is_silent(now),
         )
 
@@ -45,9 +66,17 @@ class _WorkerView:
 class GlobalScheduler:
     """One actor of the app. Its state is soft: workers tell it again after a restart."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        on_collapse: Callable[[str, Cause], None] = lambda worker_id, cause: None,
+    ) -> None:
+        """`on_collapse` is called when the drafts for a worker are no longer accepted, and why."""
         self._clock = clock
+        self._on_collapse = on_collapse
         self._workers: dict[str, _WorkerView] = {}
+        self._drafters: dict[str, tuple[DraftWorkerReport, float]] = {}
+        """The last report of each draft worker, and its time."""
 
     async def place(self, request: Request, worker_ids: Sequence[str]) -> str | None:
         """Choose one of `worker_ids`, which Serve holds for alive; None while all are draining."""
@@ -62,14 +91,64 @@ class GlobalScheduler:
             self._workers[chosen].placed[request.request_id] = placed
         return chosen
 
-    async def report(self, report: WorkerReport) -> None:
-        """Take a worker's own account of its requests."""
-        view = self._view(report.worker_id, self._clock())
-        view.heard_s = self._clock()
+    async def report(self, report: WorkerReport) -> DrafterAddress | None:
+        """Take a worker's own account of its requests; the draft worker that drafts for it."""
+        now = self._clock()
+        view = self._view(report.worker_id, now)
+        view.heard_s = now
         view.reported = report.outstanding
         view.draining = report.draining
         for request_id in (*report.outstanding, *report.finished):
             view.placed.pop(request_id, None)
+        if report.drafts is None:
+            return None
+        self._watch(report.worker_id, view, report.drafts, now)
+        return self._choose_drafter(view, now)
+
+    async def report_drafter(self, report: DraftWorkerReport) -> None:
+        """Take a draft worker's own account."""
+        self._drafters[report.address.draft_worker_id] = report, self._clock()
+
+    def _watch(self, worker_id: str, view: _WorkerView, stats: DraftStats, now: float) -> None:
+        """Learn how well drafts serve a worker, and say so when they no longer do."""
+        view.tokens_per_span = stats.tokens_per_span
+        cause = view.drafts.observe(
+            DraftReport(
+                stats.acceptance_rate,
+                stats.counts.proposed,
+                stats.counts.verified,
+                stats.counts.late,
+                stats.drafter,
+                stats.silent_s < DRAFTER_SILENT_AFTER_S,
+            ),
+            now,
+        )
+        if cause is not None:
+            logger.warning(
+                "drafts for worker %s are no longer accepted (%.0f%% of the last): %s",
+                worker_id, 100 * stats.acceptance_rate, EXPLANATIONS[cause],
+            )  # fmt: skip
+            self._on_collapse(worker_id, cause)
+
+    def _choose_drafter(self, view: _WorkerView, now: float) -> DrafterAddress | None:
+        for gone, (_, heard_s) in list(self._drafters.items()):
+            if now - heard_s > FORGET_AFTER_S:
+                del self._drafters[gone]
+        chosen = choose_drafter(
+            view.drafter,
+            [
+                DraftWorkerLoad(
+                    draft_worker_id,
+                    sum(other.drafter == draft_worker_id for other in self._workers.values()),
+                    report.busy_share,
+                    now - heard_s > DRAFTER_SILENT_AFTER_S,
+                )
+                for draft_worker_id, (report, heard_s) in self._drafters.items()
+            ],
+        )
+        # While there is none but silent ones, the old one may come back.
+        view.drafter = chosen or view.drafter
+        return self._drafters[view.drafter][0].address if view.drafter in self._drafters else None
 
     async def loads(self) -> list[WorkerLoad]:
         """The present view of all workers."""

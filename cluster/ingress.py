@@ -15,6 +15,7 @@ from cluster.config import AppConfig
 from cluster.engine_client import EngineClient
 from cluster.errors import RequestFailed
 from cluster.model import resolve_model
+from workers.draft_worker import DraftWorkerStatus
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
 from workers.worker import WorkerStatus
 
@@ -39,6 +40,7 @@ class AppStatus:
     workers: list[WorkerStatus]
     num_live_requests: int
     """Of this ingress."""
+    draft_workers: list[DraftWorkerStatus]
 
 
 class Ingress:
@@ -49,6 +51,7 @@ class Ingress:
         config: AppConfig,
         workers: "DeploymentHandle[Any]",
         scheduler: "DeploymentHandle[Any]",
+        draft_workers: "DeploymentHandle[Any] | None" = None,
     ) -> None:
         # vLLM takes long to import; only this process of the cluster package needs it.
         from cluster.vllm_frontend import Frontend, decode_outputs, failed_outputs
@@ -56,6 +59,7 @@ class Ingress:
         self._config = config
         self._workers = workers
         self._scheduler = scheduler
+        self._draft_workers = draft_workers
         self._client = EngineClient(
             workers, StreamReceiver(get_node_ip_address()), decode_outputs(), failed_outputs
         )
@@ -103,10 +107,14 @@ class Ingress:
     async def status(self) -> AppStatus:
         """The state of all workers."""
         workers = await self._workers.broadcast("status").results_async()
+        drafters: list[DraftWorkerStatus] = []
+        if self._draft_workers:
+            drafters = await self._draft_workers.broadcast("status").results_async()
         return AppStatus(
             self._config.model_name,
             sorted(workers, key=lambda worker: worker.worker_id),
             self._client.num_live,
+            sorted(drafters, key=lambda drafter: drafter.draft_worker_id),
         )
 
     def _send(self, reply_to: StreamAddress, chunk: Chunk) -> None:

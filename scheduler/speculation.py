@@ -1,6 +1,9 @@
 """How many drafts each request may have verified in a step, and what drafts are worth."""
 
 import heapq
+import itertools
+import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +17,11 @@ LOOK_AHEAD = 4
 make a step longer by jumps, and what follows a jump is nearly free."""
 
 PROBE_STEPS = 32
-"""If no draft was verified in so many steps, one is, to see whether drafts are worth it again."""
+"""While no drafts are verified, one is in so many steps, to see whether they are worth it again."""
+REST_STEPS = 64
+"""After so many steps without one, no drafts are asked for but shortly before such a probe."""
+PROBE_LEAD_STEPS = 3
+"""So long before a probe drafts are asked for again."""
 MOST_CHANCE = 0.98
 """No draft is taken to be surer than this."""
 REQUEST_MEMORY = 0.9
@@ -72,6 +79,11 @@ def add_drafts(
         step.extend(decodes[index], count)
 
 
+def num_expected(chances: Iterable[float]) -> float:
+    """How many of a request's drafts are accepted in the mean: each needs all before it."""
+    return math.fsum(itertools.accumulate(chances, operator.mul))
+
+
 @dataclass(slots=True)
 class _Ratio:
     """Right drafts over those expected, the past forgotten bit by bit."""
@@ -88,7 +100,7 @@ class _Ratio:
 
 
 class Calibration:
-    """What the estimates of one drafter are worth: of drafts given a chance, how many were right."""
+    """What one drafter's estimates are worth: of drafts given a chance, how many were right."""
 
     def __init__(self) -> None:
         self._bins = [_Ratio() for _ in range(NUM_BINS)]
@@ -127,12 +139,12 @@ class Acceptance:
         self._requests: dict[str, _OfRequest] = {}
         self._all = _Ratio()
         self._recent = _Ratio()
+        self._extra = _Ratio()
+        """Accepted drafts over decodes."""
         self._num_idle_steps = 0
 
-    def chances(
-        self, request_id: str, drafter: str, probs: Sequence[float]
-    ) -> tuple[float, ...]:
-        """Chances of drafts of which the drafter says `probs`, each if those before it are right."""
+    def chances(self, request_id: str, drafter: str, probs: Sequence[float]) -> tuple[float, ...]:
+        """Chances of drafts of which the drafter says `probs`, each if all before are right."""
         calibration = self._drafters.setdefault(drafter, Calibration())
         of_request = self._requests.setdefault(request_id, _OfRequest())
         factor = of_request.factor.value(self._all.value(1.0, PRIOR_DRAFTS), PRIOR_DRAFTS)
@@ -145,15 +157,20 @@ class Acceptance:
         self._requests[request_id].offered = drafter, tuple(probs), base
 
     def next_probe(self, offers: dict[str, tuple[float, ...]]) -> str | None:
-        """Called once a step with the chances of all requests: whose first draft to verify anyhow.
+        """Whose first draft to verify whatever it promises; None while drafts are verified anyhow.
 
-        None while drafts are being verified, or were lately.
+        Called in each step that decodes, with the chances of the drafts by request.
         """
-        self._num_idle_steps += bool(offers)
-        if self._num_idle_steps <= PROBE_STEPS:
+        self._num_idle_steps += 1
+        if not offers or self._num_idle_steps % PROBE_STEPS:
             return None
-        self._num_idle_steps = 0
         return max(offers, key=lambda request_id: offers[request_id][0])
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether drafts are of no use now: they cost more than they bring, or none is right."""
+        to_probe = -self._num_idle_steps % PROBE_STEPS
+        return self._num_idle_steps > REST_STEPS and to_probe > PROBE_LEAD_STEPS
 
     def verified(self, request_id: str, num_drafts: int, num_accepted: int) -> None:
         """Learn that of the request's drafts at hand the first `num_drafts` were verified."""
@@ -161,6 +178,7 @@ class Acceptance:
         if of_request is None or not num_drafts:
             return
         self._num_idle_steps = 0
+        self._extra.right += num_accepted
         drafter, probs, base = of_request.offered
         # None after the first wrong one was looked at.
         for index in range(min(num_accepted + 1, num_drafts, len(probs))):
@@ -170,9 +188,19 @@ class Acceptance:
             self._all.observe(base[index], right, WORKER_MEMORY)
             self._recent.observe(1.0, right, 1 - 1 / WINDOW)
 
+    def count_decodes(self, num_decodes: int) -> None:
+        """Note that a step had so many decodes, with drafts or without."""
+        self._extra.expected = self._extra.expected * WORKER_MEMORY + num_decodes
+        self._extra.right *= WORKER_MEMORY
+
     def forget(self, request_id: str) -> None:
         """The request has ended."""
         self._requests.pop(request_id, None)
+
+    @property
+    def tokens_per_span(self) -> float:
+        """Output tokens that a decode gave lately, drafts included."""
+        return 1.0 + self._extra.value(0.0, 1.0)
 
     @property
     def rate(self) -> float:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from scheduler.request import Request
+from workers.draft_client import DraftCounts
+from workers.draft_stream import DrafterAddress
 from workers.token_stream import StreamAddress
 
 
@@ -65,6 +67,21 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftStats:
+    """What came of drafts, since the engine's start."""
+
+    counts: DraftCounts
+    acceptance_rate: float
+    """Share of the drafts verified lately that were right."""
+    tokens_per_span: float
+    """Output tokens that a decode gave lately, drafts included."""
+    drafter: str | None
+    """Incarnation of the draft worker that makes them."""
+    silent_s: float
+    """How long it has owed an answer and given none."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """The engine at this moment."""
 
@@ -72,6 +89,8 @@ class EngineStats:
     num_waiting: int
     kv_cache_usage: float
     """Share of the KV cache in use, 0 to 1."""
+    drafts: DraftStats | None = None
+    """None without speculation."""
 
 
 class Engine(Protocol):
@@ -94,6 +113,9 @@ class Engine(Protocol):
 
     def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
         """Compute one step: its output for each client, and whether the model ran."""
+
+    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+        """Have this draft worker make the drafts from now on."""
 
     def stats(self) -> EngineStats:
         """Count what runs and waits."""

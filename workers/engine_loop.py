@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scheduler.request import Request
+from workers.draft_stream import DrafterAddress
 from workers.engine import Engine, EngineStats
 from workers.token_stream import StreamAddress, StreamSenders
 
@@ -105,6 +106,10 @@ class EngineLoop:
         """Free the slots of these requests before the next step; unknown ids are ignored."""
         self._call(lambda: self._abort(request_ids), concurrent.futures.Future())
 
+    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+        """Have this draft worker make the drafts, from the next step on."""
+        self._call(lambda: self._engine.assign_drafter(drafter), concurrent.futures.Future())
+
     def state(self) -> concurrent.futures.Future[LoopState]:
         """The state after the step that is running now."""
         state: concurrent.futures.Future[LoopState] = concurrent.futures.Future()
@@ -155,6 +160,10 @@ class EngineLoop:
             request_id: live.request.num_outstanding_tokens(live.num_output_tokens)
             for request_id, live in self._live.items()
         }
+
+    def engine_stats(self) -> EngineStats:
+        """The engine at this moment."""
+        return self._engine.stats()
 
     def take_finished(self) -> tuple[str, ...]:
         """The requests that ended since the last call."""

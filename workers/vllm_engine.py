@@ -1,7 +1,11 @@
 """vLLM's engine core in the caller's own process, stepped by the caller."""
 
+import contextlib
+import copy
 import dataclasses
 import os
+import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
+from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
@@ -19,19 +24,33 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.request import Request
 from scheduler.task import StepReport
-from workers.engine import EngineStats, StepOutput
+from workers.draft_client import DraftClient
+from workers.draft_stream import DrafterAddress
+from workers.draft_worker import DraftConfig
+from workers.engine import DraftStats, EngineStats, StepOutput
 from workers.engine_profile import Depth, EngineProfile, Progress
 from workers.token_stream import StreamAddress
 from workers.vllm_plugin import QUANTIZATION
 from workers.vllm_profile import calibrated_cost_model, measure
 from workers.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
+from workers.vllm_speculation import (
+    HiddenStates,
+    all_logits_processors,
+    runner_of,
+    sample_plainly_without_drafts,
+    speculative_config,
+)
 from workers.worker import WorkerConfig
 
 GIB = 1 << 30
 
 
 def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
-    """vLLM's arguments for `config`; the ingress and the workers must use the same."""
+    """vLLM's arguments for `config`; the ingress and the workers must use the same.
+
+    But for drafts: those are the workers' affair, and an ingress that knew of them would refuse
+    parameters that vLLM cannot verify drafts under.
+    """
     args: dict[str, Any] = {
         field.name: value
         for field in dataclasses.fields(config.engine)
@@ -66,18 +85,24 @@ class VllmEngine:
         model: str,
         config: WorkerConfig,
         on_step: Callable[[StepReport], None] | None = None,
+        draft: DraftConfig | None = None,
     ) -> None:
         """Load `model`; takes seconds, and for the life of the process no second engine fits.
 
-        `on_step` is told of each step that a scheduler of ours decided.
+        `on_step` is told of each step that a scheduler of ours decided. With `draft` it verifies
+        the drafts of the draft worker that it is given later.
         """
-        vllm_config = engine_args(model, config).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        args = engine_args(model, config)
+        if draft:
+            args.speculative_config = speculative_config(draft, config.device)
+        vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
         scheduler_config = vllm_config.scheduler_config
         if config.step_policy.name != "vllm" and scheduler_config.scheduler_cls is None:
             scheduler_config.scheduler_cls = (
                 PlannedAsyncScheduler if scheduler_config.async_scheduling else PlannedScheduler
             )
-        self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
+        with all_logits_processors() if draft else contextlib.nullcontext():
+            self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
         self._policy = config.step_policy
@@ -88,9 +113,16 @@ class VllmEngine:
             scheduler.step_scheduler = self._policy.make(scheduler.limits, scheduler.cost_model)
             scheduler.on_step = on_step
             self._planned = scheduler
+            if draft:
+                self._expect_drafts(scheduler, draft)
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._encode = encoder()
         self._clients: list[StreamAddress] = []
+
+    @property
+    def scheduler(self) -> SchedulerInterface:
+        """That of vLLM's core; touched between two steps only."""
+        return self._core.scheduler
 
     def add_request(
         self, request: Request, engine_request: list[bytes], client: StreamAddress
@@ -132,10 +164,30 @@ class VllmEngine:
             if of_client.outputs
         }, model_ran
 
+    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+        """Have this draft worker make the drafts from now on."""
+        if self._planned and self._planned.drafts:
+            self._planned.drafts.assign(drafter)
+
     def stats(self) -> EngineStats:
         """Count what runs and waits."""
         running, waiting = self._core.scheduler.get_request_counts()
-        return EngineStats(running, waiting, self._core.scheduler.get_kv_cache_usage())
+        usage = self._core.scheduler.get_kv_cache_usage()
+        return EngineStats(running, waiting, usage, self.draft_stats())
+
+    def draft_stats(self) -> DraftStats | None:
+        """What came of drafts; None without speculation."""
+        if self._planned is None or (drafts := self._planned.drafts) is None:
+            return None
+        now = time.monotonic()
+        drafts.poll(now)
+        return DraftStats(
+            copy.deepcopy(drafts.counts),
+            self._planned.acceptance.rate,
+            self._planned.acceptance.tokens_per_span,
+            drafts.drafter.incarnation if drafts.drafter else None,
+            drafts.silent_s(now),
+        )
 
     def record(self, path: Path) -> None:
         """Write every decision to `path`; ValueError if another scheduler takes them."""
@@ -152,4 +204,13 @@ class VllmEngine:
         """Release vLLM's resources."""
         if self._planned and self._planned.recorder:
             self._planned.recorder.close()
+        if self._planned and self._planned.drafts:
+            self._planned.drafts.close()
         self._core.shutdown()
+
+    def _expect_drafts(self, scheduler: PlannedScheduler, draft: DraftConfig) -> None:
+        scheduler.drafts = DraftClient(secrets.token_hex(8))
+        runner = runner_of(self._core)
+        sample_plainly_without_drafts(runner)
+        if "head" in draft.drafters:
+            scheduler.hidden_states = HiddenStates(runner.model).rows

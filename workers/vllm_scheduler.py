@@ -5,7 +5,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple, TextIO
 
@@ -15,7 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
@@ -25,12 +25,13 @@ from scheduler.hybrid import HybridScheduler
 from scheduler.policy import StepPolicy
 from scheduler.record import Recorder
 from scheduler.request import Request, RequestState, Slo
+from scheduler.speculation import Acceptance, num_expected
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepReport, StepScheduler, StepView
+from workers.draft_client import DraftClient, DraftPath
+from workers.vllm_speculation import MAX_HIDDEN_STATES
 
-ACCEPTANCE_PRIOR = 0.7
-"""Acceptance rate of a request none of whose drafts was verified yet."""
-ACCEPTANCE_RATE = 0.1
-"""Weight of one more draft in it."""
+OWN_DRAFTER, OWN_PROB = "vllm", 0.7
+"""Where drafts come from that vLLM made itself, and the chance of each before any was verified."""
 LOOKUP_STEPS = 16
 """A prefix hit of a request that waits is looked up again after so many steps."""
 MAX_LOOKUPS = 8
@@ -119,7 +120,10 @@ class _Live:
     state: RequestState
     num_delivered: int = 0
     """Output tokens that have come; under async scheduling more are on their way."""
-    acceptance_rate: float = ACCEPTANCE_PRIOR
+    draft_chances: tuple[float, ...] = ()
+    """Of the drafts at hand."""
+    hidden_states: list[bytes] = field(default_factory=list)
+    """Of each token that was computed since the draft worker was told last."""
     looked_up: int | None = None
     """Step of the last look-up of its prefix since it waits."""
     num_cached: int = 0
@@ -139,7 +143,7 @@ class _Live:
         unchanged = (
             state.num_computed_tokens == num_computed
             and state.num_output_tokens == request.num_output_tokens
-            and state.num_drafts == 0
+            and not state.draft_chances
         )
         return state if unchanged else self._update(request, num_computed, now)
 
@@ -152,13 +156,6 @@ class _Live:
                 state, state.num_output_tokens, state.num_computed_tokens, first_token_s, now
             )
             self.num_delivered = num_output_tokens
-
-    def verify(self, num_drafts: int, num_accepted: int) -> None:
-        """Note how many of its drafts were accepted; none after a wrong one was looked at."""
-        right = (1 - ACCEPTANCE_RATE) ** num_accepted
-        self.acceptance_rate = 1 - (1 - self.acceptance_rate) * right
-        if num_accepted < num_drafts:
-            self.acceptance_rate *= 1 - ACCEPTANCE_RATE
 
     def _renew(self, request: VllmRequest, now: float) -> None:
         # The next turn of a streaming-input session comes under the same id.
@@ -174,8 +171,7 @@ class _Live:
         if num_output and not self.num_delivered:
             first_token_s = last_token_s = now
         self.state = _moved(state, num_output, num_computed, first_token_s, last_token_s)
-        self.state.num_drafts = len(request.spec_token_ids)
-        self.state.acceptance_rate = self.acceptance_rate
+        self.state.draft_chances = self.draft_chances[: len(request.spec_token_ids)]
         return self.state
 
 
@@ -257,6 +253,11 @@ class PlannedScheduler(Scheduler):
         self.on_step: Callable[[StepReport], None] | None = None
         """Called after each step that computed something."""
         self.recorder: Recorder | None = None
+        self.drafts: DraftClient | None = None
+        """Where drafts come from; None: from vLLM itself, if at all."""
+        self.hidden_states: Callable[[int, int], list[bytes]] | None = None
+        """Gives those of a range of the last step's tokens, if a drafter wants them."""
+        self.acceptance = Acceptance()
         self._expected: dict[str, Request] = {}
         self._live: dict[str, _Live] = {}
         self._shares: dict[str, int] | None = None
@@ -295,6 +296,8 @@ class PlannedScheduler(Scheduler):
         began_s = time.monotonic()
         self._num_steps += 1
         num_recorded = self.recorder.num_steps if self.recorder else 0
+        if self.num_spec_tokens:
+            self._offer_drafts()
         view = self._view(began_s)
         plan = self.step_scheduler.plan(view, began_s)
         self._preempt(plan)
@@ -309,7 +312,10 @@ class PlannedScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take in what a step gave, and how long it took."""
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.drafts:
+            outputs = self._update_and_tell(scheduler_output, model_runner_output)
+        else:
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
         now = time.monotonic()
         for request_id in scheduler_output.num_scheduled_tokens:
             if live := self._live.get(request_id):
@@ -333,8 +339,9 @@ class PlannedScheduler(Scheduler):
     ) -> SpecDecodingStats | None:
         """Count drafts and those accepted; vLLM calls it for each request that had some."""
         num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
-        if live := self._live.get(request_id):
-            live.verify(num_draft_tokens - num_invalid, num_accepted_tokens)
+        self.acceptance.verified(request_id, num_draft_tokens - num_invalid, num_accepted_tokens)
+        if self.drafts:
+            self.drafts.counts.count(num_draft_tokens - num_invalid, num_accepted_tokens)
         return super().make_spec_decoding_stats(
             spec_decoding_stats,
             num_draft_tokens,
@@ -342,6 +349,89 @@ class PlannedScheduler(Scheduler):
             num_invalid_spec_tokens,
             request_id,
         )
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take drafts of vLLM's own, unless a draft worker gives them."""
+        if self.drafts is None:
+            super().update_draft_token_ids(draft_token_ids)
+
+    def _offer_drafts(self) -> None:
+        """Give each request that decodes the drafts that promise most, and say what they do."""
+        if self.drafts:
+            self.drafts.poll(time.monotonic())
+        offers = {}
+        decodes = False
+        for request in self.running:
+            live = self._live[request.request_id]
+            live.draft_chances = ()
+            if request.is_prefill_chunk or not request.num_output_tokens:
+                continue
+            decodes = True
+            if chances := self._offer(request):
+                offers[request.request_id] = live.draft_chances = chances
+        if decodes and (probe := self.acceptance.next_probe(offers)):
+            self._live[probe].draft_chances = (1.0,)
+            self.requests[probe].spec_token_ids = self.requests[probe].spec_token_ids[:1]
+
+    def _offer(self, request: VllmRequest) -> tuple[float, ...]:
+        """Choose the request's drafts: the path with most tokens expected to be accepted."""
+        request_id, acceptance = request.request_id, self.acceptance
+        if self.drafts is None:
+            probs = [OWN_PROB] * len(request.spec_token_ids)
+            chances = acceptance.chances(request_id, OWN_DRAFTER, probs)
+            acceptance.offer(request_id, OWN_DRAFTER, probs)
+            return chances
+        request.spec_token_ids = []
+        # The last token is never a draft: it would be the one that verification adds.
+        most = min(self.num_spec_tokens, request.max_tokens - request.num_output_tokens - 1)
+        best: DraftPath | None = None
+        best_chances: tuple[float, ...] = ()
+        for path in self.drafts.paths(request_id, request.all_token_ids):
+            chances = acceptance.chances(request_id, path.drafter, path.probs[: max(most, 0)])
+            if num_expected(chances) > num_expected(best_chances):
+                best, best_chances = path, chances
+        if best is None:
+            return ()
+        drafts = best.token_ids[: len(best_chances)]
+        # Grammars have their say.
+        super().update_draft_token_ids(DraftTokenIds([request_id], [drafts]))
+        best_chances = best_chances[: len(request.spec_token_ids)]
+        acceptance.offer(request_id, best.drafter, best.probs[: len(best_chances)])
+        return best_chances
+
+    def _update_and_tell(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Take in what a step gave, and tell the draft worker before anything else is done."""
+        assert self.drafts
+        scheduled = scheduler_output.num_scheduled_tokens
+        first_computed = {
+            request_id: self.requests[request_id].num_computed_tokens - num_tokens
+            for request_id, num_tokens in scheduled.items()
+            if request_id in self.requests
+        }
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        num_wanted = 0 if self.acceptance.is_resting else self.num_spec_tokens
+        now = time.monotonic()
+        row = 0
+        for request_id in model_runner_output.req_ids:
+            request, live = self.requests.get(request_id), self._live.get(request_id)
+            if request and live:
+                if self.hidden_states and _may_speculate(request):
+                    # Of drafts that were refused, the states are of no use.
+                    num_rows = max(request.num_computed_tokens - first_computed[request_id], 0)
+                    live.hidden_states += self.hidden_states(row, row + num_rows)
+                    del live.hidden_states[:-MAX_HIDDEN_STATES]
+                if _may_speculate(request):
+                    # A prompt is sent as its prefill begins, its states when that is over.
+                    states = live.hidden_states if request.num_output_tokens else []
+                    if self.drafts.update(
+                        request_id, request.all_token_ids, num_wanted, b"".join(states), now
+                    ):
+                        states.clear()
+            row += scheduled[request_id]
+        self.drafts.flush(now)
+        return outputs
 
     def _view(self, now: float) -> StepView:
         return StepView(
@@ -489,6 +579,9 @@ class PlannedScheduler(Scheduler):
         if self.recorder:
             self.recorder.write_step(step.view, report, step.executed, step.num_recorded)
         self.cost_model.observe(self.cost_model.shape_of(step.executed), measured_s)
+        if self.num_spec_tokens:
+            stages = [task.stage for task in step.executed]
+            self.acceptance.count_decodes(len(stages) - stages.count(Stage.PREFILL))
         if self.on_step:
             self.on_step(report)
 
@@ -496,9 +589,18 @@ class PlannedScheduler(Scheduler):
         self, request: VllmRequest, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         self._live.pop(request.request_id, None)
+        self.acceptance.forget(request.request_id)
+        if self.drafts:
+            self.drafts.finish(request.request_id)
         if self.recorder:
             self.recorder.write_finish(request.request_id, request.num_output_tokens)
         return super()._free_request(request, delay_free_blocks)
+
+
+def _may_speculate(request: VllmRequest) -> bool:
+    """Whether vLLM's verification of drafts honours all that the request asks for."""
+    params = request.sampling_params
+    return params is not None and not (params.min_p or params.logit_bias or params.extra_args)
 
 
 class PlannedAsyncScheduler(PlannedScheduler, AsyncScheduler):

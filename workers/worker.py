@@ -13,8 +13,10 @@ import psutil
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from workers.cpus import CpuClaim, claim_cpus
-from workers.engine import Engine, EngineConfig
+from workers.draft_stream import DrafterAddress
+from workers.engine import DraftStats, Engine, EngineConfig
 from workers.engine_loop import EngineLoop
+from workers.timeline import Span, Timeline
 from workers.token_stream import StreamAddress
 
 REPORT_HEARTBEAT_S = 2.0
@@ -90,6 +92,8 @@ class WorkerReport:
     finished: tuple[str, ...]
     """Requests that ended since the last report."""
     draining: bool
+    drafts: DraftStats | None = None
+    """None without speculation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,8 @@ class WorkerStatus:
     memory_bytes: int
     """Resident memory of its process."""
     draining: bool
+    drafts: DraftStats | None = None
+    """None without speculation."""
 
 
 class WorkerDraining(RuntimeError):
@@ -132,6 +138,7 @@ class Worker:
         self._reported_at = 0.0
         self._reported: WorkerReport | None = None
         self._draining = False
+        self.timeline = Timeline()
         self._cpus: CpuClaim | None = None
         if config.device == "cpu":
             self._cpus = claim_cpus(config.cpus)
@@ -179,7 +186,16 @@ class Worker:
             kv_cache_usage=state.engine.kv_cache_usage,
             memory_bytes=psutil.Process().memory_info().rss,
             draining=self._draining,
+            drafts=state.engine.drafts,
         )
+
+    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+        """Have this draft worker make the drafts from the next step on."""
+        self._loop.assign_drafter(drafter)
+
+    async def spans(self, since_s: float) -> list[Span]:
+        """Its steps that ended after a time of its node's monotonic clock."""
+        return self.timeline.since(since_s)
 
     async def drain(self) -> None:
         """Take nothing new and return when the last request has ended."""
@@ -210,7 +226,11 @@ class Worker:
         if now - self._reported_at < self._config.report_interval_s:
             return
         report = WorkerReport(
-            self.worker_id, loop.outstanding(), loop.take_finished(), self._draining
+            self.worker_id,
+            loop.outstanding(),
+            loop.take_finished(),
+            self._draining,
+            loop.engine_stats().drafts,
         )
         if report == self._reported and now - self._reported_at < REPORT_HEARTBEAT_S:
             return

@@ -1,0 +1,131 @@
+"""Which draft worker drafts for a worker, and when drafts no longer serve it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+BUSIER = 0.2
+"""A draft worker is left for another that is busy for a smaller share of its time by this much."""
+
+LEARN_RATE = 0.02
+"""Weight of a new acceptance rate in the usual one."""
+COLLAPSE_SHARE, COLLAPSE_DROP = 0.5, 0.15
+"""A rate that is below this share of the usual one, and by this much, has collapsed."""
+RECOVER_SHARE = 0.8
+"""It has recovered when it is above this share of it again."""
+LEAST_VERIFIED = 64
+"""A usual rate is known after so many verified drafts."""
+RESTART_MEMORY_S = 30.0
+"""So long after its restart a draft worker may lack what it knew before."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWorkerLoad:
+    """What is known of one draft worker."""
+
+    draft_worker_id: str
+    num_workers: int
+    """Workers that it drafts for."""
+    busy_share: float
+    """Of its time, what it spends drafting."""
+    silent: bool = False
+    """Has not reported for long: perhaps it is stopped."""
+
+
+def choose_drafter(current: str | None, drafters: Iterable[DraftWorkerLoad]) -> str | None:
+    """The draft worker of a worker that has `current` now: the least busy that is not silent.
+
+    The current one is kept, and with it what it knows of the worker's requests, unless another is
+    much less busy, or it is silent. None if there is none but silent ones.
+    """
+    live = [drafter for drafter in drafters if not drafter.silent]
+    if not live:
+        return None
+    best = min(live, key=lambda d: (d.busy_share, d.num_workers, d.draft_worker_id))
+    for drafter in live:
+        if drafter.draft_worker_id == current and (
+            drafter.busy_share <= best.busy_share + BUSIER or drafter.num_workers <= 1
+        ):
+            return current
+    return best.draft_worker_id
+
+
+class Cause(StrEnum):
+    """Why drafts are no longer accepted as they were."""
+
+    SILENT = "silent"
+    """The draft worker does not answer."""
+    RESTARTED = "restarted"
+    """It is a new one, which has not seen what the old one had."""
+    LATE = "late"
+    """Most of its drafts come after the tokens that they guess."""
+    CONTENT = "content"
+    """The text is of another kind, which its drafters do not foresee."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftReport:
+    """What a worker says of its drafts; numbers since its start."""
+
+    acceptance_rate: float
+    """Share of the drafts verified lately that were right."""
+    num_proposed: int
+    num_verified: int
+    num_late: int
+    drafter: str | None
+    """Incarnation of the draft worker."""
+    is_answered: bool
+    """Whether the draft worker keeps up with the worker's messages."""
+
+
+class DraftWatch:
+    """Watches the drafts of one worker."""
+
+    def __init__(self) -> None:
+        self._usual: float | None = None
+        self._last: DraftReport | None = None
+        self._drafter_since_s = 0.0
+        self._num_verified = 0
+        self.cause: Cause | None = None
+        """Why drafting has collapsed; None while it has not."""
+
+    def observe(self, report: DraftReport, now: float) -> Cause | None:
+        """Take in a report; the cause if drafting collapses with it."""
+        last, self._last = self._last, report
+        if last is None:
+            return None
+        if report.drafter != last.drafter:
+            self._drafter_since_s = now
+        num_verified = report.num_verified - last.num_verified
+        self._num_verified += num_verified
+        before = self.cause
+        if not report.is_answered:
+            self.cause = Cause.SILENT
+        elif self.cause is Cause.SILENT:
+            self.cause = None
+        if num_verified and self.cause is not Cause.SILENT:
+            self._judge(report, last, now)
+        return self.cause if self.cause is not before else None
+
+    def _judge(self, report: DraftReport, last: DraftReport, now: float) -> None:
+        rate = report.acceptance_rate
+        if self._usual is None:
+            self._usual = rate
+        if self._num_verified < LEAST_VERIFIED:
+            self._usual += (rate - self._usual) / 2
+            return
+        if self.cause is not None:
+            if rate >= RECOVER_SHARE * self._usual:
+                self.cause = None
+        elif rate < COLLAPSE_SHARE * self._usual and rate < self._usual - COLLAPSE_DROP:
+            self.cause = self._find_cause(report, last, now)
+        # Slowly also while it is low: what lasts is the new usual.
+        self._usual += LEARN_RATE * (rate - self._usual)
+
+    def _find_cause(self, report: DraftReport, last: DraftReport, now: float) -> Cause:
+        if self._drafter_since_s and now - self._drafter_since_s < RESTART_MEMORY_S:
+            return Cause.RESTARTED
+        num_proposed = report.num_proposed - last.num_proposed
+        if num_proposed and report.num_late - last.num_late > num_proposed / 2:
+            return Cause.LATE
+        return Cause.CONTENT

@@ -1,0 +1,104 @@
+"""What a target model writes, and the states it has meanwhile: what a draft head learns from."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from workers.engine import EngineConfig
+from workers.vllm_engine import engine_args  # before vLLM: it sets what vLLM reads
+from workers.worker import WorkerConfig
+
+# isort: split
+from vllm import SamplingParams
+from vllm.forward_context import get_forward_context
+from vllm.v1.engine.llm_engine import LLMEngine
+
+Message = dict[str, str]
+
+NUM_SEQS = 32
+KV_CACHE_GIB = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and what the target wrote after it."""
+
+    num_prompt_tokens: int
+    token_ids: NDArray[np.int32]
+    states: NDArray[np.float16]
+    """`[num_tokens - 1, hidden_size]`: the target's final states at all tokens but the last."""
+
+
+def generate(
+    model: str, prompts: Iterable[list[Message]], max_tokens: int, cpus: int
+) -> Iterator[Example]:
+    """Let the target in the folder `model` answer prompts, the likeliest token at each step."""
+    config = WorkerConfig(
+        cpus=cpus,
+        # Of a prefix from the cache there would be no states.
+        engine=EngineConfig(
+            max_num_seqs=NUM_SEQS, kv_cache_gib=KV_CACHE_GIB, enable_prefix_caching=False
+        ),
+    )
+    engine: Any = LLMEngine.from_engine_args(engine_args(model, config))
+    max_prompt_len = engine.model_config.max_model_len - max_tokens
+    runner = engine.model_executor.driver_worker.worker.model_runner
+    states: dict[str, list[NDArray[np.float16]]] = {}
+
+    def keep(module: object, args: object, hidden: Tensor) -> None:
+        of_layers: Any = get_forward_context().attn_metadata
+        if of_layers is None:  # vLLM only warms up
+            return
+        starts = next(iter(of_layers.values())).query_start_loc.tolist()
+        of_step = hidden.numpy().astype(np.float16)
+        for request_id, span in zip(runner.input_batch.req_ids, pairwise(starts), strict=False):
+            states.setdefault(request_id, []).append(of_step[slice(*span)])
+
+    runner.get_model().register_forward_hook(keep)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    waiting = iter(prompts)
+    ids: dict[str, list[int]] = {}
+    while True:
+        while len(ids) < 2 * NUM_SEQS and (messages := next(waiting, None)):
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(prompt) <= max_prompt_len:
+                ids[engine.add_request("head", {"prompt_token_ids": prompt}, params)] = prompt
+        if not ids:
+            return
+        for output in engine.step():
+            if output.finished:
+                prompt = ids.pop(output.request_id)
+                tokens = np.array(prompt + list(output.outputs[0].token_ids), np.int32)
+                of_request = np.concatenate(states.pop(output.request_id))
+                # A step made before the end was seen has one state more.
+                yield Example(len(prompt), tokens, of_request[: len(tokens) - 1])
+
+
+def read_prompts(file: Path) -> list[list[Message]]:
+    """Chats from JSON lines with a `prompt` or `messages` each, or from lines of text."""
+    chats: list[list[Message]] = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row: dict[str, Any] = json.loads(line) if line.startswith("{") else {"prompt": line}
+            chats.append(row.get("messages") or [{"role": "user", "content": row["prompt"]}])
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(
+                f"{file}:{number} has neither `prompt` nor `messages`, or is no JSON: {error!r}"
+            ) from None
+    return chats
+
+
