@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from cluster.simulate_cli import simulate
 if TYPE_CHECKING:
     from cluster.config import AppConfig
     from workers.calibrate import Calibration
+    from workers.draft_worker import DraftWorkerStatus
+    from workers.engine import DraftStats
     from workers.engine_profile import EngineProfile
 
 app = typer.Typer(
@@ -70,6 +73,7 @@ def status(app_name: AppName = "xyserve", address: Address = None) -> None:
         state = handle.status()
     table = Table(
         "worker", "pid", "cores", "run", "wait", "tokens to do", "KV", "memory", "steps",
+        *(("acceptance", "tokens/decode") if state.draft_workers else ()),
         title=f"{app_name}: {state.model}",
     )  # fmt: skip
     for worker in state.workers:
@@ -83,8 +87,76 @@ def status(app_name: AppName = "xyserve", address: Address = None) -> None:
             f"{worker.kv_cache_usage:.0%}",
             f"{worker.memory_bytes / 2**30:.1f} GiB",
             str(worker.num_steps),
+            *_drafts_cells(worker.drafts),
         )
     Console().print(table)
+    if state.draft_workers:
+        Console().print(_draft_workers_table(state.draft_workers))
+
+
+def _drafts_cells(drafts: DraftStats | None) -> tuple[str, ...]:
+    if drafts is None:
+        return ()
+    if not drafts.counts.verified:
+        return ("-", "-")
+    return (f"{drafts.acceptance_rate:.0%}", f"{drafts.tokens_per_span:.2f}")
+
+
+def _draft_workers_table(draft_workers: list[DraftWorkerStatus]) -> Table:
+    table = Table("draft worker", "pid", "drafters", "requests", "drafts", "memory")
+    for worker in draft_workers:
+        table.add_row(
+            worker.draft_worker_id,
+            str(worker.pid),
+            ", ".join(worker.drafters),
+            str(worker.num_contexts),
+            str(worker.num_drafts),
+            f"{worker.memory_bytes / 2**30:.1f} GiB",
+        )
+    return table
+
+
+@app.command()
+def profile(
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to record.")] = 10.0,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("trace.json"),
+    app_name: AppName = "xyserve",
+    address: Address = None,
+) -> None:
+    """Record what the workers and draft workers of a running app do, as a trace to look at.
+
+    The trace has a track for each worker's steps, one for each draft
+    worker's draftings, and two for each request. Send requests meanwhile.
+
+    Example: xyserve profile --seconds 5 --out trace.json
+    """
+    from cluster.client import XYServe
+    from cluster.timeline import chrome_trace, hidden_share, split
+
+    if not out.parent.is_dir():
+        raise _fail(f"--out ({out}): there is no folder {out.parent}")
+    with XYServe.connect(address, app_name) as handle:
+        began_s = time.time()
+        with _progress(f"Recording for {seconds:g} s") as progress:
+            while (past_s := time.time() - began_s) < seconds:
+                progress(past_s / seconds)
+                time.sleep(min(0.1, seconds - past_s))
+        timelines = handle.spans(began_s)
+    of_workers, of_draft_workers = split(timelines)
+    if not of_workers:
+        raise _fail(
+            "no worker took a step meanwhile, or step_policy.name is vllm, of which none "
+            "is kept; send requests while it records"
+        )
+    try:
+        out.write_text(chrome_trace(timelines))
+    except OSError as error:
+        raise _fail(f"cannot write {out} ({error})") from error
+    typer.echo(f"{len(of_workers)} steps and {len(of_draft_workers)} draftings in {out}")
+    if of_draft_workers:
+        share = hidden_share(of_draft_workers, of_workers)
+        typer.echo(f"Of the time of drafting, {share:.0%} was hidden behind steps")
+    typer.echo("Open it at https://ui.perfetto.dev or, in Chrome, at chrome://tracing")
 
 
 @app.command()

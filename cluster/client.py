@@ -23,6 +23,7 @@ from ray.util import get_node_ip_address
 
 from cluster.errors import AppNotFound, RequestFailed
 from cluster.ingress import Api, AppStatus, Chunk
+from workers.timeline import Span
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
 
 Prompt = str | list[int]
@@ -153,6 +154,15 @@ class XYServe:
         """The app's workers at this moment."""
         status: AppStatus = self._wait(self._respond(self._ingress.status.remote(), 30.0))
         return status
+
+    def spans(self, since_s: float) -> dict[str, list[Span]]:
+        """What each worker and draft worker did since a time, by the wall clock.
+
+        They keep their latest 20,000 steps and draftings. Steps of the policy `vllm` are not kept.
+        """
+        call = self._ingress.spans.remote(since_s)
+        spans: dict[str, list[Span]] = self._wait(self._respond(call, 30.0))
+        return spans
 
     def close(self) -> None:
         """End the handle; calls under way are cancelled."""

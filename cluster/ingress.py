@@ -16,6 +16,7 @@ from cluster.engine_client import EngineClient
 from cluster.errors import RequestFailed
 from cluster.model import resolve_model
 from workers.draft_worker import DraftWorkerStatus
+from workers.timeline import Span
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
 from workers.worker import WorkerStatus
 
@@ -116,6 +117,15 @@ class Ingress:
             self._client.num_live,
             sorted(drafters, key=lambda drafter: drafter.draft_worker_id),
         )
+
+    async def spans(self, since_s: float) -> dict[str, list[Span]]:
+        """What each worker and draft worker did since a time, by the wall clock."""
+        workers = await self._workers.broadcast("spans", since_s).results_async()
+        spans = {f"worker {worker_id}": own for worker_id, own in workers}
+        if self._draft_workers:
+            drafters = await self._draft_workers.broadcast("spans", since_s).results_async()
+            spans |= {f"draft worker {drafter_id}": own for drafter_id, own in drafters}
+        return spans
 
     def _send(self, reply_to: StreamAddress, chunk: Chunk) -> None:
         # What one step produced for one client leaves as one message: the streams that it

@@ -1,12 +1,14 @@
 """Prompts for tests and benchmarks: the full sets where they are at hand, else small copies."""
 
+import gzip
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -35,6 +37,98 @@ def instructions() -> list[str]:
         return questions(40)
     with path.open() as lines:
         return [json.loads(line)["turns"][0] for line in lines]
+
+
+def functions() -> list[tuple[str, str]]:
+    """Python functions (HumanEval, MIT) as signature with docstring, and body; none without it."""
+    path = _FULL / "prompts" / "humaneval.jsonl"
+    if not path.exists():
+        return []
+    with path.open() as lines:
+        rows = [json.loads(line) for line in lines]
+    return [(row["prompt"], row["canonical_solution"]) for row in rows]
+
+
+def chats(tokenizer: Tokenizer, max_context: int) -> dict[str, list[list[dict[str, str]]]]:
+    """Chats to be answered, by kind of work, each in a fixed order and no two alike.
+
+    Spec-Bench's six kinds, and `code`, `code_edit` and `agent`: recorded calls of agents, in order
+    within a session, of which the last `max_context` tokens are kept. Without the data sets only
+    `math_reasoning` is there, of GSM8K.
+    """
+    path = _FULL / "prompts" / "spec_bench.jsonl"
+    if not path.exists():
+        return {"math_reasoning": [_said(question) for question in questions(40)]}
+    found: dict[str, list[list[dict[str, str]]]] = {}
+    with path.open() as lines:
+        rows = [json.loads(line) for line in lines]
+    for row in rows:
+        # Those of MT-Bench are of eight kinds themselves.
+        kind = row["category"] if row["category"] in _SPEC_BENCH else "mt_bench"
+        found.setdefault(kind, []).append(_said(row["turns"][0]))
+    Random(0).shuffle(found["mt_bench"])  # they come kind by kind
+    # No function is in both: what was written for one would help with the other.
+    half = len(functions()) // 2
+    found["code"] = [_said(f"Complete this function:\n\n{head}") for head, _ in functions()[:half]]
+    found["code_edit"] = [
+        _said(f"{edit} Return the whole function.\n\n{head}{body}")
+        for (head, body), edit in zip(functions()[half:], itertools.cycle(_EDITS), strict=False)
+    ]
+    found["agent"] = [_newest(call, tokenizer, max_context) for call in _agent_calls()]
+    return {kind: _distinct(chats) for kind, chats in found.items()}
+
+
+_SPEC_BENCH = ("translation", "summarization", "qa", "math_reasoning", "rag")
+_EDITS = (
+    "Add type hints to all arguments and variables of this function.",
+    "Rename the first argument of this function to `values`, wherever it is used.",
+    "Add a comment above each statement of this function.",
+    "Have this function raise a ValueError if an argument is None.",
+)
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _distinct(chats: list[list[dict[str, str]]]) -> list[list[dict[str, str]]]:
+    return list({json.dumps(chat): chat for chat in chats}.values())
+
+
+def _agent_calls() -> Iterator[list[dict[str, str]]]:
+    """Contexts of the calls of coding agents and of airline agents, in turn."""
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        with gzip.open(_FULL / "conversations" / f"{name}.jsonl.gz", "rt") as lines:
+            return [json.loads(line) for line in lines]
+
+    coding = (_said(row["input"]) for row in rows("agent_mini_swe"))
+    airline = (
+        [
+            {"role": said["role"], "content": said["content"] or json.dumps(said.get("tool_calls"))}
+            for said in row["traj"][:call]
+        ]
+        for row in rows("tau_bench_airline_gpt4o")
+        if row["trial"] == 0  # the others are the same tasks
+        for call in range(2, len(row["traj"]))
+        if row["traj"][call]["role"] == "assistant"
+    )
+    return itertools.chain.from_iterable(zip(coding, airline, strict=False))
+
+
+def _newest(
+    chat: list[dict[str, str]], tokenizer: Tokenizer, num_tokens: int
+) -> list[dict[str, str]]:
+    """The chat's last tokens: it begins with what is left of a message."""
+    kept: list[dict[str, str]] = []
+    for message in reversed(chat):
+        offsets = tokenizer.encode(message["content"]).offsets
+        if len(offsets) > num_tokens:
+            start = offsets[-num_tokens][0]
+            return [message | {"content": message["content"][start:]}, *kept]
+        num_tokens -= len(offsets)
+        kept = [message, *kept]
+    return kept
 
 
 def prompts_of(tokenizer: Tokenizer, lengths: Iterable[int]) -> list[list[int]]:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
 import zmq
 
 from workers.draft_stream import (
@@ -86,7 +85,7 @@ class DraftClient:
         self._finished: list[str] = []
         self._seq = self._answered = 0
         self._sent_s = self._heard_s = 0.0
-        """When the last message was sent, and when the oldest owed answer began to be."""
+        """When a message was last tried to be sent, and since when the oldest answer is owed."""
 
     @property
     def drafter(self) -> DrafterAddress | None:
@@ -146,6 +145,7 @@ class DraftClient:
     def finish(self, request_id: str) -> None:
         """The request has ended."""
         if self._contexts.pop(request_id, None) is not None:
+            self._deltas = [delta for delta in self._deltas if delta.request_id != request_id]
             self._finished.append(request_id)
 
     def flush(self, now: float) -> None:
@@ -164,18 +164,20 @@ class DraftClient:
             self._deltas,
             self._finished,
         )
+        self._sent_s = now
         try:
             self._socket.send(encode(message), zmq.DONTWAIT)
         except zmq.Again:  # no connection, and no room to wait for one
             self.counts.num_held_back += 1
             for delta in self._deltas:
-                self._contexts[delta.request_id].num_sent = delta.position
+                context = self._contexts[delta.request_id]
+                context.num_sent = min(context.num_sent, delta.position)
+            self._contexts = {id_: c for id_, c in self._contexts.items() if c.num_sent}
             self._deltas = []
             return
         if self._seq == self._answered:
             self._heard_s = now
         self._seq += 1
-        self._sent_s = now
         self._deltas, self._finished = [], []
 
     def poll(self, now: float) -> None:
@@ -183,7 +185,7 @@ class DraftClient:
         while self._socket is not None and self._socket.poll(0):
             try:
                 message = decode_drafts(self._socket.recv())
-            except msgspec.MsgspecError:
+            except (ValueError, RecursionError):
                 continue  # a stranger that took over the port of a draft worker that is gone
             if self._drafter is None or message.incarnation != self._drafter.incarnation:
                 self.counts.stale += sum(len(tree.token_ids) for tree in message.drafts)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import numpy as np
 import psutil
 import zmq
@@ -203,9 +202,9 @@ class DraftWorker:
             psutil.Process().memory_info().rss,
         )
 
-    async def spans(self, since_s: float) -> list[Span]:
-        """Its drafting that ended after a time of its node's monotonic clock."""
-        return self.timeline.since(since_s)
+    async def spans(self, since_s: float) -> tuple[str, list[Span]]:
+        """Its id, and its drafting that ended after a time, by the wall clock."""
+        return self.address.draft_worker_id, self.timeline.since(since_s)
 
     def shutdown(self) -> None:
         """End the thread and give the cores back."""
@@ -240,14 +239,16 @@ class DraftWorker:
             identity, body = self._socket.recv_multipart()[:2]
             try:
                 message = decode_contexts(body)
-            except msgspec.MsgspecError:
+            except (ValueError, RecursionError):
                 continue  # a stranger
             if message.token == self.address.stream.token:
                 self._take(identity, message)
 
     def _take(self, identity: bytes, message: ContextsMessage) -> None:
-        peer = self._peers.setdefault(message.worker, _Peer(identity))
-        peer.identity, peer.seq, peer.heard_s = identity, message.seq, time.monotonic()
+        peer = self._peers.get(message.worker)
+        if peer is None or peer.identity != identity:  # a new connection may count anew
+            peer = self._peers[message.worker] = _Peer(identity)
+        peer.seq, peer.heard_s = message.seq, time.monotonic()
         for request_id in message.finished:
             self._forget(ContextKey(message.worker, request_id))
         for delta in message.contexts:
@@ -260,7 +261,7 @@ class DraftWorker:
         if delta.position == 0 or context is None:
             context = self._contexts[key] = _Context(num_told=[0] * len(self._drafters))
         if delta.position != len(context.token_ids):
-            del self._contexts[key]
+            self._forget(key)
             return False
         context.token_ids += delta.token_ids
         context.num_wanted = delta.num_wanted

@@ -111,8 +111,9 @@ class _Context:
         self.cache = cache
         self.pending: list[_Row] = []
         """Rows that are not in the cache yet; the last one is the root of the tree."""
-        self.tree: _Tree | None = None
-        """None while the target's state before the last token is unknown."""
+        self.tree = _Tree({})
+        self.to_run: list[int] = []
+        """Nodes of the tree to be run next, the likeliest first; -1 is the root."""
         self.hints: Hints = {}
         """The last draft."""
 
@@ -169,7 +170,9 @@ class HeadDrafter:
         context.num_tokens += len(token_ids)
         num_states = 0 if hidden_states is None else min(len(hidden_states), len(token_ids))
         num_states = min(num_states, self._head.config.window)
-        context.tree = _Tree(context.hints) if num_states else None
+        context.tree = _Tree(context.hints)
+        # Without the target's state before the last token there is nothing to start from.
+        context.to_run = [-1] if num_states else []
         if hidden_states is not None and num_states:
             known = zip(
                 token_ids[-num_states:],
@@ -194,15 +197,10 @@ class HeadDrafter:
 
     def has_work(self) -> bool:
         """Whether some tree can grow."""
-        return any(self._to_run(context) for context in self._contexts.values())
+        return any(context.to_run for context in self._contexts.values())
 
-    def _to_run(self, context: _Context) -> list[int]:
-        """Nodes of a tree to be run next, the likeliest first; -1 is the root."""
-        tree = context.tree
-        if tree is None:
-            return []
-        if not tree.nodes:
-            return [-1]
+    def _to_run(self, tree: _Tree) -> list[int]:
+        """The likeliest nodes that have not been run and are worth it."""
         nodes = [
             node
             for node in tree.best(self._max_nodes)
@@ -218,7 +216,6 @@ class HeadDrafter:
         chosen = self._choose()
         rows: list[_Row] = []
         for context, nodes in chosen.values():
-            assert context.tree is not None
             rows += context.pending if nodes == [-1] else []
             rows += [context.tree.nodes[node].row for node in nodes if node >= 0]
         if not rows:
@@ -237,10 +234,10 @@ class HeadDrafter:
         guesses = iter(zip(outs, states, self._guesses(logits), strict=True))
         drafts = {}
         for key, (context, nodes) in chosen.items():
-            assert context.tree is not None
             for node in nodes:
                 out, state, children = next(guesses)
                 context.tree.add_children(node, state, positions[out] + 1, children)
+            context.to_run = self._to_run(context.tree)
             drafts[key] = self._draft(context)
         return drafts
 
@@ -249,8 +246,7 @@ class HeadDrafter:
         candidates = [
             (1.0 if node < 0 else context.tree.nodes[node].path_prob, key, node)
             for key, context in self._contexts.items()
-            if context.tree is not None
-            for node in self._to_run(context)
+            for node in context.to_run
         ]
         chosen: dict[ContextKey, tuple[_Context, list[int]]] = {}
         for _, key, node in heapq.nlargest(self._max_rows, candidates, lambda item: item[0]):
@@ -259,7 +255,6 @@ class HeadDrafter:
 
     def _cache_rows(self, context: _Context, nodes: list[int], key: Floats, value: Floats) -> None:
         tree, cache = context.tree, context.cache
-        assert tree is not None
         if nodes == [-1]:
             for row in range(len(context.pending)):
                 cache.append(key[row], value[row])
@@ -271,7 +266,6 @@ class HeadDrafter:
 
     def _attend(self, context: _Context, nodes: list[int], query: Floats) -> Floats:
         tree, cache = context.tree, context.cache
-        assert tree is not None
         num_nodes = len(tree.expanded)
         slots = cache.slots(num_nodes)
         visible = np.ones((len(nodes), slots.stop - slots.start), bool)
@@ -299,7 +293,6 @@ class HeadDrafter:
     def _draft(self, context: _Context) -> Draft:
         """The likeliest guesses of the tree, and of the older one where this one ends."""
         tree = context.tree
-        assert tree is not None
         # Path probability, token, parent and probability.
         guesses = [(n.path_prob, n.row.token_id, n.parent, n.prob) for n in tree.nodes]
         ends = [(i, n.hints) for i, n in enumerate(tree.nodes) if i not in tree.expanded]

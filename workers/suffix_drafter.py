@@ -98,7 +98,8 @@ def grow_tree(position: int, matches: list[Match]) -> Draft:
     leaves: list[tuple[float, int, int, list[Match]]] = [(-1.0, -1, 0, matches)]
     while leaves and len(token_ids) < MAX_NODES:
         chance, node, depth, agreeing = heapq.heappop(leaves)
-        for token, prob, followers in _guesses(agreeing, depth)[:MAX_BRANCHES]:
+        room = min(MAX_BRANCHES, MAX_NODES - len(token_ids))
+        for token, prob, followers in _guesses(agreeing, depth)[:room]:
             if -chance * prob >= LEAST_PROB:
                 token_ids.append(token)
                 parents.append(node)

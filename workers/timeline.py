@@ -1,5 +1,6 @@
 """What a process did when, for people to look at: the last spans of its steps."""
 
+import time
 from collections import deque
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ MAX_SPANS = 20_000
 
 
 class Span(NamedTuple):
-    """Something that took its time, by the machine's monotonic clock."""
+    """Something that took its time."""
 
     name: str
     began_s: float
@@ -23,9 +24,14 @@ class Timeline:
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
 
     def add(self, name: str, began_s: float, ended_s: float, of_requests: dict[str, int]) -> None:
-        """Note a span."""
+        """Note a span, by the machine's monotonic clock."""
         self._spans.append(Span(name, began_s, ended_s, of_requests))
 
     def since(self, began_s: float) -> list[Span]:
-        """The spans that ended after a time."""
-        return [span for span in self._spans.copy() if span.ended_s > began_s]
+        """The spans that ended after a time, by the wall clock, which all machines share."""
+        ahead_s = time.time() - time.monotonic()
+        return [
+            span._replace(began_s=span.began_s + ahead_s, ended_s=span.ended_s + ahead_s)
+            for span in self._spans.copy()
+            if span.ended_s + ahead_s > began_s
+        ]

@@ -32,14 +32,14 @@ from workers.engine_profile import Depth, EngineProfile, Progress
 from workers.token_stream import StreamAddress
 from workers.vllm_plugin import QUANTIZATION
 from workers.vllm_profile import calibrated_cost_model, measure
-from workers.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
-from workers.vllm_speculation import (
-    HiddenStates,
+from workers.vllm_sampling import (
     all_logits_processors,
+    mend_cpu_sampling,
     runner_of,
     sample_plainly_without_drafts,
-    speculative_config,
 )
+from workers.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
+from workers.vllm_speculation import HiddenStates, speculative_config
 from workers.worker import WorkerConfig
 
 GIB = 1 << 30
@@ -103,6 +103,8 @@ class VllmEngine:
             )
         with all_logits_processors() if draft else contextlib.nullcontext():
             self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
+        if config.device == "cpu":
+            mend_cpu_sampling(runner_of(self._core))
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
         self._policy = config.step_policy

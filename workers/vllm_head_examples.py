@@ -1,10 +1,7 @@
-"""What a target model writes, and the states it has meanwhile: what a draft head learns from."""
+"""Lets a target model write, and keeps the states it has meanwhile, for a draft head to learn."""
 
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +11,7 @@ from transformers import AutoTokenizer
 
 from workers.engine import EngineConfig
 from workers.vllm_engine import engine_args  # before vLLM: it sets what vLLM reads
+from workers.vllm_head_training import Example, Message
 from workers.worker import WorkerConfig
 
 # isort: split
@@ -21,20 +19,8 @@ from vllm import SamplingParams
 from vllm.forward_context import get_forward_context
 from vllm.v1.engine.llm_engine import LLMEngine
 
-Message = dict[str, str]
-
 NUM_SEQS = 32
 KV_CACHE_GIB = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt and what the target wrote after it."""
-
-    num_prompt_tokens: int
-    token_ids: NDArray[np.int32]
-    states: NDArray[np.float16]
-    """`[num_tokens - 1, hidden_size]`: the target's final states at all tokens but the last."""
 
 
 def generate(
@@ -66,39 +52,25 @@ def generate(
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
     waiting = iter(prompts)
-    ids: dict[str, list[int]] = {}
+    running: dict[str, tuple[str, list[int]]] = {}
+    """By name, the engine's own name and the prompt."""
+    numbers = count()
     while True:
-        while len(ids) < 2 * NUM_SEQS and (messages := next(waiting, None)):
+        while len(running) < 2 * NUM_SEQS and (messages := next(waiting, None)):
             text = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
             prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(prompt) <= max_prompt_len:
-                ids[engine.add_request("head", {"prompt_token_ids": prompt}, params)] = prompt
-        if not ids:
+                name = str(next(numbers))
+                own_name = engine.add_request(name, {"prompt_token_ids": prompt}, params)
+                running[name] = own_name, prompt
+        if not running:
             return
         for output in engine.step():
             if output.finished:
-                prompt = ids.pop(output.request_id)
+                own_name, prompt = running.pop(output.request_id)
                 tokens = np.array(prompt + list(output.outputs[0].token_ids), np.int32)
-                of_request = np.concatenate(states.pop(output.request_id))
+                of_request = np.concatenate(states.pop(own_name))
                 # A step made before the end was seen has one state more.
                 yield Example(len(prompt), tokens, of_request[: len(tokens) - 1])
-
-
-def read_prompts(file: Path) -> list[list[Message]]:
-    """Chats from JSON lines with a `prompt` or `messages` each, or from lines of text."""
-    chats: list[list[Message]] = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row: dict[str, Any] = json.loads(line) if line.startswith("{") else {"prompt": line}
-            chats.append(row.get("messages") or [{"role": "user", "content": row["prompt"]}])
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(
-                f"{file}:{number} has neither `prompt` nor `messages`, or is no JSON: {error!r}"
-            ) from None
-    return chats
-
-

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,10 +24,13 @@ from workers.draft_head import (
     metadata,
     read_tensor,
 )
-from workers.vllm_head_examples import Example, generate, read_prompts
+
+Message = dict[str, str]
 
 LOSS_BLOCK = 256
 """Rows whose logits are made at once: more would leave the cache."""
+NUM_FREQUENT = 3072
+NUM_OTHERS = 2048
 DEPTH_WEIGHT = 0.9
 """Each guess deeper counts so much less: it is only of use if those before were right."""
 PROMPT_WEIGHT = 0.2
@@ -53,13 +57,23 @@ class HeadTraining:
     epochs: int = 6
     depth: int = 4
     """Passes in training, each on the states that the one before guessed."""
-    num_guessed: int = 8192
+    num_guessed: int = 16384
     """Tokens that the head can guess: the most frequent ones."""
     window: int = 128
-    batch_rows: int = 2048
+    batch_rows: int = 1024
     learning_rate: float = 4e-3
     seed: int = 0
     cpus: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and what the target wrote after it."""
+
+    num_prompt_tokens: int
+    token_ids: NDArray[np.int32]
+    states: NDArray[np.float16]
+    """`[num_tokens - 1, hidden_size]`: the target's final states at all tokens but the last."""
 
 
 class Norm(nn.RMSNorm):
@@ -215,10 +229,9 @@ class Trainer:
         self._embedding = torch.tensor(read_tensor(model, EMBEDDING)).bfloat16()
         counts = torch.bincount(corpus.token_ids, minlength=config.vocab_size)
         # Of tokens that never came, those that were merged first are the most frequent.
-        likeliest = counts.argsort(descending=True, stable=True)[: config.num_guessed]
-        self.vocabulary = likeliest.sort().values
-        lm_head = torch.tensor(read_tensor(model, lm_head_name(model)))
-        self._lm_head = lm_head[self.vocabulary].bfloat16()
+        self.vocabulary = counts.argsort(descending=True, stable=True)[: config.num_guessed]
+        """The most frequent first."""
+        self._lm_head = torch.tensor(read_tensor(model, lm_head_name(model))).bfloat16()
         torch.manual_seed(training.seed)
         self.head = HeadModule(config)
         # The scale of the states, and so of the logits.
@@ -244,29 +257,43 @@ class Trainer:
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = rate * min(1.0, 20 * share + 0.05) * (1 - share)
                 optimizer.zero_grad()
-            loss = self.loss(chunks[step * per_batch : (step + 1) * per_batch])
+            # First to guess from true states, then, once that is any good, from guessed ones.
+            depth = 1 + int(share * training.depth)
+            loss = self.loss(chunks[step * per_batch : (step + 1) * per_batch], depth)
             loss.backward()
             nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             yield (step + 1) / num_steps, loss.item()
 
-    def loss(self, chunks: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def loss(self, chunks: list[tuple[Tensor, Tensor]], depth: int) -> Tensor:
         """Mean over the rows and passes, by their weight."""
         rows, owners = (torch.stack(part) for part in zip(*chunks, strict=True))
         outs, weights = [], []
         targets = self._corpus.states[rows + 1].bfloat16().flatten(0, 1)
-        for depth, out in enumerate(self.passes(rows, owners)):
-            known = F.pad(owners, (depth, 0), value=-1)[:, : owners.shape[1]] == owners
-            weights.append(self._corpus.weights[rows] * known * DEPTH_WEIGHT**depth)
+        for number, out in enumerate(self.passes(rows, owners, depth)):
+            known = F.pad(owners, (number, 0), value=-1)[:, : owners.shape[1]] == owners
+            weights.append(self._corpus.weights[rows] * known * DEPTH_WEIGHT**number)
             outs.append(out.flatten(0, 1))
         weight = torch.stack(weights).flatten(1)
+        lm_head = self._lm_head[self._compared(rows)]
         loss: Tensor = DistilLoss.apply(  # type: ignore[no-untyped-call]
-            torch.stack(outs), targets, weight, self._lm_head
+            torch.stack(outs), targets, weight / weight.sum(), lm_head
         )
-        return loss / weight.sum()
+        return loss
 
-    def passes(self, rows: Tensor, owners: Tensor) -> Iterator[Tensor]:
+    def _compared(self, rows: Tensor) -> Tensor:
+        """Tokens to tell apart in one batch: all would take half the time of the training.
+
+        They are the most frequent ones, those that are right in the batch, and some of the others.
+        """
+        rest = self.vocabulary[NUM_FREQUENT:]
+        some = rest[torch.randperm(len(rest))[:NUM_OTHERS]]
+        right = self._corpus.token_ids[rows + 2].flatten()
+        tokens: Tensor = torch.cat([self.vocabulary[:NUM_FREQUENT], some, right]).unique()
+        return tokens
+
+    def passes(self, rows: Tensor, owners: Tensor, depth: int) -> Iterator[Tensor]:
         """What the head gives for the rows: on true states, and then on its own again and again."""
         distance = torch.arange(rows.shape[1])[:, None] - torch.arange(rows.shape[1])
         near = (distance >= 0) & (distance < self._training.window)
@@ -274,7 +301,7 @@ class Trainer:
         embedded = self._embedding[self._corpus.token_ids[rows + 1]].float()
         states = self._corpus.states[rows].float()
         cache: list[tuple[Tensor, Tensor]] = []
-        for _ in range(self._training.depth):
+        for _ in range(depth):
             with torch.autocast("cpu", torch.bfloat16):
                 out = self.head(embedded, states, mask, cache)
             yield out
@@ -287,6 +314,7 @@ class Trainer:
         chunks = corpus.chunks(2 * self._training.window, random.Random(self._training.seed))
         number = torch.full((len(self._embedding),), -1)
         number[self.vocabulary] = torch.arange(len(self.vocabulary))
+        lm_head = self._lm_head[self.vocabulary]
         right = torch.zeros(self._training.depth)
         loss = {temperature: 0.0 for temperature in temperatures}
         num_rows = 0.0
@@ -296,8 +324,8 @@ class Trainer:
             asked[: self._training.depth] = False
             num_rows += asked.sum().item()
             answers = number[corpus.token_ids[rows + 2]][0, asked]
-            for depth, out in enumerate(self.passes(rows, owners)):
-                logits = (out[0, asked].bfloat16() @ self._lm_head.T).float()
+            for depth, out in enumerate(self.passes(rows, owners, self._training.depth)):
+                logits = (out[0, asked].bfloat16() @ lm_head.T).float()
                 right[depth] += (logits.argmax(1) == answers).sum()
                 for temperature in loss:
                     loss[temperature] += F.cross_entropy(
@@ -344,7 +372,7 @@ def fit(training: HeadTraining, examples: list[Example], say: Callable[[str], No
             say(f"training: {share:.0%}, loss {np.mean(losses):.3f}, {said - start:.0f} s")
             losses.clear()
     held_out = Corpus(examples[:num_held_out], training.window)
-    evaluation = trainer.evaluate(held_out, [0.6 + 0.05 * i for i in range(21)])
+    evaluation = trainer.evaluate(held_out, [0.7 + 0.1 * i for i in range(9)])
     trainer.save(training.out, evaluation.temperature)
     return evaluation
 
@@ -370,6 +398,8 @@ def head_config(model: Path, window: int, num_guessed: int) -> HeadConfig:
 
 def train_head(training: HeadTraining, say: Callable[[str], None]) -> Evaluation:
     """Have the target write, train a head on that, and write the head to `training.out`."""
+    from workers.vllm_head_examples import generate  # imports vLLM, which takes ten seconds
+
     prompts = read_prompts(training.prompts)
     random.Random(training.seed).shuffle(prompts)
     examples: list[Example] = []
@@ -386,6 +416,22 @@ def train_head(training: HeadTraining, say: Callable[[str], None]) -> Evaluation
     if len(examples) < 2:
         raise ValueError(f"{training.prompts} has too few prompts that fit the model")
     return fit(training, examples, say)
+
+
+def read_prompts(file: Path) -> list[list[Message]]:
+    """Chats from JSON lines with a `prompt` or `messages` each, or from lines of text."""
+    chats: list[list[Message]] = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row: dict[str, Any] = json.loads(line) if line.startswith("{") else {"prompt": line}
+            chats.append(row.get("messages") or [{"role": "user", "content": row["prompt"]}])
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(
+                f"{file}:{number} has neither `prompt` nor `messages`, or is no JSON: {error!r}"
+            ) from None
+    return chats
 
 
 def main() -> None:

@@ -193,9 +193,9 @@ class Worker:
         """Have this draft worker make the drafts from the next step on."""
         self._loop.assign_drafter(drafter)
 
-    async def spans(self, since_s: float) -> list[Span]:
-        """Its steps that ended after a time of its node's monotonic clock."""
-        return self.timeline.since(since_s)
+    async def spans(self, since_s: float) -> tuple[str, list[Span]]:
+        """The worker's id, and its steps that ended after a time, by the wall clock."""
+        return self.worker_id, self.timeline.since(since_s)
 
     async def drain(self) -> None:
         """Take nothing new and return when the last request has ended."""

@@ -13,6 +13,7 @@ class Answer:
 
     sent_s: float = field(default_factory=time.perf_counter)
     token_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def ttft_s(self) -> float:
@@ -26,19 +27,15 @@ class Answer:
 
 
 async def ask(handle: XYServe, prompt: Any, max_tokens: int, **params: Any) -> Answer:
-    """Stream one greedy answer of exactly `max_tokens` tokens."""
+    """Stream one answer, greedy and of exactly `max_tokens` tokens unless `params` say else."""
     answer = Answer()
-    stream = handle.stream_async(
-        prompt,
-        max_tokens=max_tokens,
-        temperature=0,
-        ignore_eos=True,
-        return_token_ids=True,
-        **params,
-    )
+    params = {"temperature": 0, "ignore_eos": True} | params
+    stream = handle.stream_async(prompt, max_tokens=max_tokens, return_token_ids=True, **params)
     async for chunk in stream:
-        count = sum(len(choice.token_ids or ()) for choice in chunk.choices)
-        answer.token_s += [time.perf_counter()] * count
+        for choice in chunk.choices:
+            token_ids = getattr(choice, "token_ids", None) or ()
+            answer.token_ids += token_ids
+            answer.token_s += [time.perf_counter()] * len(token_ids)
     return answer
 
 

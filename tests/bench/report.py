@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def machine() -> dict[str, Any]:
 
 
 def publish(
-    title: str, rows: list[dict[str, Any]], summary: dict[str, float], path: Path | None
+    title: str, rows: list[dict[str, Any]], summary: Mapping[str, float | bool], path: Path | None
 ) -> None:
     """Print the rows and the summary, and write all to `path` if given."""
     console = Console(width=None if Console().is_terminal else 120)
@@ -35,7 +36,8 @@ def publish(
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)
     for key, value in summary.items():
-        console.print(f"{key:>24} {value:.3f}", highlight=False)
+        shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+        console.print(f"{key:>24} {shown}", highlight=False)
     if path is not None:
         document = {"machine": machine(), "rows": rows, "summary": summary}
         path.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from cluster.model import fetch_default_model, is_fetched
 from tests.workers.tiny_heads import tiny_head, write_head
 from tests.workers.tiny_models import write_checkpoint
-from workers.draft_head import DraftHead, attend
+from workers.draft_head import DEFAULT_HEAD, DraftHead, attend
 from workers.drafter import ContextKey, Draft, HiddenStates
 from workers.head_drafter import HeadDrafter
 from workers.kernels.gemm import Floats
@@ -12,6 +13,21 @@ WINDOW = 16
 REQUEST = ContextKey("worker", "request")
 OTHER = ContextKey("worker", "other")
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(3, 300, 60)]
+
+QUESTION = [
+    {
+        "role": "user",
+        "content": "Complete this function:\ndef longest_word(text: str) -> str:\n"
+        '    """ Return the longest word.\n    """\n',
+    }
+]
+ANSWER = """```python
+def longest_word(text: str) -> str:
+    return max(text.split()[::-1])
+```
+
+This function uses Python's slicing feature to find the longest word in the input text. \
+The `max` function is used to find the maximum value in the list of words."""
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +176,34 @@ def test_of_too_many_requests_the_longest_silent_one_is_forgotten(head: DraftHea
     drafter.extend(keys[2], 0, TOKENS[:9], states(8))
 
     assert set(drafter.step()) == {keys[0], keys[2]}
+
+
+@pytest.mark.skipif(not is_fetched(), reason="the default model is not on this machine")
+def test_the_head_for_the_default_model_guesses_what_it_says() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = fetch_default_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
+    num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
+    token_ids = tokenizer(prompt + ANSWER)["input_ids"]
+    with torch.no_grad():
+        target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        known = target.model(torch.tensor([token_ids])).last_hidden_state[0].numpy()
+    drafter = HeadDrafter(DraftHead(DEFAULT_HEAD, folder))
+    drafter.extend(
+        REQUEST, 0, token_ids[:num_prompt_tokens], known[: num_prompt_tokens - 1].astype(np.float16)
+    )
+
+    right = []
+    for end in range(num_prompt_tokens, len(token_ids)):
+        draft = drafter.step()[REQUEST]
+        right.append(draft.token_ids[int(np.argmax(draft.probs))] == token_ids[end])
+        drafter.extend(REQUEST, end, [token_ids[end]], known[end - 1 : end].astype(np.float16))
+
+    assert len(right) > 50
+    assert np.mean(right) > 0.5
 
 
 def states(num_tokens: int) -> HiddenStates:

@@ -1,0 +1,122 @@
+"""Timelines of workers and draft workers: as a Chrome trace, and how well drafting is hidden."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from workers.timeline import Span
+
+NUM_REQUESTS = 64
+"""Requests with tracks of their own, the first that are seen; more would be too many to look at."""
+
+Timelines = Mapping[str, Sequence[Span]]
+"""Spans by the name of their process."""
+
+
+def chrome_trace(timelines: Timelines) -> str:
+    """JSON that ui.perfetto.dev and chrome://tracing open.
+
+    A track for each process; and for each request one with its part of the workers' steps and one
+    with its drafts, so that one can see what was drafted while which tokens were computed.
+    """
+    spans = sorted(
+        ((span, process) for process, own in timelines.items() for span in own),
+        key=lambda pair: pair[0].began_s,
+    )
+    start_s = spans[0][0].began_s if spans else 0.0
+    tracks = {process: (index, 0) for index, process in enumerate(sorted(timelines), start=1)}
+    events = [_name("process_name", track, process) for process, track in tracks.items()]
+    for span, process in spans:
+        args = dict(span.of_requests)
+        events.append(_event(span, start_s, tracks[process], _process_label(span), args))
+    return json.dumps({"traceEvents": events + _of_requests(spans, start_s, len(tracks) + 1)})
+
+
+def hidden_share(draft_spans: Iterable[Span], worker_spans: Iterable[Span]) -> float:
+    """Share of the drafting time in which some worker computed a step; NaN if nothing was drafted.
+
+    What is not hidden is when no worker had anything to do but, perhaps, to wait for drafts.
+    """
+    busy = _union(worker_spans)
+    starts = [began_s for began_s, _ in busy]
+    drafting_s = hidden_s = 0.0
+    for span in draft_spans:
+        drafting_s += span.ended_s - span.began_s
+        first = max(0, bisect_right(starts, span.began_s) - 1)
+        for began_s, ended_s in busy[first : bisect_right(starts, span.ended_s)]:
+            hidden_s += max(0.0, min(ended_s, span.ended_s) - max(began_s, span.began_s))
+    return hidden_s / drafting_s if drafting_s else float("nan")
+
+
+def split(timelines: Timelines) -> tuple[list[Span], list[Span]]:
+    """The spans of all workers, and those of all draft workers."""
+    of_workers, of_draft_workers = (
+        [
+            span
+            for process in timelines
+            if is_draft_worker(process) == drafts
+            for span in timelines[process]
+        ]
+        for drafts in (False, True)
+    )
+    return of_workers, of_draft_workers
+
+
+def is_draft_worker(process: str) -> bool:
+    """Tell the two kinds of processes apart by their names."""
+    return process.startswith("draft worker ")
+
+
+def _union(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """The times that any of the spans covers, in order, none touching the next."""
+    union: list[tuple[float, float]] = []
+    for began_s, ended_s in sorted((span.began_s, span.ended_s) for span in spans):
+        if union and began_s <= union[-1][1]:
+            union[-1] = (union[-1][0], max(ended_s, union[-1][1]))
+        else:
+            union.append((began_s, ended_s))
+    return union
+
+
+def _of_requests(
+    spans: Sequence[tuple[Span, str]], start_s: float, pid: int
+) -> list[dict[str, Any]]:
+    """Two tracks for each request: spans that overlap would need one each anyway."""
+    seen = dict.fromkeys(request_id for span, _ in spans for request_id in span.of_requests)
+    numbers = {request_id: index for index, request_id in enumerate(list(seen)[:NUM_REQUESTS])}
+    events = [_name("process_name", (pid, 0), "requests")] if numbers else []
+    for request_id, number in numbers.items():
+        events.append(_name("thread_name", (pid, 2 * number + 1), request_id))
+        events.append(_name("thread_name", (pid, 2 * number + 2), f"{request_id} drafts"))
+    for span, process in spans:
+        for request_id, num_tokens in span.of_requests.items():
+            if (index := numbers.get(request_id)) is not None:
+                track = (pid, 2 * index + 1 + is_draft_worker(process))
+                label = f"{span.name}: {num_tokens}"
+                events.append(_event(span, start_s, track, label, {"in": process}))
+    return events
+
+
+def _process_label(span: Span) -> str:
+    return f"{span.name}: {sum(span.of_requests.values())}"
+
+
+def _event(
+    span: Span, start_s: float, track: tuple[int, int], name: str, args: dict[str, Any]
+) -> dict[str, Any]:
+    pid, tid = track
+    return {
+        "name": name,
+        "ph": "X",  # complete: with its beginning and its duration
+        "ts": round(1e6 * (span.began_s - start_s), 1),
+        "dur": round(1e6 * (span.ended_s - span.began_s), 1),
+        "pid": pid,
+        "tid": tid,
+        "args": args,
+    }
+
+
+def _name(kind: str, track: tuple[int, int], name: str) -> dict[str, Any]:
+    pid, tid = track
+    return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}

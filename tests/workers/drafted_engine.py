@@ -1,0 +1,215 @@
+"""A `VllmEngine` and a draft worker in one process, with drafts as a test wants them."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scheduler.request import Request
+from scheduler.speculation import Acceptance
+from tests.workers.planned_engine import CLIENT
+from workers.draft_client import DraftCounts
+from workers.draft_stream import DrafterAddress
+from workers.draft_worker import DraftConfig, DraftWorker
+from workers.drafter import ContextKey, Draft, HiddenStates
+from workers.token_stream import StreamAddress
+from workers.worker import WorkerConfig
+
+NUM_DRAFTS = 6
+DEAD = DrafterAddress("dead", "dead", StreamAddress("tcp://127.0.0.1:1", b"-"))
+"""A draft worker at whose address nobody listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request with its sampling parameters, in vLLM's words."""
+
+    prompt: Sequence[int]
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How the engine of a run gets its drafts."""
+
+    drafts: Sequence[Sequence[int]] | None = None
+    """What to propose for each call's whole output; None: no speculation."""
+    error_rate: float = 0.0
+    """Share of the proposed tokens that are others; the right one is then a branch beside it."""
+    is_patient: bool = True
+    """Whether the engine begins no step before the drafts for it have come."""
+    is_dead: bool = False
+    is_trusted: bool = False
+    """Whether every draft is taken for a sure one, so that it is verified."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What came of the calls."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    """Of each output token; empty if they were not asked for."""
+    hidden_states: dict[int, list[bytes]]
+    """By call: what the drafter was told with each extension."""
+    counts: DraftCounts | None
+    num_steps: int
+
+
+class Trust(Acceptance):
+    """Believes every draft."""
+
+    def chances(self, request_id: str, drafter: str, probs: Sequence[float]) -> tuple[float, ...]:
+        return (0.98,) * len(super().chances(request_id, drafter, probs))
+
+
+class OracleDrafter:
+    """A `Drafter` that was told what every request will say."""
+
+    hidden_size = 96
+
+    def __init__(self, calls: Sequence[Call], setting: Setting) -> None:
+        self._texts = [
+            [*call.prompt, *text] for call, text in zip(calls, setting.drafts or [], strict=True)
+        ]
+        self._setting = setting
+        self._lengths: dict[ContextKey, int] = {}
+        self._changed: dict[ContextKey, None] = {}
+        self._draw = random.Random(0)
+        self.hidden_states: dict[int, list[bytes]] = {}
+
+    def extend(
+        self,
+        key: ContextKey,
+        position: int,
+        token_ids: list[int],
+        hidden_states: HiddenStates | None = None,
+    ) -> None:
+        assert position in (0, self._lengths.get(key, 0))
+        self._lengths[key] = position + len(token_ids)
+        self._changed[key] = None
+        if hidden_states is not None:
+            told = self.hidden_states.setdefault(int(key.request_id), [])
+            told += [row.tobytes() for row in hidden_states]
+
+    def forget(self, key: ContextKey) -> None:
+        self._lengths.pop(key, None)
+        self._changed.pop(key, None)
+
+    def has_work(self) -> bool:
+        return bool(self._changed)
+
+    def step(self) -> dict[ContextKey, Draft]:
+        drafts = {key: self._draft(key) for key in self._changed}
+        self._changed.clear()
+        return drafts
+
+    def _draft(self, key: ContextKey) -> Draft:
+        begin = self._lengths[key]
+        token_ids: list[int] = []
+        parents: list[int] = []
+        probs: list[float] = []
+        node = -1
+        for token in self._texts[int(key.request_id)][begin : begin + 2 * NUM_DRAFTS]:
+            if self._draw.random() < self._setting.error_rate:
+                token_ids.append(token + 1 if token < 300 else token - 1)
+                parents.append(node)
+                probs.append(0.6)
+            token_ids.append(token)
+            parents.append(node)
+            probs.append(0.5)
+            node = len(token_ids) - 1
+        return Draft(begin, tuple(token_ids), tuple(parents), tuple(probs))
+
+    def shutdown(self) -> None:
+        pass
+
+
+def run_calls(model: str, config: WorkerConfig, *runs: tuple[Sequence[Call], Setting]) -> list[Ran]:
+    """Run calls one set after another on one new engine, which speculates if any run does."""
+    from workers.vllm_engine import VllmEngine
+
+    speculates = any(setting.drafts is not None for _, setting in runs)
+    draft = DraftConfig(num_speculative_tokens=NUM_DRAFTS) if speculates else None
+    engine = VllmEngine(model, config, draft=draft)
+    if speculates:
+        # Any of the drafters may want the states; here one that is not in the config does.
+        from workers.vllm_sampling import runner_of
+        from workers.vllm_speculation import HiddenStates
+
+        engine._planned.drafts.counts = DraftCounts()
+        engine._planned.hidden_states = HiddenStates(runner_of(engine._core).model).rows
+    return [_run(engine, *run) for run in runs]
+
+
+def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.serial_utils import MsgpackDecoder
+
+    drafter, worker, counts = None, None, None
+    drafts = engine._planned.drafts if engine._planned else None
+    if drafts is not None:
+        counts = drafts.counts = DraftCounts()
+        engine._planned.acceptance = Trust() if setting.is_trusted else Acceptance()
+        engine.assign_drafter(DEAD if setting.is_dead else None)
+    if setting.drafts is not None and not setting.is_dead:
+        drafter = OracleDrafter(calls, setting)
+        worker = DraftWorker(
+            "d", DraftConfig(), lambda: {"oracle": drafter}, lambda report: None, "127.0.0.1"
+        )
+        engine.assign_drafter(worker.address)
+    decoder = MsgpackDecoder(EngineCoreOutputs)
+    tokens: list[list[int]] = [[] for _ in calls]
+    logprobs: list[list[float]] = [[] for _ in calls]
+    for index, call in enumerate(calls):
+        _add(engine, str(index), call)
+    num_steps = 0
+    while engine.has_requests():
+        if worker is not None and setting.is_patient:
+            _wait_for_drafts(drafts)
+        outputs, model_ran = engine.step()
+        num_steps += model_ran
+        for output in outputs.values():
+            for of_request in decoder.decode(output.frames).outputs:
+                index = int(of_request.request_id)
+                tokens[index] += of_request.new_token_ids
+                if (lists := of_request.new_logprobs) is not None:
+                    logprobs[index] += [float(row[0]) for row in lists.logprobs]
+    if worker is not None:
+        worker.shutdown()
+    return Ran(tokens, logprobs, drafter.hidden_states if drafter else {}, counts, num_steps)
+
+
+def _wait_for_drafts(drafts: Any) -> None:
+    give_up_s = time.monotonic() + 5
+    while drafts.silent_s(now := time.monotonic()) and now < give_up_s:
+        time.sleep(0.0002)
+        drafts.poll(now)
+
+
+def _add(engine: Any, name: str, call: Call) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    given = {"temperature": 0, "max_tokens": 24, "ignore_eos": True} | call.params
+    regex = given.pop("regex", None)
+    params = SamplingParams(detokenize=False, **given)
+    if regex is not None:
+        params.structured_outputs = StructuredOutputsParams(regex=regex)
+        params.structured_outputs._backend = "xgrammar"
+    params.update_from_generation_config({}, 2)
+    core_request = EngineCoreRequest(
+        request_id=name,
+        prompt_token_ids=list(call.prompt),
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    request = Request(name, len(call.prompt), params.max_tokens or 1)
+    engine.add_request(request, engine._encode(core_request), CLIENT)

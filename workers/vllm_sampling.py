@@ -1,0 +1,109 @@
+"""What vLLM's sampling lacks in an engine in this process, with drafts and on CPUs."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.worker import gpu_model_runner
+
+# The runner, its samplers and its metadata are vLLM's own affair: looked at, not declared.
+Runner = Any
+
+
+def runner_of(core: EngineCore) -> Runner:
+    """The model runner of an engine whose executor is in this process."""
+    return core.model_executor.driver_worker.worker.model_runner
+
+
+@contextmanager
+def all_logits_processors() -> Iterator[None]:
+    """Have an engine that is made meanwhile keep what it would drop for speculation.
+
+    vLLM's verification knows nothing of `min_p`, `logit_bias` and custom processors, and so it
+    loads none. But a request without drafts is sampled as ever, and those requests get none.
+    """
+    runner: Any = gpu_model_runner
+    build = runner.build_logitsprocs
+
+    def build_all(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        return build(plain, *args, **kwargs)
+
+    runner.build_logitsprocs = build_all
+    try:
+        yield
+    finally:
+        runner.build_logitsprocs = build
+
+
+def sample_plainly_without_drafts(runner: Runner) -> None:
+    """Have a step without drafts sampled as without speculation, which is much cheaper."""
+    verify = runner.rejection_sampler
+
+    def sample(metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+        if metadata.max_spec_len == 0:
+            return runner.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        return verify(metadata, draft_probs, logits, sampling_metadata)
+
+    runner.rejection_sampler = sample
+
+
+def keep_seeds_through_chunks(runner: Runner) -> None:
+    """Have the generators of seeded requests untouched by chunks of their prompts.
+
+    vLLM samples after each chunk and takes that back by the generator's offset, which those of a
+    CPU do not have: without this a seeded request with a chunked prompt ends the engine.
+    """
+    sample, bookkeep = runner._sample, runner._bookkeeping_sync
+
+    def discarded(generators: dict[int, torch.Generator]) -> dict[int, torch.Generator]:
+        mask = runner.discard_request_mask.np
+        return {row: generator for row, generator in generators.items() if mask[row]}
+
+    def sample_and_rewind(*args: Any, **kwargs: Any) -> Any:
+        states = [(g, g.get_state()) for g in discarded(runner.input_batch.generators).values()]
+        output = sample(*args, **kwargs)
+        for generator, state in states:
+            generator.set_state(state)
+        return output
+
+    def bookkeep_without(*args: Any, **kwargs: Any) -> Any:
+        generators = runner.input_batch.generators
+        rewound = discarded(generators)
+        for row in rewound:
+            del generators[row]
+        try:
+            return bookkeep(*args, **kwargs)
+        finally:
+            generators.update(rewound)
+
+    runner._sample, runner._bookkeeping_sync = sample_and_rewind, bookkeep_without
+
+
+def expand_batch_to_tokens(
+    values: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: float = 0,
+    replace_to: float = 0,
+) -> torch.Tensor:
+    """Repeat `values [batch_size]` for the draft tokens of each request: `[num_tokens]`.
+
+    vLLM's own on the CPU takes temperatures for integers and gives back what was in memory, so
+    that drafts would be verified against another distribution.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    replaced = torch.where(values == replace_from, replace_to, values).to(values.dtype)
+    return replaced.repeat_interleave(counts, output_size=num_tokens)
+
+
+def mend_cpu_sampling(runner: Runner) -> None:
+    """Mend what of vLLM's sampling goes wrong on a CPU."""
+    keep_seeds_through_chunks(runner)
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens  # type: ignore[assignment]
