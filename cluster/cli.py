@@ -103,14 +103,15 @@ def _drafts_cells(drafts: DraftStats | None) -> tuple[str, ...]:
 
 
 def _draft_workers_table(draft_workers: list[DraftWorkerStatus]) -> Table:
-    table = Table("draft worker", "pid", "drafters", "requests", "drafts", "memory")
+    table = Table("draft worker", "pid", "drafters", "requests", "drafts", "busy", "memory")
     for worker in draft_workers:
         table.add_row(
-            worker.draft_worker_id,
+            worker.draft_worker_id + (" (silent)" if worker.silent else ""),
             str(worker.pid),
             ", ".join(worker.drafters),
             str(worker.num_contexts),
             str(worker.num_drafts),
+            f"{worker.busy_share:.0%}",
             f"{worker.memory_bytes / 2**30:.1f} GiB",
         )
     return table

@@ -1,5 +1,6 @@
 """The GlobalScheduler: places each request on a worker, from the view of all workers."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from scheduler.drafting import Cause, DraftReport, DraftWatch, DraftWorkerLoad, 
 from scheduler.placement import WorkerLoad, place
 from scheduler.request import Request
 from workers.draft_stream import DrafterAddress
-from workers.draft_worker import DraftWorkerReport
+from workers.draft_worker import DraftWorkerReport, DraftWorkerStatus
 from workers.engine import DraftStats
 from workers.worker import WorkerReport
 
@@ -109,6 +110,14 @@ class GlobalScheduler:
         """Take a draft worker's own account."""
         self._drafters[report.address.draft_worker_id] = report, self._clock()
 
+    async def draft_workers(self) -> list[DraftWorkerStatus]:
+        """The present view of all draft workers."""
+        now = self._clock()
+        return [
+            dataclasses.replace(report.status, silent=now - heard_s > DRAFTER_SILENT_AFTER_S)
+            for _, (report, heard_s) in sorted(self._drafters.items())
+        ]
+
     def _watch(self, worker_id: str, view: _WorkerView, stats: DraftStats, now: float) -> None:
         """Learn how well drafts serve a worker, and say so when they no longer do."""
         view.tokens_per_span = stats.tokens_per_span
@@ -140,7 +149,7 @@ class GlobalScheduler:
                 DraftWorkerLoad(
                     draft_worker_id,
                     sum(other.drafter == draft_worker_id for other in self._workers.values()),
-                    report.busy_share,
+                    report.status.busy_share,
                     now - heard_s > DRAFTER_SILENT_AFTER_S,
                 )
                 for draft_worker_id, (report, heard_s) in self._drafters.items()

@@ -23,6 +23,9 @@ from workers.worker import WorkerStatus
 TEND_INTERVAL_S = 0.2
 """How often the streams to client handles are looked after."""
 
+ASK_TIMEOUT_S = 60.0
+"""A replica that does not answer within this hangs, and the one who asks is told so."""
+
 Api = Literal["chat", "completion"]
 
 
@@ -106,24 +109,21 @@ class Ingress:
         return None
 
     async def status(self) -> AppStatus:
-        """The state of all workers."""
-        workers = await self._workers.broadcast("status").results_async()
-        drafters: list[DraftWorkerStatus] = []
-        if self._draft_workers:
-            drafters = await self._draft_workers.broadcast("status").results_async()
+        """The state of all workers; of draft workers what they told the GlobalScheduler last."""
+        workers = await _ask_all(self._workers, "status")
         return AppStatus(
             self._config.model_name,
             sorted(workers, key=lambda worker: worker.worker_id),
             self._client.num_live,
-            sorted(drafters, key=lambda drafter: drafter.draft_worker_id),
+            await self._scheduler.draft_workers.remote(),
         )
 
     async def spans(self, since_s: float) -> dict[str, list[Span]]:
         """What each worker and draft worker did since a time, by the wall clock."""
-        workers = await self._workers.broadcast("spans", since_s).results_async()
+        workers = await _ask_all(self._workers, "spans", since_s)
         spans = {f"worker {worker_id}": own for worker_id, own in workers}
         if self._draft_workers:
-            drafters = await self._draft_workers.broadcast("spans", since_s).results_async()
+            drafters = await _ask_all(self._draft_workers, "spans", since_s)
             spans |= {f"draft worker {drafter_id}": own for drafter_id, own in drafters}
         return spans
 
@@ -146,3 +146,10 @@ class Ingress:
 
     async def _has_workers(self) -> bool:
         return any(not load.silent for load in await self._scheduler.loads.remote())
+
+
+async def _ask_all(replicas: "DeploymentHandle[Any]", method: str, *args: Any) -> list[Any]:
+    """What each replica answers; one that dies meanwhile is left out."""
+    response = replicas.broadcast(method, *args)
+    answers = await response.results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+    return [answer for answer in answers if not isinstance(answer, BaseException)]

@@ -25,7 +25,8 @@ def chrome_trace(timelines: Timelines) -> str:
         key=lambda pair: pair[0].began_s,
     )
     start_s = spans[0][0].began_s if spans else 0.0
-    tracks = {process: (index, 0) for index, process in enumerate(sorted(timelines), start=1)}
+    processes = sorted(timelines, key=lambda process: (is_draft_worker(process), process))
+    tracks = {process: (index, 0) for index, process in enumerate(processes, start=1)}
     events = [_name("process_name", track, process) for process, track in tracks.items()]
     for span, process in spans:
         args = dict(span.of_requests)

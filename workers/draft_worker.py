@@ -98,27 +98,29 @@ class DraftConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftWorkerReport:
-    """A draft worker's load, as it tells the GlobalScheduler."""
-
-    address: DrafterAddress
-    num_contexts: int
-    """Requests that it knows."""
-    busy_share: float
-    """Of the time since the last report, how much it spent drafting."""
-
-
-@dataclass(frozen=True, slots=True)
 class DraftWorkerStatus:
-    """A draft worker at this moment."""
+    """A draft worker at one moment."""
 
     draft_worker_id: str
     pid: int
     drafters: tuple[str, ...]
     num_contexts: int
+    """Requests that it knows."""
     num_drafts: int
     """Draft tokens sent since the start."""
+    busy_share: float
+    """Of the time since the report before, how much it spent drafting."""
     memory_bytes: int
+    silent: bool = False
+    """Has not reported for long: perhaps it is stopped or dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWorkerReport:
+    """What a draft worker tells the GlobalScheduler of itself."""
+
+    address: DrafterAddress
+    status: DraftWorkerStatus
 
 
 @dataclass(slots=True)
@@ -190,17 +192,6 @@ class DraftWorker:
         """Raise RuntimeError when the drafting thread has ended."""
         if not self._thread.is_alive():
             raise RuntimeError(f"the drafter failed: {self._failure!r}")
-
-    async def status(self) -> DraftWorkerStatus:
-        """The draft worker's load."""
-        return DraftWorkerStatus(
-            self.address.draft_worker_id,
-            os.getpid(),
-            tuple(self._drafters),
-            len(self._contexts),
-            self._num_drafts,
-            psutil.Process().memory_info().rss,
-        )
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
         """Its id, and its drafting that ended after a time, by the wall clock."""
@@ -343,8 +334,19 @@ class DraftWorker:
         if past_s < REPORT_INTERVAL_S:
             return
         self._forget_silent(now)
-        self._report(DraftWorkerReport(self.address, len(self._contexts), self._busy_s / past_s))
+        self._report(DraftWorkerReport(self.address, self._status(self._busy_s / past_s)))
         self._reported_s, self._busy_s = now, 0.0
+
+    def _status(self, busy_share: float) -> DraftWorkerStatus:
+        return DraftWorkerStatus(
+            self.address.draft_worker_id,
+            os.getpid(),
+            tuple(self._drafters),
+            len(self._contexts),
+            self._num_drafts,
+            busy_share,
+            psutil.Process().memory_info().rss,
+        )
 
     def _forget_silent(self, now: float) -> None:
         for worker, peer in list(self._peers.items()):

@@ -179,23 +179,27 @@ def speedup(base: Seen, other: Seen, kinds: Iterable[str]) -> float:
 
 
 def rows_of(cell: Cell, seen: dict[str, Seen]) -> list[dict[str, Any]]:
-    """A cell's table: its kinds of work, and all together."""
-    clients = f"{cell.concurrency}{', sampled' if cell.is_sampled else ''}"
+    """A cell's table: its kinds of work, and all together.
+
+    Under a contestant's name are the tokens/s of one answer after its first; `right` is the share
+    of the verified drafts that were accepted, `CPU s` the time of the draft workers' processes.
+    """
+    clients = f"{cell.concurrency}{' T=1' if cell.is_sampled else ''}"
     rows: list[dict[str, Any]] = []
     for kind in [*dict.fromkeys(kind for kind, _ in cell.chats), None]:
         per_s = {c: 1 / own.time_per_token_s(kind) for c, own in seen.items()}
         whole = seen if kind is None else {}
         rows.append(
             {"clients": clients, "work": kind or "all"}
-            | {f"{c} decode tok/s": value for c, value in per_s.items()}
+            | per_s
             | {f"{c} / none": value / per_s.get("none", math.nan) for c, value in per_s.items()}
             | {f"{c} tok/s": whole[c].tokens_per_s() if c in whole else "" for c in seen}
         )
     for row in rows:
         row.pop("none / none", None)
         drafts = seen.get("drafts", Seen()) if row["work"] == "all" else Seen()
-        row["accepted"] = drafts.num_accepted / drafts.num_verified if drafts.num_verified else ""
-        row["draft CPU s"] = drafts.draft_cpu_s or ""
+        row["right"] = drafts.num_accepted / drafts.num_verified if drafts.num_verified else ""
+        row["CPU s"] = drafts.draft_cpu_s or ""
     return rows
 
 

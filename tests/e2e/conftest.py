@@ -66,6 +66,7 @@ def write_config(path: Path, port: int, **args: object) -> None:
         "import_path": "cluster.app:build_app",
         "args": {
             "num_workers": 2,
+            "draft": {"drafters": ["suffix"]},
             "worker": {
                 "cpus": 1,
                 "engine": {"dtype": "float32", "max_num_seqs": 16, "kv_cache_gib": 0.5},
