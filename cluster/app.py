@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
@@ -21,7 +21,7 @@ from cluster.model import resolve_model
 from cluster.router import PlacementRouter
 from scheduler.task import StepReport
 from workers.draft_stream import DrafterAddress
-from workers.draft_worker import DraftConfig, DraftWorker, make_drafters
+from workers.draft_worker import DraftConfig, DraftWorker, DraftWorkerReport, make_drafters
 from workers.engine import Engine
 from workers.worker import Worker, WorkerReport
 
@@ -74,11 +74,7 @@ class WorkerReplica(Worker):
 
     async def _follow(self, answer: "DeploymentResponse[DrafterAddress | None]") -> None:
         """Have the draft worker that the GlobalScheduler names make the drafts."""
-        try:
-            drafter = await answer
-        except (RayError, RuntimeError) as error:  # it restarts; the present one stays
-            logger.warning("the GlobalScheduler did not answer: %r", error)
-            return
+        drafter = await _answered(answer, self._drafter)
         if drafter != self._drafter:
             self._drafter = drafter
             self.assign_drafter(drafter)
@@ -95,18 +91,40 @@ class DraftReplica(DraftWorker):
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
         assert config.draft
         draft = config.draft
+
+        def send(report: DraftWorkerReport) -> None:
+            answer = scheduler.report_drafter.remote(report)
+            asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
+
+        loop = asyncio.get_running_loop()
         super().__init__(
             serve.get_replica_context().replica_id.unique_id,
             draft,
             lambda: make_drafters(draft, resolve_model(config.model), resolve_model),
-            lambda report: scheduler.report_drafter.remote(report),
+            send,
             get_node_ip_address(),
         )
+
+    async def _follow(self, answer: "DeploymentResponse[list[DrafterAddress]]") -> None:
+        self.meet(await _answered(answer, []))
 
     def __del__(self) -> None:
         """Serve's hook for the end of a replica, also of one whose constructor failed."""
         if hasattr(self, "_thread"):
             self.shutdown()
+
+
+T = TypeVar("T")
+
+
+async def _answered(answer: "DeploymentResponse[T]", otherwise: T) -> T:
+    """The GlobalScheduler's answer, or `otherwise` while it restarts."""
+    try:
+        result: T = await answer
+        return result
+    except (RayError, RuntimeError) as error:
+        logger.warning("the GlobalScheduler did not answer: %r", error)
+        return otherwise
 
 
 def build_app(args: dict[str, Any]) -> Application:

@@ -83,6 +83,11 @@ class AppConfig:
                 "draft needs a worker.step_policy of ours, which decides how many drafts are "
                 "verified in each step; vllm's own takes none from draft workers"
             )
+        if self.draft and "speculative_config" in self.worker.engine.extra_args:
+            raise ValueError(
+                "draft and worker.engine.extra_args.speculative_config exclude each other: either "
+                "draft workers make the drafts or vLLM does"
+            )
         _check_names(
             "worker.engine.extra_args",
             self.worker.engine.extra_args,
@@ -185,6 +190,8 @@ def _config_at(loc: list[str]) -> Any:
     for name in loc:
         is_mapping = typing.get_origin(cls) is dict
         cls = typing.get_args(cls)[1] if is_mapping else typing.get_type_hints(cls)[name]
+        if type(None) in typing.get_args(cls):  # optional
+            cls = typing.get_args(cls)[0]
     return cls
 
 

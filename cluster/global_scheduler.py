@@ -106,9 +106,15 @@ class GlobalScheduler:
         self._watch(report.worker_id, view, report.drafts, now)
         return self._choose_drafter(view, now)
 
-    async def report_drafter(self, report: DraftWorkerReport) -> None:
-        """Take a draft worker's own account."""
-        self._drafters[report.address.draft_worker_id] = report, self._clock()
+    async def report_drafter(self, report: DraftWorkerReport) -> list[DrafterAddress]:
+        """Take a draft worker's own account; the other draft workers, to share memories with."""
+        now = self._clock()
+        self._drafters[report.address.draft_worker_id] = report, now
+        return [
+            other.address
+            for other, heard_s in self._drafters.values()
+            if other.address != report.address and now - heard_s <= DRAFTER_SILENT_AFTER_S
+        ]
 
     async def draft_workers(self) -> list[DraftWorkerStatus]:
         """The present view of all draft workers."""

@@ -13,11 +13,15 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def keys(cls: type, prefix: str = "") -> Iterator[str]:
     for name, kind in typing.get_type_hints(cls).items():
         if name in {field.name for field in dataclasses.fields(cls)}:
-            yield from (
-                keys(kind, f"{prefix}{name}.")
-                if dataclasses.is_dataclass(kind)
-                else (f"{prefix}{name}",)
-            )
+            if type(None) in typing.get_args(kind):
+                yield f"{prefix}{name}"
+                kind = typing.get_args(kind)[0]
+                if not dataclasses.is_dataclass(kind):
+                    continue
+            if dataclasses.is_dataclass(kind):
+                yield from keys(kind, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
 
 
 @pytest.mark.parametrize("key", list(keys(AppConfig)))

@@ -62,7 +62,7 @@ class Rows(NamedTuple):
 class DraftHead:
     """The forward of a head; the caller keeps keys and values, and attends."""
 
-    def __init__(self, file: Path, model: Path, lm_head_format: str = "int8") -> None:
+    def __init__(self, file: Path, model: Path, lm_head_format: str = "auto") -> None:
         """Read a head and the embeddings of the target in the folder `model`.
 
         ValueError: the head is of another model, or the file is no head.

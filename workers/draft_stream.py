@@ -44,6 +44,8 @@ class ContextsMessage(msgspec.Struct, array_like=True):
     contexts: list[ContextDelta]
     finished: list[str]
     """Requests that ended."""
+    memories: list[list[int]] = []
+    """Outputs that the sender, another draft worker, has seen."""
 
 
 class DraftTree(msgspec.Struct, array_like=True):

@@ -1,5 +1,6 @@
 """The draft worker actor: guesses, for workers elsewhere, what their requests' next tokens are."""
 
+import contextlib
 import logging
 import os
 import secrets
@@ -42,11 +43,15 @@ FORGET_AFTER_S = 120.0
 """Requests of a worker that has said nothing for so long are forgotten; a live one with requests
 speaks after each of its steps."""
 REPORT_INTERVAL_S = 0.5
+LEAST_MEMORY = 16
+"""Shorter outputs are not worth telling other draft workers."""
 QUEUE_LIMIT = 1024
 """Messages for one worker that it does not read; more are dropped, as later ones replace them."""
 
 SHIPPED_HEAD = Path(__file__).parent / "data" / "smollm2-135m-instruct.head.safetensors"
 """For the default model."""
+
+MOST_DRAFTS = 128
 
 DrafterName = Literal["suffix", "model", "head"]
 
@@ -82,6 +87,11 @@ class DraftConfig:
         for name in ("num_workers", "num_speculative_tokens", "memory_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.num_speculative_tokens > MOST_DRAFTS:
+            raise ValueError(
+                f"num_speculative_tokens ({self.num_speculative_tokens}) must be at most "
+                f"{MOST_DRAFTS}, which is what vLLM verifies"
+            )
         if not self.model_kv_cache_gib > 0:  # NaN is not either
             raise ValueError(f"model_kv_cache_gib ({self.model_kv_cache_gib}) must be positive")
         if self.cpus < 0:
@@ -130,6 +140,7 @@ class _Context:
     token_ids: list[int] = field(default_factory=list)
     num_wanted: int = 0
     num_told: list[int] = field(default_factory=list)
+    num_prompt_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -180,6 +191,10 @@ class DraftWorker:
         self._drafters = make_drafters()
         self._contexts: dict[ContextKey, _Context] = {}
         self._peers: dict[str, _Peer] = {}
+        self._others: list[DrafterAddress] = []
+        self._to_others: dict[DrafterAddress, zmq.Socket[bytes]] = {}
+        self._memories: list[list[int]] = []
+        """Outputs that the other draft workers have not been told."""
         self._num_drafts = 0
         self._busy_s = 0.0
         self._reported_s = time.monotonic()
@@ -192,6 +207,10 @@ class DraftWorker:
         """Raise RuntimeError when the drafting thread has ended."""
         if not self._thread.is_alive():
             raise RuntimeError(f"the drafter failed: {self._failure!r}")
+
+    def meet(self, others: list[DrafterAddress]) -> None:
+        """Share what is written here with these draft workers from now on."""
+        self._others = others
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
         """Its id, and its drafting that ended after a time, by the wall clock."""
@@ -218,7 +237,8 @@ class DraftWorker:
         finally:
             for drafter in self._drafters.values():
                 drafter.shutdown()
-            self._socket.close()
+            for socket in (self._socket, *self._to_others.values()):
+                socket.close()
             self._zmq.term()
 
     def _take_messages(self) -> None:
@@ -240,6 +260,9 @@ class DraftWorker:
         if peer is None or peer.identity != identity:  # a new connection may count anew
             peer = self._peers[message.worker] = _Peer(identity)
         peer.seq, peer.heard_s = message.seq, time.monotonic()
+        for output in message.memories:
+            for drafter in self._drafters.values():
+                drafter.learn(output)
         for request_id in message.finished:
             self._forget(ContextKey(message.worker, request_id))
         for delta in message.contexts:
@@ -250,7 +273,9 @@ class DraftWorker:
         """Take in new tokens of a request; False if some before them are missing."""
         context = self._contexts.get(key)
         if delta.position == 0 or context is None:
-            context = self._contexts[key] = _Context(num_told=[0] * len(self._drafters))
+            context = self._contexts[key] = _Context(
+                num_told=[0] * len(self._drafters), num_prompt_tokens=len(delta.token_ids)
+            )
         if delta.position != len(context.token_ids):
             self._forget(key)
             return False
@@ -275,7 +300,9 @@ class DraftWorker:
         return np.frombuffer(raw, np.float16).reshape(-1, drafter.hidden_size)
 
     def _forget(self, key: ContextKey) -> None:
-        if self._contexts.pop(key, None) is not None:
+        if (context := self._contexts.pop(key, None)) is not None:
+            if len(output := context.token_ids[context.num_prompt_tokens :]) >= LEAST_MEMORY:
+                self._memories.append(output)
             for drafter in self._drafters.values():
                 drafter.forget(key)
 
@@ -334,6 +361,7 @@ class DraftWorker:
         if past_s < REPORT_INTERVAL_S:
             return
         self._forget_silent(now)
+        self._share_memories()
         self._report(DraftWorkerReport(self.address, self._status(self._busy_s / past_s)))
         self._reported_s, self._busy_s = now, 0.0
 
@@ -347,6 +375,24 @@ class DraftWorker:
             busy_share,
             psutil.Process().memory_info().rss,
         )
+
+    def _share_memories(self) -> None:
+        """Tell the other draft workers what was written here."""
+        peers, memories, self._memories = self._others, self._memories, []
+        for gone in self._to_others.keys() - set(peers):
+            self._to_others.pop(gone).close()
+        for peer in peers if memories else ():
+            if peer not in self._to_others:
+                socket = self._to_others[peer] = self._zmq.socket(zmq.DEALER)
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.setsockopt(zmq.RCVHWM, 1)  # the answers are not read
+                socket.setsockopt(zmq.IPV6, "[" in peer.stream.endpoint)
+                socket.connect(peer.stream.endpoint)
+            message = ContextsMessage(
+                peer.stream.token, self.address.incarnation, 0, [], [], memories
+            )
+            with contextlib.suppress(zmq.Again):  # it is gone; the next report may say so
+                self._to_others[peer].send(encode(message), zmq.DONTWAIT)
 
     def _forget_silent(self, now: float) -> None:
         for worker, peer in list(self._peers.items()):

@@ -51,6 +51,9 @@ class Drafter(Protocol):
         last norm) at the n tokens before the last; n can be anything from 0 on.
         """
 
+    def learn(self, token_ids: list[int]) -> None:
+        """Take in an output that another draft worker has seen, if it is of use."""
+
     def forget(self, key: ContextKey) -> None:
         """The request has ended; unknown keys are ignored."""
 

@@ -187,6 +187,9 @@ class HeadDrafter:
         config = self._head.config
         return _Cache(config.window, 2 * self._max_nodes, config.num_kv_heads, config.head_dim)
 
+    def learn(self, token_ids: list[int]) -> None:
+        """What others have written says nothing to it."""
+
     def forget(self, key: ContextKey) -> None:
         """The request has ended; unknown keys are ignored."""
         self._contexts.pop(key, None)

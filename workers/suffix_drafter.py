@@ -59,10 +59,9 @@ class SuffixDrafter:
             self._memory.extend(key, token_ids)
         self._changed[key] = None
 
-    def learn(self, key: ContextKey, token_ids: list[int]) -> None:
+    def learn(self, token_ids: list[int]) -> None:
         """Remember an output that another draft worker has seen."""
-        self._memory.drop(key)
-        self._memory.extend(key, token_ids)
+        self._memory.extend(object(), token_ids)
 
     def forget(self, key: ContextKey) -> None:
         """The request has ended; its output is remembered."""

@@ -175,6 +175,9 @@ class ModelDrafter:
             self._halt(context)
         self._keep_ahead(key)
 
+    def learn(self, token_ids: list[int]) -> None:
+        """What others have written says nothing to it."""
+
     def forget(self, key: ContextKey) -> None:
         """Stop drafting for a request."""
         if context := self._contexts.pop(key, None):

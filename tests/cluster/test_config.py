@@ -343,3 +343,26 @@ def test_wrong_args_in_a_file_are_told_with_its_path(write: Any, args: str, erro
 @pytest.mark.parametrize("path", sorted((ROOT / "deploy").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_that_comes_with_the_project_is_valid(path: Path) -> None:
     assert read_serve_file(path).app_name == "xyserve"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"draft": {"drafter": ["suffix"]}}, "draft.drafter: unknown key; did you mean drafters?"),
+        ({"draft": {"drafters": ["sufix"]}}, "draft.drafters.0: input should be"),
+        ({"draft": {"drafters": []}}, "draft: drafters ([]) must name one or more"),
+        ({"draft": {"num_workers": 0}}, "draft: num_workers (0) must be at least 1"),
+        (
+            {"draft": {}, "worker": {"step_policy": {"name": "vllm"}}},
+            "draft needs a worker.step_policy of ours",
+        ),
+        (
+            {"draft": {}, "worker": {"engine": {"extra_args": {"speculative_config": {}}}}},
+            "exclude each other",
+        ),
+    ],
+)
+def test_drafting_that_cannot_be_is_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_args(args)
+    assert message in str(error.value)
