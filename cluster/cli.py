@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cluster.draft_head_cli import draft_head_app
 from cluster.errors import XYServeError
 from cluster.model_cli import model_app
 from cluster.replay_cli import replay
@@ -33,6 +34,7 @@ app = typer.Typer(
     epilog="Start with `xyserve up deploy/local.yaml`, then talk to it with any OpenAI client.",
 )
 app.add_typer(model_app, name="model")
+app.add_typer(draft_head_app, name="draft-head")
 app.command()(simulate)
 app.command()(replay)
 
@@ -89,9 +91,10 @@ def status(app_name: AppName = "xyserve", address: Address = None) -> None:
             str(worker.num_steps),
             *_drafts_cells(worker.drafts),
         )
-    Console().print(table)
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
     if state.draft_workers:
-        Console().print(_draft_workers_table(state.draft_workers))
+        console.print(_draft_workers_table(state.draft_workers))
 
 
 def _drafts_cells(drafts: DraftStats | None) -> tuple[str, ...]:

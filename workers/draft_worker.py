@@ -16,7 +16,7 @@ import psutil
 import zmq
 
 from workers.cpus import CpuClaim, claim_cpus
-from workers.draft_head import DraftHead
+from workers.draft_head import DEFAULT_HEAD, DraftHead
 from workers.draft_stream import (
     ContextDelta,
     ContextsMessage,
@@ -48,8 +48,6 @@ LEAST_MEMORY = 16
 QUEUE_LIMIT = 1024
 """Messages for one worker that it does not read; more are dropped, as later ones replace them."""
 
-SHIPPED_HEAD = Path(__file__).parent / "data" / "smollm2-135m-instruct.head.safetensors"
-"""For the default model."""
 
 MOST_DRAFTS = 128
 
@@ -414,7 +412,7 @@ def make_drafters(
         if name == "suffix":
             drafters[name] = SuffixDrafter(config.memory_tokens)
         elif name == "head":
-            head = Path(config.head) if config.head else SHIPPED_HEAD
+            head = Path(config.head) if config.head else DEFAULT_HEAD
             drafters[name] = HeadDrafter(DraftHead(head, Path(target)))
         else:
             # vLLM takes long to import.

@@ -132,7 +132,7 @@ class HeadDrafter:
         *,
         max_nodes: int = 32,
         max_depth: int = 12,
-        num_children: int = 4,
+        num_children: int = 6,
         min_path_prob: float = 0.01,
         max_rows: int = 16,
         max_rows_per_request: int = 8,

@@ -57,7 +57,7 @@ class HeadTraining:
     epochs: int = 6
     depth: int = 4
     """Passes in training, each on the states that the one before guessed."""
-    num_guessed: int = 16384
+    num_guessed: int = 8192
     """Tokens that the head can guess: the most frequent ones."""
     window: int = 128
     batch_rows: int = 1024

@@ -81,11 +81,13 @@ def main() -> None:
     for contestant in ("none", "drafts"):
         with running_app(args_of(contestant, options.drafters), options.port) as handle:
             asyncio.run(warm_up(handle))
+            verified_before, accepted_before, _ = totals(handle)
             seen[contestant] = {
                 name: asyncio.run(answer(handle, prompts, options))
                 for name, prompts in sets.items()
             }
             verified, accepted, _ = totals(handle)
+            verified, accepted = verified - verified_before, accepted - accepted_before
     rows = []
     for name in sets:
         pairs = list(zip(seen["none"][name], seen["drafts"][name], strict=True))
