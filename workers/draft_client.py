@@ -20,6 +20,16 @@ MAX_UNANSWERED = 4
 has missed goes with the next message."""
 RETRY_S = 1.0
 """One that owes answers for so long gets a message more now and then: they may have been lost."""
+PATIENCE_MS = 1
+"""An answer that is about to come is given so long before a step begins without it."""
+LEAST_STEP_S = 0.012
+"""Of shorter steps that would be too great a share."""
+PUNCTUAL = 0.5
+"""A draft worker is given that time if so large a share of its answers came within it lately."""
+PUNCTUALITY_RATE = 1 / 16
+"""Weight of one answer in that share."""
+RETRY_ANSWERS = 32
+"""One that is not punctual is given a chance in so many steps."""
 QUEUE_LIMIT = 64
 """Drafts messages that wait to be read; more are dropped by the sender."""
 
@@ -84,6 +94,8 @@ class DraftClient:
         self._deltas: list[ContextDelta] = []
         self._finished: list[str] = []
         self._seq = self._answered = 0
+        self._punctuality = 1.0
+        self._num_unwaited = 0
         self._sent_s = self._heard_s = 0.0
         """When a message was last tried to be sent, and since when the oldest answer is owed."""
 
@@ -179,6 +191,24 @@ class DraftClient:
             self._heard_s = now
         self._seq += 1
         self._deltas, self._finished = [], []
+
+    def await_answer(self, step_s: float, now: float) -> None:
+        """Before a step of about `step_s` seconds: give an answer that is about to come a moment.
+
+        It takes a fraction of a millisecond, of which the worker's own work after a step leaves
+        little to be waited for; what would not come within PATIENCE_MS is not waited for again.
+        """
+        self.poll(now)
+        if self._socket is None or self._seq == self._answered or step_s < LEAST_STEP_S:
+            return
+        self._num_unwaited += 1
+        if self._punctuality < PUNCTUAL and self._num_unwaited < RETRY_ANSWERS:
+            return
+        self._num_unwaited = 0
+        self._socket.poll(PATIENCE_MS)
+        self.poll(now)
+        came = self._seq == self._answered
+        self._punctuality += PUNCTUALITY_RATE * (came - self._punctuality)
 
     def poll(self, now: float) -> None:
         """Take in what has come."""

@@ -38,6 +38,8 @@ class SuffixDrafter:
         self._memory = SuffixIndex(max_tokens)
         self._contexts: dict[ContextKey, _Context] = {}
         self._changed: dict[ContextKey, None] = {}
+        self._behind: list[SuffixIndex] = []
+        """Indexes that have tokens to find the places of."""
 
     def extend(
         self,
@@ -52,16 +54,19 @@ class SuffixDrafter:
             self._memory.drop(key)
             own = SuffixIndex(1 << 62)
             own.extend(0, token_ids)
+            own.catch_up()
             self._contexts[key] = _Context(list(token_ids), len(token_ids), own)
         else:
             context.token_ids += token_ids
             context.own.extend(0, token_ids)
             self._memory.extend(key, token_ids)
+            self._behind += [context.own, self._memory]
         self._changed[key] = None
 
     def learn(self, token_ids: list[int]) -> None:
         """Remember an output that another draft worker has seen."""
         self._memory.extend(object(), token_ids)
+        self._behind.append(self._memory)
 
     def forget(self, key: ContextKey) -> None:
         """The request has ended; its output is remembered."""
@@ -69,11 +74,15 @@ class SuffixDrafter:
         self._changed.pop(key, None)
 
     def has_work(self) -> bool:
-        """Whether contexts have come since the last step."""
-        return bool(self._changed)
+        """Whether anything has come since the last step."""
+        return bool(self._changed or self._behind)
 
     def step(self) -> dict[ContextKey, Draft]:
-        """Drafts for all contexts that have changed."""
+        """Drafts for all contexts that have changed; if there are none, learn what has come."""
+        if not self._changed:
+            for index in self._behind:
+                index.catch_up()
+            self._behind.clear()
         drafts = {key: self._draft(key, self._contexts[key]) for key in self._changed}
         self._changed.clear()
         return drafts

@@ -35,22 +35,34 @@ class SuffixIndex:
         self._max_tokens = max_tokens
         self._sequences: OrderedDict[Hashable, list[int]] = OrderedDict()
         self._places: dict[tuple[int, ...], list[tuple[Hashable, int]]] = {}
+        self._num_indexed: dict[Hashable, int] = {}
+        """Of each sequence that has grown since, the tokens whose places are known."""
 
     def extend(self, key: Hashable, token_ids: Sequence[int]) -> None:
-        """Append tokens to the sequence `key`, which begins if there is none."""
+        """Append tokens to the sequence `key`, which begins if there is none.
+
+        What matches before can go on with them at once; that they match themselves is left to
+        `catch_up`, so that who is waited for need not wait for that too.
+        """
         sequence = self._sequences.setdefault(key, [])
         self._sequences.move_to_end(key)
-        for token in token_ids:
-            sequence.append(token)
-            end = len(sequence)
-            for order in ORDERS:
-                if order > end:
-                    continue
-                places = self._places.setdefault(tuple(sequence[end - order :]), [])
-                places.append((key, end))
-                if len(places) > 2 * MAX_MATCHES:
-                    del places[:MAX_MATCHES]
+        self._num_indexed.setdefault(key, len(sequence))
+        sequence += token_ids
         self.num_tokens += len(token_ids)
+
+    def catch_up(self) -> None:
+        """Find the places of all that has come, and drop what is too much."""
+        for key, num_indexed in self._num_indexed.items():
+            sequence = self._sequences[key]
+            for end in range(num_indexed + 1, len(sequence) + 1):
+                for order in ORDERS:
+                    if order > end:
+                        continue
+                    places = self._places.setdefault(tuple(sequence[end - order : end]), [])
+                    places.append((key, end))
+                    if len(places) > 2 * MAX_MATCHES:
+                        del places[:MAX_MATCHES]
+        self._num_indexed.clear()
         while self.num_tokens > self._max_tokens and len(self._sequences) > 1:
             self.drop(next(iter(self._sequences)))
 
@@ -60,6 +72,7 @@ class SuffixIndex:
         if sequence is None:
             return
         self.num_tokens -= len(sequence)
+        self._num_indexed.pop(key, None)
         for order in ORDERS:
             for start in range(len(sequence) - order + 1):
                 gram = tuple(sequence[start : start + order])

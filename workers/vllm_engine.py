@@ -36,7 +36,7 @@ from workers.vllm_sampling import (
     all_logits_processors,
     mend_cpu_sampling,
     runner_of,
-    sample_plainly_without_drafts,
+    sample_cheaply,
 )
 from workers.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.vllm_speculation import HiddenStates, speculative_config
@@ -103,7 +103,8 @@ class VllmEngine:
             )
         with all_logits_processors() if draft else contextlib.nullcontext():
             self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
-        if config.device == "cpu":
+        self._is_cpu = config.device == "cpu"
+        if self._is_cpu:
             mend_cpu_sampling(runner_of(self._core))
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
@@ -213,6 +214,7 @@ class VllmEngine:
     def _expect_drafts(self, scheduler: PlannedScheduler, draft: DraftConfig) -> None:
         scheduler.drafts = DraftClient(secrets.token_hex(8))
         runner = runner_of(self._core)
-        sample_plainly_without_drafts(runner)
+        if self._is_cpu:
+            sample_cheaply(runner)
         if "head" in draft.drafters:
             scheduler.hidden_states = HiddenStates(runner.model).rows

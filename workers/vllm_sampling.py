@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import gpu_model_runner
+
+PLACEHOLDER_TOKEN_ID = -1
 
 # The runner, its samplers and its metadata are vLLM's own affair: looked at, not declared.
 Runner = Any
@@ -42,16 +48,65 @@ def all_logits_processors() -> Iterator[None]:
         runner.build_logitsprocs = build
 
 
-def sample_plainly_without_drafts(runner: Runner) -> None:
-    """Have a step without drafts sampled as without speculation, which is much cheaper."""
+def sample_cheaply(runner: Runner) -> None:
+    """Spare steps what vLLM's verification does in vain: all without drafts, most if greedy."""
     verify = runner.rejection_sampler
 
-    def sample(metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+    def sample(
+        metadata: SpecDecodeMetadata,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+    ) -> SamplerOutput:
         if metadata.max_spec_len == 0:
-            return runner.sampler(logits=logits, sampling_metadata=sampling_metadata)
-        return verify(metadata, draft_probs, logits, sampling_metadata)
+            output: SamplerOutput = runner.sampler(
+                logits=logits, sampling_metadata=sampling_metadata
+            )
+        elif _takes_the_likeliest(sampling_metadata):
+            output = SamplerOutput(verify_greedily(metadata, logits), logprobs_tensors=None)
+        else:
+            output = verify(metadata, draft_probs, logits, sampling_metadata)
+        return output
 
     runner.rejection_sampler = sample
+
+
+def _takes_the_likeliest(sampling: SamplingMetadata) -> bool:
+    """Whether the token of the greatest logit is all that any request asks for."""
+    thinking = sampling.thinking_budget_state_holder
+    return (
+        sampling.all_greedy
+        and sampling.max_num_logprobs is None
+        and sampling.no_penalties
+        and sampling.allowed_token_ids_mask is None
+        and not sampling.bad_words_token_ids
+        and not sampling.logprob_token_ids
+        and not (thinking and thinking.has_tracked_requests())
+        and all(
+            (isinstance(processor, LogitBiasLogitsProcessor) and not processor.biases)
+            or (isinstance(processor, MinTokensLogitsProcessor) and not processor.min_toks)
+            for processor in sampling.logitsprocs.non_argmax_invariant
+        )
+    )
+
+
+def verify_greedily(metadata: SpecDecodeMetadata, logits: torch.Tensor) -> torch.Tensor:
+    """The drafts of each request up to the first that is not the likeliest token, and that token.
+
+    `logits [num_drafts + num_requests, vocab_size]`: of each request a row for each of its drafts
+    and one for what follows them. Gives `[num_requests, max_spec_len + 1]`, padded with -1.
+    """
+    likeliest = logits.argmax(dim=-1).tolist()
+    drafts = metadata.draft_token_ids.tolist()
+    rows = []
+    for num_drafts in metadata.num_draft_tokens:
+        own, likeliest = likeliest[: num_drafts + 1], likeliest[num_drafts + 1 :]
+        guessed, drafts = drafts[:num_drafts], drafts[num_drafts:]
+        num_right = next((i for i in range(num_drafts) if guessed[i] != own[i]), num_drafts)
+        rows.append(
+            own[: num_right + 1] + [PLACEHOLDER_TOKEN_ID] * (metadata.max_spec_len - num_right)
+        )
+    return torch.tensor(rows, dtype=torch.int32)
 
 
 def keep_seeds_through_chunks(runner: Runner) -> None:

@@ -265,6 +265,8 @@ class PlannedScheduler(Scheduler):
         self._steps: deque[_Step] = deque()
         """Those whose outputs are awaited."""
         self._num_steps = 0
+        self._step_s = 0.0
+        """Of the last step."""
         self._step_ended_s = -inf
 
     def record(self, file: TextIO, policy: StepPolicy) -> None:
@@ -358,7 +360,11 @@ class PlannedScheduler(Scheduler):
     def _offer_drafts(self) -> None:
         """Give each request that decodes the drafts that promise most, and say what they do."""
         if self.drafts:
-            self.drafts.poll(time.monotonic())
+            now = time.monotonic()
+            if self.acceptance.is_resting:
+                self.drafts.poll(now)
+            else:
+                self.drafts.await_answer(self._step_s, now)
         offers = {}
         decodes = False
         for request in self.running:
@@ -575,6 +581,7 @@ class PlannedScheduler(Scheduler):
     def _learn(self, step: _Step, now: float) -> None:
         # Under async scheduling a step begins before the one before it ends.
         measured_s = now - max(step.began_s, self._step_ended_s)
+        self._step_s = measured_s
         report = StepReport(step.view.step, step.began_s, step.plan, measured_s, step.decided_s)
         if self.recorder:
             self.recorder.write_step(step.view, report, step.executed, step.num_recorded)
