@@ -120,6 +120,7 @@ class DraftClient:
             self._socket = None
         self._drafter = drafter
         self._seq = self._answered = 0
+        self._punctuality, self._num_unwaited = 1.0, 0
         self._finished.clear()
         self._deltas.clear()
         for context in self._contexts.values():

@@ -12,6 +12,8 @@ the request has taken another turn before its next drafts come."""
 MAX_BRANCHES = 2
 LEAST_PROB = 0.02
 """Of a path: below it no guess is worth its way."""
+MAX_BEHIND = 64
+"""Additions that wait to be learnt; with more, even drafts wait for them."""
 NO_MATCH = 1.0
 """Weight of what was never seen, beside the squares of the lengths of the matches."""
 
@@ -79,7 +81,7 @@ class SuffixDrafter:
 
     def step(self) -> dict[ContextKey, Draft]:
         """Drafts for all contexts that have changed; if there are none, learn what has come."""
-        if not self._changed:
+        if not self._changed or len(self._behind) > MAX_BEHIND:
             for index in self._behind:
                 index.catch_up()
             self._behind.clear()

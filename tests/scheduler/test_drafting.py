@@ -73,7 +73,7 @@ def load(
 
 
 @pytest.mark.parametrize(
-    "drafters, chosen",
+    ("drafters", "chosen"),
     [
         ([], None),
         ([load("a", silent=True)], None),
@@ -91,7 +91,7 @@ def test_a_worker_gets_the_least_busy_draft_worker_that_is_not_silent(
 
 
 @pytest.mark.parametrize(
-    "current, chosen",
+    ("current", "chosen"),
     [
         (load("a", 0.5, 2), "a"),
         (load("a", 0.5 + BUSIER - 0.01, 2), "a"),
@@ -266,7 +266,7 @@ def test_a_rate_that_was_never_high_cannot_collapse(rate: float) -> None:
     assert usual(0.14).run([rate] * 5) == []
 
 
-@pytest.mark.parametrize("fallen, events", [(0.31, []), (0.29, [Cause.CONTENT])])
+@pytest.mark.parametrize(("fallen", "events"), [(0.31, []), (0.29, [Cause.CONTENT])])
 def test_a_collapse_is_less_than_half_the_usual_rate(fallen: float, events: list[Cause]) -> None:
     assert usual(0.6).run([fallen]) == events
 

@@ -1,4 +1,3 @@
-import asyncio
 import dataclasses
 import os
 import queue
@@ -27,6 +26,8 @@ from workers.draft_stream import (
 )
 from workers.draft_worker import (
     FORGET_AFTER_S,
+    LEAST_MEMORY,
+    MOST_DRAFTS,
     REPORT_INTERVAL_S,
     DraftConfig,
     DraftWorker,
@@ -71,6 +72,7 @@ class FakeDrafter:
     told: list[tuple[ContextKey, int, list[int]]] = dataclasses.field(default_factory=list)
     states: list[HiddenStates | None] = dataclasses.field(default_factory=list)
     forgotten: list[ContextKey] = dataclasses.field(default_factory=list)
+    learnt: list[list[int]] = dataclasses.field(default_factory=list)
     is_shut_down: bool = False
     _last: dict[ContextKey, tuple[int, int]] = dataclasses.field(default_factory=dict)
     _num_left: int = 0
@@ -86,6 +88,9 @@ class FakeDrafter:
         self.states.append(hidden_states)
         self._last[key] = (position + len(token_ids), token_ids[-1])
         self._num_left = self.num_steps
+
+    def learn(self, token_ids: list[int]) -> None:
+        self.learnt.append(token_ids)
 
     def forget(self, key: ContextKey) -> None:
         self.forgotten.append(key)
@@ -465,15 +470,13 @@ def test_a_worker_that_does_not_read_holds_up_nobody(
     clock: FakeClock, make_setup: MakeSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.draft_worker.QUEUE_LIMIT", 2)
-    setup = make_setup(fake=FakeDrafter(num_guesses=20_000, num_steps=300))
-    setup.peer("deaf").say(delta("a", 0, 1))
-    done: list[bool] = []
-    other = setup.peer("other")
-    while not done:
-        answer = other.ask()
-        done = [True for seen in [asyncio.run(setup.worker.status())] if seen.num_drafts > 3e6]
-
-    assert answer.incarnation == setup.address.incarnation
+    drafter = FakeDrafter(num_guesses=20_000, num_steps=300)
+    setup = make_setup(fake=drafter)
+    deaf, other = setup.peer("deaf"), setup.peer("other")
+    deaf.say(delta("a", 0, 1))
+    until(lambda: bool(drafter.told))
+    while drafter.has_work():
+        assert other.ask().incarnation == setup.address.incarnation
 
 
 def test_a_drafter_that_fails_fails_the_health_check(
@@ -530,9 +533,13 @@ def test_it_reports_its_requests_and_the_share_of_its_time_that_it_drafts(
     second = setup.reports.get(timeout=30)
 
     assert [first, second] == [
-        DraftWorkerReport(setup.address, 2, 0.25),
-        DraftWorkerReport(setup.address, 2, 0.0),
+        DraftWorkerReport(
+            setup.address,
+            DraftWorkerStatus("d", os.getpid(), ("fake",), 2, 4, share, report.status.memory_bytes),
+        )
+        for report, share in ((first, 0.25), (second, 0.0))
     ]
+    assert first.status.memory_bytes > 0
 
 
 def test_requests_of_a_worker_that_is_silent_for_long_are_forgotten(
@@ -547,17 +554,84 @@ def test_requests_of_a_worker_that_is_silent_for_long_are_forgotten(
     clock.now += REPORT_INTERVAL_S
     reports.append(setup.reports.get(timeout=30))
 
-    assert [report.num_contexts for report in reports] == [3, 1]
+    assert [report.status.num_contexts for report in reports] == [3, 1]
     assert drafter.forgotten == [ContextKey("silent", "a"), ContextKey("silent", "b")]
     assert silent.ask(delta("a", 1, 2)) == setup.answer(2, unknown=("a",))
 
 
-async def test_status_tells_the_load(setup: Setup) -> None:
-    setup.peer().ask(delta("a", 0, 1), delta("b", 0, 1, num_wanted=0))
-    status = await setup.worker.status()
+@pytest.fixture
+def others(clock: FakeClock, make_setup: MakeSetup) -> dict[str, Setup]:
+    """Draft workers that share what is written: there, and what each of their drafters learnt."""
+    setups = {name: make_setup(fake=FakeDrafter()) for name in ("one", "two", "three")}
+    addresses = {name: setup.address for name, setup in setups.items()}
+    for name, setup in setups.items():
+        setup.worker.meet([addresses[other] for other in addresses if other != name])
+    return setups
 
-    assert status == DraftWorkerStatus("d", os.getpid(), ("fake",), 2, 2, status.memory_bytes)
-    assert status.memory_bytes > 0
+
+def learnt(setup: Setup) -> list[list[int]]:
+    drafter = setup.worker._drafters["fake"]
+    assert isinstance(drafter, FakeDrafter)
+    return drafter.learnt
+
+
+def test_the_output_of_a_request_that_ended_is_told_to_the_other_draft_workers(
+    others: dict[str, Setup], clock: FakeClock
+) -> None:
+    output = [*range(LEAST_MEMORY)]
+    peer = others["one"].peer()
+    peer.ask(delta("a", 0, 1, 2), delta("b", 0, 7))
+    peer.ask(delta("a", 2, *output[:1]), delta("b", 1, *output))
+    peer.ask(delta("a", 3, *output[1:]))
+    peer.ask(finished=("a",))
+    clock.now += REPORT_INTERVAL_S
+    for name in ("two", "three"):
+        until(lambda name=name: bool(learnt(others[name])))
+
+    assert [learnt(setup) for setup in others.values()] == [[], [output], [output]]
+
+
+def test_an_output_that_is_shorter_is_not_told(others: dict[str, Setup], clock: FakeClock) -> None:
+    peer = others["one"].peer()
+    peer.ask(delta("a", 0, *range(100)), delta("b", 0, 7))
+    peer.ask(delta("a", 100, *range(LEAST_MEMORY - 1)), delta("b", 1, *range(LEAST_MEMORY)))
+    peer.ask(finished=("a", "b"))
+    clock.now += REPORT_INTERVAL_S
+    until(lambda: bool(learnt(others["two"])))
+
+    assert learnt(others["two"]) == [[*range(LEAST_MEMORY)]]
+
+
+def test_what_is_learnt_is_not_told_on_or_again(others: dict[str, Setup], clock: FakeClock) -> None:
+    for number, name in enumerate(("one", "two")):
+        peer = others[name].peer()
+        peer.ask(delta("a", 0, 1), delta("b", 0, 1))
+        peer.ask(delta("a", 1, *[number] * LEAST_MEMORY))
+        peer.ask(finished=("a",))
+        clock.now += REPORT_INTERVAL_S
+        until(lambda: bool(learnt(others["three"])))
+        while len(learnt(others["three"])) <= number:
+            time.sleep(0.002)
+
+    outputs = [[number] * LEAST_MEMORY for number in (0, 1)]
+    assert [learnt(setup) for setup in others.values()] == [outputs[1:], outputs[:1], outputs]
+
+
+def test_draft_workers_that_are_gone_hold_up_nothing(
+    others: dict[str, Setup], clock: FakeClock
+) -> None:
+    others["two"].worker.shutdown()
+    peer = others["one"].peer()
+    peer.ask(delta("a", 0, 1))
+    peer.ask(delta("a", 1, *range(LEAST_MEMORY)))
+    peer.ask(finished=("a",))
+    clock.now += REPORT_INTERVAL_S
+    until(lambda: bool(learnt(others["three"])))
+    others["one"].worker.meet([])
+    clock.now += REPORT_INTERVAL_S
+    until(lambda: not others["one"].worker._to_others)
+
+    assert peer.ask() == others["one"].answer(4)
 
 
 async def test_spans_tell_what_was_drafted_when(clock: FakeClock, make_setup: MakeSetup) -> None:
@@ -614,10 +688,14 @@ def test_cores_of_its_own_are_claimed_until_the_shutdown(
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ({"num_workers": 0}, "num_workers (0) must be at least 1"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens (0) must be at least 1"),
+        (
+            {"num_speculative_tokens": MOST_DRAFTS + 1},
+            "num_speculative_tokens (129) must be at most 128, which is what vLLM verifies",
+        ),
         ({"memory_tokens": -1}, "memory_tokens (-1) must be at least 1"),
         ({"model_kv_cache_gib": 0.0}, "model_kv_cache_gib (0.0) must be positive"),
         ({"model_kv_cache_gib": float("nan")}, "model_kv_cache_gib (nan) must be positive"),

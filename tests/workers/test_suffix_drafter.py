@@ -1,11 +1,11 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.drafter import ContextKey, Draft
-from workers.suffix_drafter import LEAST_PROB, MAX_NODES, SuffixDrafter, grow_tree
+from workers.suffix_drafter import LEAST_PROB, MAX_BEHIND, MAX_NODES, SuffixDrafter, grow_tree
 from workers.suffix_index import Match
 
 A, B, C = (ContextKey("worker", name) for name in "abc")
@@ -25,9 +25,18 @@ def make_drafter(max_tokens: int = LARGE) -> SuffixDrafter:
 
 
 def write(drafter: SuffixDrafter, key: ContextKey, prompt: list[int], output: list[int]) -> None:
-    """A request with all of its output."""
+    """A request with all of its output, which the drafter has time to learn."""
     drafter.extend(key, 0, prompt)
     drafter.extend(key, len(prompt), output)
+    while drafter.has_work():
+        drafter.step()
+
+
+def ask(drafter: SuffixDrafter, key: ContextKey, prompt: list[int], output: list[int]) -> Draft:
+    """The draft for a request that has come so far."""
+    drafter.extend(key, 0, prompt)
+    drafter.extend(key, len(prompt), output)
+    return draft_of(drafter, key)
 
 
 def draft_of(drafter: SuffixDrafter, key: ContextKey) -> Draft:
@@ -75,25 +84,32 @@ def test_a_request_repeats_its_own_prompt() -> None:
 
 def test_a_request_repeats_its_own_output() -> None:
     drafter = make_drafter()
-    write(drafter, A, [9], [1, 2, 3, 4, 1, 2])
+    write(drafter, A, [9], [1, 2, 3, 4])
+    drafter.extend(A, 5, [1, 2])
 
     assert likeliest(draft_of(drafter, A))[:2] == [3, 4]
+
+
+def test_a_repetition_may_run_into_what_has_just_come() -> None:
+    drafter = make_drafter()
+    write(drafter, A, [9], [1, 2])
+    drafter.extend(A, 3, [3, 1])
+
+    assert likeliest(draft_of(drafter, A)) == [2, 3, 1]
 
 
 def test_a_request_repeats_the_output_of_another_on_any_worker() -> None:
     drafter = make_drafter()
     write(drafter, ContextKey("elsewhere", "a"), [9], [1, 2, 3, 4, 5])
-    write(drafter, A, [8], [1, 2])
 
-    assert likeliest(draft_of(drafter, A)) == [3, 4, 5]
+    assert likeliest(ask(drafter, A, [8], [1, 2])) == [3, 4, 5]
 
 
 def test_a_request_never_repeats_the_prompt_of_another() -> None:
     drafter = make_drafter()
     write(drafter, A, [1, 2, 3, 4, 5], [9])
-    write(drafter, B, [8], [1, 2])
 
-    assert draft_of(drafter, B) == Draft(3, (), (), ())
+    assert ask(drafter, B, [8], [1, 2]) == Draft(3, (), (), ())
 
 
 def test_what_no_token_of_was_seen_before_has_no_draft() -> None:
@@ -151,9 +167,10 @@ def test_of_two_guesses_the_more_frequent_is_likelier() -> None:
 def test_a_guess_is_likelier_when_more_matches_agree() -> None:
     drafter = make_drafter()
     probs = []
-    for key in (A, B, C):
-        write(drafter, key, [next(UNSEEN)], [1, 2, 3, next(UNSEEN), 1, 2])
-        probs.append(draft_of(drafter, key).probs[0])
+    for _ in range(3):
+        drafter.learn([1, 2, 3, next(UNSEEN)])
+        write(drafter, A, [9], [next(UNSEEN)])
+        probs.append(ask(drafter, A, [9], [1, 2]).probs[0])
 
     assert probs == sorted(set(probs))
 
@@ -178,6 +195,7 @@ def test_what_comes_further_along_a_match_is_likelier_as_behind_a_longer_one() -
         max_size=16,
     )
 )
+@settings(deadline=None)
 def test_whatever_matches_the_tree_is_well_formed(matches: list[Match]) -> None:
     matches.sort(key=lambda match: -match.length)
 
@@ -200,7 +218,15 @@ def test_whatever_matches_the_tree_is_well_formed(matches: list[Match]) -> None:
         assert sum(below) <= 1
 
 
+def test_a_tree_that_branches_at_its_last_node_has_no_node_more() -> None:
+    common = list(range(MAX_NODES - 1))
+    matches = [Match(32, [*common, turn], 0) for turn in (100, 200)]
+
+    assert grow_tree(7, matches).token_ids == (*common, 100)
+
+
 @given(events=EVENTS)
+@settings(deadline=None)
 def test_whatever_comes_a_draft_is_for_the_tokens_that_came(
     events: list[tuple[ContextKey, str, list[int]]],
 ) -> None:
@@ -209,6 +235,7 @@ def test_whatever_comes_a_draft_is_for_the_tokens_that_came(
 
 
 @given(events=EVENTS)
+@settings(deadline=None)
 def test_the_same_tokens_give_the_same_drafts(
     events: list[tuple[ContextKey, str, list[int]]],
 ) -> None:
@@ -219,7 +246,6 @@ def test_position_0_begins_a_request_anew() -> None:
     drafter = make_drafter()
     write(drafter, A, [1, 2, 3], [4, 1, 2])
     write(drafter, B, [9], [next(UNSEEN)])
-    drafter.step()
     drafter.extend(A, 0, [1])
     drafter.extend(B, 2, [4])
 
@@ -231,10 +257,8 @@ def test_a_request_that_is_forgotten_leaves_its_output_to_others() -> None:
     drafter = make_drafter()
     write(drafter, A, [7, 8, 9], [1, 2, 3, 4])
     drafter.forget(A)
-    idle = drafter.has_work()
-    write(drafter, B, [7], [8, 1, 2])
 
-    assert (idle, likeliest(draft_of(drafter, B))) == (False, [3, 4])
+    assert likeliest(ask(drafter, B, [7], [8, 1, 2])) == [3, 4]
 
 
 def test_a_request_that_is_forgotten_is_not_drafted_for_and_unknown_ones_are_ignored() -> None:
@@ -250,9 +274,8 @@ def test_outputs_of_long_ago_are_forgotten() -> None:
     drafter = make_drafter(max_tokens=10)
     write(drafter, A, [9], [1, 2, 3])
     write(drafter, B, [9], [next(UNSEEN) for _ in range(8)])
-    write(drafter, C, [8], [1, 2])
 
-    assert draft_of(drafter, C) == Draft(3, (), (), ())
+    assert ask(drafter, C, [8], [1, 2]) == Draft(3, (), (), ())
 
 
 def test_a_prompt_of_any_length_is_repeated_whatever_the_memory_holds() -> None:
@@ -264,7 +287,8 @@ def test_a_prompt_of_any_length_is_repeated_whatever_the_memory_holds() -> None:
 
 def test_a_drafter_that_starts_in_the_middle_of_a_request_repeats_all_of_it() -> None:
     drafter, restarted = make_drafter(), make_drafter()
-    write(drafter, A, [9, 1, 2, 3], [4, 5, 1, 2])
+    write(drafter, A, [9, 1, 2, 3], [4, 5])
+    drafter.extend(A, 6, [1, 2])
     restarted.extend(A, 0, [9, 1, 2, 3, 4, 5, 1, 2])
 
     assert draft_of(restarted, A) == draft_of(drafter, A)
@@ -272,16 +296,40 @@ def test_a_drafter_that_starts_in_the_middle_of_a_request_repeats_all_of_it() ->
 
 def test_an_output_that_another_draft_worker_has_seen_is_repeated_too() -> None:
     drafter = make_drafter()
-    drafter.learn(B, [1, 2, 3, 4])
-    write(drafter, A, [9], [1, 2])
+    drafter.learn([1, 2, 3, 4])
+    has_work = drafter.has_work()
+    while drafter.has_work():
+        assert drafter.step() == {}
 
-    assert likeliest(draft_of(drafter, A)) == [3, 4]
+    assert (has_work, likeliest(ask(drafter, A, [9], [1, 2]))) == (True, [3, 4])
 
 
-def test_an_output_that_is_learnt_again_takes_the_place_of_the_first() -> None:
+def test_what_other_draft_workers_have_seen_is_forgotten_as_what_it_saw_itself() -> None:
+    drafter = make_drafter(max_tokens=10)
+    for tokens in ([1, 2, 3], [next(UNSEEN) for _ in range(8)]):
+        drafter.learn(tokens)
+    drafter.step()
+
+    assert ask(drafter, A, [9], [1, 2]) == Draft(3, (), (), ())
+
+
+def test_drafts_are_made_before_what_has_come_is_learnt() -> None:
     drafter = make_drafter()
-    drafter.learn(B, [1, 2, 3, 4])
-    drafter.learn(B, [1, 2, 5])
     write(drafter, A, [9], [1, 2])
+    drafter.extend(A, 3, [3])
+    drafter.extend(A, 4, [1])
+    drafts = [drafter.step(), drafter.step()]
 
-    assert draft_of(drafter, A).token_ids == (5,)
+    assert [list(of_step) for of_step in drafts] == [[A], []]
+    assert not drafter.has_work()
+
+
+def test_a_drafter_that_never_has_a_quiet_moment_learns_all_the_same() -> None:
+    drafter = make_drafter()
+    drafter.extend(A, 0, [9])
+    for position in range(1, 1 + 2 * MAX_BEHIND):
+        drafter.extend(A, position, [position % 10])
+        draft = draft_of(drafter, A)
+
+    assert draft.token_ids
+    assert len(drafter._behind) <= MAX_BEHIND + 2

@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.suffix_index import MAX_MATCH_LEN, MAX_MATCHES, ORDERS, Match, SuffixIndex
@@ -51,8 +51,13 @@ class PlainIndex:
 def built(extensions: list[Extension], max_tokens: int = LARGE) -> SuffixIndex:
     index = SuffixIndex(max_tokens)
     for key, token_ids in extensions:
-        index.extend(key, token_ids)
+        grow(index, key, token_ids)
     return index
+
+
+def grow(index: SuffixIndex, key: str, token_ids: list[int]) -> None:
+    index.extend(key, token_ids)
+    index.catch_up()
 
 
 def places(index: SuffixIndex) -> set[tuple[object, int]]:
@@ -61,12 +66,12 @@ def places(index: SuffixIndex) -> set[tuple[object, int]]:
 
 
 @given(extensions=EXTENSIONS, context=TOKENS, but=st.sampled_from([None, "a"]))
+@settings(deadline=None)
 def test_matches_are_those_of_a_plain_search(
     extensions: list[Extension], context: list[int], but: str | None
 ) -> None:
-    index, plain = SuffixIndex(LARGE), PlainIndex()
+    index, plain = built(extensions), PlainIndex()
     for key, token_ids in extensions:
-        index.extend(key, token_ids)
         plain.extend(key, token_ids)
 
     assert index.matches(context, but) == plain.matches(context, but)
@@ -78,6 +83,7 @@ def test_matches_are_those_of_a_plain_search(
     more=st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 2), max_size=4)),
     context=TOKENS,
 )
+@settings(deadline=None)
 def test_after_a_drop_matches_are_those_of_a_plain_search(
     extensions: list[Extension], dropped: str, more: Extension, context: list[int]
 ) -> None:
@@ -87,6 +93,7 @@ def test_after_a_drop_matches_are_those_of_a_plain_search(
     for either in (index, plain):
         either.drop(dropped)
         either.extend(*more)
+    index.catch_up()
 
     # So many places that none was left out for later ones.
     assert len(plain.places) <= 2 * MAX_MATCHES + 8
@@ -98,19 +105,20 @@ def test_after_a_drop_matches_are_those_of_a_plain_search(
     length=st.integers(0, 100),
     context_len=st.integers(0, 2 * MAX_MATCHES),
 )
+@settings(deadline=None)
 def test_of_a_long_repetition_the_latest_places_are_found(
     period: int, length: int, context_len: int
 ) -> None:
     tokens = [position % period for position in range(length)]
-    index, plain = SuffixIndex(LARGE), PlainIndex()
-    for either in (index, plain):
-        either.extend("a", tokens)
+    index, plain = built([("a", tokens)]), PlainIndex()
+    plain.extend("a", tokens)
     context = tokens[-context_len:]
 
     assert index.matches(context) == plain.matches(context, None)
 
 
 @given(extensions=EXTENSIONS, context=TOKENS)
+@settings(deadline=None)
 def test_a_match_says_where_the_end_of_the_context_came_before(
     extensions: list[Extension], context: list[int]
 ) -> None:
@@ -155,6 +163,27 @@ def test_a_place_that_nothing_follows_is_no_match_until_something_does() -> None
     assert (before, index.matches([1, 2])) == ([], [Match(2, [1, 2, 3], 2)])
 
 
+def test_new_tokens_go_on_with_old_matches_at_once_and_are_matches_when_it_has_caught_up() -> None:
+    index = built([("a", [1, 2, 3])])
+    index.extend("a", [4, 5])
+    before = [index.matches([1, 2]), index.matches([4])]
+    index.catch_up()
+
+    tokens = [1, 2, 3, 4, 5]
+    assert before == [[Match(2, tokens, 2)], []]
+    assert index.matches([4]) == [Match(1, tokens, 4)]
+
+
+def test_a_sequence_is_dropped_with_what_is_not_indexed_yet() -> None:
+    index = built([("a", [1, 2])])
+    index.extend("a", [3, 4])
+    index.extend("b", [5])
+    index.drop("a")
+    index.catch_up()
+
+    assert (index.num_tokens, places(index)) == (1, {("b", 1)})
+
+
 def test_matches_in_the_sequence_but_are_left_out() -> None:
     index = built([("a", [1, 2, 3]), ("b", [2, 4])])
 
@@ -179,6 +208,7 @@ def test_dropping_an_unknown_sequence_changes_nothing() -> None:
 
 
 @given(extensions=EXTENSIONS)
+@settings(deadline=None)
 def test_of_what_was_dropped_nothing_is_left(extensions: list[Extension]) -> None:
     index = built(extensions)
     for key in "abc":
@@ -188,12 +218,13 @@ def test_of_what_was_dropped_nothing_is_left(extensions: list[Extension]) -> Non
 
 
 @given(extensions=EXTENSIONS, max_tokens=st.integers(1, 20))
+@settings(deadline=None)
 def test_beyond_its_tokens_it_keeps_nothing_but_one_sequence_that_is_longer(
     extensions: list[Extension], max_tokens: int
 ) -> None:
     index = SuffixIndex(max_tokens)
     for key, token_ids in extensions:
-        index.extend(key, token_ids)
+        grow(index, key, token_ids)
 
         lengths = {of: len(sequence) for of, sequence in index._sequences.items()}
         assert index.num_tokens == sum(lengths.values())
