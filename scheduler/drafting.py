@@ -1,5 +1,6 @@
 """Which draft worker drafts for a worker, and when drafts no longer serve it."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -84,7 +85,7 @@ class DraftWatch:
     def __init__(self) -> None:
         self._usual: float | None = None
         self._last: DraftReport | None = None
-        self._drafter_since_s = 0.0
+        self._restarted_s = -math.inf
         self._num_verified = 0
         self.cause: Cause | None = None
         """Why drafting has collapsed; None while it has not."""
@@ -94,8 +95,8 @@ class DraftWatch:
         last, self._last = self._last, report
         if last is None:
             return None
-        if report.drafter != last.drafter:
-            self._drafter_since_s = now
+        if report.drafter != last.drafter and last.drafter is not None:
+            self._restarted_s = now
         num_verified = report.num_verified - last.num_verified
         self._num_verified += num_verified
         before = self.cause
@@ -123,7 +124,7 @@ class DraftWatch:
         self._usual += LEARN_RATE * (rate - self._usual)
 
     def _find_cause(self, report: DraftReport, last: DraftReport, now: float) -> Cause:
-        if self._drafter_since_s and now - self._drafter_since_s < RESTART_MEMORY_S:
+        if now - self._restarted_s < RESTART_MEMORY_S:
             return Cause.RESTARTED
         num_proposed = report.num_proposed - last.num_proposed
         if num_proposed and report.num_late - last.num_late > num_proposed / 2:

@@ -40,8 +40,8 @@ IDLE_WAIT_S = 0.2
 """How long an idle thread sleeps before it looks whether it is to end."""
 STOP_TIMEOUT_S = 10.0
 FORGET_AFTER_S = 120.0
-"""Requests of a worker that has said nothing for so long are forgotten; a live one with requests
-speaks after each of its steps."""
+"""A request of which nothing was said for so long is forgotten, and so is a worker: perhaps it is
+dead, or the message of its end was lost. If not, the request is sent whole again."""
 REPORT_INTERVAL_S = 0.5
 LEAST_MEMORY = 16
 """Shorter outputs are not worth telling other draft workers."""
@@ -139,6 +139,7 @@ class _Context:
     num_wanted: int = 0
     num_told: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
+    heard_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -279,6 +280,7 @@ class DraftWorker:
             return False
         context.token_ids += delta.token_ids
         context.num_wanted = delta.num_wanted
+        context.heard_s = time.monotonic()
         if not delta.num_wanted:
             return True  # the drafters hear of it when it is of use
         for index, drafter in enumerate(self._drafters.values()):
@@ -396,8 +398,9 @@ class DraftWorker:
         for worker, peer in list(self._peers.items()):
             if now - peer.heard_s > FORGET_AFTER_S:
                 del self._peers[worker]
-                for key in [key for key in self._contexts if key.worker == worker]:
-                    self._forget(key)
+        for key, context in list(self._contexts.items()):
+            if now - context.heard_s > FORGET_AFTER_S:
+                self._forget(key)
 
 
 def make_drafters(

@@ -550,7 +550,7 @@ def test_requests_of_a_worker_that_is_silent_for_long_are_forgotten(
     living.ask(delta("a", 0, 1, num_wanted=0))
     clock.now = 100 + FORGET_AFTER_S
     reports = [setup.reports.get(timeout=30)]
-    living.ask()
+    living.ask(delta("a", 1, 2, num_wanted=0))
     clock.now += REPORT_INTERVAL_S
     reports.append(setup.reports.get(timeout=30))
 
