@@ -23,6 +23,8 @@ from rich.text import Text
 
 from cluster.config import ServeFile
 from cluster.model import DEFAULT_MODEL, home, is_fetched, resolve_model
+from workers.draft_head import DEFAULT_HEAD, fingerprint, read_config
+from workers.draft_worker import DraftConfig
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
 RAY, VLLM, TORCH = "2.60.0", "0.32.0", "2.13.0"
@@ -233,12 +235,31 @@ def check_accelerators(
     return Finding("device", "warn", detail, f"num_workers: {num_devices}, or add nodes to Ray")
 
 
-def check_cores(num_workers: int, cpus: int, num_cores: int) -> Finding:
-    """Cores for all workers."""
+def check_cores(
+    num_workers: int, cpus: int, num_cores: int, draft: DraftConfig | None = None
+) -> Finding:
+    """Cores for all workers and draft workers."""
+    needed = num_workers * cpus
     detail = f"{num_workers} workers with worker.cpus {cpus}, of {num_cores} cores here."
-    if num_workers * cpus <= num_cores:
+    if draft and draft.cpus:
+        needed += draft.num_workers * draft.cpus
+        detail = f"{draft.num_workers} draft workers with draft.cpus {draft.cpus}, {detail}"
+    if needed <= num_cores:
         return Finding("cores", "ok", detail)
-    return Finding("cores", "warn", detail, "lower num_workers or worker.cpus, or add nodes to Ray")
+    remedy = "lower num_workers or cpus of workers or draft workers, or add nodes to Ray"
+    return Finding("cores", "warn", detail, remedy)
+
+
+def check_draft_head(head: Path, model: Path) -> Finding:
+    """A draft head guesses for the model that it was trained for."""
+    try:
+        head_config = read_config(head)
+        if fingerprint(model) != head_config.target:
+            raise ValueError(f"{head} was trained for another model than {model}")
+    except (OSError, ValueError) as error:
+        remedy = "train one: xyserve draft-head train; or leave `head` out of draft.drafters"
+        return Finding("draft head", "fail", str(error), remedy)
+    return Finding("draft head", "ok", f"{head} is of this model")
 
 
 def check_memory(
@@ -434,7 +455,8 @@ def _examine_hardware(serve_file: ServeFile, model: Path | None) -> list[Finding
     num_workers = config.num_workers
     if config.autoscaling:
         num_workers = config.autoscaling.get("max_replicas", 1)
-    findings = [check_cores(num_workers, worker.cpus, len(os.sched_getaffinity(0)))]
+    cores = len(os.sched_getaffinity(0))
+    findings = [check_cores(num_workers, worker.cpus, cores, config.draft)]
     if worker.device == "cpu":
         # Our kernels keep weights as they are in the checkpoint, whatever they compute in.
         dtype = "auto" if worker.uses_own_kernels else worker.engine.dtype
@@ -467,6 +489,9 @@ def _examine_model(serve_file: ServeFile, model: Path | None) -> list[Finding]:
     if serve_file.config.model == DEFAULT_MODEL and model is None:
         folder = next(path for path in (home(), *home().parents) if path.exists())
         findings.append(check_disk(folder, shutil.disk_usage(folder).free))
+    draft = serve_file.config.draft
+    if draft and "head" in draft.drafters and model is not None:
+        findings.append(check_draft_head(Path(draft.head or DEFAULT_HEAD), model))
     return findings
 
 

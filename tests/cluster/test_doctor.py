@@ -19,6 +19,8 @@ from rich.console import Console
 from cluster import doctor
 from cluster.config import AppConfig, ServeFile, parse_args
 from cluster.doctor import GIB, Device, Finding, Level, Port
+from workers.draft_head import DEFAULT_HEAD
+from workers.draft_worker import DraftConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -211,6 +213,22 @@ def test_each_worker_needs_an_accelerator(num_devices: int, level: Level) -> Non
 @pytest.mark.parametrize(("num_cores", "level"), [(5, "warn"), (6, "ok")])
 def test_each_worker_needs_its_own_cores(num_cores: int, level: Level) -> None:
     assert doctor.check_cores(num_workers=3, cpus=2, num_cores=num_cores).level == level
+
+
+@pytest.mark.parametrize(("num_cores", "level"), [(7, "warn"), (8, "ok")])
+def test_draft_workers_may_need_cores_too(num_cores: int, level: Level) -> None:
+    draft = DraftConfig(num_workers=2, cpus=1)
+
+    assert doctor.check_cores(3, 2, num_cores, draft).level == level
+    assert doctor.check_cores(3, 2, 6, DraftConfig()).level == "ok"
+
+
+def test_a_draft_head_must_be_there_and_of_the_model(tmp_path: Path) -> None:
+    missing = doctor.check_draft_head(tmp_path / "none", tmp_path)
+    other = doctor.check_draft_head(DEFAULT_HEAD, tmp_path)
+
+    assert (missing.level, other.level) == ("fail", "fail")
+    assert "draft-head train" in missing.remedy
 
 
 @pytest.mark.parametrize(
