@@ -23,7 +23,6 @@ from rich.text import Text
 
 from cluster.config import ServeFile
 from cluster.model import DEFAULT_MODEL, home, is_fetched, resolve_model
-from workers.draft_head import DEFAULT_HEAD, fingerprint, read_config
 from workers.draft_worker import DraftConfig
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
@@ -250,8 +249,12 @@ def check_cores(
     return Finding("cores", "warn", detail, remedy)
 
 
-def check_draft_head(head: Path, model: Path) -> Finding:
+def check_draft_head(head: Path | None, model: Path) -> Finding:
     """A draft head guesses for the model that it was trained for."""
+    # Loads the kernels' library, without which the other checks go on.
+    from workers.draft_head import DEFAULT_HEAD, fingerprint, read_config
+
+    head = head or DEFAULT_HEAD
     try:
         head_config = read_config(head)
         if fingerprint(model) != head_config.target:
@@ -491,7 +494,7 @@ def _examine_model(serve_file: ServeFile, model: Path | None) -> list[Finding]:
         findings.append(check_disk(folder, shutil.disk_usage(folder).free))
     draft = serve_file.config.draft
     if draft and "head" in draft.drafters and model is not None:
-        findings.append(check_draft_head(Path(draft.head or DEFAULT_HEAD), model))
+        findings.append(check_draft_head(Path(draft.head) if draft.head else None, model))
     return findings
 
 

@@ -16,7 +16,6 @@ import psutil
 import zmq
 
 from workers.cpus import CpuClaim, claim_cpus
-from workers.draft_head import DEFAULT_HEAD, DraftHead
 from workers.draft_stream import (
     ContextDelta,
     ContextsMessage,
@@ -28,7 +27,6 @@ from workers.draft_stream import (
 )
 from workers.drafter import ContextKey, Draft, Drafter, HiddenStates
 from workers.engine import EngineConfig
-from workers.head_drafter import HeadDrafter
 from workers.suffix_drafter import SuffixDrafter
 from workers.timeline import Span, Timeline
 from workers.token_stream import StreamAddress
@@ -415,6 +413,10 @@ def make_drafters(
         if name == "suffix":
             drafters[name] = SuffixDrafter(config.memory_tokens)
         elif name == "head":
+            # The kernels below it must have been built; the config of an app must not need them.
+            from workers.draft_head import DEFAULT_HEAD, DraftHead
+            from workers.head_drafter import HeadDrafter
+
             head = Path(config.head) if config.head else DEFAULT_HEAD
             drafters[name] = HeadDrafter(DraftHead(head, Path(target)))
         else:

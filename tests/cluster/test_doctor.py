@@ -19,7 +19,6 @@ from rich.console import Console
 from cluster import doctor
 from cluster.config import AppConfig, ServeFile, parse_args
 from cluster.doctor import GIB, Device, Finding, Level, Port
-from workers.draft_head import DEFAULT_HEAD
 from workers.draft_worker import DraftConfig
 
 ROOT = Path(__file__).parents[2]
@@ -225,7 +224,7 @@ def test_draft_workers_may_need_cores_too(num_cores: int, level: Level) -> None:
 
 def test_a_draft_head_must_be_there_and_of_the_model(tmp_path: Path) -> None:
     missing = doctor.check_draft_head(tmp_path / "none", tmp_path)
-    other = doctor.check_draft_head(DEFAULT_HEAD, tmp_path)
+    other = doctor.check_draft_head(None, tmp_path)
 
     assert (missing.level, other.level) == ("fail", "fail")
     assert "draft-head train" in missing.remedy
