@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple, TextIO
 
+from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -605,9 +606,14 @@ class PlannedScheduler(Scheduler):
 
 
 def _may_speculate(request: VllmRequest) -> bool:
-    """Whether vLLM's verification of drafts honours all that the request asks for."""
+    """Whether vLLM's verification of drafts honours all that the request asks for.
+
+    Drafts use up random numbers, so that an equal seed would no longer give an equal answer.
+    """
     params = request.sampling_params
-    return params is not None and not (params.min_p or params.logit_bias or params.extra_args)
+    if params is None or params.min_p or params.logit_bias or params.extra_args:
+        return False
+    return params.seed is None or params.sampling_type is SamplingType.GREEDY
 
 
 class PlannedAsyncScheduler(PlannedScheduler, AsyncScheduler):

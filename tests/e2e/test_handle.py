@@ -1,6 +1,7 @@
 """The Python client handle on the running app."""
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def test_streams_give_the_same_answers_piece_by_piece(handle: XYServe) -> None:
         "".join(chunk.choices[0].text for chunk in completion)
         == handle.generate(COUNTING, **GREEDY).choices[0].text
     )
-    assert len(completion) == 12
+    assert 1 < len(completion) <= 12  # by drafts a step may give several tokens
 
 
 async def test_the_asynchronous_twins_give_the_same_answers(handle: XYServe) -> None:
@@ -200,12 +201,12 @@ async def test_many_streams_at_once_get_each_its_own_answer(handle: XYServe) -> 
 def test_two_handles_work_side_by_side(server: Server, handle: XYServe) -> None:
     with XYServe.connect(server.ray_address) as other:
         streams = [handle.stream(COUNTING, **GREEDY), other.stream(COUNTING, **GREEDY)]
-        pieces = [
-            (first.choices[0].text, second.choices[0].text)
-            for first, second in zip(*streams, strict=True)
-        ]
+        texts = ["", ""]
+        for chunks in itertools.zip_longest(*streams):
+            for index, chunk in enumerate(chunks):
+                texts[index] += chunk.choices[0].text if chunk else ""
 
-    assert [first for first, _ in pieces] == [second for _, second in pieces]
+    assert texts[0] == texts[1] != ""
     assert handle.chat(CAPITAL, **GREEDY).choices[0].message.content == PARIS
 
 

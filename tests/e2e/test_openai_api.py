@@ -192,7 +192,7 @@ def test_a_chat_streams_the_same_answer_and_its_usage(client: openai.OpenAI) -> 
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert deltas[0].role == "assistant"
     assert "".join(d.content or "" for d in deltas) == whole.choices[0].message.content
-    assert len(deltas) >= 8  # piece by piece: about one chunk a token
+    assert len(deltas) >= 3  # piece by piece: a chunk for each step, of a token or, by drafts, more
     assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "stop"]
     assert (last.choices, num_tokens(last.usage)) == ([], num_tokens(whole.usage))
 
@@ -496,7 +496,7 @@ def test_a_tool_call_streams(client: openai.OpenAI) -> None:
     assert [call.function.name for call in deltas if call.function.name] == ["get_weather"]
     assert deltas[0].id
     assert json.loads("".join(call.function.arguments or "" for call in deltas)) == PARIS
-    assert len(deltas) > 5
+    assert len(deltas) >= 3
 
 
 def test_a_tool_may_be_left_to_the_model(client: openai.OpenAI) -> None:
