@@ -1,7 +1,6 @@
 """A drafter that grows trees of guesses with a draft head, the likeliest guesses first."""
 
 import heapq
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -325,8 +324,3 @@ def _hints(draft: Draft) -> Hints:
             after[node],
         )
     return root
-
-
-def load(file: Path, model: Path) -> HeadDrafter:
-    """A drafter on the head in `file`, for the model in the folder `model`."""
-    return HeadDrafter(DraftHead(file, model))
