@@ -64,6 +64,17 @@ class _WorkerView:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _DrafterView:
+    """The last report of a draft worker."""
+
+    report: DraftWorkerReport
+    heard_s: float
+
+    def is_silent(self, now: float) -> bool:
+        return now - self.heard_s > DRAFTER_SILENT_AFTER_S
+
+
 class GlobalScheduler:
     """One actor of the app. Its state is soft: workers tell it again after a restart."""
 
@@ -76,8 +87,7 @@ class GlobalScheduler:
         self._clock = clock
         self._on_collapse = on_collapse
         self._workers: dict[str, _WorkerView] = {}
-        self._drafters: dict[str, tuple[DraftWorkerReport, float]] = {}
-        """The last report of each draft worker, and its time."""
+        self._drafters: dict[str, _DrafterView] = {}
 
     async def place(self, request: Request, worker_ids: Sequence[str]) -> str | None:
         """Choose one of `worker_ids`, which Serve holds for alive; None while all are draining."""
@@ -109,19 +119,19 @@ class GlobalScheduler:
     async def report_drafter(self, report: DraftWorkerReport) -> list[DrafterAddress]:
         """Take a draft worker's own account; the other draft workers, to share memories with."""
         now = self._clock()
-        self._drafters[report.address.draft_worker_id] = report, now
+        self._drafters[report.address.draft_worker_id] = _DrafterView(report, now)
         return [
-            other.address
-            for other, heard_s in self._drafters.values()
-            if other.address != report.address and now - heard_s <= DRAFTER_SILENT_AFTER_S
+            other.report.address
+            for other in self._drafters.values()
+            if other.report.address != report.address and not other.is_silent(now)
         ]
 
     async def draft_workers(self) -> list[DraftWorkerStatus]:
         """The present view of all draft workers."""
         now = self._clock()
         return [
-            dataclasses.replace(report.status, silent=now - heard_s > DRAFTER_SILENT_AFTER_S)
-            for _, (report, heard_s) in sorted(self._drafters.items())
+            dataclasses.replace(view.report.status, silent=view.is_silent(now))
+            for _, view in sorted(self._drafters.items())
         ]
 
     def _watch(self, worker_id: str, view: _WorkerView, stats: DraftStats, now: float) -> None:
@@ -146,8 +156,8 @@ class GlobalScheduler:
             self._on_collapse(worker_id, cause)
 
     def _choose_drafter(self, view: _WorkerView, now: float) -> DrafterAddress | None:
-        for gone, (_, heard_s) in list(self._drafters.items()):
-            if now - heard_s > FORGET_AFTER_S:
+        for gone, drafter in list(self._drafters.items()):
+            if now - drafter.heard_s > FORGET_AFTER_S:
                 del self._drafters[gone]
         chosen = choose_drafter(
             view.drafter,
@@ -155,15 +165,16 @@ class GlobalScheduler:
                 DraftWorkerLoad(
                     draft_worker_id,
                     sum(other.drafter == draft_worker_id for other in self._workers.values()),
-                    report.status.busy_share,
-                    now - heard_s > DRAFTER_SILENT_AFTER_S,
+                    drafter.report.status.busy_share,
+                    drafter.is_silent(now),
                 )
-                for draft_worker_id, (report, heard_s) in self._drafters.items()
+                for draft_worker_id, drafter in self._drafters.items()
             ],
         )
         # While there is none but silent ones, the old one may come back.
         view.drafter = chosen or view.drafter
-        return self._drafters[view.drafter][0].address if view.drafter in self._drafters else None
+        known = self._drafters.get(view.drafter) if view.drafter else None
+        return known.report.address if known else None
 
     async def loads(self) -> list[WorkerLoad]:
         """The present view of all workers."""

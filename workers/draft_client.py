@@ -11,6 +11,7 @@ from workers.draft_stream import (
     ContextsMessage,
     DrafterAddress,
     DraftTree,
+    connect,
     decode_drafts,
     encode,
 )
@@ -126,12 +127,9 @@ class DraftClient:
         for context in self._contexts.values():
             context.num_sent = 0
         if drafter is not None:
-            self._socket = self._zmq.socket(zmq.DEALER)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.setsockopt(zmq.SNDHWM, 2 * MAX_UNANSWERED)
-            self._socket.setsockopt(zmq.RCVHWM, QUEUE_LIMIT)
-            self._socket.setsockopt(zmq.IPV6, "[" in drafter.stream.endpoint)
-            self._socket.connect(drafter.stream.endpoint)
+            self._socket = connect(
+                self._zmq, drafter, send_limit=2 * MAX_UNANSWERED, receive_limit=QUEUE_LIMIT
+            )
 
     def update(
         self,

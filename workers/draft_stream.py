@@ -6,6 +6,7 @@ so that what a restarted peer does not know, or what an old one still says, is n
 """
 
 import msgspec
+import zmq
 
 from workers.token_stream import StreamAddress
 
@@ -68,6 +69,23 @@ class DraftsMessage(msgspec.Struct, array_like=True):
     drafts: list[DraftTree]
     unknown: list[str]
     """Requests of which tokens are missing: to be sent whole."""
+
+
+def connect(
+    context: "zmq.Context[zmq.Socket[bytes]]",
+    drafter: DrafterAddress,
+    *,
+    send_limit: int,
+    receive_limit: int,
+) -> "zmq.Socket[bytes]":
+    """A socket to a draft worker; at most so many messages wait on each way, and more are lost."""
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, send_limit)
+    socket.setsockopt(zmq.RCVHWM, receive_limit)
+    socket.setsockopt(zmq.IPV6, "[" in drafter.stream.endpoint)
+    socket.connect(drafter.stream.endpoint)
+    return socket
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -22,6 +22,7 @@ from workers.draft_stream import (
     DrafterAddress,
     DraftsMessage,
     DraftTree,
+    connect,
     decode_contexts,
     encode,
 )
@@ -381,11 +382,9 @@ class DraftWorker:
             self._to_others.pop(gone).close()
         for peer in peers if memories else ():
             if peer not in self._to_others:
-                socket = self._to_others[peer] = self._zmq.socket(zmq.DEALER)
-                socket.setsockopt(zmq.LINGER, 0)
-                socket.setsockopt(zmq.RCVHWM, 1)  # the answers are not read
-                socket.setsockopt(zmq.IPV6, "[" in peer.stream.endpoint)
-                socket.connect(peer.stream.endpoint)
+                self._to_others[peer] = connect(  # the answers are not read
+                    self._zmq, peer, send_limit=QUEUE_LIMIT, receive_limit=1
+                )
             message = ContextsMessage(
                 peer.stream.token, self.address.incarnation, 0, [], [], memories
             )

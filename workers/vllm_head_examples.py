@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from workers.engine import EngineConfig
 from workers.vllm_engine import engine_args  # before vLLM: it sets what vLLM reads
 from workers.vllm_head_training import Example, Message
+from workers.vllm_sampling import runner_of
 from workers.worker import WorkerConfig
 
 # isort: split
@@ -36,7 +37,7 @@ def generate(
     )
     engine: Any = LLMEngine.from_engine_args(engine_args(model, config))
     max_prompt_len = engine.model_config.max_model_len - max_tokens
-    runner = engine.model_executor.driver_worker.worker.model_runner
+    runner = runner_of(engine)
     states: dict[str, list[NDArray[np.float16]]] = {}
 
     def keep(module: object, args: object, hidden: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
@@ -21,9 +22,9 @@ PLACEHOLDER_TOKEN_ID = -1
 Runner = Any
 
 
-def runner_of(core: EngineCore) -> Runner:
+def runner_of(engine: EngineCore | LLMEngine) -> Runner:
     """The model runner of an engine whose executor is in this process."""
-    return core.model_executor.driver_worker.worker.model_runner
+    return engine.model_executor.driver_worker.worker.model_runner
 
 
 @contextmanager
