@@ -12,7 +12,7 @@ $(2) && echo "[$(1)] ok, $$(($$(date +%s) - start)) s" || \
 { code=$$?; echo "[$(1)] failed after $$(($$(date +%s) - start)) s"; exit $$code; }
 endef
 
-.PHONY: help install serve lint test
+.PHONY: help install serve lint test dashboards
 
 help:
 	@echo "XY-Serve: large language models served from a Ray cluster."
@@ -22,6 +22,7 @@ help:
 	@echo "  make test       install, then ruff, mypy --strict and the whole test suite"
 	@echo "                    ARGS='-k placement'       only some of the tests"
 	@echo "  make lint       ruff, clang-format and mypy --strict only"
+	@echo "  make dashboards write deploy/grafana/*.json and deploy/alerts.yml anew, after a change of them"
 	@echo "  make install    only make .venv; the second time it has nothing to do"
 	@echo "                    PYTHON=python3.12         another Python, 3.11 or newer"
 	@echo
@@ -42,3 +43,7 @@ lint: install
 
 test: lint
 	$(call phase,pytest,$(BIN)/pytest $(ARGS))
+
+# What is in git; a test compares it with cluster/dashboards.py and cluster/alerts.py.
+dashboards: install
+	@$(BIN)/python -m cluster.grafana

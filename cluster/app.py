@@ -1,130 +1,21 @@
 """The Serve application: its deployments and how they are bound to each other."""
 
-import asyncio
-import logging
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
-from ray.util import get_node_ip_address
 
 from cluster.config import AppConfig, parse_args
 from cluster.errors import DeviceMissing
-from cluster.global_scheduler import GlobalScheduler
 from cluster.ingress import Ingress
-from cluster.metrics import CollapseMetrics, DraftMetrics, StepMetrics
-from cluster.model import resolve_model
+from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
 from cluster.router import PlacementRouter
-from scheduler.task import StepReport
-from workers.draft_stream import DrafterAddress
-from workers.draft_worker import DraftConfig, DraftWorker, DraftWorkerReport, make_drafters
-from workers.engine import Engine
-from workers.worker import Worker, WorkerReport
-
-logger = logging.getLogger(__name__)
+from workers.draft_worker import DraftConfig
 
 MAX_ONGOING_REQUESTS = 4096
 """Requests that wait in a worker's own queue, where its scheduler sees them, not in Serve's."""
-
-
-class GlobalSchedulerReplica(GlobalScheduler):
-    """The GlobalScheduler as a replica of Serve."""
-
-    def __init__(self) -> None:
-        super().__init__(on_collapse=CollapseMetrics().count)
-
-
-class WorkerReplica(Worker):
-    """A worker as a replica of Serve."""
-
-    def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
-        metrics = StepMetrics()
-        draft_metrics = DraftMetrics() if config.draft else None
-
-        def make_engine() -> Engine:
-            # vLLM takes long to import; only this process of the cluster package needs it.
-            from workers.vllm_engine import VllmEngine
-
-            return VllmEngine(resolve_model(config.model), config.worker, on_step, config.draft)
-
-        def on_step(report: StepReport) -> None:
-            metrics.observe(report)
-            self.timeline.add(
-                "step",
-                report.began_s,
-                report.began_s + report.measured_s,
-                {task.request_id: task.num_tokens for task in report.plan.tasks},
-            )
-
-        def send(report: WorkerReport) -> None:
-            answer = scheduler.report.remote(report)
-            if draft_metrics and report.drafts:
-                draft_metrics.observe(report.drafts)
-                asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
-
-        loop = asyncio.get_running_loop()
-        self._drafter: DrafterAddress | None = None
-        super().__init__(
-            serve.get_replica_context().replica_id.unique_id, config.worker, make_engine, send
-        )
-
-    async def _follow(self, answer: "DeploymentResponse[DrafterAddress | None]") -> None:
-        """Have the draft worker that the GlobalScheduler names make the drafts."""
-        drafter = await _answered(answer, self._drafter)
-        if drafter != self._drafter:
-            self._drafter = drafter
-            self.assign_drafter(drafter)
-
-    def __del__(self) -> None:
-        """Serve's hook for the end of a replica, also of one whose constructor failed."""
-        if hasattr(self, "_loop"):
-            self.shutdown()
-
-
-class DraftReplica(DraftWorker):
-    """A draft worker as a replica of Serve."""
-
-    def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
-        assert config.draft
-        draft = config.draft
-
-        def send(report: DraftWorkerReport) -> None:
-            answer = scheduler.report_drafter.remote(report)
-            asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
-
-        loop = asyncio.get_running_loop()
-        super().__init__(
-            serve.get_replica_context().replica_id.unique_id,
-            draft,
-            lambda: make_drafters(draft, resolve_model(config.model), resolve_model),
-            send,
-            get_node_ip_address(),
-        )
-
-    async def _follow(self, answer: "DeploymentResponse[list[DrafterAddress]]") -> None:
-        self.meet(await _answered(answer, []))
-
-    def __del__(self) -> None:
-        """Serve's hook for the end of a replica, also of one whose constructor failed."""
-        if hasattr(self, "_thread"):
-            self.shutdown()
-
-
-T = TypeVar("T")
-
-
-async def _answered(answer: "DeploymentResponse[T]", otherwise: T) -> T:
-    """The GlobalScheduler's answer, or `otherwise` while it restarts."""
-    try:
-        result: T = await answer
-        return result
-    except (RayError, RuntimeError) as error:
-        logger.warning("the GlobalScheduler did not answer: %r", error)
-        return otherwise
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -132,7 +23,9 @@ def build_app(args: dict[str, Any]) -> Application:
     config = parse_args(args)
     if not config.wait_for_device:
         _check_device(config)
-    scheduler = _deployment(GlobalSchedulerReplica, name="GlobalScheduler", num_replicas=1).bind()
+    scheduler = _deployment(GlobalSchedulerReplica, name="GlobalScheduler", num_replicas=1).bind(
+        config
+    )
     workers = _deployment(
         WorkerReplica,
         name="Worker",

@@ -19,6 +19,7 @@ from cluster.errors import XYServeError
 from cluster.model_cli import model_app
 from cluster.replay_cli import replay
 from cluster.simulate_cli import simulate
+from cluster.steps_cli import explain, steps
 
 if TYPE_CHECKING:
     from cluster.config import AppConfig
@@ -37,6 +38,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(draft_head_app, name="draft-head")
 app.command()(simulate)
 app.command()(replay)
+app.command()(steps)
+app.command()(explain)
 
 DEFAULT_CONFIG = Path("deploy/local.yaml")
 NUM_SHOWN = 12
@@ -315,6 +318,8 @@ def _show_profile(profile: EngineProfile) -> None:
         f"{profile.error:.1%} of those it was fitted to ({profile.num_steps} measurements in "
         f"{profile.took_s:.0f} s)"
     )
+    gflops, gbytes = profile.peaks.flops_per_s / 1e9, profile.peaks.bytes_per_s / 1e9
+    typer.echo(f"Fastest measured: {gflops:.1f} GFLOP/s, {gbytes:.1f} GB/s")
 
 
 def _show_calibration(tables: dict[str, Calibration]) -> None:

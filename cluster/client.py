@@ -22,9 +22,12 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.util import get_node_ip_address
 
 from cluster.errors import AppNotFound, RequestFailed
+from cluster.explain import Explanation
 from cluster.ingress import Api, AppStatus, Chunk
+from cluster.request_history import Refusal
 from workers.timeline import Span
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
+from workers.worker import WorkerSteps
 
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]
@@ -45,6 +48,7 @@ class XYServe:
     `slo_class` names the service class of a call, one of the app's config; `slo_ttft_ms` (time to
     the first token) and `slo_tpot_ms` (time per output token after it) replace single targets of
     the class, `math.inf` lifting one. The workers schedule their steps by these targets.
+    `request_id` names a call, for `explain`, and `traceparent` is the trace that it belongs to.
 
     Synchronous and asynchronous methods may be mixed; the object is safe to share between
     threads.
@@ -164,6 +168,20 @@ class XYServe:
         spans: dict[str, list[Span]] = self._wait(self._respond(call, 30.0))
         return spans
 
+    def steps(self, since_s: float = 0.0, most: int = 20) -> list[WorkerSteps]:
+        """The latest `most` steps of each worker that ended after a time, by the wall clock."""
+        call = self._ingress.steps.remote(since_s, most)
+        steps: list[WorkerSteps] = self._wait(self._respond(call, 30.0))
+        return steps
+
+    def explain(self, request_id: str) -> list[Explanation | Refusal]:
+        """What happened to the requests whose ids contain `request_id`, and to refused calls.
+
+        It is the id of an answer, or of its header x-request-id. Each ingress remembers its latest
+        10,000 requests and refusals, each worker its latest 20,000 steps.
+        """
+        return self._wait(self._explain(request_id))
+
     def close(self) -> None:
         """End the handle; calls under way are cancelled."""
         if self._loop.is_closed():
@@ -192,6 +210,19 @@ class XYServe:
     ) -> Completion:
         call = self._ingress.call.remote("completion", {"prompt": prompt} | params)
         return Completion.construct(**msgspec.json.decode(await self._respond(call, timeout_s)))
+
+    async def _explain(self, request_id: str) -> list[Explanation | Refusal]:
+        answers = self._ingress.broadcast("recall", request_id)
+        found: list[Explanation | Refusal] = []
+        for records in await answers.results_async(timeout_s=30.0):
+            for record in records:
+                if isinstance(record, Refusal):
+                    found.append(record)
+                    continue
+                attempt_ids = [attempt.attempt_id for attempt in record.attempts]
+                trails = await self._respond(self._ingress.trails.remote(attempt_ids), 30.0)
+                found.append(Explanation(record, trails))
+        return found
 
     async def _respond(self, call: "DeploymentResponse[Any]", timeout_s: float | None) -> Any:
         """The result of a call of the ingress; raises the failure that may be in its place."""

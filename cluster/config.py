@@ -14,8 +14,10 @@ import pydantic
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.logs import LogConfig
 from cluster.model import DEFAULT_MODEL
 from cluster.slo import SloConfig
+from cluster.tracing import TracingConfig
 from workers.draft_worker import DraftConfig
 from workers.engine import EngineConfig
 from workers.worker import WorkerConfig
@@ -71,6 +73,9 @@ class AppConfig:
     """Draft workers beside the workers; none without it."""
     ingress: IngressConfig = field(default_factory=IngressConfig)
     slo: SloConfig = field(default_factory=SloConfig)
+    logs: LogConfig = field(default_factory=LogConfig)
+    tracing: TracingConfig | None = None
+    """Where OpenTelemetry spans go; none are made without it."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "num_ingresses"):

@@ -3,11 +3,12 @@
 import dataclasses
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from scheduler.drafting import Cause, DraftReport, DraftWatch, DraftWorkerLoad, choose_drafter
-from scheduler.placement import WorkerLoad, place
+from scheduler.placement import Placement, WorkerLoad, place
 from scheduler.request import Request
 from workers.draft_stream import DrafterAddress
 from workers.draft_worker import DraftWorkerReport, DraftWorkerStatus
@@ -23,6 +24,8 @@ SILENT_AFTER_S = 30.0
 DRAFTER_SILENT_AFTER_S = 3.0
 """A draft worker that has not reported, or owes an answer, for so long may be stopped; a live one
 does twice a second."""
+MAX_PLACEMENTS = 10_000
+"""Placements that are kept for those who ask why."""
 EXPLANATIONS = {
     Cause.SILENT: "the draft worker does not answer; is it stopped or overloaded?",
     Cause.RESTARTED: "the draft worker has restarted and must learn anew",
@@ -37,6 +40,8 @@ class _WorkerView:
 
     heard_s: float
     """Time of the last report, or of the first mention."""
+    has_reported: bool = False
+    silence_noted: bool = False
     reported: dict[str, int] = field(default_factory=dict)
     """Outstanding tokens, by request id."""
     placed: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -81,11 +86,17 @@ class GlobalScheduler:
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
+        on_placement: Callable[[Request, Placement], None] = lambda request, placement: None,
         on_collapse: Callable[[str, Cause], None] = lambda worker_id, cause: None,
     ) -> None:
-        """`on_collapse` is called when the drafts for a worker are no longer accepted, and why."""
+        """`on_placement` is told of each placement.
+
+        `on_collapse` is called when the drafts for a worker are no longer accepted, and why.
+        """
         self._clock = clock
+        self._on_placement = on_placement
         self._on_collapse = on_collapse
+        self._placements: OrderedDict[str, Placement] = OrderedDict()
         self._workers: dict[str, _WorkerView] = {}
         self._drafters: dict[str, _DrafterView] = {}
 
@@ -96,17 +107,30 @@ class GlobalScheduler:
             if self._workers[gone].is_silent(now):
                 del self._workers[gone]
         loads = [self._view(worker_id, now).load(worker_id, now) for worker_id in worker_ids]
-        chosen = place(request, loads)
-        if chosen is not None:
-            placed = (request.num_outstanding_tokens(), now)
-            self._workers[chosen].placed[request.request_id] = placed
+        self._note_silence(loads)
+        placement = place(request, loads)
+        if placement is None:
+            return None
+        chosen = placement.chosen.worker_id
+        placed = (request.num_outstanding_tokens(), now)
+        self._workers[chosen].placed[request.request_id] = placed
+        self._placements[request.request_id] = placement
+        if len(self._placements) > MAX_PLACEMENTS:
+            self._placements.popitem(last=False)
+        self._on_placement(request, placement)
         return chosen
+
+    async def placements(self, request_ids: Sequence[str]) -> dict[str, Placement]:
+        """Where requests were placed and why, of those that are still known."""
+        known = self._placements
+        return {request_id: known[request_id] for request_id in request_ids if request_id in known}
 
     async def report(self, report: WorkerReport) -> DrafterAddress | None:
         """Take a worker's own account of its requests; the draft worker that drafts for it."""
         now = self._clock()
         view = self._view(report.worker_id, now)
         view.heard_s = now
+        self._note_report(report.worker_id, view)
         view.reported = report.outstanding
         view.draining = report.draining
         for request_id in (*report.outstanding, *report.finished):
@@ -119,7 +143,9 @@ class GlobalScheduler:
     async def report_drafter(self, report: DraftWorkerReport) -> list[DrafterAddress]:
         """Take a draft worker's own account; the other draft workers, to share memories with."""
         now = self._clock()
-        self._drafters[report.address.draft_worker_id] = _DrafterView(report, now)
+        if (draft_worker_id := report.address.draft_worker_id) not in self._drafters:
+            logger.info("draft worker found", extra={"draft_worker": draft_worker_id})
+        self._drafters[draft_worker_id] = _DrafterView(report, now)
         return [
             other.report.address
             for other in self._drafters.values()
@@ -133,6 +159,25 @@ class GlobalScheduler:
             dataclasses.replace(view.report.status, silent=view.is_silent(now))
             for _, view in sorted(self._drafters.items())
         ]
+
+    def _note_report(self, worker_id: str, view: _WorkerView) -> None:
+        """Log the first report of a worker, and the first after a silence."""
+        if not view.has_reported:
+            logger.info("worker found", extra={"worker": worker_id})
+        elif view.silence_noted:
+            logger.info("worker heard again", extra={"worker": worker_id})
+        view.has_reported, view.silence_noted = True, False
+
+    def _note_silence(self, loads: Sequence[WorkerLoad]) -> None:
+        """Log, once, which of the workers that Serve holds for alive are silent."""
+        for load in loads:
+            view = self._workers[load.worker_id]
+            if load.silent and not view.silence_noted:
+                view.silence_noted = True
+                logger.warning(
+                    "worker is silent; does it hang?",
+                    extra={"worker": load.worker_id, "silent_s": SILENT_AFTER_S},
+                )
 
     def _watch(self, worker_id: str, view: _WorkerView, stats: DraftStats, now: float) -> None:
         """Learn how well drafts serve a worker, and say so when they no longer do."""
@@ -150,9 +195,13 @@ class GlobalScheduler:
         )
         if cause is not None:
             logger.warning(
-                "drafts for worker %s are no longer accepted (%.0f%% of the last): %s",
-                worker_id, 100 * stats.acceptance_rate, EXPLANATIONS[cause],
-            )  # fmt: skip
+                "drafts are no longer accepted",
+                extra={
+                    "worker": worker_id,
+                    "acceptance_rate": round(stats.acceptance_rate, 2),
+                    "reason": EXPLANATIONS[cause],
+                },
+            )
             self._on_collapse(worker_id, cause)
 
     def _choose_drafter(self, view: _WorkerView, now: float) -> DrafterAddress | None:
@@ -178,8 +227,15 @@ class GlobalScheduler:
 
     async def loads(self) -> list[WorkerLoad]:
         """The present view of all workers."""
+        return [load for load, _ in self.loads_by_age()]
+
+    def loads_by_age(self) -> list[tuple[WorkerLoad, float]]:
+        """The same, each with the seconds since its worker has reported."""
         now = self._clock()
-        return [view.load(worker_id, now) for worker_id, view in sorted(self._workers.items())]
+        return [
+            (view.load(worker_id, now), now - view.heard_s)
+            for worker_id, view in sorted(self._workers.items())
+        ]
 
     def _view(self, worker_id: str, now: float) -> _WorkerView:
         return self._workers.setdefault(worker_id, _WorkerView(now))

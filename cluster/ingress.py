@@ -2,23 +2,34 @@
 
 import asyncio
 import contextlib
+import itertools
+import logging
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
+from cluster.calls import Calls, current_call
 from cluster.config import AppConfig
-from cluster.engine_client import EngineClient
+from cluster.engine_client import EngineClient, RequestListeners
 from cluster.errors import RequestFailed
+from cluster.explain import Trail
+from cluster.exporter import Exporter, RequestMetrics
+from cluster.logs import replica_context, set_up_logs
 from cluster.model import resolve_model
+from cluster.request_history import Refusal, RequestHistory, RequestRecord
+from cluster.tracing import Tracing
 from workers.draft_worker import DraftWorkerStatus
 from workers.timeline import Span
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
-from workers.worker import WorkerStatus
+from workers.worker import WorkerStatus, WorkerSteps
+
+logger = logging.getLogger(__name__)
 
 TEND_INTERVAL_S = 0.2
 """How often the streams to client handles are looked after."""
@@ -57,6 +68,7 @@ class Ingress:
         scheduler: "DeploymentHandle[Any]",
         draft_workers: "DeploymentHandle[Any] | None" = None,
     ) -> None:
+        set_up_logs(config.logs, **replica_context())
         # vLLM takes long to import; only this process of the cluster package needs it.
         from cluster.vllm_frontend import Frontend, decode_outputs, failed_outputs
 
@@ -64,11 +76,23 @@ class Ingress:
         self._workers = workers
         self._scheduler = scheduler
         self._draft_workers = draft_workers
+        context = serve.get_replica_context()
+        self._metrics = RequestMetrics(Exporter(config.model_name))
+        self._tracing = Tracing(config.tracing, "ingress", context.replica_id.unique_id)
+        self._history = RequestHistory()
         self._client = EngineClient(
-            workers, StreamReceiver(get_node_ip_address()), decode_outputs(), failed_outputs
+            workers,
+            StreamReceiver(get_node_ip_address()),
+            decode_outputs(),
+            failed_outputs,
+            RequestListeners(self._began, self._resumed, self._ended),
         )
         self._frontend = Frontend(
-            config, resolve_model(config.model), self._client, self._has_workers
+            config,
+            resolve_model(config.model),
+            self._client,
+            self._has_workers,
+            Calls(self._tracing, self._refuse),
         )
         self._senders = StreamSenders()
         self._chunks: defaultdict[StreamAddress, list[Chunk]] = defaultdict(list)
@@ -77,6 +101,7 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's hook for the HTTP app."""
         await self._frontend.start()
+        logger.info("app ready", extra={"model": self._config.model_name})
         return self._frontend.asgi_app
 
     async def check_health(self) -> None:
@@ -126,6 +151,66 @@ class Ingress:
             drafters = await _ask_all(self._draft_workers, "spans", since_s)
             spans |= {f"draft worker {drafter_id}": own for drafter_id, own in drafters}
         return spans
+
+    async def steps(self, since_s: float, most: int) -> list[WorkerSteps]:
+        """The latest `most` steps of each worker that ended after a time, by the wall clock."""
+        found: list[WorkerSteps] = await _ask_all(self._workers, "steps", since_s, most)
+        return sorted(found, key=lambda of_worker: of_worker.worker_id)
+
+    async def recall(self, query: str) -> list[RequestRecord | Refusal]:
+        """What became of the calls and requests of this ingress whose ids contain `query`."""
+        return self._history.find(query)
+
+    async def trails(self, attempt_ids: list[str]) -> list[Trail]:
+        """Where each attempt at a request was placed, and its steps there."""
+        placements = await self._scheduler.placements.remote(attempt_ids)
+        steps = await _ask_all(self._workers, "steps_of", attempt_ids)
+        return [
+            Trail(
+                placements.get(attempt_id),
+                {worker_id: found[attempt_id] for worker_id, found in steps if attempt_id in found},
+            )
+            for attempt_id in attempt_ids
+        ]
+
+    def _began(self, record: RequestRecord) -> None:
+        self._history.add(record)
+        self._metrics.set_live(self._client.num_live)
+        if (call := current_call.get()) is None or call.admitted:
+            return
+        call.admitted = True
+        self._metrics.count_admission("admitted")
+        self._tracing.add(
+            "admission", record.request.traceparent, call.began_s, time.time(),
+            {"xyserve.slo_class": record.request.slo_class},
+        )  # fmt: skip
+
+    def _resumed(self, record: RequestRecord, cause: str) -> None:
+        self._metrics.count_resume(cause)
+
+    def _ended(self, record: RequestRecord) -> None:
+        self._metrics.set_live(self._client.num_live)
+        self._metrics.count_end(record)
+        for before, attempt in itertools.pairwise(record.attempts):
+            back_s = min(record.first_token_s, time.time())
+            self._tracing.add(
+                "resume", record.request.traceparent, attempt.began_s, back_s,
+                {"xyserve.lost": before.lost, "xyserve.attempt_id": attempt.attempt_id},
+            )  # fmt: skip
+        logger.debug(
+            "request ended",
+            extra={
+                "request_id": record.request.request_id,
+                "outcome": record.outcome,
+                "ttft_s": record.ttft_s,
+                "e2e_s": record.e2e_s,
+                "num_output_tokens": record.num_output_tokens,
+            },
+        )
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._history.add(refusal)
+        self._metrics.count_admission(refusal.outcome)
 
     def _send(self, reply_to: StreamAddress, chunk: Chunk) -> None:
         # What one step produced for one client leaves as one message: the streams that it

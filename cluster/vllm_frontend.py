@@ -6,12 +6,13 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
 # One of the libraries below sets the root logger to this level; by default it would be ERROR, which
-# would hide all warnings of ours.
+# would hide the warnings of all other libraries.
 os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "WARNING")
 
 import msgspec
@@ -35,11 +36,14 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from cluster.calls import TRACE_HEADER, Call, Calls
 from cluster.config import AppConfig
 from cluster.engine_client import EngineClient
 from cluster.errors import RequestFailed
 from cluster.slo import PARAMETERS, current_targets, read_targets
+from cluster.tracing import current_traceparent
 from cluster.vllm_http import error_in, http_app
+from cluster.vllm_metrics import STAT_LOGGERS
 from scheduler.request import Request
 from workers.vllm_engine import encoder, engine_args
 
@@ -78,7 +82,9 @@ class WorkersCore(EngineCoreClient):
                 request.priority,
                 targets.slo,
                 targets.slo_class,
+                current_traceparent(),
             ),
+            request.arrival_time,
             lambda attempt_id: self._encode(
                 msgspec.structs.replace(request, request_id=attempt_id)
             ),
@@ -107,7 +113,11 @@ class ClusterLLM(AsyncLLM):
     ) -> None:
         with _engine_core(core):
             super().__init__(
-                vllm_config, Executor.get_class(vllm_config), log_stats=True, log_requests=False
+                vllm_config,
+                Executor.get_class(vllm_config),
+                log_stats=True,
+                log_requests=False,
+                stat_loggers=list(STAT_LOGGERS),
             )
         self._has_workers = has_workers
         self._encode = encoder()
@@ -146,8 +156,6 @@ def decode_outputs() -> Callable[[list[bytes]], EngineCoreOutputs]:
 
     def decode(frames: list[bytes]) -> EngineCoreOutputs:
         outputs: EngineCoreOutputs = decoder.decode(frames)
-        # A gauge of one worker must not pass for the sum of all.
-        outputs.scheduler_stats = None
         return outputs
 
     return decode
@@ -169,15 +177,17 @@ class Frontend:
         model: str,
         client: EngineClient[EngineCoreOutputs],
         has_workers: Callable[[], Awaitable[bool]],
+        calls: Calls,
     ) -> None:
         self._slo = config.slo
+        self._calls = calls
         self._args = _serve_args(config, model)
         args = engine_args(model, config.worker)
         args.served_model_name = config.model_name  # in messages and metrics
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
-        self.asgi_app = http_app(self._app, config)
+        self.asgi_app = http_app(self._app, config, calls)
 
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""
@@ -192,22 +202,32 @@ class Frontend:
 
     async def complete(self, api: str, payload: dict[str, Any]) -> str:
         """Answer one call of `api` ("chat" or "completion") as the JSON of its OpenAI response."""
-        response = await self._respond(api, payload)
-        return str(response.model_dump_json())
+        with self._answering(payload) as call:
+            response = await self._respond(call, api, payload)
+            return str(response.model_dump_json())
 
     async def stream(self, api: str, payload: dict[str, Any]) -> Any:
         """The chunks of one streaming call, each as the JSON of its OpenAI chunk."""
-        async for event in await self._respond(api, payload | {"stream": True}):
-            data = event.removeprefix("data: ").strip()
-            if error := error_in(data):
-                raise RequestFailed(error.message, error.code)
-            if data and data != "[DONE]":
-                yield data
+        with self._answering(payload) as call:
+            async for event in await self._respond(call, api, payload | {"stream": True}):
+                data = event.removeprefix("data: ").strip()
+                if error := error_in(data):
+                    raise RequestFailed(error.message, error.code)
+                if data and data != "[DONE]":
+                    yield data
 
-    async def _respond(self, api: str, payload: dict[str, Any]) -> Any:
+    def _answering(self, payload: dict[str, Any]) -> AbstractContextManager[Call]:
+        names = [payload.get(name) for name in ("request_id", TRACE_HEADER)]
+        call_id, traceparent = (name if isinstance(name, str) else None for name in names)
+        return self._calls.answering(call_id, traceparent)
+
+    async def _respond(self, call: Call, api: str, payload: dict[str, Any]) -> Any:
         state = self._app.state
         current_targets.set(read_targets(self._slo, payload, PARAMETERS))
-        payload = {name: payload[name] for name in payload if name not in PARAMETERS}
+        ours = (*PARAMETERS, TRACE_HEADER)
+        payload = {"request_id": call.call_id} | {
+            name: payload[name] for name in payload if name not in ours
+        }
         try:
             request = (ChatCompletionRequest if api == "chat" else CompletionRequest)(**payload)
         except Exception as error:  # of any kind, see VALIDATOR_ERRORS
@@ -220,7 +240,7 @@ class Frontend:
         except Exception as error:  # as in vLLM's handlers for HTTP
             response = create_error_response(error)
             if response.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                logger.exception("a call of a client handle failed")
+                logger.exception("a call of a client handle failed", extra={"api": api})
         if isinstance(response, ErrorResponse):
             if (task := asyncio.current_task()) and task.cancelling():
                 raise asyncio.CancelledError  # vLLM turns it into an answer that nobody reads

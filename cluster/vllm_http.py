@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 
+from cluster.calls import Calls, CallsByHeader
 from cluster.config import AppConfig
 from cluster.errors import RequestFailed
 from cluster.slo import HEADERS, SloConfig, current_targets, read_targets
@@ -47,18 +48,15 @@ ENGINE_ROUTES = {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
 """Routes of vLLM that rebuild the engine beside its server; the workers' engines are elsewhere."""
 
 
-def http_app(app: FastAPI, config: AppConfig) -> ASGIApp:
+def http_app(app: FastAPI, config: AppConfig, calls: Calls) -> ASGIApp:
     """vLLM's `app` with the targets, errors, limits and ends of requests that clients expect."""
     _answer_unsupported_routes(app, config.model_name)
     app.add_exception_handler(HTTPException, _answer_http_error)
     for error in VALIDATOR_ERRORS:
         app.add_exception_handler(error, _answer_validator_error)
     app.middleware_stack = None  # was built already, without these handlers
-    return DisconnectByMessage(
-        TargetsByHeader(
-            RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes), config.slo
-        )
-    )
+    sized = RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes)
+    return DisconnectByMessage(CallsByHeader(TargetsByHeader(sized, config.slo), calls))
 
 
 def error_in(data: str) -> ErrorInfo | None:
@@ -109,7 +107,7 @@ async def _answer_validator_error(request: Request, error: Exception) -> JSONRes
             f"a field of the request has the wrong type: {error} ({frames[-1].co_name})"
         )
     else:
-        logger.error("a request failed", exc_info=error)
+        logger.error("a request failed", exc_info=error, extra={"path": request.url.path})
     answer: JSONResponse = await exception_handler(request, error)
     return answer
 

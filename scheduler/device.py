@@ -7,6 +7,7 @@ from typing import Any
 
 from scheduler.cost_model import CostModel
 from scheduler.task import Limits
+from scheduler.work import ModelWork
 
 PROFILES = Path(__file__).parent / "profiles"
 """Profiles by name, as JSON."""
@@ -115,6 +116,18 @@ class Model:
         """Keys and values of one token in all layers, in 16 bits."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * BYTES
 
+    @property
+    def work(self) -> ModelWork:
+        """What its parts take."""
+        return ModelWork(
+            body_flops_per_token=2 * self.num_body_parameters,
+            head_flops_per_logit=2 * self.num_head_parameters,
+            flops_per_pair=4 * self.head_dim * self.num_heads * self.num_layers,
+            body_bytes=self.num_body_parameters * BYTES,
+            head_bytes=self.num_head_parameters * BYTES,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+        )
+
 
 BYTES = 2
 """Of a 16-bit number."""
@@ -193,19 +206,20 @@ def roofline(
     """
     flops = accelerator.flops * accelerator.flops_efficiency
     bandwidth = accelerator.bandwidth * accelerator.bandwidth_efficiency
-    body_s, body_row_s = _matrix_product(model.num_body_parameters, bandwidth, flops)
-    head_s, head_row_s = _matrix_product(model.num_head_parameters, bandwidth, flops)
+    work = model.work
+    body_s, body_row_s = work.body_bytes / bandwidth, work.body_flops_per_token / flops
+    head_s, head_row_s = work.head_bytes / bandwidth, work.head_flops_per_logit / flops
     ridge, head_ridge = round(body_s / body_row_s), round(head_s / head_row_s)
     weights = [
         accelerator.launch_s + body_s + head_s,
         *(0.0, body_row_s),
         *(0.0, head_row_s),
         0.0,
-        model.kv_bytes_per_token / bandwidth,
-        4 * model.head_dim * model.num_heads * model.num_layers / flops,
+        work.kv_bytes_per_token / bandwidth,
+        work.flops_per_pair / flops,
     ]
     room_bytes = accelerator.memory_bytes * (1 - RESERVED_SHARE) - model.num_parameters * BYTES
-    num_kv_blocks = int(room_bytes // (model.kv_bytes_per_token * TOKENS_OF_A_BLOCK))
+    num_kv_blocks = int(room_bytes // (work.kv_bytes_per_token * TOKENS_OF_A_BLOCK))
     if num_kv_blocks < 1:
         raise ValueError(
             f"{model.name} does not fit into the memory of {accelerator.name}; take a smaller model"
@@ -226,11 +240,6 @@ def roofline(
         ),
         limits=Limits(max_num_seqs, max_num_batched_tokens, TOKENS_OF_A_BLOCK, num_kv_blocks),
     )
-
-
-def _matrix_product(num_parameters: float, bandwidth: float, flops: float) -> tuple[float, float]:
-    """Seconds of reading the weights once, and of one row's arithmetic."""
-    return num_parameters * BYTES / bandwidth, 2 * num_parameters / flops
 
 
 def device_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from scheduler.request import Request
 
@@ -21,24 +22,74 @@ class WorkerLoad:
     silent: bool = False
     """Has not reported for long: perhaps it hangs, and its load is out of date."""
 
+    @property
+    def num_expected_spans(self) -> float:
+        """The outstanding tokens, less where drafts are accepted: they take less time by that."""
+        return self.num_outstanding_tokens / self.tokens_per_span
 
-def place(request: Request, workers: Iterable[WorkerLoad]) -> str | None:
+
+class PlacementReason(StrEnum):
+    """Why a request was placed where it was."""
+
+    ONLY = "only"
+    """No other worker takes new requests."""
+    OTHERS_SILENT = "others_silent"
+    """The others have not reported for long."""
+    LEAST_TOKENS = "least_tokens"
+    """It has the least to do."""
+    FEWEST_REQUESTS = "fewest_requests"
+    """As little to do as the next one, in fewer requests."""
+    TIE = "tie"
+    """As good as the next one: the order of the ids decided."""
+    ALL_SILENT = "all_silent"
+    """None has reported for long; this one would be the best."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A choice, and what it was made from."""
+
+    chosen: WorkerLoad
+    runner_up: WorkerLoad | None
+    reason: PlacementReason
+    num_draining: int
+    """Workers that were left out because they drain."""
+
+
+def place(request: Request, workers: Iterable[WorkerLoad]) -> Placement | None:
     """Choose the worker for `request`: the one with the least outstanding tokens.
 
     Where drafts are accepted, tokens take less time by that much, and count for less. Among equals
     the one with fewer requests wins, then the smaller id, so that the same view gives the same
     choice. A silent worker is the last resort. None when no worker takes new requests.
     """
-    candidates = [worker for worker in workers if not worker.draining]
+    workers = list(workers)
+    candidates = sorted((worker for worker in workers if not worker.draining), key=_rank)
     if not candidates:
         return None
-    best = min(
-        candidates,
-        key=lambda w: (
-            w.silent,
-            w.num_outstanding_tokens / w.tokens_per_span,
-            w.num_requests,
-            w.worker_id,
-        ),
+    chosen, *others = candidates
+    return Placement(
+        chosen,
+        others[0] if others else None,
+        _reason(chosen, others),
+        len(workers) - len(candidates),
     )
-    return best.worker_id
+
+
+def _rank(worker: WorkerLoad) -> tuple[bool, float, int, str]:
+    return worker.silent, worker.num_expected_spans, worker.num_requests, worker.worker_id
+
+
+def _reason(chosen: WorkerLoad, others: list[WorkerLoad]) -> PlacementReason:
+    if not others:
+        return PlacementReason.ONLY
+    if chosen.silent:
+        return PlacementReason.ALL_SILENT
+    runner_up = others[0]
+    if runner_up.silent:
+        return PlacementReason.OTHERS_SILENT
+    if chosen.num_expected_spans < runner_up.num_expected_spans:
+        return PlacementReason.LEAST_TOKENS
+    if chosen.num_requests < runner_up.num_requests:
+        return PlacementReason.FEWEST_REQUESTS
+    return PlacementReason.TIE

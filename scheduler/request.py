@@ -32,6 +32,8 @@ class Request:
     slo: Slo = Slo()
     slo_class: str = ""
     """Name of the service class that it came in; for reports only."""
+    traceparent: str = ""
+    """W3C trace context of its call, for those who trace it; empty if nobody does."""
 
     def num_outstanding_tokens(self, num_output_tokens: int = 0) -> int:
         """Tokens still to compute, at most, once `num_output_tokens` were generated.

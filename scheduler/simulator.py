@@ -265,8 +265,9 @@ class _Cluster:
 
     def _place(self, index: int, now: float) -> None:
         arrival = self.arrivals[index]
-        worker_id = place(arrival.request, self.loads)
-        assert worker_id is not None  # none is draining
+        placement = place(arrival.request, self.loads)
+        assert placement is not None  # none is draining
+        worker_id = placement.chosen.worker_id
         at = self.index_of[worker_id]
         worker, load = self.workers[at], self.loads[at]
         self.loads[at] = WorkerLoad(

@@ -172,11 +172,14 @@ class Acceptance:
         to_probe = -self._num_idle_steps % PROBE_STEPS
         return self._num_idle_steps > REST_STEPS and to_probe > PROBE_LEAD_STEPS
 
-    def verified(self, request_id: str, num_drafts: int, num_accepted: int) -> None:
-        """Learn that of the request's drafts at hand the first `num_drafts` were verified."""
+    def verified(self, request_id: str, num_drafts: int, num_accepted: int) -> str | None:
+        """Learn that of the request's drafts at hand the first `num_drafts` were verified.
+
+        Returns whose they were; None if there were none.
+        """
         of_request = self._requests.get(request_id)
         if of_request is None or not num_drafts:
-            return
+            return None
         self._num_idle_steps = 0
         self._extra.right += num_accepted
         drafter, probs, base = of_request.offered
@@ -187,6 +190,7 @@ class Acceptance:
             of_request.factor.observe(base[index], right, REQUEST_MEMORY)
             self._all.observe(base[index], right, WORKER_MEMORY)
             self._recent.observe(1.0, right, 1 - 1 / WINDOW)
+        return drafter
 
     def count_decodes(self, num_decodes: int) -> None:
         """Note that a step had so many decodes, with drafts or without."""

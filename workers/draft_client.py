@@ -1,8 +1,11 @@
 """A worker's side of drafting: tells a draft worker of new tokens, and keeps what it answers."""
 
 import dataclasses
+import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 
@@ -48,8 +51,6 @@ class DraftCounts:
     them are used."""
     stale: int = 0
     """That did not continue the tokens that had come meanwhile, or were another incarnation's."""
-    num_held_back: int = 0
-    """Steps whose new tokens were not sent at once, as the draft worker owed answers."""
     accepted_at: list[int] = dataclasses.field(default_factory=list)
     """Accepted drafts by their position behind the newest token, from the first on."""
     verified_at: list[int] = dataclasses.field(default_factory=list)
@@ -62,6 +63,17 @@ class DraftCounts:
             counts.extend([0] * (number - len(counts)))
             for position in range(number):
                 counts[position] += 1
+
+    def __add__(self, other: "DraftCounts") -> "DraftCounts":
+        """Both together."""
+
+        def added(name: str) -> Any:
+            mine, its = getattr(self, name), getattr(other, name)
+            if isinstance(mine, int):
+                return mine + its
+            return [sum(pair) for pair in itertools.zip_longest(mine, its, fillvalue=0)]
+
+        return DraftCounts(**{field.name: added(field.name) for field in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +98,10 @@ class DraftClient:
 
     def __init__(self, incarnation: str) -> None:
         """`incarnation` names this life of the worker."""
-        self.counts = DraftCounts()
+        self.counts_of: defaultdict[str, DraftCounts] = defaultdict(DraftCounts)
+        """By drafter."""
+        self.num_held_back = 0
+        """Steps whose new tokens were not sent at once, as the draft worker owed answers."""
         self._incarnation = incarnation
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
@@ -99,6 +114,11 @@ class DraftClient:
         self._num_unwaited = 0
         self._sent_s = self._heard_s = 0.0
         """When a message was last tried to be sent, and since when the oldest answer is owed."""
+
+    @property
+    def counts(self) -> DraftCounts:
+        """What came of all drafters' drafts."""
+        return sum(self.counts_of.values(), DraftCounts())
 
     @property
     def drafter(self) -> DrafterAddress | None:
@@ -164,7 +184,7 @@ class DraftClient:
         if self._socket is None or self._drafter is None:
             return
         if self._is_behind(now):
-            self.counts.num_held_back += 1
+            self.num_held_back += 1
             return
         if not (self._deltas or self._finished):
             return
@@ -179,7 +199,7 @@ class DraftClient:
         try:
             self._socket.send(encode(message), zmq.DONTWAIT)
         except zmq.Again:  # no connection, and no room to wait for one
-            self.counts.num_held_back += 1
+            self.num_held_back += 1
             for delta in self._deltas:
                 context = self._contexts[delta.request_id]
                 context.num_sent = min(context.num_sent, delta.position)
@@ -217,7 +237,8 @@ class DraftClient:
             except (ValueError, RecursionError):
                 continue  # a stranger that took over the port of a draft worker that is gone
             if self._drafter is None or message.incarnation != self._drafter.incarnation:
-                self.counts.stale += sum(len(tree.token_ids) for tree in message.drafts)
+                for tree in message.drafts:
+                    self.counts_of[tree.drafter].stale += len(tree.token_ids)
                 continue
             self._answered = max(self._answered, min(message.seq, self._seq))
             self._heard_s = now
@@ -225,12 +246,13 @@ class DraftClient:
                 if context := self._contexts.get(request_id):
                     context.num_sent = 0
             for tree in message.drafts:
-                self.counts.proposed += len(tree.token_ids)
+                counts = self.counts_of[tree.drafter]
+                counts.proposed += len(tree.token_ids)
                 if context := self._contexts.get(tree.request_id):
                     context.trees[tree.drafter] = tree
-                    self.counts.late += _num_above(tree, context.num_sent - tree.position)
+                    counts.late += _num_above(tree, context.num_sent - tree.position)
                 else:
-                    self.counts.stale += len(tree.token_ids)
+                    counts.stale += len(tree.token_ids)
 
     def paths(self, request_id: str, token_ids: Sequence[int]) -> list[DraftPath]:
         """Of each drafter, the likeliest path of guesses behind `token_ids`, all of the request.
@@ -247,7 +269,7 @@ class DraftClient:
             path = _likeliest(tree, children, node) if node is not None else []
             if not path:
                 del context.trees[drafter]
-                self.counts.stale += len(tree.token_ids) if node is None else 0
+                self.counts_of[drafter].stale += len(tree.token_ids) if node is None else 0
                 continue
             paths.append(
                 DraftPath(drafter, [tree.token_ids[i] for i in path], [tree.probs[i] for i in path])

@@ -167,6 +167,7 @@ class DraftWorker:
         host: str,
     ) -> None:
         """Listen on a free port of `host`, an address that the workers can reach."""
+        began_s = time.monotonic()
         self._config = config
         self._report = report
         self._cpus: CpuClaim | None = None
@@ -200,6 +201,13 @@ class DraftWorker:
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="drafter", daemon=True)
         self._thread.start()
+        logger.info(
+            "draft worker ready",
+            extra={
+                "drafters": ",".join(self._drafters),
+                "took_s": round(time.monotonic() - began_s, 1),
+            },
+        )
 
     def check_health(self) -> None:
         """Raise RuntimeError when the drafting thread has ended."""
@@ -238,6 +246,7 @@ class DraftWorker:
             for socket in (self._socket, *self._to_others.values()):
                 socket.close()
             self._zmq.term()
+            logger.info("draft worker stopped")
 
     def _take_messages(self) -> None:
         """Take in all that has come before anything is drafted: only the newest state counts."""

@@ -70,7 +70,8 @@ class StepOutput:
 class DraftStats:
     """What came of drafts, since the engine's start."""
 
-    counts: DraftCounts
+    counts_of: dict[str, DraftCounts]
+    """By drafter."""
     acceptance_rate: float
     """Share of the drafts verified lately that were right."""
     tokens_per_span: float
@@ -79,6 +80,11 @@ class DraftStats:
     """Incarnation of the draft worker that makes them."""
     silent_s: float
     """How long it has owed an answer and given none."""
+
+    @property
+    def counts(self) -> DraftCounts:
+        """Of all drafters together."""
+        return sum(self.counts_of.values(), DraftCounts())
 
 
 @dataclass(frozen=True, slots=True)

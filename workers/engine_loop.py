@@ -204,6 +204,7 @@ class EngineLoop:
         finally:
             self._flush_streams()
             self._streams.close()
+            logger.info("engine stopped", extra={"num_steps": self._progress.num_steps})
 
     def _take_inbox(self) -> None:
         wait_s = 0.0 if self._engine.has_requests() else IDLE_WAIT_S
@@ -240,8 +241,11 @@ class EngineLoop:
     def _tend_streams(self) -> None:
         for client in self._streams.tend(time.monotonic()):
             error = ClientLost(f"{client.endpoint} took nothing; is it reachable from this node?")
-            logger.warning("%s", error)
             gone = [r for r, live in self._live.items() if live.client == client]
+            logger.warning(
+                "a client took nothing; is it reachable from this node?",
+                extra={"client": client.endpoint, "num_requests": len(gone)},
+            )
             self._engine.abort_requests(gone)
             for request_id in gone:
                 self._finish(request_id, error)
@@ -257,7 +261,10 @@ class EngineLoop:
         try:
             self._engine.add_request(live.request, engine_request, live.client)
         except Exception as error:
-            logger.warning("request %s was refused: %r", request_id, error)
+            logger.warning(
+                "the engine refused a request",
+                extra={"request_id": request_id, "error": repr(error)},
+            )
             self._progress.finished.append(request_id)
             live.done.set_exception(error)
             return

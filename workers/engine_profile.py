@@ -1,4 +1,4 @@
-"""What was measured of an engine on this machine: its cost model, kept for later starts."""
+"""What was measured of an engine on this machine, kept for later starts: cost model and peaks."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import filelock
 
 from scheduler.cost_model import CostModel
+from workers.peaks import Peaks
 from workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
@@ -54,10 +56,11 @@ class Checked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineProfile:
-    """An engine's cost model and how it was come by."""
+    """An engine's cost model, its device's peaks, and how they were come by."""
 
     cost_model: dict[str, Any]
     """As `CostModel.from_dict` takes it."""
+    peaks: Peaks
     depth: Depth
     num_kv_blocks: int
     kv_block_size: int
@@ -74,12 +77,15 @@ class EngineProfile:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "EngineProfile":
-        """The profile that `to_dict` described; ValueError or TypeError if it is malformed."""
+        """The profile that `to_dict` described; ValueError, TypeError or KeyError if malformed."""
         if state["depth"] not in ("brief", "full"):
             raise ValueError(f"its depth is {state['depth']!r}")
         CostModel.from_dict(state["cost_model"])
+        peaks = Peaks(**state["peaks"])
+        if not all(0 < peak < math.inf for peak in (peaks.flops_per_s, peaks.bytes_per_s)):
+            raise ValueError(f"its peaks ({peaks}) must be finite and positive")
         checked = tuple(Checked(**step) for step in state["checked"])
-        return cls(**state | {"checked": checked})
+        return cls(**state | {"peaks": peaks, "checked": checked})
 
 
 def profile_key(model: str, config: WorkerConfig) -> dict[str, Any]:
@@ -116,7 +122,10 @@ def load_profile(key: dict[str, Any]) -> EngineProfile | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        logger.warning("%s is not used: %s. The engine is measured anew.", file, error)
+        logger.warning(
+            "a profile is not used; the engine is measured anew",
+            extra={"file": str(file), "error": repr(error)},
+        )
         return None
 
 
@@ -144,7 +153,10 @@ def load_or_measure(key: dict[str, Any], measure: Callable[[], EngineProfile]) -
             file.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(filelock.FileLock(f"{file}.lock", timeout=LOCK_TIMEOUT_S))
         except (OSError, filelock.Timeout) as error:  # a Timeout is an OSError, too
-            logger.warning("%s cannot be locked: %s. Others may measure meanwhile.", file, error)
+            logger.warning(
+                "a profile cannot be locked; others may measure meanwhile",
+                extra={"file": str(file), "error": str(error)},
+            )
         else:
             if file.exists() and (profile := load_profile(key)) is not None:
                 return profile
@@ -152,7 +164,10 @@ def load_or_measure(key: dict[str, Any], measure: Callable[[], EngineProfile]) -
         try:
             save_profile(key, profile)
         except OSError as error:
-            logger.warning("%s cannot be written: %s. The next start measures anew.", file, error)
+            logger.warning(
+                "a profile cannot be written; the next start measures anew",
+                extra={"file": str(file), "error": str(error)},
+            )
         return profile
 
 

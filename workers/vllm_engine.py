@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import logging
 import os
 import secrets
 import time
@@ -13,6 +14,7 @@ from typing import Any
 # Read by vLLM when it is imported: without it, the executor would move to a child process.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
@@ -20,18 +22,21 @@ from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from scheduler.cost_model import CostModel
 from scheduler.request import Request
-from scheduler.task import StepReport
 from workers.draft_client import DraftClient
 from workers.draft_stream import DrafterAddress
 from workers.draft_worker import DraftConfig
 from workers.engine import DraftStats, EngineStats, StepOutput
 from workers.engine_profile import Depth, EngineProfile, Progress
+from workers.peaks import Peaks
+from workers.step_history import TakenStep
 from workers.token_stream import StreamAddress
 from workers.vllm_plugin import QUANTIZATION
-from workers.vllm_profile import calibrated_cost_model, measure
+from workers.vllm_profile import calibrated_profile, measure
 from workers.vllm_sampling import (
     all_logits_processors,
     mend_cpu_sampling,
@@ -40,7 +45,10 @@ from workers.vllm_sampling import (
 )
 from workers.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.vllm_speculation import HiddenStates, speculative_config
+from workers.vllm_work import model_work
 from workers.worker import WorkerConfig
+
+logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 
@@ -84,7 +92,7 @@ class VllmEngine:
         self,
         model: str,
         config: WorkerConfig,
-        on_step: Callable[[StepReport], None] | None = None,
+        on_step: Callable[[TakenStep], None] | None = None,
         draft: DraftConfig | None = None,
     ) -> None:
         """Load `model`; takes seconds, and for the life of the process no second engine fits.
@@ -92,6 +100,7 @@ class VllmEngine:
         `on_step` is told of each step that a scheduler of ours decided. With `draft` it verifies
         the drafts of the draft worker that it is given later.
         """
+        began_s = time.monotonic()
         args = engine_args(model, config)
         if draft:
             args.speculative_config = speculative_config(draft, config.device)
@@ -109,18 +118,39 @@ class VllmEngine:
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
         self._policy = config.step_policy
+        self.peaks: Peaks | None = None
+        """Of its device; None if it was not measured."""
         self._planned: PlannedScheduler | None = None
         if isinstance(scheduler := self._core.scheduler, PlannedScheduler):
-            if config.calibrate_at_start:
-                scheduler.cost_model = calibrated_cost_model(self._core, model, config)
+            if config.calibrate_at_start and (
+                profile := calibrated_profile(self._core, model, config)
+            ):
+                scheduler.cost_model = CostModel.from_dict(profile.cost_model)
+                self.peaks = profile.peaks
+            scheduler.work = model_work(self._core)
             scheduler.step_scheduler = self._policy.make(scheduler.limits, scheduler.cost_model)
             scheduler.on_step = on_step
             self._planned = scheduler
             if draft:
                 self._expect_drafts(scheduler, draft)
+        self.on_stats: Callable[[SchedulerStats], None] | None = None
+        """Told what vLLM's scheduler saw in each step."""
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._encode = encoder()
         self._clients: list[StreamAddress] = []
+        logger.info(
+            "engine ready",
+            extra={
+                "model": model,
+                "num_kv_tokens": vllm_config.cache_config.kv_cache_size_tokens,
+                "took_s": round(time.monotonic() - began_s, 1),
+            },
+        )
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """That of vLLM's core."""
+        return self._core.vllm_config
 
     @property
     def scheduler(self) -> SchedulerInterface:
@@ -153,6 +183,11 @@ class VllmEngine:
         """One step of vLLM."""
         outputs, model_ran = self._core.step_fn()
         self._core.post_step(model_executed=model_ran)
+        for of_client in (outputs or {}).values():
+            # They are of this engine; what a client sees of all workers is not theirs to sum up.
+            stats, of_client.scheduler_stats = of_client.scheduler_stats, None
+            if stats is not None and self.on_stats is not None:
+                self.on_stats(stats)
         return {
             self._clients[index]: StepOutput(
                 {out.request_id: len(out.new_token_ids) for out in of_client.outputs},
@@ -185,7 +220,7 @@ class VllmEngine:
         now = time.monotonic()
         drafts.poll(now)
         return DraftStats(
-            copy.deepcopy(drafts.counts),
+            copy.deepcopy(dict(drafts.counts_of)),
             self._planned.acceptance.rate,
             self._planned.acceptance.tokens_per_span,
             drafts.drafter.incarnation if drafts.drafter else None,

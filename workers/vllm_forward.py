@@ -1,12 +1,12 @@
 """The whole forward pass of llama-like models as one native call."""
 
 import ctypes
+import logging
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models import llama, mistral, qwen2, qwen3
@@ -16,7 +16,7 @@ from workers.kernels import native
 from workers.kernels.gemm import Weight, plan_struct
 from workers.vllm_attention import MetaAttentionMetadata
 
-logger = init_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # torch does not say what a module of a model holds: the classes below are looked up, not declared.
 Module = Any
@@ -177,7 +177,7 @@ class NativeForward(torch.nn.Module):
             if self._refusal is None:
                 self._stack = DecoderStack(self.model)
             else:
-                logger.info("The model runs operator by operator: %s.", self._refusal)
+                logger.info("the model runs operator by operator", extra={"reason": self._refusal})
         return self._stack if self._refusal is None else None
 
     def forward(

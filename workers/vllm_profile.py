@@ -15,8 +15,8 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
-from scheduler.cost_model import CostModel, StepShape, fit
-from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport, StepView
+from scheduler.cost_model import StepShape, fit
+from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepView
 from workers.engine_profile import (
     Checked,
     Depth,
@@ -27,6 +27,10 @@ from workers.engine_profile import (
 )
 from workers.kernels.tiles import QUERY_ROWS
 from workers.profile_script import Seats, Step, num_tokens, script
+from workers.step_history import TakenStep
+from workers.vllm_peaks import measure_peaks
+from workers.vllm_plugin import QUANTIZATION
+from workers.vllm_sampling import runner_of
 from workers.vllm_scheduler import PlannedScheduler
 from workers.worker import WorkerConfig
 
@@ -61,16 +65,15 @@ EFFORTS: dict[Depth, Effort] = {
 }
 
 
-def calibrated_cost_model(core: EngineCore, model: str, config: WorkerConfig) -> CostModel:
-    """The cost model of an engine of `model`: as kept, or else measured now, which takes seconds.
+def calibrated_profile(core: EngineCore, model: str, config: WorkerConfig) -> EngineProfile | None:
+    """The profile of an engine of `model`: as kept, or else measured now, which takes seconds.
 
-    An engine that cannot be measured keeps the one it has.
+    None for an engine that cannot be measured.
     """
     if (reason := _refusal(core)) is not None:
-        logger.warning("the steps of this engine are not measured: %s", reason)
-        return planned_scheduler(core).cost_model
-    profile = load_or_measure(profile_key(model, config), lambda: measure(core, "brief"))
-    return CostModel.from_dict(profile.cost_model)
+        logger.warning("the steps of this engine are not measured", extra={"reason": reason})
+        return None
+    return load_or_measure(profile_key(model, config), lambda: measure(core, "brief"))
 
 
 def _refusal(core: EngineCore) -> str | None:
@@ -91,6 +94,9 @@ def measure(
 ) -> EngineProfile:
     """Measure an idle engine and fit its cost model; the engine is left as it was found."""
     began_s = time.perf_counter()
+    runner = runner_of(core)
+    own_kernels = core.vllm_config.model_config.quantization == QUANTIZATION
+    peaks = measure_peaks(runner.device, runner.dtype, own_kernels=own_kernels)
     with _seated(core) as engine:
         times = _in_rounds(engine, script(engine.seats, depth), EFFORTS[depth], progress)
         steps = [(engine.shape(step), _typical_s(of_step)) for step, of_step in times.items()]
@@ -104,6 +110,7 @@ def measure(
                 checked.append(_checked(step, model.predict(engine.shape(step)), measured_s))
     return EngineProfile(
         cost_model=model.to_dict(),
+        peaks=peaks,
         depth=depth,
         num_kv_blocks=engine.limits.num_kv_blocks,
         kv_block_size=engine.limits.kv_block_size,
@@ -275,8 +282,8 @@ class SeatedEngine:
         self._core.step()  # not vLLM's choice of it, which may begin one step before another ends
         assert self._measured_s > 0, "the step did not run"
 
-    def _note(self, report: StepReport) -> None:
-        self._measured_s = report.measured_s
+    def _note(self, step: TakenStep) -> None:
+        self._measured_s = step.report.measured_s
 
 
 @contextmanager

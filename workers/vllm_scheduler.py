@@ -28,7 +28,9 @@ from scheduler.record import Recorder
 from scheduler.request import Request, RequestState, Slo
 from scheduler.speculation import Acceptance, num_expected
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepReport, StepScheduler, StepView
+from scheduler.work import ModelWork
 from workers.draft_client import DraftClient, DraftPath
+from workers.step_history import TakenStep
 from workers.vllm_speculation import MAX_HIDDEN_STATES
 
 OWN_DRAFTER, OWN_PROB = "vllm", 0.7
@@ -125,6 +127,8 @@ class _Live:
     """Of the drafts at hand."""
     hidden_states: list[bytes] = field(default_factory=list)
     """Of each token that was computed since the draft worker was told last."""
+    has_begun: bool = False
+    """Whether a step has computed some of it."""
     looked_up: int | None = None
     """Step of the last look-up of its prefix since it waits."""
     num_cached: int = 0
@@ -148,15 +152,17 @@ class _Live:
         )
         return state if unchanged else self._update(request, num_computed, now)
 
-    def deliver(self, num_output_tokens: int, now: float) -> None:
-        """Note that there are so many output tokens now."""
-        if num_output_tokens > self.num_delivered:
+    def deliver(self, num_output_tokens: int, now: float) -> int:
+        """Note that there are so many output tokens now; how many of them are new."""
+        num_new_tokens = num_output_tokens - self.num_delivered
+        if num_new_tokens > 0:
             state = self.state
             first_token_s = state.first_token_s if self.num_delivered else now
             self.state = _moved(
                 state, state.num_output_tokens, state.num_computed_tokens, first_token_s, now
             )
             self.num_delivered = num_output_tokens
+        return num_new_tokens
 
     def _renew(self, request: VllmRequest, now: float) -> None:
         # The next turn of a streaming-input session comes under the same id.
@@ -217,6 +223,8 @@ class _Step(NamedTuple):
     output: SchedulerOutput
     executed: tuple[StageTask, ...]
     """What vLLM made of the plan."""
+    preempted: frozenset[str]
+    queued_s: tuple[tuple[str, float], ...]
     began_s: float
     decided_s: float
     num_recorded: int
@@ -251,7 +259,7 @@ class PlannedScheduler(Scheduler):
         )
         self.cost_model = generic_cost_model()
         self.step_scheduler: StepScheduler = HybridScheduler(self.limits, self.cost_model)
-        self.on_step: Callable[[StepReport], None] | None = None
+        self.on_step: Callable[[TakenStep], None] | None = None
         """Called after each step that computed something."""
         self.recorder: Recorder | None = None
         self.drafts: DraftClient | None = None
@@ -259,12 +267,16 @@ class PlannedScheduler(Scheduler):
         self.hidden_states: Callable[[int, int], list[bytes]] | None = None
         """Gives those of a range of the last step's tokens, if a drafter wants them."""
         self.acceptance = Acceptance()
+        self.work: ModelWork | None = None
+        """What a step asks of the device, by the model's shape; None if it is not known."""
         self._expected: dict[str, Request] = {}
         self._live: dict[str, _Live] = {}
         self._shares: dict[str, int] | None = None
         """Tokens of each request in the step that vLLM is making; None: vLLM decides."""
         self._steps: deque[_Step] = deque()
         """Those whose outputs are awaited."""
+        self._ended_tokens: dict[str, int] = {}
+        """Output tokens that the step of now gave requests that it ended, by id."""
         self._num_steps = 0
         self._step_s = 0.0
         """Of the last step."""
@@ -308,7 +320,13 @@ class PlannedScheduler(Scheduler):
         with self._shaped(plan):
             output = super().schedule(throttle_prefills)
         executed = self._executed(plan, output)
-        self._steps.append(_Step(view, plan, output, executed, began_s, decided_s, num_recorded))
+        preempted = frozenset(plan.preempted) | (output.preempted_req_ids or frozenset())
+        self._steps.append(
+            _Step(
+                view, plan, output, executed, preempted, self._queued_s(began_s, executed),
+                began_s, decided_s, num_recorded,
+            )
+        )  # fmt: skip
         return output
 
     def update_from_output(
@@ -320,14 +338,18 @@ class PlannedScheduler(Scheduler):
         else:
             outputs = super().update_from_output(scheduler_output, model_runner_output)
         now = time.monotonic()
+        num_new_tokens = self._ended_tokens
+        self._ended_tokens = {}
         for request_id in scheduler_output.num_scheduled_tokens:
             if live := self._live.get(request_id):
-                live.deliver(self.requests[request_id].num_output_tokens, now)
+                num_new_tokens[request_id] = live.deliver(
+                    self.requests[request_id].num_output_tokens, now
+                )
         while self._steps:
             step = self._steps.popleft()
             if step.output is scheduler_output:
                 if step.executed:
-                    self._learn(step, now)
+                    self._learn(step, num_new_tokens, now)
                 break
         self._step_ended_s = now
         return outputs
@@ -341,10 +363,10 @@ class PlannedScheduler(Scheduler):
         request_id: str,
     ) -> SpecDecodingStats | None:
         """Count drafts and those accepted; vLLM calls it for each request that had some."""
-        num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
-        self.acceptance.verified(request_id, num_draft_tokens - num_invalid, num_accepted_tokens)
-        if self.drafts:
-            self.drafts.counts.count(num_draft_tokens - num_invalid, num_accepted_tokens)
+        num_drafts = num_draft_tokens - (num_invalid_spec_tokens or {}).get(request_id, 0)
+        drafter = self.acceptance.verified(request_id, num_drafts, num_accepted_tokens)
+        if self.drafts and drafter is not None:
+            self.drafts.counts_of[drafter].count(num_drafts, num_accepted_tokens)
         return super().make_spec_decoding_stats(
             spec_decoding_stats,
             num_draft_tokens,
@@ -579,24 +601,50 @@ class PlannedScheduler(Scheduler):
             stage = Stage.PREFILL
         return StageTask(request_id, stage, num_tokens, seq_len, not request.is_prefill_chunk)
 
-    def _learn(self, step: _Step, now: float) -> None:
+    def _learn(self, step: _Step, num_new_tokens: dict[str, int], now: float) -> None:
         # Under async scheduling a step begins before the one before it ends.
         measured_s = now - max(step.began_s, self._step_ended_s)
         self._step_s = measured_s
         report = StepReport(step.view.step, step.began_s, step.plan, measured_s, step.decided_s)
         if self.recorder:
             self.recorder.write_step(step.view, report, step.executed, step.num_recorded)
-        self.cost_model.observe(self.cost_model.shape_of(step.executed), measured_s)
+        shape = self.cost_model.shape_of(step.executed)
+        self.cost_model.observe(shape, measured_s)
         if self.num_spec_tokens:
             stages = [task.stage for task in step.executed]
             self.acceptance.count_decodes(len(stages) - stages.count(Stage.PREFILL))
         if self.on_step:
-            self.on_step(report)
+            self.on_step(
+                TakenStep(
+                    report,
+                    step.executed,
+                    num_new_tokens,
+                    step.preempted,
+                    step.queued_s,
+                    self.work.flops(shape) if self.work else 0.0,
+                    self.work.memory_bytes(shape) if self.work else 0.0,
+                )
+            )
+
+    def _queued_s(
+        self, began_s: float, tasks: Iterable[StageTask]
+    ) -> tuple[tuple[str, float], ...]:
+        """Of each request that these are the first tasks of: its class and how long it waited."""
+        queued = []
+        for task in tasks:
+            live = self._live[task.request_id]
+            if not live.has_begun:
+                live.has_begun = True
+                state = live.state
+                queued.append((state.request.slo_class, max(began_s - state.arrival_s, 0.0)))
+        return tuple(queued)
 
     def _free_request(
         self, request: VllmRequest, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        self._live.pop(request.request_id, None)
+        live = self._live.pop(request.request_id, None)
+        if live and request.num_output_tokens > live.num_delivered:
+            self._ended_tokens[request.request_id] = request.num_output_tokens - live.num_delivered
         self.acceptance.forget(request.request_id)
         if self.drafts:
             self.drafts.finish(request.request_id)

@@ -16,7 +16,9 @@ from workers.cpus import CpuClaim, claim_cpus
 from workers.draft_stream import DrafterAddress
 from workers.engine import DraftStats, Engine, EngineConfig
 from workers.engine_loop import EngineLoop
-from workers.timeline import Span, Timeline
+from workers.peaks import Peaks
+from workers.step_history import RequestStep, StepHistory, StepSummary
+from workers.timeline import Span
 from workers.token_stream import StreamAddress
 
 REPORT_HEARTBEAT_S = 2.0
@@ -118,6 +120,16 @@ class WorkerStatus:
     """None without speculation."""
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerSteps:
+    """Steps of one worker."""
+
+    worker_id: str
+    steps: list[StepSummary]
+    peaks: Peaks | None
+    """Of its device; None if they were not measured."""
+
+
 class WorkerDraining(RuntimeError):
     """The worker takes no new requests; another one should be asked."""
 
@@ -138,7 +150,8 @@ class Worker:
         self._reported_at = 0.0
         self._reported: WorkerReport | None = None
         self._draining = False
-        self.timeline = Timeline()
+        self.history = StepHistory()
+        self.peaks: Peaks | None = None
         self._cpus: CpuClaim | None = None
         if config.device == "cpu":
             self._cpus = claim_cpus(config.cpus)
@@ -195,7 +208,16 @@ class Worker:
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
         """The worker's id, and its steps that ended after a time, by the wall clock."""
-        return self.worker_id, self.timeline.since(since_s)
+        return self.worker_id, self.history.spans(since_s)
+
+    async def steps(self, since_s: float, most: int) -> WorkerSteps:
+        """The latest `most` of its steps that ended after a time, by the wall clock."""
+        return WorkerSteps(self.worker_id, self.history.summaries(since_s, most), self.peaks)
+
+    async def steps_of(self, request_ids: list[str]) -> tuple[str, dict[str, list[RequestStep]]]:
+        """The worker's id, and the steps that each request had a part in, or waited through."""
+        found = {request_id: self.history.of_request(request_id) for request_id in request_ids}
+        return self.worker_id, {request_id: steps for request_id, steps in found.items() if steps}
 
     async def drain(self) -> None:
         """Take nothing new and return when the last request has ended."""

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -175,6 +176,7 @@ def test_it_measures_the_steps_of_a_configs_engine_once(
         == (again.stdout.partition(title)[2].splitlines()[:16])
     )
     assert "Median error: " in first.stdout
+    assert re.search(r"Fastest measured: [\d.]+ GFLOP/s, [\d.]+ GB/s\n", first.stdout)
     assert len([row for row in cells(first.stdout) if row[-1].endswith("%")]) == 12
 
 

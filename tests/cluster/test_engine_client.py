@@ -1,4 +1,5 @@
 import asyncio
+import time
 from collections.abc import AsyncIterator, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +25,6 @@ class FakeOutput:
     request_id: str
     new_token_ids: list[int]
     finish_reason: str | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
 
 
 @dataclass
@@ -133,6 +130,7 @@ async def client(workers: FakeWorkers) -> AsyncIterator[Client]:
 def submit(client: Client, request_id: str) -> None:
     client.submit(
         Request(request_id, num_prompt_tokens=10, max_tokens=5),
+        time.time(),
         lambda attempt_id: [f"{attempt_id} encoded".encode()],
     )
 
@@ -280,7 +278,7 @@ async def test_a_request_that_cannot_be_encoded_ends_with_an_error(client: Clien
     def encode(attempt_id: str) -> list[bytes]:
         raise TypeError("no such field")
 
-    client.submit(Request("r", 10, 5), encode)
+    client.submit(Request("r", 10, 5), time.time(), encode)
 
     assert await next_outputs(client) == [FakeOutput("r", [], "error: no such field")]
 

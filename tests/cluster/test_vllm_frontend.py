@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
+from cluster.calls import Calls
 from cluster.config import AppConfig, parse_args
 from cluster.errors import RequestFailed
 from cluster.model import fetch_default_model
@@ -41,7 +42,9 @@ class Workers:
         self.requests: list[Request] = []
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
 
-    def submit(self, request: Request, encode: Callable[[str], list[bytes]]) -> None:
+    def submit(
+        self, request: Request, arrived_s: float, encode: Callable[[str], list[bytes]]
+    ) -> None:
         self.requests.append(request)
         output = EngineCoreOutput(request.request_id, [28], finish_reason=FinishReason.LENGTH)
         self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
@@ -68,6 +71,7 @@ class App:
             str(fetch_default_model()),
             self.workers,  # type: ignore[arg-type]
             lambda: asyncio.sleep(0, True),
+            Calls(),
         )
         transport = httpx.ASGITransport(self.frontend.asgi_app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://app")

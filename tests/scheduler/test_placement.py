@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.placement import WorkerLoad, place
+from scheduler.placement import Placement, PlacementReason, WorkerLoad, place
 from scheduler.request import Request
 
 REQUEST = Request("r", num_prompt_tokens=10, max_tokens=10)
@@ -20,25 +20,52 @@ LOADS = st.lists(
 )
 
 
+A, B = WorkerLoad("a", 9, 1), WorkerLoad("b", 9, 1)
+
+
 @pytest.mark.parametrize(
-    ("loads", "chosen"),
+    ("loads", "chosen", "reason"),
     [
-        ([WorkerLoad("a", 9, 1), WorkerLoad("b", 8, 5)], "b"),
-        ([WorkerLoad("a", 9, 2), WorkerLoad("b", 9, 1)], "b"),
-        ([WorkerLoad("b", 9, 1), WorkerLoad("a", 9, 1)], "a"),
-        ([WorkerLoad("a", 0, 0, draining=True), WorkerLoad("b", 9, 1)], "b"),
-        ([WorkerLoad("a", 0, 0, silent=True), WorkerLoad("b", 9, 1)], "b"),
+        ([A, WorkerLoad("b", 8, 5)], "b", PlacementReason.LEAST_TOKENS),
+        ([A, WorkerLoad("b", 16, 1, tokens_per_span=2.0)], "b", PlacementReason.LEAST_TOKENS),
+        ([WorkerLoad("a", 9, 2), B], "b", PlacementReason.FEWEST_REQUESTS),
+        ([B, A], "a", PlacementReason.TIE),
+        ([A], "a", PlacementReason.ONLY),
+        ([WorkerLoad("a", 0, 0, draining=True), B], "b", PlacementReason.ONLY),
+        ([WorkerLoad("a", 0, 0, silent=True), B], "b", PlacementReason.OTHERS_SILENT),
+        (
+            [WorkerLoad("a", 3, 1, silent=True), WorkerLoad("b", 2, 1, silent=True)],
+            "b",
+            PlacementReason.ALL_SILENT,
+        ),
     ],
     ids=[
         "fewest tokens",
+        "drafts make tokens count for less",
         "then fewest requests",
         "then smallest id",
+        "the only one",
         "never a draining one",
         "a silent one last",
+        "all silent",
     ],
 )
-def test_a_request_goes_where_least_is_outstanding(loads: list[WorkerLoad], chosen: str) -> None:
-    assert place(REQUEST, loads) == chosen
+def test_a_request_goes_where_least_is_outstanding_and_says_why(
+    loads: list[WorkerLoad], chosen: str, reason: PlacementReason
+) -> None:
+    placement = place(REQUEST, loads)
+
+    assert placement is not None
+    assert (placement.chosen.worker_id, placement.reason) == (chosen, reason)
+
+
+def test_the_runner_up_is_who_would_be_chosen_without_the_chosen_one() -> None:
+    draining = WorkerLoad("c", 0, 0, draining=True)
+    loads = [WorkerLoad("d", 10, 1), A, WorkerLoad("b", 8, 5), draining]
+
+    placement = place(REQUEST, loads)
+
+    assert placement == Placement(loads[2], A, PlacementReason.LEAST_TOKENS, num_draining=1)
 
 
 @pytest.mark.parametrize("loads", [[], [WorkerLoad("a", 0, 0, draining=True)]])
@@ -51,7 +78,10 @@ def test_without_a_worker_that_takes_requests_none_is_chosen(loads: list[WorkerL
 def test_no_open_worker_has_less_to_do_than_the_chosen_one(loads: list[WorkerLoad]) -> None:
     outstanding = {w.worker_id: w.num_outstanding_tokens for w in loads if not w.draining}
 
-    assert outstanding.get(place(REQUEST, loads) or "") == min(outstanding.values(), default=None)
+    placement = place(REQUEST, loads)
+
+    fewest = placement and outstanding[placement.chosen.worker_id]
+    assert fewest == min(outstanding.values(), default=None)
 
 
 @given(LOADS.flatmap(lambda loads: st.tuples(st.just(loads), st.permutations(loads))))

@@ -138,7 +138,7 @@ def run_calls(model: str, config: WorkerConfig, *runs: tuple[Sequence[Call], Set
         from workers.vllm_sampling import runner_of
         from workers.vllm_speculation import HiddenStates
 
-        engine._planned.drafts.counts = DraftCounts()
+        engine._planned.drafts.counts_of.clear()
         engine._planned.hidden_states = HiddenStates(runner_of(engine._core).model).rows
     return [_run(engine, *run) for run in runs]
 
@@ -147,10 +147,10 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.serial_utils import MsgpackDecoder
 
-    drafter, worker, counts = None, None, None
+    drafter, worker = None, None
     drafts = engine._planned.drafts if engine._planned else None
     if drafts is not None:
-        counts = drafts.counts = DraftCounts()
+        drafts.counts_of.clear()
         engine._planned.acceptance = Trust() if setting.is_trusted else Acceptance()
         engine.assign_drafter(DEAD if setting.is_dead else None)
     if setting.drafts is not None and not setting.is_dead:
@@ -178,6 +178,7 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
                     logprobs[index] += [float(row[0]) for row in lists.logprobs]
     if worker is not None:
         worker.shutdown()
+    counts = drafts.counts if drafts is not None else None
     return Ran(tokens, logprobs, drafter.hidden_states if drafter else {}, counts, num_steps)
 
 

@@ -25,6 +25,7 @@ from workers.engine_profile import (
     profile_path,
     save_profile,
 )
+from workers.peaks import Peaks
 from workers.profile_script import Seats, num_tokens, script
 from workers.token_stream import StreamAddress
 from workers.worker import WorkerConfig
@@ -41,6 +42,7 @@ CONFIG = WorkerConfig(
 
 PROFILE = EngineProfile(
     cost_model=CostModel([0.01, 0.001, 0, 0, 0, 0], token_knots=(0,), sample_knots=(0,)).to_dict(),
+    peaks=Peaks(9e10, 1e10),
     depth="full",
     num_kv_blocks=100,
     kv_block_size=32,
@@ -64,6 +66,7 @@ class Start:
     num_hidden_steps: int
     tokens: list[list[int]]
     profile_s: float | None
+    peaks: Peaks | None
 
 
 def start_engine(model: str, config: WorkerConfig) -> Start:
@@ -112,6 +115,7 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
         scheduler._num_steps,
         tokens,
         profile.took_s if profile else None,
+        engine.peaks,
     )
 
 
@@ -154,6 +158,9 @@ def test_a_first_start_measures_the_engine_and_leaves_nothing_behind(
     assert first.profile_s is not None
     assert first.profile_s < 15
     assert first.cost_model != plain.cost_model
+    assert plain.peaks is None
+    assert first.peaks is not None
+    assert again.peaks == first.peaks
     shape = CostModel.from_dict(first.cost_model).shape().plus(100, 100, 1)
     assert 1e-5 < CostModel.from_dict(first.cost_model).predict(shape) < 1
     assert first.num_live == 0
@@ -163,6 +170,11 @@ def test_a_first_start_measures_the_engine_and_leaves_nothing_behind(
     assert again.cost_model == first.cost_model
     assert again.num_hidden_steps == plain.num_hidden_steps  # so nothing was measured
     assert again.tokens == plain.tokens
+
+
+def without_peaks(profile: dict[str, Any]) -> dict[str, Any]:
+    """As it was kept before there were peaks."""
+    return {name: value for name, value in profile.items() if name != "peaks"}
 
 
 def test_what_is_kept_comes_back(model: str, cache: Path) -> None:
@@ -182,6 +194,11 @@ def test_what_is_kept_comes_back(model: str, cache: Path) -> None:
         lambda document: "[]",
         lambda document: json.dumps(document | {"key": {"model": "another"}}),
         lambda document: json.dumps(document | {"profile": {"depth": "full"}}),
+        lambda document: json.dumps(document | {"profile": without_peaks(document["profile"])}),
+        lambda document: json.dumps(
+            document
+            | {"profile": document["profile"] | {"peaks": {"flops_per_s": 0, "bytes_per_s": 1}}}
+        ),
         lambda document: json.dumps(
             document | {"profile": document["profile"] | {"cost_model": {"weights": [-1.0] * 6}}}
         ),
@@ -197,7 +214,8 @@ def test_a_damaged_file_is_measured_anew_with_a_warning(
 
     assert load_or_measure(key, lambda: brief) == brief
 
-    assert f"{path} is not used" in caplog.text
+    files = [vars(record)["file"] for record in caplog.records if "is not used" in record.message]
+    assert set(files) == {str(path)}
     assert load_profile(key) == brief
 
 
@@ -227,7 +245,7 @@ def test_a_cache_folder_that_takes_no_file_costs_the_next_start_a_measurement(
 
     assert load_or_measure(profile_key(model, CONFIG), lambda: PROFILE) == PROFILE
 
-    assert "The next start measures anew" in caplog.text
+    assert "the next start measures anew" in caplog.text
 
 
 def test_the_key_changes_with_all_that_changes_the_time_of_a_step(model: str, cache: Path) -> None:

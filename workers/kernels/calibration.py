@@ -73,10 +73,8 @@ def _in_use(isa: str) -> tuple[TileCosts, bool]:
         pass
     except (OSError, ValueError) as error:
         logger.warning(
-            "%s is not used: %s. Row tiles are chosen from the built-in table; "
-            "to measure anew, run: xyserve calibrate",
-            file,
-            error,
+            "measured row tiles are not used but built-in ones; to measure anew: xyserve calibrate",
+            extra={"file": str(file), "error": str(error)},
         )
     return default_costs(native.kernels().max_height), False
 

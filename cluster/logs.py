@@ -1,0 +1,153 @@
+"""The logs of replicas: one line for each event, its fields by name, and no floods.
+
+An event is a log call with a constant message, its variable parts in `extra`:
+`logger.warning("request lost its worker", extra={"request_id": request_id})`.
+"""
+
+import json
+import logging
+import math
+import re
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
+from pythonjsonlogger.json import JsonFormatter
+
+PACKAGES = ("cluster", "workers", "scheduler")
+"""Whose events these are. Libraries log beside them in ways of their own."""
+
+NO_FIELDS = (*RESERVED_ATTRS, "vllm_process_name")
+"""Attributes of every log record; vLLM adds one."""
+
+MOST_ALIKE, WINDOW_S = 5, 10.0
+"""So many equal events are logged in so many seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """What replicas log, and how."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    format: Literal["text", "json"] = "text"
+    """One event a line: for people, or one JSON object for machines."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important events that are logged; `debug` has each request."""
+
+
+def set_up_logs(config: LogConfig, **context: str) -> None:
+    """Send the events of our packages to stderr, each with the fields of `context`.
+
+    Neither the root logger nor those of libraries are touched, nor do they matter: vLLM and what
+    comes with it set them up as they are imported.
+    """
+    formatter: logging.Formatter
+    if config.format == "json":
+        formatter = _JsonFormatter(
+            "%(asctime)s %(levelname)s %(message)s",
+            rename_fields={"asctime": "time", "levelname": "level", "exc_info": "exception"},
+            static_fields=context,
+            reserved_attrs=NO_FIELDS,
+        )
+    else:
+        formatter = _TextFormatter(context)
+    formatter.converter = time.gmtime
+    formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
+    formatter.default_msec_format = "%s.%03dZ"
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    handler.addFilter(FloodFilter())
+    for name in PACKAGES:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(config.level.upper())
+        logger.propagate = False
+
+
+def replica_context() -> dict[str, str]:
+    """Which replica of Serve this process is."""
+    # Ray takes long to import, and this module is read wherever a config is.
+    from ray import serve
+
+    replica = serve.get_replica_context()
+    return {
+        "app": replica.app_name,
+        "deployment": replica.deployment,
+        "replica": replica.replica_id.unique_id,
+    }
+
+
+class _TextFormatter(logging.Formatter):
+    """Time, level and message, then `key=value`, as logfmt has it; a traceback follows."""
+
+    def __init__(self, context: dict[str, str]) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._context = context
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of an event."""
+        fields = merge_record_extra(record, {}, NO_FIELDS) | self._context
+        pairs = (f"{key}={quoted(value)}" for key, value in fields.items())
+        return " ".join([super().formatMessage(record), *pairs])
+
+
+class _JsonFormatter(JsonFormatter):
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        """The fields of an event as JSON can have them: there is no infinity in it."""
+        return {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in log_data.items()
+        }
+
+
+def quoted(value: object) -> str:
+    """A value as it stands in a line of text: in JSON's quotes if it would not be clear bare."""
+    text = str(value)
+    if text.isprintable() and re.fullmatch(r'[^ "=]+', text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Events that are equal but for their fields."""
+
+    logged_s: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ALIKE))
+    """When the last of them were logged."""
+    num_left_out: int = 0
+    """Since then."""
+
+
+class FloodFilter(logging.Filter):
+    """Leaves out what repeats too often; the next one that is logged tells how many in `left_out`.
+
+    Equal are events of one logger, level and message, whatever their fields. Nothing is left out
+    at level debug, which is for those who want all.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kinds: defaultdict[tuple[str, int, str], _Kind] = defaultdict(_Kind)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log an event."""
+        if record.levelno <= logging.DEBUG:
+            return True
+        with self._lock:
+            now = self._clock()
+            kind = self._kinds[record.name, record.levelno, str(record.msg)]
+            if len(kind.logged_s) == MOST_ALIKE and now - kind.logged_s[0] < WINDOW_S:
+                kind.num_left_out += 1
+                return False
+            kind.logged_s.append(now)  # the oldest of them goes
+            if kind.num_left_out:
+                record.__dict__["left_out"] = kind.num_left_out
+                kind.num_left_out = 0
+            return True

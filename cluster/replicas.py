@@ -1,0 +1,201 @@
+"""The actors of the app as replicas of Serve: wired to each other, measured, traced and logged."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.util import get_node_ip_address
+
+from cluster.config import AppConfig
+from cluster.exporter import DraftWorkerMetrics, Exporter, PlacementMetrics, WorkerMetrics
+from cluster.global_scheduler import GlobalScheduler
+from cluster.logs import replica_context, set_up_logs
+from cluster.metrics import PEAK_FLOPS, PEAK_MEMORY_BANDWIDTH
+from cluster.model import resolve_model
+from cluster.phases import phases
+from cluster.tracing import Tracing
+from scheduler.request import Request
+from workers.draft_stream import DrafterAddress
+from workers.draft_worker import DraftWorker, DraftWorkerReport, make_drafters
+from workers.engine import Engine
+from workers.step_history import TakenStep
+from workers.token_stream import StreamAddress
+from workers.worker import Worker, WorkerReport
+
+logger = logging.getLogger(__name__)
+
+EXPORT_LOADS_S = 2.0
+"""How often the GlobalScheduler's view of the workers is exported."""
+
+
+class GlobalSchedulerReplica(GlobalScheduler):
+    """The GlobalScheduler as a replica of Serve."""
+
+    def __init__(self, config: AppConfig) -> None:
+        set_up_logs(config.logs, **replica_context())
+        metrics = PlacementMetrics(Exporter(config.model_name))
+        self._tracing = Tracing(config.tracing, "scheduler", _replica_id())
+        super().__init__(
+            on_placement=lambda request, placement: metrics.count_placement(placement),
+            on_collapse=metrics.count_collapse,
+        )
+        self._exporting = asyncio.get_running_loop().create_task(self._export(metrics))
+        logger.info("GlobalScheduler ready")
+
+    async def place(self, request: Request, worker_ids: Sequence[str]) -> str | None:
+        """Choose a worker, and trace that."""
+        began_s = time.time()
+        chosen = await super().place(request, worker_ids)
+        if self._tracing.is_on and chosen is not None:
+            placement = (await self.placements([request.request_id]))[request.request_id]
+            self._tracing.add(
+                "placement",
+                request.traceparent,
+                began_s,
+                time.time(),
+                {
+                    "xyserve.worker": chosen,
+                    "xyserve.reason": placement.reason,
+                    "xyserve.runner_up": placement.runner_up.worker_id
+                    if placement.runner_up
+                    else "",
+                },
+            )
+        return chosen
+
+    async def _export(self, metrics: PlacementMetrics) -> None:
+        while True:
+            for load, report_age_s in self.loads_by_age():
+                metrics.set_load(load, report_age_s)
+            await asyncio.sleep(EXPORT_LOADS_S)
+
+
+class WorkerReplica(Worker):
+    """A worker as a replica of Serve."""
+
+    def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
+        set_up_logs(config.logs, **replica_context())
+        exporter = Exporter(config.model_name)
+        metrics = WorkerMetrics(exporter)
+        self._tracing = Tracing(config.tracing, "worker", _replica_id())
+
+        def make_engine() -> Engine:
+            # vLLM takes long to import; only this process of the cluster package needs it.
+            from cluster.vllm_metrics import SchedulerMetrics
+            from workers.vllm_engine import VllmEngine
+
+            engine = VllmEngine(resolve_model(config.model), config.worker, on_step, config.draft)
+            self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, config.model_name)
+            engine.on_stats = self._scheduler_metrics.add
+            if engine.peaks:
+                self.peaks = engine.peaks
+                exporter.set(PEAK_FLOPS, engine.peaks.flops_per_s)
+                exporter.set(PEAK_MEMORY_BANDWIDTH, engine.peaks.bytes_per_s)
+            return engine
+
+        def on_step(step: TakenStep) -> None:
+            metrics.add_step(step)
+            self.history.add(step)
+
+        def send(report: WorkerReport) -> None:
+            metrics.export(report.drafts)
+            self._scheduler_metrics.export()
+            answer = scheduler.report.remote(report)
+            if report.drafts:
+                asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
+
+        loop = asyncio.get_running_loop()
+        self._drafter: DrafterAddress | None = None
+        super().__init__(_replica_id(), config.worker, make_engine, send)
+
+    async def generate(
+        self, request: Request, engine_request: list[bytes], reply_to: StreamAddress
+    ) -> str:
+        """Run a request, and trace that."""
+        began_s, outcome = time.time(), "error"
+        try:
+            outcome = await super().generate(request, engine_request, reply_to)
+            return outcome
+        finally:
+            if self._tracing.is_on and request.traceparent:
+                self._trace(request, began_s, outcome)
+
+    def _trace(self, request: Request, began_s: float, outcome: str) -> None:
+        steps = self.history.of_request(request.request_id, began_s)
+        for phase in phases(steps, began_s):
+            self._tracing.add(
+                phase.name,
+                request.traceparent,
+                phase.began_s,
+                phase.ended_s,
+                {
+                    "xyserve.request_id": request.request_id,
+                    "xyserve.outcome": outcome,
+                    **phase.attributes(),
+                },
+            )
+
+    async def _follow(self, answer: "DeploymentResponse[DrafterAddress | None]") -> None:
+        """Have the draft worker that the GlobalScheduler names make the drafts."""
+        drafter = await _answered(answer, self._drafter)
+        if drafter != self._drafter:
+            self._drafter = drafter
+            self.assign_drafter(drafter)
+
+    def __del__(self) -> None:
+        """Serve's hook for the end of a replica, also of one whose constructor failed."""
+        if hasattr(self, "_loop"):
+            self.shutdown()
+
+
+class DraftReplica(DraftWorker):
+    """A draft worker as a replica of Serve."""
+
+    def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
+        assert config.draft
+        set_up_logs(config.logs, **replica_context())
+        draft, metrics = config.draft, DraftWorkerMetrics(Exporter(config.model_name))
+
+        def send(report: DraftWorkerReport) -> None:
+            metrics.export(report.status)
+            answer = scheduler.report_drafter.remote(report)
+            asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
+
+        loop = asyncio.get_running_loop()
+        super().__init__(
+            _replica_id(),
+            draft,
+            lambda: make_drafters(draft, resolve_model(config.model), resolve_model),
+            send,
+            get_node_ip_address(),
+        )
+
+    async def _follow(self, answer: "DeploymentResponse[list[DrafterAddress]]") -> None:
+        self.meet(await _answered(answer, []))
+
+    def __del__(self) -> None:
+        """Serve's hook for the end of a replica, also of one whose constructor failed."""
+        if hasattr(self, "_thread"):
+            self.shutdown()
+
+
+T = TypeVar("T")
+
+
+async def _answered(answer: "DeploymentResponse[T]", otherwise: T) -> T:
+    """The GlobalScheduler's answer, or `otherwise` while it restarts."""
+    try:
+        result: T = await answer
+        return result
+    except (RayError, RuntimeError) as error:
+        logger.warning("the GlobalScheduler did not answer", extra={"error": repr(error)})
+        return otherwise
+
+
+def _replica_id() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)

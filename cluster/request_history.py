@@ -1,0 +1,119 @@
+"""What became of the latest requests of an ingress, kept so that one can ask."""
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from scheduler.request import Request
+
+MAX_RECORDS = 10_000
+"""Requests and refusals that are kept, some kilobyte each."""
+LEAST_QUERY = 4
+"""Characters of an id that one may ask for; fewer would fit too many."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """A request's time on one worker."""
+
+    attempt_id: str
+    """The request's id there."""
+    began_s: float
+    lost: str = ""
+    """What ended it before the request had ended."""
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """A request as its ingress sees it; times by the wall clock."""
+
+    request: Request
+    arrived_s: float
+    attempts: list[Attempt] = field(default_factory=list)
+    first_token_s: float = math.inf
+    last_token_s: float = math.inf
+    num_output_tokens: int = 0
+    outcome: str = ""
+    """vLLM's finish reason; empty while it goes on."""
+    error: str = ""
+
+    def deliver(self, num_tokens: int, now: float) -> None:
+        """Note that so many more output tokens have come."""
+        if num_tokens:
+            self.first_token_s = min(self.first_token_s, now)
+            self.last_token_s = now
+            self.num_output_tokens += num_tokens
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token, from the arrival; infinite before it."""
+        return self.first_token_s - self.arrived_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per output token after the first; 0 of a single token."""
+        if self.num_output_tokens < 2:
+            return 0.0
+        return (self.last_token_s - self.first_token_s) / (self.num_output_tokens - 1)
+
+    @property
+    def e2e_s(self) -> float:
+        """Time from the arrival to the last token; infinite before the first."""
+        return self.last_token_s - self.arrived_s
+
+    def attainment(self) -> dict[str, bool]:
+        """Whether it met each target that it had, and `all` of them; none if the client left.
+
+        One that failed met none.
+        """
+        if self.outcome == "abort":
+            return {}
+        slo, failed = self.request.slo, self.outcome == "error"
+        met = {}
+        if slo.ttft_s < math.inf:
+            met["ttft"] = not failed and self.ttft_s <= slo.ttft_s
+        if slo.tpot_s < math.inf:
+            met["tpot"] = not failed and self.tpot_s <= slo.tpot_s
+        return met | {"all": all(met.values())} if met else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A call of the API that was answered with an error before anything was computed."""
+
+    call_id: str
+    refused_s: float
+    """By the wall clock."""
+    status: int
+    message: str
+
+    @property
+    def outcome(self) -> str:
+        """Whose fault it was: `invalid` is the client's, `unavailable` is not."""
+        return "invalid" if self.status < 500 else "unavailable"
+
+
+class RequestHistory:
+    """The latest requests and refusals by id."""
+
+    def __init__(self, max_records: int = MAX_RECORDS) -> None:
+        self._records: OrderedDict[str, RequestRecord | Refusal] = OrderedDict()
+        self._max_records = max_records
+
+    def add(self, record: RequestRecord | Refusal) -> None:
+        """Keep a record, and forget the oldest where there is no room."""
+        key = record.call_id if isinstance(record, Refusal) else record.request.request_id
+        self._records[key] = record
+        self._records.move_to_end(key)
+        while len(self._records) > self._max_records:
+            self._records.popitem(last=False)
+
+    def find(self, query: str) -> list[RequestRecord | Refusal]:
+        """Those whose id contains `query`, oldest first.
+
+        What clients know of a request is a part of its id: that of their call, which the answer's
+        header x-request-id tells too. A call with n=4 is four requests.
+        """
+        if len(query) < LEAST_QUERY:
+            return []
+        return [record for key, record in self._records.items() if query in key]

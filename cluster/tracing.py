@@ -1,0 +1,140 @@
+"""OpenTelemetry spans of a request: what the ingress, the GlobalScheduler and the worker did."""
+
+import contextvars
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+Attributes = Mapping[str, str | int | float | bool]
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracingConfig:
+    """Where spans go, by OTLP."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    endpoint: str
+    """URL of a collector, e.g. `http://127.0.0.1:4318/v1/traces`, or `host:4317` with gRPC."""
+    protocol: Literal["http", "grpc"] = "http"
+    """OTLP over HTTP with protobuf, or over gRPC."""
+    sample_ratio: float = 1.0
+    """Share of the calls that are traced, of those whose client does not decide it."""
+
+    def __post_init__(self) -> None:
+        if not self.endpoint:
+            raise ValueError("endpoint is empty; give a collector's URL or leave tracing out")
+        if not 0 <= self.sample_ratio <= 1:
+            raise ValueError(f"sample_ratio ({self.sample_ratio}) must be from 0 to 1")
+
+
+_traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent", default="")
+
+
+def current_traceparent() -> str:
+    """W3C trace context of the call that is being answered; empty if it is not traced."""
+    return _traceparent.get()
+
+
+class Tracing:
+    """Makes the spans of one replica; without a config it makes none and costs nothing."""
+
+    def __init__(self, config: TracingConfig | None, role: str, replica_id: str) -> None:
+        """`role` is the service's name behind `xyserve.`."""
+        self._provider: TracerProvider | None = None
+        if config is None:
+            return
+        resource = {"service.name": f"xyserve.{role}", "service.instance.id": replica_id}
+        self._provider = TracerProvider(
+            resource=Resource.create(resource),
+            sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)),
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(_exporter(config)))
+        self._tracer = self._provider.get_tracer("xyserve")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are spans at all."""
+        return self._provider is not None
+
+    @contextmanager
+    def call(self, name: str, traceparent: str, attributes: Attributes) -> Iterator[Span]:
+        """The span of a call that begins now, below the client's; what follows is below it."""
+        if not self.is_on:
+            yield trace.INVALID_SPAN
+            return
+        with self._tracer.start_as_current_span(
+            name, _context(traceparent), SpanKind.SERVER, attributes
+        ) as span:
+            token = _traceparent.set(_inject(span))
+            try:
+                yield span
+            finally:
+                _traceparent.reset(token)
+
+    def add(
+        self,
+        name: str,
+        traceparent: str,
+        began_s: float,
+        ended_s: float,
+        attributes: Attributes,
+        error: str = "",
+    ) -> None:
+        """A span that is over, below the one of `traceparent`; times by the wall clock.
+
+        Nothing is made for a request that is not traced, or of what never began or ended.
+        """
+        if not self.is_on or not traceparent or not began_s <= ended_s < math.inf:
+            return
+        span = self._tracer.start_span(
+            name, _context(traceparent), attributes=attributes, start_time=_ns(began_s)
+        )
+        if error:
+            span.set_status(Status(StatusCode.ERROR, error))
+        span.end(_ns(ended_s))
+
+    def shut_down(self) -> None:
+        """Send what is left."""
+        if self._provider is not None:
+            self._provider.shutdown()
+
+
+def _exporter(config: TracingConfig) -> SpanExporter:
+    # Both take long to import, and only one is needed if any.
+    if config.protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (
+            OTLPSpanExporter as GrpcExporter,
+        )
+
+        return GrpcExporter(config.endpoint, insecure=not config.endpoint.startswith("https"))
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter(config.endpoint)
+
+
+def _context(traceparent: str) -> Context:
+    return _PROPAGATOR.extract({"traceparent": traceparent}, Context())
+
+
+def _inject(span: Span) -> str:
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier, trace.set_span_in_context(span, Context()))
+    return carrier.get("traceparent", "")
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)

@@ -1,0 +1,60 @@
+"""vLLM's own metrics, sent the way ours go: by Ray's metrics endpoint of each node."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+from vllm.v1.metrics.stats import SchedulerStats
+
+STAT_LOGGERS = (RayPrometheusStatLogger, PrometheusStatLogger)
+"""Of an ingress: what its requests saw. The second one is for its own page, `/metrics`."""
+
+SUMMED = ("prefix_cache_stats", "connector_prefix_cache_stats", "spec_decoding_stats")
+"""What of vLLM's statistics of a step adds up."""
+
+
+class SchedulerMetrics:
+    """What the scheduler of one worker's engine sees: queues, KV cache, prefix hits, drafts."""
+
+    def __init__(self, vllm_config: VllmConfig, model_name: str) -> None:
+        vllm_config.model_config.served_model_name = model_name
+        self._logger = RayPrometheusStatLogger(vllm_config)
+        self._stats: SchedulerStats | None = None
+
+    def add(self, stats: SchedulerStats) -> None:
+        """Take what one step saw; cheap, unlike exporting it."""
+        if self._stats is not None:
+            for name in SUMMED:
+                total = _sum(getattr(self._stats, name), getattr(stats, name))
+                setattr(stats, name, total)
+            stats.kv_cache_eviction_events[:0] = self._stats.kv_cache_eviction_events
+        self._stats = stats
+
+    def export(self) -> None:
+        """Send what the steps since the last time saw."""
+        if self._stats is not None:
+            self._logger.record(self._stats, None)
+            # The gauges stay what they are; what adds up begins anew.
+            self._stats = None
+
+
+def _sum(old: Any, new: Any) -> Any:
+    """Both of vLLM's counts together; either may be None, and lists add up by their places."""
+    if old is None or new is None:
+        return new if old is None else old
+    for field in dataclasses.fields(new):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        total: Any
+        if field.name == "num_spec_tokens":  # a setting
+            total = max(before, after)
+        elif isinstance(after, list):
+            total = [a + b for a, b in itertools.zip_longest(before, after, fillvalue=0)]
+        elif isinstance(after, dict):
+            total = {key: before.get(key, 0) + after.get(key, 0) for key in before | after}
+        else:
+            total = before + after
+        setattr(new, field.name, total)
+    return new

@@ -1,0 +1,75 @@
+"""Measures how fast a device computes and reads memory."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from workers.peaks import Peaks
+
+BUDGET_S = 0.15
+"""Of each product and of the reading."""
+MIN_CALLS = 5
+
+CPU_SIZE, ACCELERATOR_SIZE = 1024, 8192
+"""Rows and columns of the matrices that are multiplied."""
+CPU_BYTES, ACCELERATOR_BYTES = 256 << 20, 512 << 20
+"""Memory that is read: much more than all caches hold."""
+GEMM_ROWS = 480
+
+
+def measure_peaks(device: torch.device, dtype: torch.dtype, *, own_kernels: bool) -> Peaks:
+    """Measure the device with this process's threads, for a second.
+
+    Arithmetic is a large product of torch in `dtype`, or, with `own_kernels`, one of our GEMM if
+    that is faster; memory is summing up more than the caches hold. The fastest call counts: what
+    else the machine does only makes them slower.
+    """
+    products = [_torch_flops_per_s(device, dtype)]
+    if own_kernels:
+        products.append(_gemm_flops_per_s())
+    return Peaks(max(products), _bytes_per_s(device))
+
+
+def _torch_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    size = CPU_SIZE if device.type == "cpu" else ACCELERATOR_SIZE
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    right, out = torch.ones_like(left), torch.empty_like(left)
+    return 2 * size**3 / _best_s(partial(torch.mm, left, right, out=out), device)
+
+
+def _gemm_flops_per_s() -> float:
+    """With float32 weights, which need not be widened."""
+    from workers.kernels import gemm  # other devices need no library of ours
+
+    weight = gemm.Weight.pack(np.ones((CPU_SIZE, CPU_SIZE), np.float32), "fp32")
+    rows = np.ones((GEMM_ROWS, CPU_SIZE), np.float32)
+    out = np.empty_like(rows)
+    best_s = _best_s(partial(gemm.linear, rows, weight, out=out), torch.device("cpu"))
+    return 2 * GEMM_ROWS * CPU_SIZE**2 / best_s
+
+
+def _bytes_per_s(device: torch.device) -> float:
+    num_bytes = CPU_BYTES if device.type == "cpu" else ACCELERATOR_BYTES
+    values = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    return num_bytes / _best_s(values.sum, device)
+
+
+def _best_s(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of some calls."""
+
+    def call_s() -> float:
+        began_s = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - began_s
+
+    call_s()  # it may set things up
+    times: list[float] = []
+    ends_s = time.perf_counter() + BUDGET_S
+    while len(times) < MIN_CALLS or time.perf_counter() < ends_s:
+        times.append(call_s())
+    return min(times)
