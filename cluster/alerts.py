@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster import metrics
-from cluster.promql import alive, grown, largest, number, rate, series, smallest, total
+from cluster.promql import grown, largest, number, rate, series, smallest, total
 
 APP = "application"
 LEAST_REQUESTS = 20
@@ -47,6 +47,13 @@ def _requests(counter: metrics.Metric, *matchers: str, by: tuple[str, ...] = (AP
 _CLASS = (APP, "slo_class")
 _AGE = series(metrics.WORKER_REPORT_AGE)
 _REPLICAS = number(series(metrics.START_TIME, 'deployment="Worker"'), APP)
+_RUNNING = largest(series(metrics.VLLM_NUM_REQUESTS_RUNNING), "replica")
+# The GlobalScheduler's view, which stays when the worker's own metrics cease.
+_PLACED = largest(
+    f'label_replace({series(metrics.WORKER_REQUESTS)}, "replica", "$1", "worker", "(.+)")',
+    "replica",
+)
+_STEPS = total(rate(series(metrics.STEP_MEASURED_SECONDS), "1m"), "replica")
 _UNAVAILABLE = series(metrics.ADMISSIONS, 'outcome="unavailable"')
 _NEWEST_START = largest(series(metrics.START_TIME), APP, "deployment")
 
@@ -70,8 +77,7 @@ ALERTS = (
     ),
     Alert(
         "XYServeWorkerStuck",
-        f"{largest(series(metrics.VLLM_NUM_REQUESTS_RUNNING), 'replica')} > 0 unless on (replica) "
-        f"{total(rate(series(metrics.STEP_MEASURED_SECONDS), '1m'), 'replica')} > 0",
+        f"({_RUNNING} > 0 or {_PLACED} > 0) unless on (replica) {_STEPS} > 0",
         "1m",
         Severity.CRITICAL,
         "Worker {{ $labels.replica }} has requests and takes no steps",
@@ -81,7 +87,7 @@ ALERTS = (
     ),
     Alert(
         "XYServeWorkerSilent",
-        f"{largest(alive(_AGE), APP, 'worker')} > 30",
+        f"{largest(_AGE, APP, 'worker')} > 30",
         "30s",
         Severity.CRITICAL,
         "Worker {{ $labels.worker }} of {{ $labels.application }} does not report",
@@ -91,8 +97,7 @@ ALERTS = (
     ),
     Alert(
         "XYServeSchedulerBlind",
-        f"{smallest(alive(_AGE), APP)} > 15 or {_REPLICAS} unless on ({APP}) {_AGE} "
-        f"or {largest(f'changes({_AGE}[3m])', APP)} == 0",
+        f"{smallest(_AGE, APP)} > 15 or {_REPLICAS} unless on ({APP}) {_AGE}",
         "1m",
         Severity.CRITICAL,
         "The GlobalScheduler of {{ $labels.application }} sees no worker's load",

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cluster.draft_head_cli import draft_head_app
 from cluster.errors import XYServeError
+from cluster.logs import LogConfig, set_up_logs
 from cluster.model_cli import model_app
 from cluster.replay_cli import replay
 from cluster.simulate_cli import simulate
@@ -351,6 +352,7 @@ def _fail(message: str) -> typer.Exit:
 
 def main() -> None:
     """Run the command line; errors the user can mend are one line, not a traceback."""
+    set_up_logs(LogConfig(level="warning"))
     try:
         app()
     except (XYServeError, ConnectionError, TimeoutError) as error:

@@ -73,6 +73,8 @@ class AppConfig:
     """Draft workers beside the workers; none without it."""
     ingress: IngressConfig = field(default_factory=IngressConfig)
     slo: SloConfig = field(default_factory=SloConfig)
+    metrics: bool = True
+    """Export metrics to Prometheus, and keep the latest steps for those who ask."""
     logs: LogConfig = field(default_factory=LogConfig)
     tracing: TracingConfig | None = None
     """Where OpenTelemetry spans go; none are made without it."""

@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # draws without a screen
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import dates, pyplot
+from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -27,8 +27,10 @@ Floats = npt.NDArray[np.float64]
 COLUMN_IN, LINE_IN = 0.8, 0.36
 """Width and height of a cell of the grid, in inches."""
 HEAD_IN, MARGIN_IN = 0.75, 0.15
-LEGEND_LINE_IN, LETTER_IN = 0.17, 0.068
+LEGEND_LINE_IN, LETTER_IN = 0.17, 0.054
 MOST_IN_LEGEND = 12
+TICKS_S = (5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21_600, 86_400, 604_800)
+"""Round times."""
 LEVEL_COLOURS = {"good": "#37872D", "warn": "#E0752D", "bad": "#C4162A"}
 BACKGROUND, CARD, EDGE, INK, FAINT = "#F4F5F8", "#FFFFFF", "#DDE0E6", "#24292E", "#8A9099"
 PALETTE = ("#5794F2", "#73BF69", "#FF9830", "#B877D9", "#F2CC0C", "#33A2E5", "#E02F44", "#8F6B4D",
@@ -70,7 +72,8 @@ def fetch(prometheus: Prometheus, dashboard: Dashboard, span: Span) -> dict[Pane
 
 def _times(span: Span) -> Floats:
     num_steps = int((span.end_s - span.begin_s) / span.step_s + 1e-6)
-    return span.begin_s + span.step_s * np.arange(num_steps + 1)
+    times: Floats = span.begin_s + span.step_s * np.arange(num_steps + 1, dtype=np.float64)
+    return times
 
 
 def _grid(line: Line, times: Floats) -> Floats:
@@ -86,6 +89,13 @@ def _group(legend: str) -> str:
 
 def draw(dashboard: Dashboard, curves: Curves, span: Span, path: Path) -> None:
     """Write one dashboard to a PNG file."""
+    figure = picture(dashboard, curves, span)
+    figure.savefig(path, dpi=100, facecolor=BACKGROUND)
+    pyplot.close(figure)
+
+
+def picture(dashboard: Dashboard, curves: Curves, span: Span) -> Figure:
+    """One dashboard, on a grid as Grafana's."""
     places = list(layout(dashboard))
     num_lines = max(place.y + place.height for _, place in places)
     width = GRID_WIDTH * COLUMN_IN + 2 * MARGIN_IN
@@ -103,8 +113,7 @@ def draw(dashboard: Dashboard, curves: Curves, span: Span, path: Path) -> None:
             page.text(MARGIN_IN + 0.05, y, item.title, size=11, weight="bold")
         else:
             _draw_panel(page, item, place, curves[item], span, colours, dashboard.when_empty)
-    page.figure.savefig(path, dpi=100, facecolor=BACKGROUND)
-    pyplot.close(page.figure)
+    return page.figure
 
 
 def _colours(curves: Curves) -> dict[tuple[str, str], Any]:
@@ -173,7 +182,7 @@ def _draw_panel(
     x, y = MARGIN_IN + place.x * COLUMN_IN + 0.05, HEAD_IN + place.y * LINE_IN + 0.05
     width, height = place.width * COLUMN_IN - 0.1, place.height * LINE_IN - 0.1
     page.card(x, y, width, height)
-    page.text(x + 0.12, y + 0.24, panel.title, size=9.5, weight="semibold")
+    page.text(x + 0.12, y + 0.24, panel.title, size=9.5, weight="bold")
     if not curves:
         reason = panel.may_be_empty or when_empty
         middle = y + height / 2 + 0.1
@@ -205,7 +214,7 @@ def _draw_panel(
 
 
 def _legend_width(unit: Unit, curves: Sequence[Curve]) -> float:
-    return 0.42 + LETTER_IN * max(len(_label(unit, curve)) for curve in curves)
+    return 0.36 + LETTER_IN * max(len(_label(unit, curve)) for curve in curves)
 
 
 def _label(unit: Unit, curve: Curve) -> str:
@@ -249,7 +258,7 @@ def _draw_chart(
     span: Span,
     colours: Mapping[tuple[str, str], Any],
 ) -> None:
-    times = np.array([datetime.fromtimestamp(at_s).astimezone() for at_s in _times(span)])
+    times = _times(span)
     shades = [colours[curve.group, curve.legend] for curve in curves]
     if panel.kind is Kind.LINES:
         for curve, shade in zip(curves, shades, strict=True):
@@ -269,28 +278,45 @@ def _draw_chart(
     _dress(axes, panel, times, top)
 
 
-def _dress(axes: Axes, panel: Panel, times: Any, top: float) -> None:
+def _dress(axes: Axes, panel: Panel, times: Floats, top: float) -> None:
     """Axes, grid and thresholds."""
     limit = 1.02 if panel.unit is Unit.SHARE and 0.6 < top <= 1.001 else 1.12 * top
     axes.set(xlim=(times[0], times[-1]), ylim=(0, limit), facecolor="none")
     for value, level in zip(panel.thresholds or (), ("warn", "bad"), strict=False):
         if value <= limit:
             axes.axhline(value, color=LEVEL_COLOURS[level], linewidth=0.9, alpha=0.5, dashes=(5, 4))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    if panel.unit is Unit.SECONDS and top > 120:
+        axes.set_yticks(np.arange(0, limit, _round_time(limit, 5)))
+    else:
+        whole = panel.kind is Kind.BARS
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=whole))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value, panel.unit)))
-    axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=3, maxticks=7))
-    axes.xaxis.set_major_formatter(
-        dates.ConciseDateFormatter(
-            axes.xaxis.get_major_locator(), formats=["%Y", "%b", "%d", "%H:%M", "%H:%M", "%H:%M:%S"],
-            zero_formats=["", "%Y", "%b", "%b-%d", "%H:%M", "%H:%M"], show_offset=False,
-            tz=times[0].tzinfo,
-        )
-    )  # fmt: skip
+    axes.set_xticks(ticks := _ticks(times), [_clock(at_s, ticks) for at_s in ticks])
     axes.grid(axis="both", color=EDGE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=7.5, colors=FAINT, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _ticks(times: Floats) -> list[float]:
+    """Round times of day, at most eight of them."""
+    step_s = _round_time(times[-1] - times[0], 8)
+    offset_s = datetime.fromtimestamp(times[0]).astimezone().utcoffset()
+    shift_s = offset_s.total_seconds() if offset_s else 0.0
+    first = np.ceil((times[0] + shift_s) / step_s) * step_s - shift_s
+    return [float(at_s) for at_s in np.arange(first, times[-1], step_s)]
+
+
+def _round_time(total_s: float, most: int) -> int:
+    """A round time of which at most so many make up a total."""
+    return next((step for step in TICKS_S if total_s <= most * step), TICKS_S[-1])
+
+
+def _clock(at_s: float, ticks: Sequence[float]) -> str:
+    step_s = ticks[1] - ticks[0] if len(ticks) > 1 else 60
+    shape = "%H:%M:%S" if step_s < 60 else "%H:%M" if step_s < 86_400 else "%b %d"
+    return datetime.fromtimestamp(at_s).strftime(shape)
 
 
 SCALES: dict[Unit, tuple[tuple[float, float, str], ...]] = {

@@ -8,7 +8,6 @@ from cluster.metrics import Metric, VllmMetric
 from cluster.panels import Dashboard, Kind, Panel, Query, Row, Thresholds, Unit
 from cluster.promql import (
     QUANTILES,
-    alive,
     grown,
     largest,
     number,
@@ -43,7 +42,7 @@ def _events(counter: Metric, label: str, *matchers: str) -> tuple[Query, ...]:
 
 
 _MEASURED = _rate_of_workers(metrics.STEP_MEASURED_SECONDS, "replica")
-_REPORT_AGE = alive(shown(metrics.WORKER_REPORT_AGE))
+_REPORT_AGE = shown(metrics.WORKER_REPORT_AGE)
 _PREDICTED = _rate_of_workers(metrics.STEP_PREDICTED_SECONDS, "replica")
 
 
@@ -362,7 +361,7 @@ STEPS = Dashboard(
                 ),
                 Panel(
                     "Running",
-                    "Requests that are in the workers' steps.",
+                    "Requests that are in the workers' steps: at most `max_num_seqs` on each.",
                     Unit.COUNT,
                     (Query(total(of_workers(metrics.VLLM_NUM_REQUESTS_RUNNING)), "running"),),
                     Kind.STAT,
@@ -538,12 +537,7 @@ STEPS = Dashboard(
                     "Requests in the last 5 minutes that had to give up their room in the KV "
                     "cache and compute it anew. Good is none; each costs its prompt once more.",
                     Unit.COUNT,
-                    (
-                        Query(
-                            total(grown(of_workers(metrics.VLLM_NUM_PREEMPTIONS), "5m"), "replica"),
-                            "{{replica}}",
-                        ),
-                    ),
+                    (Query(total(grown(shown(metrics.VLLM_NUM_PREEMPTIONS), "5m")), "preempted"),),
                     Kind.BARS,
                     may_be_empty="no request was preempted",
                 ),
@@ -720,7 +714,8 @@ PLACEMENT = Dashboard(
                             "{{deployment}}",
                         ),
                     ),
-                    thresholds=Thresholds(1, 3),
+                    Kind.BARS,
+                    Thresholds(1, 3),
                 ),
             ),
         ),

@@ -16,7 +16,9 @@ def dashboards(
     prometheus: Annotated[
         str, typer.Option(help="Address of the Prometheus that scrapes the cluster.")
     ] = "http://127.0.0.1:9090",
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("dashboards"),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the pictures; made if missing.")
+    ] = Path("dashboards"),
     minutes: Annotated[float, typer.Option(min=0.1, help="How far back they show.")] = 15.0,
 ) -> None:
     """Draw the dashboards as PNG files, from Prometheus and without Grafana.

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 import time
 from collections import defaultdict
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ray.serve import metrics as serve_metrics
 
 from cluster import metrics
+from cluster.config import AppConfig
 from cluster.metrics import MODEL_LABEL, Kind, Metric
 from cluster.request_history import RequestRecord
 from scheduler.drafting import Cause
@@ -18,36 +20,65 @@ from workers.draft_worker import DraftWorkerStatus
 from workers.engine import DraftStats
 from workers.step_history import TakenStep
 
+REFRESH_S = 5.0
+"""How often gauges are set again that are to stay."""
+
+
+class _Nowhere:
+    """A metric that is not exported."""
+
+    def inc(self, *_: object) -> None: ...
+
+    set = observe = inc
+
+
+_NOWHERE = _Nowhere()
+
 
 class Exporter:
     """The metrics of one replica."""
 
-    def __init__(self, model_name: str) -> None:
-        """`model_name` is the label of every sample."""
-        self._model_name = model_name
+    def __init__(self, config: AppConfig) -> None:
+        """With `metrics` off in the config, everything goes nowhere."""
+        self._config = config
         self._made: dict[str, Any] = {}
-        self.set(metrics.START_TIME, time.time())
+        self._kept: dict[Metric, float] = {}
+        self.keep(metrics.START_TIME, time.time())
+        threading.Thread(target=self._refresh, name="metrics", daemon=True).start()
 
     def add(self, counter: Metric, amount: float = 1, **labels: str) -> None:
-        """Add to a counter; nothing is exported before the first time, so zero counts."""
+        """Add to a counter; a series of it begins with its first amount, not with zero."""
         self._ray_metric(counter).inc(amount, labels)
 
     def set(self, gauge: Metric, value: float, **labels: str) -> None:
-        """Set a gauge."""
+        """Set a gauge. Ray forgets it in 20 s, as befits a view of others: set it often."""
         self._ray_metric(gauge).set(value, labels)
+
+    def keep(self, gauge: Metric, value: float) -> None:
+        """Set a gauge that stays until it is set anew, or the replica ends."""
+        self._kept[gauge] = value
+        self.set(gauge, value)
 
     def observe(self, histogram: Metric, value: float, **labels: str) -> None:
         """Count one value of a histogram."""
         self._ray_metric(histogram).observe(value, labels)
 
+    def _refresh(self) -> None:
+        while True:
+            time.sleep(REFRESH_S)
+            for gauge, value in self._kept.copy().items():
+                self.set(gauge, value)
+
     def _ray_metric(self, metric: Metric) -> Any:
+        if not self._config.metrics:
+            return _NOWHERE
         if (made := self._made.get(metric.name)) is None:
             options: dict[str, Any] = {"tag_keys": (*metric.labels, MODEL_LABEL)}
             if metric.kind is Kind.HISTOGRAM:
                 options["boundaries"] = list(metric.buckets)
             cls = getattr(serve_metrics, metric.kind.capitalize())
             made = cls(metric.name, metric.help, **options)
-            made.set_default_tags({MODEL_LABEL: self._model_name})
+            made.set_default_tags({MODEL_LABEL: self._config.model_name})
             self._made[metric.name] = made
         return made
 
@@ -128,7 +159,7 @@ class RequestMetrics:
 
     def set_live(self, num_live: int) -> None:
         """Note how many requests go on."""
-        self._exporter.set(metrics.LIVE_REQUESTS, num_live)
+        self._exporter.keep(metrics.LIVE_REQUESTS, num_live)
 
     def count_end(self, record: RequestRecord) -> None:
         """Count a request that has ended."""

@@ -77,7 +77,7 @@ class Ingress:
         self._scheduler = scheduler
         self._draft_workers = draft_workers
         context = serve.get_replica_context()
-        self._metrics = RequestMetrics(Exporter(config.model_name))
+        self._metrics = RequestMetrics(Exporter(config))
         self._tracing = Tracing(config.tracing, "ingress", context.replica_id.unique_id)
         self._history = RequestHistory()
         self._client = EngineClient(

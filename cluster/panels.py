@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import NamedTuple
 
 GRID_WIDTH = 24
@@ -144,7 +145,7 @@ def layout(dashboard: Dashboard) -> Iterator[tuple[Row | Panel, Place]]:
         num_lines = -(-len(row.panels) // most)
         for line in range(num_lines):
             begin, end = (len(row.panels) * at // num_lines for at in (line, line + 1))
-            width = GRID_WIDTH // (end - begin)
-            for column, panel in enumerate(row.panels[begin:end]):
-                yield panel, Place(column * width, y, width, height)
+            edges = [GRID_WIDTH * at // (end - begin) for at in range(end - begin + 1)]
+            for panel, (left, right) in zip(row.panels[begin:end], pairwise(edges), strict=True):
+                yield panel, Place(left, y, right - left, height)
             y += height

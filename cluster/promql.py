@@ -51,14 +51,6 @@ def grown(counter: str, window: str) -> str:
     )
 
 
-def alive(gauge: str) -> str:
-    """A gauge's series less those that stand still.
-
-    Ray goes on to export a gauge's last value while its process lives, also for what is no more.
-    """
-    return f"({gauge} and changes({gauge}[2m]) > 0)"
-
-
 def total(expr: str, *by: str) -> str:
     """The sum over all labels but `by`."""
     return _aggregated("sum", expr, by)

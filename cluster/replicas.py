@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray import serve
 from ray.exceptions import RayError
@@ -27,6 +27,9 @@ from workers.step_history import TakenStep
 from workers.token_stream import StreamAddress
 from workers.worker import Worker, WorkerReport
 
+if TYPE_CHECKING:
+    from cluster.vllm_metrics import SchedulerMetrics
+
 logger = logging.getLogger(__name__)
 
 EXPORT_LOADS_S = 2.0
@@ -38,7 +41,7 @@ class GlobalSchedulerReplica(GlobalScheduler):
 
     def __init__(self, config: AppConfig) -> None:
         set_up_logs(config.logs, **replica_context())
-        metrics = PlacementMetrics(Exporter(config.model_name))
+        metrics = PlacementMetrics(Exporter(config))
         self._tracing = Tracing(config.tracing, "scheduler", _replica_id())
         super().__init__(
             on_placement=lambda request, placement: metrics.count_placement(placement),
@@ -80,22 +83,25 @@ class WorkerReplica(Worker):
 
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
         set_up_logs(config.logs, **replica_context())
-        exporter = Exporter(config.model_name)
+        exporter = Exporter(config)
         metrics = WorkerMetrics(exporter)
         self._tracing = Tracing(config.tracing, "worker", _replica_id())
+        self._scheduler_metrics: SchedulerMetrics | None = None
 
         def make_engine() -> Engine:
             # vLLM takes long to import; only this process of the cluster package needs it.
             from cluster.vllm_metrics import SchedulerMetrics
             from workers.vllm_engine import VllmEngine
 
-            engine = VllmEngine(resolve_model(config.model), config.worker, on_step, config.draft)
-            self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, config.model_name)
-            engine.on_stats = self._scheduler_metrics.add
+            told = on_step if config.metrics else None
+            engine = VllmEngine(resolve_model(config.model), config.worker, told, config.draft)
+            if config.metrics:
+                self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, config.model_name)
+                engine.on_stats = self._scheduler_metrics.add
             if engine.peaks:
                 self.peaks = engine.peaks
-                exporter.set(PEAK_FLOPS, engine.peaks.flops_per_s)
-                exporter.set(PEAK_MEMORY_BANDWIDTH, engine.peaks.bytes_per_s)
+                exporter.keep(PEAK_FLOPS, engine.peaks.flops_per_s)
+                exporter.keep(PEAK_MEMORY_BANDWIDTH, engine.peaks.bytes_per_s)
             return engine
 
         def on_step(step: TakenStep) -> None:
@@ -104,7 +110,8 @@ class WorkerReplica(Worker):
 
         def send(report: WorkerReport) -> None:
             metrics.export(report.drafts)
-            self._scheduler_metrics.export()
+            if self._scheduler_metrics:
+                self._scheduler_metrics.export()
             answer = scheduler.report.remote(report)
             if report.drafts:
                 asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
@@ -159,7 +166,7 @@ class DraftReplica(DraftWorker):
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
         assert config.draft
         set_up_logs(config.logs, **replica_context())
-        draft, metrics = config.draft, DraftWorkerMetrics(Exporter(config.model_name))
+        draft, metrics = config.draft, DraftWorkerMetrics(Exporter(config))
 
         def send(report: DraftWorkerReport) -> None:
             metrics.export(report.status)

@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -34,6 +34,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor import Executor
+from vllm.v1.metrics.loggers import StatLoggerFactory
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.calls import TRACE_HEADER, Call, Calls
@@ -110,6 +111,7 @@ class ClusterLLM(AsyncLLM):
         vllm_config: VllmConfig,
         core: WorkersCore,
         has_workers: Callable[[], Awaitable[bool]],
+        stat_loggers: Sequence[StatLoggerFactory] = (),
     ) -> None:
         with _engine_core(core):
             super().__init__(
@@ -117,7 +119,7 @@ class ClusterLLM(AsyncLLM):
                 Executor.get_class(vllm_config),
                 log_stats=True,
                 log_requests=False,
-                stat_loggers=list(STAT_LOGGERS),
+                stat_loggers=list(stat_loggers),
             )
         self._has_workers = has_workers
         self._encode = encoder()
@@ -185,7 +187,8 @@ class Frontend:
         args = engine_args(model, config.worker)
         args.served_model_name = config.model_name  # in messages and metrics
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers)
+        stat_loggers = STAT_LOGGERS if config.metrics else ()
+        self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers, stat_loggers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
         self.asgi_app = http_app(self._app, config, calls)
 

@@ -12,8 +12,17 @@ from vllm.v1.metrics.stats import SchedulerStats
 STAT_LOGGERS = (RayPrometheusStatLogger, PrometheusStatLogger)
 """Of an ingress: what its requests saw. The second one is for its own page, `/metrics`."""
 
-SUMMED = ("prefix_cache_stats", "connector_prefix_cache_stats", "spec_decoding_stats")
-"""What of vLLM's statistics of a step adds up."""
+GAUGES = (
+    "num_running_reqs",
+    "num_waiting_reqs",
+    "num_skipped_waiting_reqs",
+    "num_kv_fetch_reqs_by_stage",
+    "kv_cache_usage",
+    "waiting_lora_adapters",
+    "running_lora_adapters",
+)
+SUMS = ("prefix_cache_stats", "connector_prefix_cache_stats", "spec_decoding_stats")
+"""What of vLLM's statistics of a step describes the moment, and what adds up."""
 
 
 class SchedulerMetrics:
@@ -22,23 +31,20 @@ class SchedulerMetrics:
     def __init__(self, vllm_config: VllmConfig, model_name: str) -> None:
         vllm_config.model_config.served_model_name = model_name
         self._logger = RayPrometheusStatLogger(vllm_config)
-        self._stats: SchedulerStats | None = None
+        self._stats = SchedulerStats()
 
     def add(self, stats: SchedulerStats) -> None:
         """Take what one step saw; cheap, unlike exporting it."""
-        if self._stats is not None:
-            for name in SUMMED:
-                total = _sum(getattr(self._stats, name), getattr(stats, name))
-                setattr(stats, name, total)
-            stats.kv_cache_eviction_events[:0] = self._stats.kv_cache_eviction_events
+        for name in SUMS:
+            setattr(stats, name, _sum(getattr(self._stats, name), getattr(stats, name)))
+        stats.kv_cache_eviction_events[:0] = self._stats.kv_cache_eviction_events
         self._stats = stats
 
     def export(self) -> None:
-        """Send what the steps since the last time saw."""
-        if self._stats is not None:
-            self._logger.record(self._stats, None)
-            # The gauges stay what they are; what adds up begins anew.
-            self._stats = None
+        """Send what was seen since the last time, and the gauges, which Ray forgets in 20 s."""
+        stats = self._stats
+        self._stats = SchedulerStats(**{name: getattr(stats, name) for name in GAUGES})
+        self._logger.record(stats, None)
 
 
 def _sum(old: Any, new: Any) -> Any:

@@ -1,0 +1,82 @@
+"""A real Prometheus for tests, configured by deploy/prometheus.yml."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"
+SCRAPE_INTERVAL = "scrape_interval: 10s"
+READY_TIMEOUT_S = 60
+
+
+def require(program: str) -> str:
+    """The path of a program of Prometheus; without it a test is skipped, but not in CI."""
+    if (path := shutil.which(program)) is None:
+        reason = f"{program} is not on PATH (on Debian: apt-get install prometheus)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def prometheus_server(
+    folder: Path, discovery_file: Path, scrape_interval: str, evaluation_interval: str = "15s"
+) -> Iterator[str]:
+    """Its address; it scrapes what `discovery_file` names, and ends with the context."""
+    config = (DEPLOY / "prometheus.yml").read_text()
+    assert DISCOVERY_FILE in config
+    assert SCRAPE_INTERVAL in config
+    config = config.replace(DISCOVERY_FILE, str(discovery_file))
+    config = config.replace(SCRAPE_INTERVAL, f"scrape_interval: {scrape_interval}")
+    config = config.replace(
+        "evaluation_interval: 15s", f"evaluation_interval: {evaluation_interval}"
+    )
+    (folder / "prometheus.yml").write_text(config)
+    shutil.copy(DEPLOY / "alerts.yml", folder)
+    address = f"127.0.0.1:{free_port()}"
+    log = folder / "prometheus.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [
+                require("prometheus"),
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_until_ready(f"http://{address}", process, log)
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    give_up_s = time.monotonic() + READY_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < give_up_s:
+        try:
+            if httpx.get(f"{url}/-/ready").status_code == 200:
+                return
+        except httpx.ConnectError:
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"Prometheus did not come up:\n{log.read_text()}")
