@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cluster.dashboards_cli import dashboards
 from cluster.draft_head_cli import draft_head_app
 from cluster.errors import XYServeError
 from cluster.logs import LogConfig, set_up_logs
@@ -39,6 +40,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(draft_head_app, name="draft-head")
 app.command()(simulate)
 app.command()(replay)
+app.command()(dashboards)
 app.command()(steps)
 app.command()(explain)
 

@@ -184,7 +184,6 @@ def _chart(panel: Panel) -> timeseries.Panel:
         )
         .show_points(common.VisibilityMode.NEVER)
         .line_width(1.5)
-        .axis_soft_min(0)
         .min(0)
     )
     if panel.kind is Kind.BARS:

@@ -22,8 +22,8 @@ from cluster.prometheus import Line, Prometheus, PrometheusFailed, Span
 from tests.cluster.catalogue_exporter import CatalogueExporter
 from tests.prometheus_server import free_port, prometheus_server, require
 
-RATE_INTERVAL = "4s"
-DATA_TIMEOUT_S = 90
+RATE_INTERVAL = "8s"
+DATA_TIMEOUT_S = 150
 """Some of the events are rare."""
 
 
@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     discovery.write_text(json.dumps([{"targets": [f"127.0.0.1:{port}"], "labels": {"job": "ray"}}]))
     with (
         CatalogueExporter(port),
-        prometheus_server(folder, discovery, "500ms", "1s") as url,
+        prometheus_server(folder, discovery, "1s", "1s") as url,
         Prometheus(url) as prometheus,
     ):
         yield prometheus
@@ -48,7 +48,7 @@ def span(server: Prometheus) -> Span:
     while missing:
         assert time.time() < began_s + DATA_TIMEOUT_S, missing
         time.sleep(1)
-        span = Span(began_s, time.time(), 0.5, RATE_INTERVAL)
+        span = Span(began_s, time.time(), 1, RATE_INTERVAL)
         missing = [
             panel.title
             for dashboard in DASHBOARDS

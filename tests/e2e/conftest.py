@@ -18,6 +18,7 @@ import ray
 import yaml
 
 from cluster.client import XYServe
+from tests.collector import Collector, collecting
 
 READY_TIMEOUT_S = 240
 ANSWER_TIMEOUT_S = 120
@@ -80,10 +81,17 @@ def write_config(path: Path, port: int, **args: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def collector() -> Iterator[Collector]:
+    """Of spans; only calls whose client traces them are traced."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     config, log = folder / "app.yaml", folder / "up.log"
-    write_config(config, free_port())
+    write_config(config, free_port(), tracing={"endpoint": collector.endpoint, "sample_ratio": 0.0})
     # Ray's sockets need a short path.
     ray_folder = Path(f"/tmp/xyt{free_port()}")
     with log.open("w") as out:

@@ -153,7 +153,7 @@ def test_alerts_can_be_evaluated_and_those_of_a_broken_app_are_silent(
 
     firing = prometheus.query_range('ALERTS{alertstate="firing"}', span)
     names = {line.labels["alertname"] for line in firing}
-    assert not names & {"XYServeWorkerStuck", "XYServeSchedulerBlind", "XYServeUnavailable"}
+    assert not names & {"XYServeWorkerStuck", "XYServeSchedulerBlind"}
 
 
 def test_the_dashboards_can_be_drawn(prometheus: Prometheus, span: Span, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from scheduler.record import replay
 from scheduler.request import Request, Slo
 from scheduler.task import StepReport
 from tests.workers.tiny_models import VOCAB_SIZE
+from workers.step_history import RequestStep, StepHistory, TakenStep
 from workers.token_stream import StreamAddress
 from workers.worker import WorkerConfig
 
@@ -60,6 +61,10 @@ class Played:
     num_kept: int
     """Requests that the scheduler still keeps something of."""
     class_name: str
+    seen: list[list[RequestStep]]
+    """Of each job, what the worker's history tells of its steps."""
+    queued_s: list[tuple[str, float]]
+    """Of all jobs, in the order in which they began."""
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -94,7 +99,14 @@ def _play(engine: Any, config: WorkerConfig, jobs: Sequence[Job], script: int) -
     from vllm.v1.serial_utils import MsgpackDecoder
 
     scheduler = engine._core.scheduler
-    record = io.StringIO()
+    record, history = io.StringIO(), StepHistory()
+    queued_s: list[tuple[str, float]] = []
+
+    def on_step(step: TakenStep) -> None:
+        history.add(step)
+        queued_s.extend(step.queued_s)
+
+    scheduler.on_step = on_step
     if config.step_policy.name != "vllm":
         scheduler.record(record, config.step_policy)
     decoder = MsgpackDecoder(EngineCoreOutputs)
@@ -135,6 +147,8 @@ def _play(engine: Any, config: WorkerConfig, jobs: Sequence[Job], script: int) -
         record.getvalue().splitlines(keepends=True),
         len(getattr(scheduler, "_live", ())) + len(scheduler.requests),
         type(scheduler).__name__,
+        [history.of_request(name) for name in ids],
+        queued_s,
     )
 
 

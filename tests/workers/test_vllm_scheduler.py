@@ -187,6 +187,25 @@ def test_a_full_kv_cache_preempts_and_loses_nothing(engines: Engines, policy: st
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_the_history_tells_all_that_a_request_saw(engines: Engines, policy: str) -> None:
+    for jobs, played in zip((CROWD, TOO_MANY, CROWD), engines.cached(policy), strict=True):
+        # In the step in which it ends a request has its last token.
+        assert [sum(s.num_new_tokens for s in seen) for seen in played.seen] == [
+            len(tokens) for tokens in played.tokens
+        ]
+        assert sum(s.preempted for seen in played.seen for s in seen) == played.num_preemptions
+        for job, seen in zip(jobs, played.seen, strict=True):
+            numbers = [s.step for s in seen]
+            first = next(index for index, s in enumerate(seen) if s.task)
+            # It has a part or a reason in each step from its arrival to its end.
+            assert numbers == list(range(numbers[0], numbers[-1] + 1)), job
+            assert all(s.reason for s in seen[:first])
+        assert len(played.queued_s) == len(jobs)
+        assert all(seconds >= 0 for _, seconds in played.queued_s)
+    assert sum(each.num_preemptions for each in engines.cached(policy)) > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_prefix_hits_and_preemption_in_one_engine(engines: Engines, policy: str) -> None:
     played = engines.cached(policy)
 

@@ -1,0 +1,184 @@
+"""What became of a request, and what steps were made of: asked as a user asks."""
+
+import asyncio
+import os
+import signal
+import time
+
+import httpx
+import openai
+import pytest
+from openai.types import Completion
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.client import XYServe
+from cluster.errors import RequestFailed
+from cluster.explain import Explanation, tell
+from cluster.request_history import Refusal
+from scheduler.task import Stage
+from tests.e2e.conftest import MODEL, Server
+
+PROMPT = "one two three four " * 8
+FAST = {"x-slo-class": "interactive"}
+NEW_WORKER_S = 120
+
+
+def run(server: Server, *args: str) -> str:
+    """What a command prints; it uses the connection of this process."""
+    result = CliRunner().invoke(app, [*args, "--address", server.ray_address])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def only(found: list[Explanation | Refusal]) -> Explanation:
+    [one] = found
+    assert isinstance(one, Explanation)
+    return one
+
+
+def test_a_request_is_explained_by_the_id_of_its_answer(
+    server: Server, handle: XYServe, client: openai.OpenAI
+) -> None:
+    answer = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0, extra_headers=FAST
+    )
+
+    one = only(handle.explain(answer.id))
+    [trail] = one.trails
+    [(worker, steps)] = trail.steps.items()
+    usage = answer.usage
+    assert usage is not None
+    assert one.record.outcome == answer.choices[0].finish_reason
+    assert one.record.num_output_tokens == usage.completion_tokens
+    assert one.record.request.num_prompt_tokens == usage.prompt_tokens
+    assert one.record.request.slo_class == "interactive"
+    assert trail.placement is not None
+    assert trail.placement.chosen.worker_id == worker
+    assert trail.placement.runner_up is not None
+    assert sum(step.num_new_tokens for step in steps) == usage.completion_tokens
+    computed = sum(step.task.num_tokens for step in steps if step.task)
+    cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+    assert computed >= usage.prompt_tokens - (cached or 0)
+    stages = [step.task.stage for step in steps if step.task]
+    assert stages[0] is Stage.PREFILL
+    assert Stage.VERIFY in stages  # the prompt repeats itself
+
+    text = run(server, "explain", answer.id)
+    assert "ended by length after 40 tokens" in text
+    assert "class interactive: TTFT" in text
+    assert f"placed on {worker}" in text
+    assert "drafts accepted" in text
+
+
+def test_each_of_several_answers_is_explained_by_the_calls_name(
+    handle: XYServe, client: openai.OpenAI
+) -> None:
+    client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=3, n=3, extra_headers={"x-request-id": "threefold"}
+    )
+
+    found = handle.explain("threefold")
+
+    assert len(found) == 3
+    assert all(isinstance(one, Explanation) for one in found)
+
+
+def test_a_call_of_the_handle_is_explained_by_the_name_given_to_it(handle: XYServe) -> None:
+    handle.generate(PROMPT, max_tokens=3, request_id="by-handle-1")
+    for _ in handle.stream(PROMPT, max_tokens=3, request_id="by-handle-2"):
+        pass
+
+    assert only(handle.explain("by-handle-1")).record.num_output_tokens == 3
+    assert only(handle.explain("by-handle-2")).record.num_output_tokens == 3
+
+
+def test_a_refused_call_is_explained(server: Server, handle: XYServe, http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": -1}
+    http.post("/v1/completions", json=body, headers={"x-request-id": "refused-by-http"})
+    with pytest.raises(RequestFailed):
+        handle.generate("x", max_tokens=-1, request_id="refused-by-handle")
+
+    for name in ("refused-by-http", "refused-by-handle"):
+        [refusal] = handle.explain(name)
+        assert isinstance(refusal, Refusal)
+        assert refusal.status == 400
+        assert "max_tokens must be at least 1" in refusal.message
+        assert "400 (the client's error); no worker was asked" in run(server, "explain", name)
+
+
+def test_a_request_whose_client_leaves_is_explained(handle: XYServe, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=900, stream=True,
+        extra_headers={"x-request-id": "left-early"},
+    )  # fmt: skip
+    next(iter(stream))
+    stream.close()
+
+    give_up_s = time.monotonic() + 30
+    while not (one := only(handle.explain("left-early"))).record.outcome:
+        assert time.monotonic() < give_up_s
+        time.sleep(0.1)
+    assert one.record.outcome == "abort"
+    assert 0 < one.record.num_output_tokens < 900
+
+
+def test_nothing_is_known_of_another_id(server: Server) -> None:
+    result = CliRunner().invoke(app, ["explain", "never-heard-of", "--address", server.ray_address])
+
+    assert result.exit_code == 1
+    assert "no ingress remembers a request 'never-heard-of'" in result.output
+
+
+def test_the_latest_steps_are_shown(server: Server, handle: XYServe, client: openai.OpenAI) -> None:
+    began_s = time.time()
+    client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0)
+
+    found = handle.steps(began_s, 100)
+
+    assert len(found) == 2
+    steps = [step for of_worker in found for step in of_worker.steps]
+    assert sum(step.num_new_tokens for step in steps) >= 20
+    assert all(step.began_s > began_s - 1 for step in steps)
+    assert all(of_worker.peaks for of_worker in found)
+    assert all(step.num_flops > 0 and step.num_bytes > 0 for step in steps)
+    text = run(server, "steps", "--last", "3")
+    assert "prefill" in text
+    assert "measured" in text
+
+
+def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
+    handle: XYServe,
+) -> None:
+    """Both workers are stopped, so that neither gives a token, and then one is killed."""
+    killed, kept = handle.status().workers
+    for worker in (killed, kept):
+        os.kill(worker.pid, signal.SIGSTOP)
+
+    async def answers() -> list[Completion]:
+        calls = [
+            asyncio.create_task(
+                handle.generate_async(
+                    PROMPT, max_tokens=5, request_id=f"resumed-{number}", timeout_s=120
+                )
+            )
+            for number in range(2)
+        ]
+        await asyncio.sleep(2)
+        os.kill(killed.pid, signal.SIGKILL)
+        os.kill(kept.pid, signal.SIGCONT)
+        return await asyncio.gather(*calls)
+
+    assert len({answer.choices[0].text for answer in asyncio.run(answers())}) == 1
+
+    found = [only(handle.explain(f"resumed-{number}")) for number in range(2)]
+    [resumed] = (one for one in found if len(one.record.attempts) == 2)
+    text = "\n".join(tell(resumed))
+    assert f"placed on {killed.worker_id}" in text.partition("Attempt 2 of 2")[0]
+    assert "it lost that worker: " in text.partition("Attempt 2 of 2")[0]
+    assert f"on {kept.worker_id}, prefill" in text.partition("Attempt 2 of 2")[2]
+    assert resumed.record.num_output_tokens == 5
+    give_up_s = time.monotonic() + NEW_WORKER_S
+    while len(handle.status().workers) < 2:
+        assert time.monotonic() < give_up_s
+        time.sleep(1)
