@@ -44,6 +44,6 @@ lint: install
 test: lint
 	$(call phase,pytest,$(BIN)/pytest $(ARGS))
 
-# What is in git; a test compares it with cluster/dashboards.py and cluster/alerts.py.
+# What is in git; a test compares it with cluster/dashboards.
 dashboards: install
-	@$(BIN)/python -m cluster.grafana
+	@$(BIN)/python -m cluster.dashboards.grafana

@@ -59,10 +59,11 @@ class Calls:
     @contextmanager
     def answering(self, call_id: str | None, traceparent: str | None) -> Iterator[Call]:
         """A call from now on to its end, in the context of whoever answers it."""
-        call = Call(call_id or uuid.uuid4().hex)
-        token = current_call.set(call)
-        attributes = {"xyserve.call_id": call.call_id}
+        call_id = call_id or uuid.uuid4().hex
+        attributes = {"xyserve.call_id": call_id}
         with self._tracing.call("ingress", traceparent or "", attributes) as span:
+            call = Call(call_id)
+            token = current_call.set(call)
             try:
                 yield call
             except RequestFailed as failure:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.prometheus import Prometheus, Span
+from cluster.dashboards.prometheus import Prometheus, Span
 
 MOST_POINTS = 240
 """In one line of a diagram; more would lie closer than a pixel."""
@@ -27,8 +27,8 @@ def dashboards(
 
     Example: xyserve dashboards --minutes 60 --out pictures
     """
-    from cluster.dashboard_plots import draw, fetch
-    from cluster.dashboards import DASHBOARDS
+    from cluster.dashboards.pages import DASHBOARDS
+    from cluster.dashboards.plots import draw, fetch
 
     end_s = time.time()
     step_s = max(1.0, minutes * 60 / MOST_POINTS)

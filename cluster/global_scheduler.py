@@ -21,6 +21,8 @@ FORGET_AFTER_S = 30.0
 """A placement that its worker has not reported by then never arrived there."""
 SILENT_AFTER_S = 30.0
 """A worker that has not reported for this long perhaps hangs; a live one does every 2 s."""
+GONE_AFTER_S = 300.0
+"""A worker that was silent for so long is no more; Serve would have replaced one that hangs."""
 DRAFTER_SILENT_AFTER_S = 3.0
 """A draft worker that has not reported, or owes an answer, for so long may be stopped; a live one
 does twice a second."""
@@ -235,6 +237,7 @@ class GlobalScheduler:
         return [
             (view.load(worker_id, now), now - view.heard_s)
             for worker_id, view in sorted(self._workers.items())
+            if now - view.heard_s < GONE_AFTER_S
         ]
 
     def _view(self, worker_id: str, now: float) -> _WorkerView:

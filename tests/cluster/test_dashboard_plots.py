@@ -13,12 +13,12 @@ import typer
 from matplotlib import image, pyplot
 from typer.testing import CliRunner
 
-from cluster.dashboard_plots import draw, fetch, picture, write
-from cluster.dashboards import DASHBOARDS
+from cluster.dashboards.pages import DASHBOARDS
+from cluster.dashboards.panels import Dashboard, Kind, Unit
+from cluster.dashboards.plots import draw, fetch, picture, write
+from cluster.dashboards.prometheus import Line, Prometheus, PrometheusFailed, Span
 from cluster.dashboards_cli import dashboards
 from cluster.metrics import METRICS
-from cluster.panels import Dashboard, Kind, Unit
-from cluster.prometheus import Line, Prometheus, PrometheusFailed, Span
 from tests.cluster.catalogue_exporter import CatalogueExporter
 from tests.prometheus_server import free_port, prometheus_server, require
 

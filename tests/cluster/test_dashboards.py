@@ -12,12 +12,13 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard as GrafanaDashboard
 
-from cluster import grafana, metrics
-from cluster.alerts import ALERTS
-from cluster.dashboards import DASHBOARDS
+from cluster import metrics
+from cluster.dashboards import grafana
+from cluster.dashboards.alerts import ALERTS
+from cluster.dashboards.pages import DASHBOARDS
+from cluster.dashboards.panels import GRID_WIDTH, Dashboard, Panel, Row, Thresholds, layout
+from cluster.dashboards.promql import grown, ratio, series, shown
 from cluster.metrics import METRICS, Kind, Metric, VllmMetric
-from cluster.panels import GRID_WIDTH, Dashboard, Panel, Row, Thresholds, layout
-from cluster.promql import grown, ratio, series, shown
 from tests.prometheus_server import DEPLOY, require
 
 PANELS = [panel for dashboard in DASHBOARDS for panel in dashboard.panels]

@@ -10,12 +10,12 @@ import httpx
 import openai
 import pytest
 
-from cluster.alerts import ALERTS
-from cluster.dashboard_plots import draw, fetch
-from cluster.dashboards import DASHBOARDS
+from cluster.dashboards.alerts import ALERTS
+from cluster.dashboards.pages import DASHBOARDS
+from cluster.dashboards.panels import Panel
+from cluster.dashboards.plots import draw, fetch
+from cluster.dashboards.prometheus import Prometheus, Span
 from cluster.metrics import METRICS, Kind
-from cluster.panels import Panel
-from cluster.prometheus import Prometheus, Span
 from tests.e2e.conftest import MODEL, Server
 from tests.prometheus_server import prometheus_server, require
 

@@ -1,6 +1,6 @@
 """Writes the dashboards as Grafana's JSON and the alerts as Prometheus' rules, below `deploy/`.
 
-`python -m cluster.grafana`, after a change of `cluster/dashboards.py` or `cluster/alerts.py`.
+`make dashboards` runs it, after a change of this folder.
 """
 
 import json
@@ -16,12 +16,12 @@ from grafana_foundation_sdk.models import common
 from grafana_foundation_sdk.models import dashboard as models
 
 from cluster import metrics
-from cluster.alerts import ALERTS, Alert
-from cluster.dashboards import DASHBOARDS
-from cluster.panels import COLOURS, Dashboard, Kind, Panel, Place, Row, layout
-from cluster.promql import series
+from cluster.dashboards.alerts import ALERTS, Alert
+from cluster.dashboards.pages import DASHBOARDS
+from cluster.dashboards.panels import COLOURS, Dashboard, Kind, Panel, Place, Row, layout
+from cluster.dashboards.promql import series
 
-DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 DATA_SOURCE = models.DataSourceRef("prometheus", "$datasource")
 VARIABLES = {
     "app": ("App", "application", series(metrics.START_TIME)),
@@ -36,7 +36,7 @@ VARIABLES = {
 """By name: what it is called, and the label whose values it has, of which series."""
 ALERTS_HEADER = """\
 # Alert rules for Prometheus; deploy/prometheus.yml names this file.
-# Written by `python -m cluster.grafana` from cluster/alerts.py: change that one.
+# Written by `make dashboards` from cluster/dashboards/alerts.py: change that one.
 """
 LEVEL_COLOURS = {"good": "green", "warn": "orange", "bad": "red"}
 

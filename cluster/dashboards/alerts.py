@@ -1,10 +1,10 @@
-"""What should wake somebody: the alert rules, which `cluster/grafana.py` writes for Prometheus."""
+"""What should wake somebody: the alert rules, which `grafana.py` writes for Prometheus."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster import metrics
-from cluster.promql import grown, largest, number, rate, series, smallest, total
+from cluster.dashboards.promql import grown, largest, number, rate, series, smallest, total
 
 APP = "application"
 LEAST_REQUESTS = 20

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 import httpx
 
+from cluster.dashboards.promql import RATE_INTERVAL
 from cluster.errors import XYServeError
-from cluster.promql import RATE_INTERVAL
 
 TIMEOUT_S = 30.0
 

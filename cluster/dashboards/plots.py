@@ -19,8 +19,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from cluster.panels import COLOURS, GRID_WIDTH, Dashboard, Kind, Panel, Place, Row, Unit, layout
-from cluster.prometheus import Line, Prometheus, Span
+from cluster.dashboards.panels import (
+    COLOURS,
+    GRID_WIDTH,
+    Dashboard,
+    Kind,
+    Panel,
+    Place,
+    Row,
+    Unit,
+    layout,
+)
+from cluster.dashboards.prometheus import Line, Prometheus, Span
 
 Floats = npt.NDArray[np.float64]
 

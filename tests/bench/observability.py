@@ -1,0 +1,162 @@
+"""What it costs to be watched: tokens/s with metrics, the history of steps and logs, and without.
+
+    python -m tests.bench.observability --json observability.json
+
+Two apps of one worker each run on one Ray cluster, one with `metrics` on and all its logs, one
+without. They take turns at the same prompts, each first checked to give the same tokens; the idle
+one leaves the machine to the other. Half of the rounds each app has the other core. With
+`prometheus` on the path, one scrapes the cluster meanwhile, as in production. Keys of the summary:
+`cost_cN` is the share of output tokens/s that is lost at concurrency N, in the mean over the pairs
+of turns, and `error_cN` the standard error of it.
+"""
+
+import argparse
+import asyncio
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import ray
+from ray import serve
+
+from cluster.app import build_app
+from cluster.config import parse_args
+from tests.bench.overhead import ROUTE, by_http
+from tests.bench.report import publish
+from tests.workload import questions
+
+WATCHED, BARE = "watched", "bare"
+ROOT = Path(__file__).parents[2]
+
+
+def app_args(name: str) -> dict[str, Any]:
+    """Config of one contestant."""
+    watch = (
+        {"metrics": True, "logs": {"level": "info"}}
+        if name == WATCHED
+        else {"metrics": False, "logs": {"level": "error"}}
+    )
+    return watch | {
+        "draft": {"drafters": ["suffix"]},
+        "worker": {"engine": {"dtype": "float32", "max_num_seqs": 32, "kv_cache_gib": 0.5}},
+    }
+
+
+@contextmanager
+def cluster(port: int) -> Iterator[Path]:
+    """A Ray cluster, and its folder."""
+    with tempfile.TemporaryDirectory(prefix="xyb") as folder:
+        ray.init(address="local", include_dashboard=True, log_to_driver=False, _temp_dir=folder)
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        try:
+            yield Path(folder)
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+@contextmanager
+def scraped(folder: Path) -> Iterator[None]:
+    """A Prometheus that scrapes the cluster as `deploy/prometheus.yml` says, if there is one."""
+    if (prometheus := shutil.which("prometheus")) is None:
+        print("no prometheus on the path: nothing scrapes the cluster")
+        yield
+        return
+    config = (ROOT / "deploy" / "prometheus.yml").read_text().replace("/tmp/ray/", f"{folder}/")
+    (folder / "prometheus.yml").write_text(config)
+    shutil.copy(ROOT / "deploy" / "alerts.yml", folder)
+    process = subprocess.Popen(
+        [
+            prometheus,
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'prometheus'}",
+            "--web.listen-address=127.0.0.1:0",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def apps(names: tuple[str, str]) -> Iterator[None]:
+    """Both contestants, started one after the other, so that the first has the first core."""
+    for name in names:
+        serve.run(build_app(app_args(name)), name=name, route_prefix=f"/{name}")
+    try:
+        yield
+    finally:
+        for name in names:
+            serve.delete(name)
+
+
+async def turn(
+    name: str, port: int, prompts: list[str], max_tokens: int
+) -> tuple[float, list[list[int]]]:
+    """Seconds and tokens of all prompts at once."""
+    url = ROUTE.format(port=port).replace("/v1", f"/{name}/v1")
+    model = parse_args(app_args(name)).model_name
+    async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+        return await by_http(client, model, prompts, max_tokens)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=20, help="pairs of turns on each core")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--port", type=int, default=8124)
+    options = parser.parse_args()
+    seconds: dict[int, dict[str, list[float]]] = {
+        concurrency: {WATCHED: [], BARE: []} for concurrency in options.concurrency
+    }
+    with ExitStack() as stack:
+        folder = stack.enter_context(cluster(options.port))
+        stack.enter_context(scraped(folder))
+        for names in ((WATCHED, BARE), (BARE, WATCHED)):
+            with apps(names):
+                for concurrency, of_apps in seconds.items():
+                    prompts = questions(concurrency)
+
+                    def run(name: str, prompts: list[str] = prompts) -> tuple[float, Any]:
+                        return asyncio.run(turn(name, options.port, prompts, options.max_tokens))
+
+                    if run(WATCHED)[1] != run(BARE)[1]:
+                        raise SystemExit("the watched app gave other tokens than the bare one")
+                    for index in range(options.rounds):
+                        for name in names if index % 2 else names[::-1]:
+                            of_apps[name].append(run(name)[0])
+                    print(f"{names[0]} first, concurrency {concurrency}: done", flush=True)
+    rows, summary = [], {}
+    for concurrency, of_apps in seconds.items():
+        num_tokens = concurrency * options.max_tokens
+        pairs = list(zip(of_apps[WATCHED], of_apps[BARE], strict=True))
+        costs = [1 - bare / watched for watched, bare in pairs]
+        cost = summary[f"cost_c{concurrency}"] = statistics.mean(costs)
+        error = statistics.stdev(costs) / len(costs) ** 0.5
+        summary[f"error_c{concurrency}"] = error
+        rows.append(
+            {"concurrency": concurrency}
+            | {
+                f"{name} tok/s": num_tokens / statistics.median(own)
+                for name, own in of_apps.items()
+            }
+            | {"cost": cost, "median cost": statistics.median(costs), "standard error": error}
+        )
+    publish("The cost of being watched", rows, summary, options.json)
+
+
+if __name__ == "__main__":
+    main()
