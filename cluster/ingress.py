@@ -104,6 +104,11 @@ class Ingress:
         logger.info("app ready", extra={"model": self._config.model_name})
         return self._frontend.asgi_app
 
+    def __del__(self) -> None:
+        """Serve's hook for the end of a replica, also of one whose constructor failed."""
+        if hasattr(self, "_tracing"):
+            self._tracing.shut_down()
+
     async def check_health(self) -> None:
         """Serve's hook: it replaces this replica when this raises."""
         self._frontend.check_health()

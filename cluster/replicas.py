@@ -71,6 +71,11 @@ class GlobalSchedulerReplica(GlobalScheduler):
             )
         return chosen
 
+    def __del__(self) -> None:
+        """Serve's hook for the end of a replica, also of one whose constructor failed."""
+        if hasattr(self, "_tracing"):
+            self._tracing.shut_down()
+
     async def _export(self, metrics: PlacementMetrics) -> None:
         while True:
             for load, report_age_s in self.loads_by_age():
@@ -93,7 +98,7 @@ class WorkerReplica(Worker):
             from cluster.vllm_metrics import SchedulerMetrics
             from workers.vllm_engine import VllmEngine
 
-            told = on_step if config.metrics else None
+            told = on_step if config.metrics or config.tracing else None
             engine = VllmEngine(resolve_model(config.model), config.worker, told, config.draft)
             if config.metrics:
                 self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, config.model_name)
@@ -158,6 +163,7 @@ class WorkerReplica(Worker):
         """Serve's hook for the end of a replica, also of one whose constructor failed."""
         if hasattr(self, "_loop"):
             self.shutdown()
+            self._tracing.shut_down()
 
 
 class DraftReplica(DraftWorker):

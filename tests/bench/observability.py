@@ -7,7 +7,8 @@ without. They take turns at the same prompts, each first checked to give the sam
 one leaves the machine to the other. Half of the rounds each app has the other core. With
 `prometheus` on the path, one scrapes the cluster meanwhile, as in production. Keys of the summary:
 `cost_cN` is the share of output tokens/s that is lost at concurrency N, in the mean over the pairs
-of turns, and `error_cN` the standard error of it.
+of turns, and `error_cN` the standard error of it; `step_us` is what watching a step of 16 decodes
+takes of the worker's own time, in microseconds.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,16 +28,20 @@ import ray
 from ray import serve
 
 from cluster.app import build_app
-from cluster.config import parse_args
+from cluster.config import AppConfig, parse_args
+from cluster.exporter import Exporter, WorkerMetrics
+from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from tests.bench.overhead import ROUTE, by_http
 from tests.bench.report import publish
 from tests.workload import questions
+from workers.step_history import StepHistory, TakenStep
 
+NUM_STEPS, STEPS_OF_A_REPORT = 20_000, 5
 WATCHED, BARE = "watched", "bare"
 ROOT = Path(__file__).parents[2]
 
 
-def app_args(name: str) -> dict[str, Any]:
+def app_args(name: str, drafts: bool = False) -> dict[str, Any]:
     """Config of one contestant."""
     watch = (
         {"metrics": True, "logs": {"level": "info"}}
@@ -43,7 +49,7 @@ def app_args(name: str) -> dict[str, Any]:
         else {"metrics": False, "logs": {"level": "error"}}
     )
     return watch | {
-        "draft": {"drafters": ["suffix"]},
+        "draft": {"drafters": ["suffix"]} if drafts else None,
         "worker": {"engine": {"dtype": "float32", "max_num_seqs": 32, "kv_cache_gib": 0.5}},
     }
 
@@ -89,10 +95,10 @@ def scraped(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def apps(names: tuple[str, str]) -> Iterator[None]:
+def apps(names: tuple[str, str], drafts: bool) -> Iterator[None]:
     """Both contestants, started one after the other, so that the first has the first core."""
     for name in names:
-        serve.run(build_app(app_args(name)), name=name, route_prefix=f"/{name}")
+        serve.run(build_app(app_args(name, drafts)), name=name, route_prefix=f"/{name}")
     try:
         yield
     finally:
@@ -110,12 +116,32 @@ async def turn(
         return await by_http(client, model, prompts, max_tokens)
 
 
+def step_us() -> float:
+    """Microseconds that a worker spends on watching one step; in a process attached to Ray."""
+    tasks = tuple(StageTask(f"r-{n}", Stage.DECODE, 1, 200 + n, True) for n in range(16))
+    waits = tuple(Deferral(f"w-{n}", Reason.TIME) for n in range(4))
+    plan = BatchPlan(tasks, waits, (), predicted_s=0.05, limit_s=0.08)
+    watch, history = WorkerMetrics(Exporter(AppConfig())), StepHistory()
+    began_s = time.perf_counter()
+    for number in range(NUM_STEPS):
+        report = StepReport(number, 0.0, plan, 0.05, 0.001)
+        step = TakenStep(report, tasks, dict.fromkeys((t.request_id for t in tasks), 1))
+        watch.add_step(step)
+        history.add(step)
+        if number % STEPS_OF_A_REPORT == 0:
+            watch.export(None)
+    return (time.perf_counter() - began_s) / NUM_STEPS * 1e6
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=20, help="pairs of turns on each core")
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument(
+        "--drafts", action="store_true", help="with draft workers; their luck adds to the noise"
+    )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--port", type=int, default=8124)
     options = parser.parse_args()
@@ -125,8 +151,9 @@ def main() -> None:
     with ExitStack() as stack:
         folder = stack.enter_context(cluster(options.port))
         stack.enter_context(scraped(folder))
+        summary: dict[str, float | bool] = {"step_us": step_us()}
         for names in ((WATCHED, BARE), (BARE, WATCHED)):
-            with apps(names):
+            with apps(names, options.drafts):
                 for concurrency, of_apps in seconds.items():
                     prompts = questions(concurrency)
 
@@ -139,14 +166,13 @@ def main() -> None:
                         for name in names if index % 2 else names[::-1]:
                             of_apps[name].append(run(name)[0])
                     print(f"{names[0]} first, concurrency {concurrency}: done", flush=True)
-    rows, summary = [], {}
+    rows = []
     for concurrency, of_apps in seconds.items():
         num_tokens = concurrency * options.max_tokens
         pairs = list(zip(of_apps[WATCHED], of_apps[BARE], strict=True))
         costs = [1 - bare / watched for watched, bare in pairs]
-        cost = summary[f"cost_c{concurrency}"] = statistics.mean(costs)
-        error = statistics.stdev(costs) / len(costs) ** 0.5
-        summary[f"error_c{concurrency}"] = error
+        cost, error = statistics.mean(costs), statistics.stdev(costs) / len(costs) ** 0.5
+        summary |= {f"cost_c{concurrency}": cost, f"error_c{concurrency}": error}
         rows.append(
             {"concurrency": concurrency}
             | {
