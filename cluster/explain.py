@@ -11,7 +11,7 @@ from rich.table import Table
 from cluster.phases import Phase, phases
 from cluster.request_history import Attempt, Refusal, RequestRecord
 from scheduler.placement import Placement, PlacementReason, WorkerLoad
-from scheduler.task import Reason
+from scheduler.task import Reason, Stage
 from workers.step_history import RequestStep
 
 WAITS = {
@@ -88,7 +88,7 @@ def steps_table(steps: Sequence[RequestStep], arrived_s: float, each: bool = Fal
         table.add_row(
             f"{first.began_s - arrived_s:.3f} s",
             numbers,
-            _what(first),
+            _what(run),
             str(sum(step.task.num_tokens for step in run if step.task)),
             str(sum(step.num_new_tokens for step in run)),
             "-".join(map(str, others)),
@@ -154,14 +154,14 @@ def _placed(placement: Placement | None) -> str:
 def _load(load: WorkerLoad) -> str:
     return (
         f"{load.worker_id} ({load.num_outstanding_tokens} outstanding tokens in "
-        f"{load.num_requests} requests, {load.tokens_per_span:.2f} tokens a decode)"
+        f"{_count(load.num_requests, 'request')}, {load.tokens_per_span:.2f} tokens a decode)"
     )
 
 
 def _phase(phase: Phase) -> str:
     text = f"{phase.name} {_ms(phase.seconds)}"
     if num_steps := sum(step.task is not None for step in phase.steps):
-        text += f": {phase.num_tokens} tokens in {num_steps} steps"
+        text += f": {_count(phase.num_tokens, 'token')} in {_count(num_steps, 'step')}"
     if phase.num_drafts:
         text += f", {phase.num_accepted} of {phase.num_drafts} drafts accepted"
     if waited := phase.waited_s:
@@ -182,16 +182,28 @@ def _preemptions(steps: Sequence[RequestStep], arrived_s: float) -> Iterator[str
 
 
 def _runs(steps: Sequence[RequestStep]) -> Iterator[list[RequestStep]]:
-    for _, run in itertools.groupby(steps, _what):
+    for _, run in itertools.groupby(steps, _kind):
         yield list(run)
 
 
-def _what(step: RequestStep) -> str:
+def _kind(step: RequestStep) -> str:
+    """What makes steps alike: a decode with drafts is one like that without."""
     if step.preempted:
         return "preempted"
     if step.task is None:
         return f"waits: {step.reason}"
-    return str(step.task.stage)
+    return "decode" if step.task.stage is Stage.VERIFY else str(step.task.stage)
+
+
+def _what(run: Sequence[RequestStep]) -> str:
+    num_verifies = sum(step.task is not None and step.task.stage is Stage.VERIFY for step in run)
+    if num_verifies == len(run):
+        return "verify"
+    return f"{_kind(run[0])}, {num_verifies} verify" if num_verifies else _kind(run[0])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _ms(seconds: float) -> str:

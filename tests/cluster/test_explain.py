@@ -8,6 +8,7 @@ from scheduler.placement import Placement, PlacementReason, WorkerLoad
 from scheduler.request import Request, Slo
 from scheduler.task import Reason, Stage
 from tests.cluster.test_phases import STEPS, step
+from workers.step_history import RequestStep
 
 LOST = "RayActorError: the worker died"
 PLACEMENT = Placement(
@@ -76,8 +77,10 @@ def test_a_refused_call_tells_whose_error_it_was_and_that_no_worker_was_asked() 
     assert "max_tokens must be positive" in text
 
 
-def rendered(each: bool) -> list[str]:
-    steps = [*STEPS[:3], step(4, Stage.PREFILL, 4), step(5, Stage.PREFILL, 4), step(6, Reason.KV)]
+PREFILLED = [*STEPS[:3], step(4, Stage.PREFILL, 4), step(5, Stage.PREFILL, 4), step(6, Reason.KV)]
+
+
+def rendered(each: bool, steps: list[RequestStep] = PREFILLED) -> list[str]:
     file = io.StringIO()
     Console(file=file, width=150).print(steps_table(steps, 0.5, each))
     return [line for line in file.getvalue().splitlines() if line.startswith("│")]
@@ -92,3 +95,10 @@ def test_alike_steps_share_a_row_unless_each_is_wanted() -> None:
     ]  # fmt: skip
     assert "waits: seats" in rows[0]
     assert len(rendered(each=True)) == 6
+
+
+def test_decodes_with_and_without_drafts_are_alike() -> None:
+    rows = rendered(each=False, steps=STEPS[5:8])
+
+    assert len(rows) == 2
+    assert "decode, 1 verify" in rows[0]
