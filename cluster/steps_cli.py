@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,7 +57,8 @@ def steps(
         if not follow:
             console.print(*map(_table, found()), sep="\n")
             return
-        with Live(console=console, auto_refresh=False) as live:
+        # Ctrl-C is how one ends it.
+        with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
             while True:
                 live.update(_side_by_side(found()), refresh=True)
                 time.sleep(POLL_S)

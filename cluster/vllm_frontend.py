@@ -154,12 +154,7 @@ def _engine_core(core: WorkersCore) -> Iterator[None]:
 
 def decode_outputs() -> Callable[[list[bytes]], EngineCoreOutputs]:
     """A decoder of what a worker's engine encoded."""
-    decoder = MsgpackDecoder(EngineCoreOutputs)
-
-    def decode(frames: list[bytes]) -> EngineCoreOutputs:
-        outputs: EngineCoreOutputs = decoder.decode(frames)
-        return outputs
-
+    decode: Callable[[list[bytes]], EngineCoreOutputs] = MsgpackDecoder(EngineCoreOutputs).decode
     return decode
 
 

@@ -2,8 +2,12 @@
 
 import asyncio
 import os
+import secrets
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -17,6 +21,7 @@ from cluster.errors import RequestFailed
 from cluster.explain import Explanation, tell
 from cluster.request_history import Refusal
 from scheduler.task import Stage
+from tests.collector import Collector
 from tests.e2e.conftest import MODEL, Server
 
 PROMPT = "one two three four " * 8
@@ -147,11 +152,29 @@ def test_the_latest_steps_are_shown(server: Server, handle: XYServe, client: ope
     assert "measured" in text
 
 
+def test_steps_are_followed_until_one_has_seen_enough(
+    server: Server, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5)
+    command = [sys.executable, "-m", "cluster.cli", "steps", "--follow"]
+    log = tmp_path / "steps.log"
+    with log.open("w") as out:
+        process = subprocess.Popen([*command, "--address", server.ray_address], stdout=out)
+    give_up_s = time.monotonic() + 60
+    while "measured" not in log.read_text() and time.monotonic() < give_up_s:
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(timeout=30) == 0
+    assert log.read_text().count("worker ") >= 2
+
+
 def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
-    handle: XYServe,
+    handle: XYServe, collector: Collector
 ) -> None:
     """Both workers compute a long prompt when one of them is killed."""
     killed, kept = handle.status().workers
+    trace_id = secrets.token_hex(16)
 
     async def answers() -> list[Completion]:
         calls = [
@@ -160,6 +183,7 @@ def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
                     f"{number} {PROMPT * 45}",
                     max_tokens=5,
                     request_id=f"resumed-{number}",
+                    traceparent=f"00-{trace_id}-00f067aa0ba902b7-01",
                     timeout_s=120,
                 )
             )
@@ -178,6 +202,10 @@ def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
     assert "it lost that worker: " in text.partition("Attempt 2 of 2")[0]
     assert f"on {kept.worker_id}, prefill" in text.partition("Attempt 2 of 2")[2]
     assert resumed.record.num_output_tokens == 5
+    spans = collector.trace(trace_id, lambda found: any(s.name == "resume" for s in found))
+    [resume] = (span for span in spans if span.name == "resume")
+    assert resume.attributes["xyserve.attempt_id"].endswith(".1")
+    assert resume.attributes["xyserve.lost"] == resumed.record.attempts[0].lost
     give_up_s = time.monotonic() + NEW_WORKER_S
     while len(handle.status().workers) < 2:
         assert time.monotonic() < give_up_s
