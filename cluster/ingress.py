@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
@@ -68,7 +67,8 @@ class Ingress:
         scheduler: "DeploymentHandle[Any]",
         draft_workers: "DeploymentHandle[Any] | None" = None,
     ) -> None:
-        set_up_logs(config.logs, **replica_context())
+        context = replica_context()
+        set_up_logs(config.logs, **context)
         # vLLM takes long to import; only this process of the cluster package needs it.
         from cluster.vllm_frontend import Frontend, decode_outputs, failed_outputs
 
@@ -76,16 +76,15 @@ class Ingress:
         self._workers = workers
         self._scheduler = scheduler
         self._draft_workers = draft_workers
-        context = serve.get_replica_context()
         self._metrics = RequestMetrics(Exporter(config))
-        self._tracing = Tracing(config.tracing, "ingress", context.replica_id.unique_id)
+        self._tracing = Tracing(config.tracing, "ingress", context["replica"])
         self._history = RequestHistory()
         self._client = EngineClient(
             workers,
             StreamReceiver(get_node_ip_address()),
             decode_outputs(),
             failed_outputs,
-            RequestListeners(self._began, self._resumed, self._ended),
+            RequestListeners(self._began, self._metrics.count_resume, self._ended),
         )
         self._frontend = Frontend(
             config,
@@ -189,9 +188,6 @@ class Ingress:
             "admission", record.request.traceparent, call.began_s, time.time(),
             {"xyserve.slo_class": record.request.slo_class},
         )  # fmt: skip
-
-    def _resumed(self, record: RequestRecord, cause: str) -> None:
-        self._metrics.count_resume(cause)
 
     def _ended(self, record: RequestRecord) -> None:
         self._metrics.set_live(self._client.num_live)

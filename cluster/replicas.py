@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.util import get_node_ip_address
@@ -40,9 +39,10 @@ class GlobalSchedulerReplica(GlobalScheduler):
     """The GlobalScheduler as a replica of Serve."""
 
     def __init__(self, config: AppConfig) -> None:
-        set_up_logs(config.logs, **replica_context())
+        context = replica_context()
+        set_up_logs(config.logs, **context)
         metrics = PlacementMetrics(Exporter(config))
-        self._tracing = Tracing(config.tracing, "scheduler", _replica_id())
+        self._tracing = Tracing(config.tracing, "scheduler", context["replica"])
         super().__init__(
             on_placement=lambda request, placement: metrics.count_placement(placement),
             on_collapse=metrics.count_collapse,
@@ -87,10 +87,11 @@ class WorkerReplica(Worker):
     """A worker as a replica of Serve."""
 
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
-        set_up_logs(config.logs, **replica_context())
+        context = replica_context()
+        set_up_logs(config.logs, **context)
         exporter = Exporter(config)
         metrics = WorkerMetrics(exporter)
-        self._tracing = Tracing(config.tracing, "worker", _replica_id())
+        self._tracing = Tracing(config.tracing, "worker", context["replica"])
         self._scheduler_metrics: SchedulerMetrics | None = None
 
         def make_engine() -> Engine:
@@ -123,7 +124,7 @@ class WorkerReplica(Worker):
 
         loop = asyncio.get_running_loop()
         self._drafter: DrafterAddress | None = None
-        super().__init__(_replica_id(), config.worker, make_engine, send)
+        super().__init__(context["replica"], config.worker, make_engine, send)
 
     async def generate(
         self, request: Request, engine_request: list[bytes], reply_to: StreamAddress
@@ -171,7 +172,8 @@ class DraftReplica(DraftWorker):
 
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
         assert config.draft
-        set_up_logs(config.logs, **replica_context())
+        context = replica_context()
+        set_up_logs(config.logs, **context)
         draft, metrics = config.draft, DraftWorkerMetrics(Exporter(config))
 
         def send(report: DraftWorkerReport) -> None:
@@ -181,7 +183,7 @@ class DraftReplica(DraftWorker):
 
         loop = asyncio.get_running_loop()
         super().__init__(
-            _replica_id(),
+            context["replica"],
             draft,
             lambda: make_drafters(draft, resolve_model(config.model), resolve_model),
             send,
@@ -208,7 +210,3 @@ async def _answered(answer: "DeploymentResponse[T]", otherwise: T) -> T:
     except (RayError, RuntimeError) as error:
         logger.warning("the GlobalScheduler did not answer", extra={"error": repr(error)})
         return otherwise
-
-
-def _replica_id() -> str:
-    return str(serve.get_replica_context().replica_id.unique_id)

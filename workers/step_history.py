@@ -1,12 +1,12 @@
 """The latest steps of a worker, kept so that one can ask what was computed, how long, and why."""
 
-import time
+import itertools
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from scheduler.task import Reason, Stage, StageTask, StepReport
-from workers.timeline import Span
+from workers.timeline import Span, wall_clock_ahead_s
 
 MAX_STEPS = 20_000
 MAX_ENTRIES = 400_000
@@ -95,65 +95,67 @@ class StepHistory:
 
     def summaries(self, since_s: float, most: int) -> list[StepSummary]:
         """The steps that ended after a time, by the wall clock; only the latest `most` of them."""
-        return [_summary(step, ahead_s) for step, ahead_s in self._since(since_s)[-most:]]
+        newest = itertools.islice(self._newest(since_s), most)
+        return [_summary(step, began_s) for step, began_s in newest][::-1]
 
     def spans(self, since_s: float) -> list[Span]:
         """The same for a timeline: all of them, with the tokens of each request."""
         return [
             Span(
                 "step",
-                step.report.began_s + ahead_s,
-                step.report.began_s + step.report.measured_s + ahead_s,
+                began_s,
+                began_s + step.report.measured_s,
                 {task.request_id: task.num_tokens for task in step.tasks},
             )
-            for step, ahead_s in self._since(since_s)
-        ]
+            for step, began_s in self._newest(since_s)
+        ][::-1]
 
     def of_request(self, request_id: str, since_s: float = 0.0) -> list[RequestStep]:
         """All steps after a time that a request had a part in, or waited through."""
-        found = []
-        for step, ahead_s in self._since(since_s):
-            tasks = {task.request_id: task for task in step.tasks}
-            task = tasks.get(request_id)
-            reasons = dict(step.report.plan.deferred)
-            preempted = request_id in step.preempted
-            if task is None and request_id not in reasons and not preempted:
-                continue
-            found.append(
-                RequestStep(
-                    step=step.report.step,
-                    began_s=step.report.began_s + ahead_s,
-                    measured_s=step.report.measured_s,
-                    predicted_s=step.report.plan.predicted_s,
-                    limit_s=step.report.plan.limit_s,
-                    num_others=len(tasks) - (task is not None),
-                    task=task,
-                    reason=None if task else reasons.get(request_id, Reason.KV),
-                    num_new_tokens=step.num_new_tokens.get(request_id, 0),
-                    preempted=preempted,
-                )
-            )
-        return found
+        seen = (_seen_by(request_id, step, began_s) for step, began_s in self._newest(since_s))
+        return [step for step in seen if step is not None][::-1]
 
-    def _since(self, since_s: float) -> list[tuple[TakenStep, float]]:
-        """Steps that ended after a time by the wall clock, and how far that is ahead of theirs."""
-        ahead_s = time.time() - time.monotonic()
-        found = []
+    def _newest(self, since_s: float) -> Iterator[tuple[TakenStep, float]]:
+        """Steps that ended after a time, newest first, and when they began, by the wall clock."""
+        ahead_s = wall_clock_ahead_s()
         for step in reversed(self._steps.copy()):
-            if step.report.began_s + step.report.measured_s + ahead_s <= since_s:
-                break
-            found.append((step, ahead_s))
-        return found[::-1]
+            began_s = step.report.began_s + ahead_s
+            if began_s + step.report.measured_s <= since_s:
+                return
+            yield step, began_s
 
 
-def _summary(step: TakenStep, ahead_s: float) -> StepSummary:
+def _seen_by(request_id: str, step: TakenStep, began_s: float) -> RequestStep | None:
+    """What a step was to a request; None if nothing."""
+    report = step.report
+    task = next((task for task in step.tasks if task.request_id == request_id), None)
+    reasons = (reason for name, reason in report.plan.deferred if name == request_id)
+    reason = None if task else next(reasons, None)
+    preempted = request_id in step.preempted
+    if task is None and reason is None and not preempted:
+        return None
+    return RequestStep(
+        step=report.step,
+        began_s=began_s,
+        measured_s=report.measured_s,
+        predicted_s=report.plan.predicted_s,
+        limit_s=report.plan.limit_s,
+        num_others=len(step.tasks) - (task is not None),
+        task=task,
+        reason=None if task else reason or Reason.KV,
+        num_new_tokens=step.num_new_tokens.get(request_id, 0),
+        preempted=preempted,
+    )
+
+
+def _summary(step: TakenStep, began_s: float) -> StepSummary:
     num_tokens: Counter[Stage] = Counter()
     for task in step.tasks:
         num_tokens[task.stage] += task.num_tokens
     report = step.report
     return StepSummary(
         step=report.step,
-        began_s=report.began_s + ahead_s,
+        began_s=began_s,
         measured_s=report.measured_s,
         predicted_s=report.plan.predicted_s,
         limit_s=report.plan.limit_s,

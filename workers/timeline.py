@@ -17,6 +17,11 @@ class Span(NamedTuple):
     """What of it was each request's: tokens of a step, drafts of a drafting."""
 
 
+def wall_clock_ahead_s() -> float:
+    """How far the wall clock is ahead of this machine's monotonic one."""
+    return time.time() - time.monotonic()
+
+
 class Timeline:
     """The latest spans of one process; written by one thread, read by others."""
 
@@ -29,7 +34,7 @@ class Timeline:
 
     def since(self, began_s: float) -> list[Span]:
         """The spans that ended after a time, by the wall clock, which all machines share."""
-        ahead_s = time.time() - time.monotonic()
+        ahead_s = wall_clock_ahead_s()
         return [
             span._replace(began_s=span.began_s + ahead_s, ended_s=span.ended_s + ahead_s)
             for span in self._spans.copy()
