@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.dashboards.prometheus import Prometheus, Span
+from cluster.dashboards.prometheus import Period, Prometheus
 
 MOST_POINTS = 240
 """In one line of a diagram; more would lie closer than a pixel."""
@@ -33,11 +33,11 @@ def dashboards(
     end_s = time.time()
     step_s = max(1.0, minutes * 60 / MOST_POINTS)
     rate_interval = f"{max(60, round(2 * step_s))}s"
-    span = Span(end_s - minutes * 60, end_s, step_s, rate_interval)
+    period = Period(end_s - minutes * 60, end_s, step_s, rate_interval)
     with Prometheus(prometheus) as server:
         for dashboard in DASHBOARDS:
-            curves = fetch(server, dashboard, span)
+            curves = fetch(server, dashboard, period)
             out.mkdir(parents=True, exist_ok=True)
             path = out / f"{dashboard.uid.removeprefix('xyserve-')}.png"
-            draw(dashboard, curves, span, path)
+            draw(dashboard, curves, period, path)
             typer.echo(f"wrote {path}")

@@ -30,7 +30,7 @@ from cluster.dashboards.panels import (
     Unit,
     layout,
 )
-from cluster.dashboards.prometheus import Line, Prometheus, Span
+from cluster.dashboards.prometheus import Line, Period, Prometheus
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,7 +49,7 @@ PALETTE = ("#5794F2", "#73BF69", "#FF9830", "#B877D9", "#F2CC0C", "#33A2E5", "#E
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One series of a panel, at all times of the span; NaN where it has no value."""
+    """One series of a panel, at all times of the period; NaN where it has no value."""
 
     legend: str
     group: str
@@ -65,24 +65,24 @@ class Curve:
 Curves = Mapping[Panel, Sequence[Curve]]
 
 
-def fetch(prometheus: Prometheus, dashboard: Dashboard, span: Span) -> dict[Panel, list[Curve]]:
+def fetch(prometheus: Prometheus, dashboard: Dashboard, period: Period) -> dict[Panel, list[Curve]]:
     """What all panels of a dashboard show in a time."""
-    times = _times(span)
+    times = _times(period)
     return {
         panel: [
             Curve(
                 line.legend(query.legend) or panel.title, _group(query.legend), _grid(line, times)
             )
             for query in panel.queries
-            for line in prometheus.query_range(query.expr, span)
+            for line in prometheus.query_range(query.expr, period)
         ]
         for panel in dashboard.panels
     }
 
 
-def _times(span: Span) -> Floats:
-    num_steps = int((span.end_s - span.begin_s) / span.step_s + 1e-6)
-    times: Floats = span.begin_s + span.step_s * np.arange(num_steps + 1, dtype=np.float64)
+def _times(period: Period) -> Floats:
+    num_steps = int((period.end_s - period.begin_s) / period.step_s + 1e-6)
+    times: Floats = period.begin_s + period.step_s * np.arange(num_steps + 1, dtype=np.float64)
     return times
 
 
@@ -97,14 +97,14 @@ def _group(legend: str) -> str:
     return legend.replace("{{worker}}", "{{replica}}")
 
 
-def draw(dashboard: Dashboard, curves: Curves, span: Span, path: Path) -> None:
+def draw(dashboard: Dashboard, curves: Curves, period: Period, path: Path) -> None:
     """Write one dashboard to a PNG file."""
-    figure = picture(dashboard, curves, span)
+    figure = picture(dashboard, curves, period)
     figure.savefig(path, dpi=100, facecolor=BACKGROUND)
     pyplot.close(figure)
 
 
-def picture(dashboard: Dashboard, curves: Curves, span: Span) -> Figure:
+def picture(dashboard: Dashboard, curves: Curves, period: Period) -> Figure:
     """One dashboard, on a grid as Grafana's."""
     places = list(layout(dashboard))
     num_lines = max(place.y + place.height for _, place in places)
@@ -113,7 +113,7 @@ def picture(dashboard: Dashboard, curves: Curves, span: Span) -> Figure:
     page.figure.set_facecolor(BACKGROUND)
     page.text(MARGIN_IN + 0.05, 0.32, dashboard.title, size=17, weight="bold")
     page.text(MARGIN_IN + 0.05, 0.58, dashboard.description, size=9.5, color=FAINT)
-    when = [datetime.fromtimestamp(at_s).astimezone() for at_s in (span.begin_s, span.end_s)]
+    when = [datetime.fromtimestamp(at_s).astimezone() for at_s in (period.begin_s, period.end_s)]
     times = f"{when[0]:%Y-%m-%d %H:%M} to {when[1]:%H:%M %Z}"
     page.text(width - MARGIN_IN - 0.05, 0.32, times, size=10, color=FAINT, ha="right")
     colours = _colours(curves)
@@ -122,7 +122,7 @@ def picture(dashboard: Dashboard, curves: Curves, span: Span) -> Figure:
             y = HEAD_IN + (place.y + 0.62) * LINE_IN
             page.text(MARGIN_IN + 0.05, y, item.title, size=11, weight="bold")
         else:
-            _draw_panel(page, item, place, curves[item], span, colours, dashboard.when_empty)
+            _draw_panel(page, item, place, curves[item], period, colours, dashboard.when_empty)
     return page.figure
 
 
@@ -185,7 +185,7 @@ def _draw_panel(
     panel: Panel,
     place: Place,
     curves: Sequence[Curve],
-    span: Span,
+    period: Period,
     colours: Mapping[tuple[str, str], Any],
     when_empty: str,
 ) -> None:
@@ -199,14 +199,14 @@ def _draw_panel(
         page.text(x + width / 2, middle, "no data", size=13, color=FAINT, ha="center")
         page.text(x + width / 2, middle + 0.22, reason, size=8.5, color=FAINT, ha="center")
     elif panel.kind is Kind.STAT:
-        _draw_stat(page, panel, curves[0], span, (x, y, width, height))
+        _draw_stat(page, panel, curves[0], period, (x, y, width, height))
     else:
         curves = sorted(curves, key=lambda curve: _natural(curve.legend))
         num_columns = max(1, int((width - 0.3) / _legend_width(panel.unit, curves)))
         num_lines = -(-min(len(curves), MOST_IN_LEGEND) // num_columns)
         below = 0.3 + num_lines * LEGEND_LINE_IN + 0.08
         axes = page.axes(x + 0.68, y + 0.36, width - 0.85, height - 0.36 - below)
-        _draw_chart(axes, panel, curves, span, colours)
+        _draw_chart(axes, panel, curves, period, colours)
         axes.legend(
             *_legend(axes, panel.unit, curves),
             loc="upper left",
@@ -240,7 +240,7 @@ def _legend(axes: Axes, unit: Unit, curves: Sequence[Curve]) -> tuple[list[Any],
 
 
 def _draw_stat(
-    page: _Page, panel: Panel, curve: Curve, span: Span, box: tuple[float, float, float, float]
+    page: _Page, panel: Panel, curve: Curve, period: Period, box: tuple[float, float, float, float]
 ) -> None:
     x, y, width, height = box
     level = panel.thresholds.level(curve.last) if panel.thresholds else "good"
@@ -249,7 +249,7 @@ def _draw_stat(
     text = write(curve.last, panel.unit)
     page.text(x + width / 2, middle, text, size=22, weight="bold", color=colour, ha="center")
     axes = page.axes(x + 0.02, y + 0.66 * height, width - 0.04, 0.32 * height)
-    times = _times(span)
+    times = _times(period)
     low = min(0.0, float(np.nanmin(curve.values)))
     axes.fill_between(times, curve.values, low, color=colour, alpha=0.12, linewidth=0)
     axes.plot(times, curve.values, color=colour, linewidth=1, alpha=0.6)
@@ -265,10 +265,10 @@ def _draw_chart(
     axes: Axes,
     panel: Panel,
     curves: Sequence[Curve],
-    span: Span,
+    period: Period,
     colours: Mapping[tuple[str, str], Any],
 ) -> None:
-    times = _times(span)
+    times = _times(period)
     shades = [colours[curve.group, curve.legend] for curve in curves]
     if panel.kind is Kind.LINES:
         for curve, shade in zip(curves, shades, strict=True):

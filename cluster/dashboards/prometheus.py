@@ -20,7 +20,7 @@ class PrometheusFailed(XYServeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class Period:
     """The time that a query is about, in seconds since the epoch."""
 
     begin_s: float
@@ -62,15 +62,15 @@ class Prometheus:
         found = self._get("query", {"query": _filled(expr, rate_interval)})
         return [Line(one["metric"], _points([one["value"]])) for one in found["result"]]
 
-    def query_range(self, expr: str, span: Span) -> list[Line]:
+    def query_range(self, expr: str, period: Period) -> list[Line]:
         """The series that an expression gives over a time, without those that have no number."""
         found = self._get(
             "query_range",
             {
-                "query": _filled(expr, span.rate_interval),
-                "start": f"{span.begin_s:.3f}",
-                "end": f"{span.end_s:.3f}",
-                "step": f"{span.step_s:g}",
+                "query": _filled(expr, period.rate_interval),
+                "start": f"{period.begin_s:.3f}",
+                "end": f"{period.end_s:.3f}",
+                "step": f"{period.step_s:g}",
             },
         )
         lines = [Line(one["metric"], _points(one["values"])) for one in found["result"]]

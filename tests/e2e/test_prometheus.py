@@ -14,7 +14,7 @@ from cluster.dashboards.alerts import ALERTS
 from cluster.dashboards.pages import DASHBOARDS
 from cluster.dashboards.panels import Panel
 from cluster.dashboards.plots import draw, fetch
-from cluster.dashboards.prometheus import Prometheus, Span
+from cluster.dashboards.prometheus import Period, Prometheus
 from cluster.metrics import METRICS, Kind
 from tests.e2e.conftest import MODEL, Server
 from tests.prometheus_server import prometheus_server, require
@@ -91,33 +91,35 @@ def load(client: openai.OpenAI) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def span(prometheus: Prometheus, client: openai.OpenAI) -> Span:
+def period(prometheus: Prometheus, client: openai.OpenAI) -> Period:
     """A time of load in which every panel has got data, or its time is over."""
     began_s = time.time()
     with load(client):
         while True:
             time.sleep(2)
-            span = Span(began_s, time.time(), 2, RATE_INTERVAL)
-            if not any(missing(prometheus, panel, span) for panel in PANELS):
-                return span
-            if span.end_s > began_s + DATA_TIMEOUT_S:
-                return span  # the tests tell which
+            period = Period(began_s, time.time(), 2, RATE_INTERVAL)
+            if not any(missing(prometheus, panel, period) for panel in PANELS):
+                return period
+            if period.end_s > began_s + DATA_TIMEOUT_S:
+                return period  # the tests tell which
 
 
-def missing(prometheus: Prometheus, panel: Panel, span: Span) -> list[str]:
+def missing(prometheus: Prometheus, panel: Panel, period: Period) -> list[str]:
     """The queries of a panel that give nothing although they must."""
-    empty = [query.expr for query in panel.queries if not prometheus.query_range(query.expr, span)]
+    empty = [
+        query.expr for query in panel.queries if not prometheus.query_range(query.expr, period)
+    ]
     return [] if panel.may_be_empty else empty
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.title)
-def test_a_panel_shows_data(prometheus: Prometheus, span: Span, panel: Panel) -> None:
-    assert missing(prometheus, panel, span) == []
+def test_a_panel_shows_data(prometheus: Prometheus, period: Period, panel: Panel) -> None:
+    assert missing(prometheus, panel, period) == []
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_a_metric_arrives_unless_it_is_of_rare_events(
-    prometheus: Prometheus, span: Span, name: str
+    prometheus: Prometheus, period: Period, name: str
 ) -> None:
     metric = METRICS[name]
     sample = f"{metric.name}_bucket" if metric.kind is Kind.HISTOGRAM else metric.name
@@ -126,7 +128,7 @@ def test_a_metric_arrives_unless_it_is_of_rare_events(
         for panel in PANELS
         if not panel.may_be_empty and any(f"{sample}{{" in query.expr for query in panel.queries)
     ]
-    lines = prometheus.query_range(sample, span)
+    lines = prometheus.query_range(sample, period)
 
     assert lines or not must, f"{sample} is missing; these show it: {must}"
     for line in lines:
@@ -134,8 +136,8 @@ def test_a_metric_arrives_unless_it_is_of_rare_events(
         assert labels <= line.labels.keys()
 
 
-def test_vllms_metrics_name_their_replica(prometheus: Prometheus, span: Span) -> None:
-    lines = prometheus.query_range("vllm:num_requests_running", span)
+def test_vllms_metrics_name_their_replica(prometheus: Prometheus, period: Period) -> None:
+    lines = prometheus.query_range("vllm:num_requests_running", period)
 
     assert lines
     for line in lines:
@@ -144,20 +146,27 @@ def test_vllms_metrics_name_their_replica(prometheus: Prometheus, span: Span) ->
 
 
 def test_alerts_can_be_evaluated_and_those_of_a_broken_app_are_silent(
-    prometheus: Prometheus, span: Span
+    prometheus: Prometheus, period: Period
 ) -> None:
     for alert in ALERTS:
         prometheus.query(alert.expr)
     (group,) = httpx.get(f"{prometheus.url}/api/v1/rules").json()["data"]["groups"]
     assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
 
-    firing = prometheus.query_range('ALERTS{alertstate="firing"}', span)
+    firing = prometheus.query_range('ALERTS{alertstate="firing"}', period)
     names = {line.labels["alertname"] for line in firing}
     assert not names & {"XYServeWorkerStuck", "XYServeSchedulerBlind"}
 
 
-def test_the_dashboards_can_be_drawn(prometheus: Prometheus, span: Span, tmp_path: Path) -> None:
+def test_the_dashboards_can_be_drawn(
+    prometheus: Prometheus, period: Period, tmp_path: Path
+) -> None:
     for dashboard in DASHBOARDS:
-        draw(dashboard, fetch(prometheus, dashboard, span), span, tmp_path / f"{dashboard.uid}.png")
+        draw(
+            dashboard,
+            fetch(prometheus, dashboard, period),
+            period,
+            tmp_path / f"{dashboard.uid}.png",
+        )
 
     assert len(list(tmp_path.glob("*.png"))) == len(DASHBOARDS)
