@@ -46,4 +46,4 @@ test: lint
 
 # What is in git; a test compares it with cluster/dashboards.
 dashboards: install
-	@$(BIN)/python -m cluster.dashboards.grafana
+	@$(BIN)/python -m cluster.observe.dashboards.grafana

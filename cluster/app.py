@@ -7,12 +7,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from cluster.config import AppConfig, parse_args
+from cluster.config.app_config import AppConfig, parse_args
 from cluster.errors import DeviceMissing
-from cluster.ingress import Ingress
+from cluster.ingress.ingress import Ingress
+from cluster.placement.router import PlacementRouter
 from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
-from cluster.router import PlacementRouter
-from workers.draft_worker import DraftConfig
+from workers.drafters.draft_worker import DraftConfig
 
 MAX_ONGOING_REQUESTS = 4096
 """Requests that wait in a worker's own queue, where its scheduler sees them, not in Serve's."""

@@ -22,9 +22,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.util import get_node_ip_address
 
 from cluster.errors import AppNotFound, RequestFailed
-from cluster.explain import Explanation
-from cluster.ingress import Api, AppStatus, Chunk
-from cluster.request_history import Refusal
+from cluster.ingress.ingress import Api, AppStatus, Chunk
+from cluster.observe.explain import Explanation
+from cluster.observe.request_history import Refusal
 from workers.timeline import Span
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
 from workers.worker import WorkerSteps

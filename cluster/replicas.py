@@ -10,24 +10,24 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.util import get_node_ip_address
 
-from cluster.config import AppConfig
-from cluster.exporter import DraftWorkerMetrics, Exporter, PlacementMetrics, WorkerMetrics
-from cluster.global_scheduler import GlobalScheduler
-from cluster.logs import replica_context, set_up_logs
-from cluster.metrics import PEAK_FLOPS, PEAK_MEMORY_BANDWIDTH
-from cluster.model import resolve_model
-from cluster.phases import phases
-from cluster.tracing import Tracing
+from cluster.config.app_config import AppConfig
+from cluster.models.model import resolve_model
+from cluster.observe.exporter import DraftWorkerMetrics, Exporter, PlacementMetrics, WorkerMetrics
+from cluster.observe.logs import replica_context, set_up_logs
+from cluster.observe.metrics import PEAK_FLOPS, PEAK_MEMORY_BANDWIDTH
+from cluster.observe.phases import phases
+from cluster.observe.tracing import Tracing
+from cluster.placement.global_scheduler import GlobalScheduler
 from scheduler.request import Request
-from workers.draft_stream import DrafterAddress
-from workers.draft_worker import DraftWorker, DraftWorkerReport, make_drafters
-from workers.engine import Engine
+from workers.drafters.draft_worker import DraftWorker, DraftWorkerReport, make_drafters
+from workers.drafts.draft_stream import DrafterAddress
+from workers.engine.engine import Engine
 from workers.step_history import TakenStep
 from workers.token_stream import StreamAddress
 from workers.worker import Worker, WorkerReport
 
 if TYPE_CHECKING:
-    from cluster.vllm_metrics import SchedulerMetrics
+    from cluster.observe.vllm_metrics import SchedulerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,8 @@ class WorkerReplica(Worker):
 
         def make_engine() -> Engine:
             # vLLM takes long to import; only this process of the cluster package needs it.
-            from cluster.vllm_metrics import SchedulerMetrics
-            from workers.vllm_engine import VllmEngine
+            from cluster.observe.vllm_metrics import SchedulerMetrics
+            from workers.engine.vllm_engine import VllmEngine
 
             told = on_step if config.metrics or config.tracing else None
             engine = VllmEngine(resolve_model(config.model), config.worker, told, config.draft)

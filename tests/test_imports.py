@@ -58,7 +58,8 @@ def test_every_file_keeps_to_its_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["ray", "vllm", "torch", "pydantic", "msgspec", "workers", "cluster.config"]
+    "module",
+    ["ray", "vllm", "torch", "pydantic", "msgspec", "workers", "cluster.config.app_config"],
 )
 def test_the_scheduler_imports_nothing_but_numpy_and_itself(module: str) -> None:
     assert faults("scheduler/hybrid.py", f"import {module}\n") == [
@@ -92,13 +93,13 @@ def test_kernels_import_torch_and_triton_in_triton_files_only(module: str) -> No
     ]
 
 
-@pytest.mark.parametrize("module", ["cluster.config", "fastapi", "triton"])
+@pytest.mark.parametrize("module", ["cluster.config.app_config", "fastapi", "triton"])
 def test_workers_never_import_what_is_above_them(module: str) -> None:
     source = f"import {module}\n"
 
     assert faults("workers/worker.py", source) == [f"workers/worker.py:1 imports {module}"]
-    assert faults("workers/vllm_engine.py", source) == [
-        f"workers/vllm_engine.py:1 imports {module}"
+    assert faults("workers/engine/vllm_engine.py", source) == [
+        f"workers/engine/vllm_engine.py:1 imports {module}"
     ]
 
 
@@ -106,14 +107,14 @@ def test_workers_never_import_what_is_above_them(module: str) -> None:
 def test_workers_import_vllm_and_torch_in_vllm_files_only(module: str) -> None:
     source = f"import {module}\n"
 
-    assert faults("workers/vllm_engine.py", source) == []
+    assert faults("workers/engine/vllm_engine.py", source) == []
     assert faults("workers/worker.py", source) == [f"workers/worker.py:1 imports {module}"]
 
 
 def test_workers_import_ray_in_the_drafter_only() -> None:
     assert faults("workers/vllm_drafter.py", "import ray\n") == []
-    assert faults("workers/vllm_engine.py", "import ray\n") == [
-        "workers/vllm_engine.py:1 imports ray"
+    assert faults("workers/engine/vllm_engine.py", "import ray\n") == [
+        "workers/engine/vllm_engine.py:1 imports ray"
     ]
 
 
@@ -122,13 +123,13 @@ def test_the_cluster_never_imports_what_computes(module: str) -> None:
     source = f"import {module}\n"
 
     assert faults("cluster/app.py", source) == [f"cluster/app.py:1 imports {module}"]
-    assert faults("cluster/vllm_frontend.py", source) == [
-        f"cluster/vllm_frontend.py:1 imports {module}"
+    assert faults("cluster/ingress/vllm_frontend.py", source) == [
+        f"cluster/ingress/vllm_frontend.py:1 imports {module}"
     ]
 
 
 def test_the_cluster_imports_vllm_in_vllm_files_only() -> None:
-    assert faults("cluster/vllm_frontend.py", "import vllm\n") == []
+    assert faults("cluster/ingress/vllm_frontend.py", "import vllm\n") == []
     assert faults("cluster/app.py", "import vllm\n") == ["cluster/app.py:1 imports vllm"]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import AppConfig
+from cluster.config.app_config import AppConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -13,9 +13,9 @@ import psutil
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from workers.cpus import CpuClaim, claim_cpus
-from workers.draft_stream import DrafterAddress
-from workers.engine import DraftStats, Engine, EngineConfig
-from workers.engine_loop import EngineLoop
+from workers.drafts.draft_stream import DrafterAddress
+from workers.engine.engine import DraftStats, Engine, EngineConfig
+from workers.engine.engine_loop import EngineLoop
 from workers.peaks import Peaks
 from workers.step_history import RequestStep, StepHistory, StepSummary
 from workers.timeline import Span

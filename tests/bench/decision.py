@@ -16,12 +16,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cluster.model import DEFAULT_MODEL, resolve_model
+from cluster.models.model import DEFAULT_MODEL, resolve_model
 from scheduler.request import Slo
 from scheduler.task import StepReport
 from tests.bench.report import publish
 from tests.workers.planned_engine import Job, add_job
-from workers.engine import EngineConfig
+from workers.engine.engine import EngineConfig
 from workers.worker import WorkerConfig
 
 CASES = ((16, 0), (64, 0), (256, 0), (256, 256))
@@ -59,7 +59,7 @@ def main() -> None:
     )
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     os.environ.update(config.thread_env)
-    from workers.vllm_engine import VllmEngine
+    from workers.engine.vllm_engine import VllmEngine
 
     reports: list[StepReport] = []
     engine = VllmEngine(resolve_model(DEFAULT_MODEL), config, reports.append)

@@ -49,10 +49,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cluster.model import DEFAULT_MODEL, SOURCE, home, resolve_model
+from cluster.models.model import DEFAULT_MODEL, SOURCE, home, resolve_model
 from tests.bench.report import publish
 from tests.workload import conversation_lengths, prompts_of
-from workers.engine import EngineConfig
+from workers.engine.engine import EngineConfig
 from workers.worker import WorkerConfig
 
 PARTS = ("decode", "prefill", "llamacpp")
@@ -122,7 +122,7 @@ def vllm_engine(pipe: Connection, cores: list[int], model: str, config: WorkerCo
     from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from workers.vllm_engine import engine_args
+    from workers.engine.vllm_engine import engine_args
 
     engine = LLMEngine.from_engine_args(engine_args(model, config))
     pipe.send("ready")

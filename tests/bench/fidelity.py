@@ -34,22 +34,22 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from cluster.client import XYServe
-from cluster.config import AppConfig, parse_args
-from cluster.model import resolve_model
+from cluster.config.app_config import AppConfig, parse_args
+from cluster.models.model import resolve_model
 from scheduler.cost_model import CostModel
-from scheduler.device import DeviceProfile
 from scheduler.policy import StepPolicy
 from scheduler.record import replay
 from scheduler.request import Request, Slo
-from scheduler.simulator import simulate
+from scheduler.simulation.device import DeviceProfile
+from scheduler.simulation.simulator import simulate
+from scheduler.simulation.trace import Arrival
 from scheduler.task import Limits, StepReport
-from scheduler.trace import Arrival
 from tests.bench.answers import Answer, ask, makespan_s
 from tests.bench.overhead import running_app
 from tests.bench.report import publish
 from tests.workload import conversation_lengths, prompts_of
-from workers.calibrate import measure_engine
-from workers.engine_profile import EngineProfile, profile_key, profile_path
+from workers.profiling.calibrate import measure_engine
+from workers.profiling.engine_profile import EngineProfile, profile_key, profile_path
 
 TTFT_MS, TPOT_MS = 10_000, 250
 LOOP_S = 0.01

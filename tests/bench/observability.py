@@ -28,8 +28,8 @@ import ray
 from ray import serve
 
 from cluster.app import build_app
-from cluster.config import AppConfig, parse_args
-from cluster.exporter import Exporter, WorkerMetrics
+from cluster.config.app_config import AppConfig, parse_args
+from cluster.observe.exporter import Exporter, WorkerMetrics
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from tests.bench.overhead import ROUTE, by_http
 from tests.bench.report import publish

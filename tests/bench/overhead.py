@@ -28,8 +28,8 @@ from ray import serve
 
 from cluster.app import build_app
 from cluster.client import XYServe
-from cluster.config import AppConfig, parse_args
-from cluster.model import resolve_model
+from cluster.config.app_config import AppConfig, parse_args
+from cluster.models.model import resolve_model
 from tests.bench.report import publish
 from tests.workload import questions
 
@@ -44,7 +44,7 @@ def bare_engine(pipe: Connection, cores: list[int], model: str, config: AppConfi
     from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from workers.vllm_engine import engine_args
+    from workers.engine.vllm_engine import engine_args
 
     engine = LLMEngine.from_engine_args(engine_args(model, config.worker))
     while (work := pipe.recv()) is not None:

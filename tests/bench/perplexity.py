@@ -32,9 +32,9 @@ from typing import Any
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from cluster.model import DEFAULT_MODEL, resolve_model
+from cluster.models.model import DEFAULT_MODEL, resolve_model
 from tests.bench.report import publish
-from workers.engine import EngineConfig
+from workers.engine.engine import EngineConfig
 from workers.worker import WorkerConfig
 
 STOCK = "vllm"
@@ -101,7 +101,7 @@ def score(name: str, model: str, threads: int, windows: Windows) -> Score:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from workers.vllm_engine import engine_args
+    from workers.engine.vllm_engine import engine_args
 
     say(f"{name}: starting")
     engine = LLMEngine.from_engine_args(engine_args(model, config))

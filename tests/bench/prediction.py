@@ -21,13 +21,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cluster.model import DEFAULT_MODEL, resolve_model
+from cluster.models.model import DEFAULT_MODEL, resolve_model
 from scheduler.request import Slo
 from scheduler.task import StepReport
 from tests.bench.report import publish
 from tests.workers.planned_engine import Job, add_job
 from tests.workload import conversation_lengths
-from workers.engine import EngineConfig
+from workers.engine.engine import EngineConfig
 from workers.worker import WorkerConfig
 
 SLO = Slo(ttft_s=10, tpot_s=0.25)
@@ -61,7 +61,7 @@ def main() -> None:
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [core])
     os.environ.update(config.thread_env)
-    from workers.vllm_engine import VllmEngine
+    from workers.engine.vllm_engine import VllmEngine
 
     reports: list[StepReport] = []
     engine: Any = VllmEngine(resolve_model(DEFAULT_MODEL), config, reports.append)

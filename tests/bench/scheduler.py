@@ -31,11 +31,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scheduler.device import DeviceProfile, read_device
 from scheduler.policy import StepPolicy
 from scheduler.request import Slo
-from scheduler.simulator import simulate
-from scheduler.trace import (
+from scheduler.simulation.device import DeviceProfile, read_device
+from scheduler.simulation.simulator import simulate
+from scheduler.simulation.trace import (
     Arrival,
     clip_lengths,
     read_trace,

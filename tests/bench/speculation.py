@@ -33,9 +33,9 @@ import psutil
 from tokenizers import Tokenizer
 
 from cluster.client import XYServe
-from cluster.config import parse_args
-from cluster.model import resolve_model
-from cluster.timeline import chrome_trace, hidden_share, split
+from cluster.config.app_config import parse_args
+from cluster.models.model import resolve_model
+from cluster.observe.chrome_trace import chrome_trace, hidden_share, split
 from tests.bench.answers import Answer, ask, makespan_s
 from tests.bench.overhead import running_app
 from tests.bench.report import publish

@@ -28,8 +28,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cluster.client import XYServe
-from cluster.config import parse_args
-from cluster.model import resolve_model
+from cluster.config.app_config import parse_args
+from cluster.models.model import resolve_model
 from tests.bench.answers import Answer, ask, makespan_s
 from tests.bench.overhead import running_app
 from tests.bench.report import publish

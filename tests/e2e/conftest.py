@@ -96,7 +96,15 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
     ray_folder = Path(f"/tmp/xyt{free_port()}")
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "up", str(config), "--temp-dir", str(ray_folder)],
+            [
+                sys.executable,
+                "-m",
+                "cluster.cli.main",
+                "up",
+                str(config),
+                "--temp-dir",
+                str(ray_folder),
+            ],
             stdout=out,
             stderr=subprocess.STDOUT,
         )

@@ -15,11 +15,11 @@ import pytest
 from openai.types import Completion
 from typer.testing import CliRunner
 
-from cluster.cli import app
+from cluster.cli.main import app
 from cluster.client import XYServe
 from cluster.errors import RequestFailed
-from cluster.explain import Explanation, tell
-from cluster.request_history import Refusal
+from cluster.observe.explain import Explanation, tell
+from cluster.observe.request_history import Refusal
 from scheduler.task import Stage
 from tests.collector import Collector
 from tests.e2e.conftest import MODEL, Server
@@ -156,7 +156,7 @@ def test_steps_are_followed_until_one_has_seen_enough(
     server: Server, client: openai.OpenAI, tmp_path: Path
 ) -> None:
     client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5)
-    command = [sys.executable, "-m", "cluster.cli", "steps", "--follow"]
+    command = [sys.executable, "-m", "cluster.cli.main", "steps", "--follow"]
     log = tmp_path / "steps.log"
     with log.open("w") as out:
         process = subprocess.Popen([*command, "--address", server.ray_address], stdout=out)

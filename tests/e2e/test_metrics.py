@@ -4,9 +4,9 @@ import httpx
 import openai
 import ray
 
-from cluster import metrics
 from cluster.client import XYServe
-from cluster.metrics import METRICS, Kind
+from cluster.observe import metrics
+from cluster.observe.metrics import METRICS, Kind
 from tests.e2e.conftest import MODEL, Server
 
 EXPORT_TIMEOUT_S = 60

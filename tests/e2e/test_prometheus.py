@@ -10,12 +10,12 @@ import httpx
 import openai
 import pytest
 
-from cluster.dashboards.alerts import ALERTS
-from cluster.dashboards.pages import DASHBOARDS
-from cluster.dashboards.panels import Panel
-from cluster.dashboards.plots import draw, fetch
-from cluster.dashboards.prometheus import Period, Prometheus
-from cluster.metrics import METRICS, Kind
+from cluster.observe.dashboards.alerts import ALERTS
+from cluster.observe.dashboards.pages import DASHBOARDS
+from cluster.observe.dashboards.panels import Panel
+from cluster.observe.dashboards.plots import draw, fetch
+from cluster.observe.dashboards.prometheus import Period, Prometheus
+from cluster.observe.metrics import METRICS, Kind
 from tests.e2e.conftest import MODEL, Server
 from tests.prometheus_server import prometheus_server, require
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.client import XYServe
-from cluster.model import resolve_model
+from cluster.models.model import resolve_model
 from tests.e2e.conftest import MODEL, Server
 from tests.workload import questions
 

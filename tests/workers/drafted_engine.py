@@ -9,10 +9,10 @@ from typing import Any
 from scheduler.request import Request
 from scheduler.speculation import Acceptance
 from tests.workers.planned_engine import CLIENT
-from workers.draft_client import DraftCounts
-from workers.draft_stream import DrafterAddress
-from workers.draft_worker import DraftConfig, DraftWorker
-from workers.drafter import ContextKey, Draft, HiddenStates
+from workers.drafters.draft_worker import DraftConfig, DraftWorker
+from workers.drafters.drafter import ContextKey, Draft, HiddenStates
+from workers.drafts.draft_client import DraftCounts
+from workers.drafts.draft_stream import DrafterAddress
 from workers.token_stream import StreamAddress
 from workers.worker import WorkerConfig
 
@@ -128,15 +128,15 @@ class OracleDrafter:
 
 def run_calls(model: str, config: WorkerConfig, *runs: tuple[Sequence[Call], Setting]) -> list[Ran]:
     """Run calls one set after another on one new engine, which speculates if any run does."""
-    from workers.vllm_engine import VllmEngine
+    from workers.engine.vllm_engine import VllmEngine
 
     speculates = any(setting.drafts is not None for _, setting in runs)
     draft = DraftConfig(num_speculative_tokens=NUM_DRAFTS) if speculates else None
     engine = VllmEngine(model, config, draft=draft)
     if speculates:
         # Any of the drafters may want the states; here one that is not in the config does.
-        from workers.vllm_sampling import runner_of
-        from workers.vllm_speculation import HiddenStates
+        from workers.engine.vllm_sampling import runner_of
+        from workers.engine.vllm_speculation import HiddenStates
 
         engine._planned.drafts.counts_of.clear()
         engine._planned.hidden_states = HiddenStates(runner_of(engine._core).model).rows

@@ -127,7 +127,7 @@ def _fork_calls(pipe: Connection) -> None:
     import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm.model_executor.models import registry
 
-    import workers.vllm_engine  # noqa: F401
+    import workers.engine.vllm_engine  # noqa: F401
 
     # A look at a model class takes vLLM a process of its own. Ours are that already.
     registry._run_in_subprocess = lambda function: function()
@@ -158,7 +158,7 @@ def run_engine(model: str, config: WorkerConfig, batches: Sequence[Batch]) -> Ru
     """Run the batches on a new engine, one after another."""
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from workers.vllm_engine import engine_args
+    from workers.engine.vllm_engine import engine_args
 
     engine = LLMEngine.from_engine_args(engine_args(model, config))
     first, *others = batches

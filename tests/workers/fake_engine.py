@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from scheduler.request import Request
-from workers.draft_stream import DrafterAddress
-from workers.engine import EngineStats, StepOutput
+from workers.drafts.draft_stream import DrafterAddress
+from workers.engine.engine import EngineStats, StepOutput
 from workers.token_stream import StreamAddress
 
 STEP_S = 0.001

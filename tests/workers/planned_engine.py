@@ -88,7 +88,7 @@ def steps(record: Sequence[str]) -> list[dict[str, Any]]:
 
 def play_scripts(model: str, config: WorkerConfig, *scripts: Sequence[Job]) -> list[Played]:
     """Play scripts on a new engine, one after another."""
-    from workers.vllm_engine import VllmEngine
+    from workers.engine.vllm_engine import VllmEngine
 
     engine = VllmEngine(model, config)
     return [_play(engine, config, script, index) for index, script in enumerate(scripts)]
@@ -163,8 +163,8 @@ def play_ahead(
     from vllm.config.lora import LoRAConfig
     from vllm.v1.outputs import ModelRunnerOutput
 
-    from workers.vllm_engine import VllmEngine
-    from workers.vllm_scheduler import PlannedAsyncScheduler
+    from workers.engine.vllm_engine import VllmEngine
+    from workers.engine.vllm_scheduler import PlannedAsyncScheduler
 
     engine = VllmEngine(model, config)
     made = engine._core.scheduler

@@ -12,7 +12,7 @@ from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.cpus import claim_cpus
-from workers.engine_loop import ClientLost, EngineDead
+from workers.engine.engine_loop import ClientLost, EngineDead
 from workers.token_stream import StreamAddress, StreamReceiver
 from workers.worker import Worker, WorkerConfig, WorkerDraining, WorkerReport, WorkerStatus
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.workers.tiny_models import VOCAB_SIZE
-from workers.draft_head import metadata
-from workers.vllm_head_training import HeadModule, head_config
+from workers.drafters.draft_head import metadata
+from workers.drafters.training.vllm_head_training import HeadModule, head_config
 
 TEMPERATURE = 1.5
 NUM_GUESSED = VOCAB_SIZE // 2

@@ -1,0 +1,1 @@
+"""The app's config: the schema, and the reader of Serve config files."""

@@ -1,0 +1,245 @@
+"""The app's config: strict, checked before anything starts, and the only reader of YAML."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from cluster.errors import ConfigError
+from cluster.ingress.targets import SloConfig
+from cluster.models.model import DEFAULT_MODEL
+from cluster.observe.logs import LogConfig
+from cluster.observe.tracing import TracingConfig
+from workers.drafters.draft_worker import DraftConfig
+from workers.engine.engine import EngineConfig
+from workers.worker import WorkerConfig
+
+IMPORT_PATH = "cluster.app:build_app"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngressConfig:
+    """The HTTP front end."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    max_request_bytes: int = 32 << 20
+    """Largest request body; a larger one is answered with 413."""
+    max_n: int = 128
+    """Most sequences that one request may ask for."""
+    tool_call_parser: str | None = "hermes"
+    """vLLM's parser of the model's tool calls; null switches automatic tool choice off."""
+    reasoning_parser: str | None = None
+    """vLLM's parser of the model's reasoning, for models that show it."""
+    chat_template: str | None = None
+    """A file with a chat template instead of the checkpoint's."""
+    extra_args: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of vLLM's OpenAI server, by its name there."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_request_bytes", "max_n"):
+            if not getattr(self, name) > 0:  # NaN is not either
+                raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppConfig:
+    """Everything under `args` of the app in a Serve config file."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    model: str = DEFAULT_MODEL
+    """The default model's name, a local directory, or a hub id."""
+    served_model_name: str | None = None
+    """The model's name in the API; `model` if not given."""
+    num_workers: int = 1
+    autoscaling: dict[str, Any] | None = None
+    """Serve's `autoscaling_config` for the workers, instead of `num_workers`."""
+    num_ingresses: int = 1
+    drain_timeout_s: float = 600.0
+    """How long a replica that is to stop may finish its requests."""
+    wait_for_device: bool = False
+    """Start even if no node has the device yet, for clusters that grow on demand."""
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    draft: DraftConfig | None = None
+    """Draft workers beside the workers; none without it."""
+    ingress: IngressConfig = field(default_factory=IngressConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
+    metrics: bool = True
+    """Export metrics to Prometheus, and keep the latest steps for those who ask."""
+    logs: LogConfig = field(default_factory=LogConfig)
+    tracing: TracingConfig | None = None
+    """Where OpenTelemetry spans go; none are made without it."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "num_ingresses"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not self.drain_timeout_s >= 0:
+            raise ValueError(f"drain_timeout_s ({self.drain_timeout_s}) must not be negative")
+        if self.draft and self.worker.step_policy.name == "vllm":
+            raise ValueError(
+                "draft needs a worker.step_policy of ours, which decides how many drafts are "
+                "verified in each step; vllm's own takes none from draft workers"
+            )
+        if self.draft and "speculative_config" in self.worker.engine.extra_args:
+            raise ValueError(
+                "draft and worker.engine.extra_args.speculative_config exclude each other: either "
+                "draft workers make the drafts or vLLM does"
+            )
+        _check_names(
+            "worker.engine.extra_args",
+            self.worker.engine.extra_args,
+            _vllm_fields("vllm.engine.arg_utils", "EngineArgs", "AsyncEngineArgs"),
+        )
+        _check_names(
+            "ingress.extra_args",
+            self.ingress.extra_args,
+            _vllm_fields("vllm.entrypoints.launchers.cli_args", "BaseFrontendArgs", "FrontendArgs"),
+        )
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or self.model
+
+
+@dataclass(frozen=True, slots=True)
+class ServeFile:
+    """A Serve config file with one app of ours in it."""
+
+    app_name: str
+    route_prefix: str
+    host: str
+    port: int
+    config: AppConfig
+    raw: dict[str, Any]
+    """The file as Serve wants it."""
+
+    @property
+    def url(self) -> str:
+        """Where the app answers on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = f"[{host}]" if ":" in host else host
+        return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
+
+
+def parse_args(args: dict[str, Any]) -> AppConfig:
+    """The config in `args`; ConfigError names each wrong key, its value and the remedy."""
+    try:
+        return pydantic.TypeAdapter(AppConfig).validate_python(args)
+    except pydantic.ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def read_serve_file(path: Path) -> ServeFile:
+    """Read and check a file for `serve deploy`; ConfigError says what is wrong with it."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; deploy/local.yaml is one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    raw = raw if isinstance(raw, dict) else {}
+    apps = raw.get("applications")
+    apps = apps if isinstance(apps, list) else []
+    ours = [a for a in apps if isinstance(a, dict) and a.get("import_path") == IMPORT_PATH]
+    if len(ours) != 1:
+        raise ConfigError(
+            f"{path}: needs exactly one entry under `applications` with "
+            f"`import_path: {IMPORT_PATH}`, found {len(ours)}"
+        )
+    app, http = ours[0], raw.get("http_options") or {}
+    if not isinstance(http, dict):
+        raise ConfigError(f"{path}: http_options should be a mapping, not {http!r}")
+    args = app.get("args")
+    try:
+        config = parse_args({} if args is None else args)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return ServeFile(
+        app_name=app.get("name", "default"),
+        route_prefix=app.get("route_prefix", "/"),
+        host=http.get("host", "127.0.0.1"),
+        port=http.get("port", 8000),
+        config=config,
+        raw=raw,
+    )
+
+
+def _explain(problem: Any) -> str:
+    """One line for one problem found by pydantic."""
+    *parents, key = problem["loc"] or ("args",)
+    where = ".".join(str(part) for part in (*parents, key))
+    if problem["type"] == "unexpected_keyword_argument":
+        known = [f.name for f in dataclasses.fields(_config_at(parents))]
+        return f"{where}: unknown key{_did_you_mean(key, known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if problem["loc"] else message
+    return f"{where}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+
+
+def _config_at(loc: list[str]) -> Any:
+    """The config class at a place of the tree."""
+    cls: Any = AppConfig
+    for name in loc:
+        is_mapping = typing.get_origin(cls) is dict
+        cls = typing.get_args(cls)[1] if is_mapping else typing.get_type_hints(cls)[name]
+        if type(None) in typing.get_args(cls):  # optional
+            cls = typing.get_args(cls)[0]
+    return cls
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+_OWN_KEYS = {
+    "model": "model",
+    "served_model_name": "served_model_name",
+    "kv_cache_memory_bytes": "worker.engine.kv_cache_gib",
+    "tool_call_parser": "ingress.tool_call_parser",
+    "reasoning_parser": "ingress.reasoning_parser",
+    "chat_template": "ingress.chat_template",
+    **{f.name: f"worker.engine.{f.name}" for f in dataclasses.fields(EngineConfig)},
+}
+"""Where vLLM's arguments are that the config has under its own keys."""
+
+
+def _check_names(where: str, args: dict[str, Any], known: frozenset[str]) -> None:
+    for name in args:
+        if name in _OWN_KEYS:
+            raise ValueError(f"{where}.{name}: has a key of its own, {_OWN_KEYS[name]}")
+        if known and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{where}.{name}: vLLM has no such argument{hint}")
+
+
+@functools.cache
+def _vllm_fields(module: str, *classes: str) -> frozenset[str]:
+    """Field names of vLLM's argument classes, read from the source: importing takes 10 s."""
+    package = importlib.util.find_spec(module.partition(".")[0])
+    if package is None or not package.submodule_search_locations:
+        return frozenset()
+    path = Path(package.submodule_search_locations[0]).parent / (module.replace(".", "/") + ".py")
+    return frozenset(
+        item.target.id
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name in classes
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    )

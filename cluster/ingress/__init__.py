@@ -1,0 +1,1 @@
+"""The HTTP front end and what it asks of the workers."""

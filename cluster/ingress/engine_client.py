@@ -1,0 +1,222 @@
+"""Places requests on workers and gathers what their steps produce."""
+
+import asyncio
+import contextvars
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from cluster.observe.request_history import Attempt, RequestRecord
+from scheduler.request import Request
+from workers.engine.engine_loop import EngineDead
+from workers.token_stream import LOST_AFTER_S, StreamReceiver
+from workers.worker import WorkerDraining
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+"""Workers that may die under a request before its first token."""
+
+
+class RequestOutput(Protocol):
+    """What a step added to one request, as far as this file reads it."""
+
+    request_id: str
+    new_token_ids: list[int]
+
+    @property
+    def finish_reason(self) -> object: ...  # noqa: D102
+
+
+class StepOutputs(Protocol):
+    """What one step of one worker produced for this client."""
+
+    outputs: list[Any]
+
+
+Outputs = TypeVar("Outputs", bound=StepOutputs)
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that was submitted and has not ended."""
+
+    record: RequestRecord
+    encode: Callable[[str], list[bytes]]
+    response: DeploymentResponse[str] | None = None
+    task: asyncio.Task[None] | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def request_id(self) -> str:
+        return self.record.request.request_id
+
+    def begin_attempt(self) -> str:
+        """A new id on the worker for each attempt: it fences off a lost worker's outputs."""
+        attempt_id = f"{self.request_id}.{len(self.record.attempts)}"
+        self.record.attempts.append(Attempt(attempt_id, time.time()))
+        return attempt_id
+
+
+@dataclass(frozen=True, slots=True)
+class RequestListeners:
+    """Who is told of requests, in the event loop."""
+
+    began: Callable[[RequestRecord], None] = lambda record: None
+    resumed: Callable[[str], None] = lambda cause: None
+    """That a request lost its worker and goes on with another; with the error's name."""
+    ended: Callable[[RequestRecord], None] = lambda record: None
+
+
+NOBODY = RequestListeners()
+
+
+class EngineClient(Generic[Outputs]):
+    """A client of all workers; used from one event loop.
+
+    `decode` turns the frames of a step into its outputs; `failed` makes the outputs that end a
+    request with an error.
+    """
+
+    def __init__(
+        self,
+        workers: "DeploymentHandle[Any]",
+        receiver: StreamReceiver,
+        decode: Callable[[list[bytes]], Outputs],
+        failed: Callable[[str, Exception], Outputs],
+        listeners: RequestListeners = NOBODY,
+    ) -> None:
+        self._workers = workers
+        self._receiver = receiver
+        self._decode = decode
+        self._failed = failed
+        self._listeners = listeners
+        self._live: dict[str, _Live] = {}
+        self._attempts: dict[str, _Live] = {}
+        self._outputs: asyncio.Queue[Outputs] = asyncio.Queue()
+        self._receiving: asyncio.Task[None] | None = None
+
+    def submit(
+        self, request: Request, arrived_s: float, encode: Callable[[str], list[bytes]]
+    ) -> None:
+        """Start a request that arrived at a time by the wall clock.
+
+        `encode` gives it in the engine's encoding under a given id.
+        """
+        if self._receiving is None:
+            self._receiving = asyncio.create_task(self._receive())
+        live = _Live(RequestRecord(request, arrived_s), encode)
+        self._live[request.request_id] = live
+        self._listeners.began(live.record)
+        # In a context of its own: Serve names its calls after the HTTP request in the context, and
+        # its router keeps only one of two calls of the same name, as n=2 makes.
+        live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Stop requests wherever they are; nothing more comes from them."""
+        for request_id in request_ids:
+            if live := self._end(request_id, "abort"):
+                if live.response is not None:
+                    live.response.cancel()
+                if live.task is not None:
+                    live.task.cancel()
+
+    async def next_outputs(self) -> Outputs:
+        """What the next step of any worker produced for this client's requests."""
+        return await self._outputs.get()
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    async def close(self) -> None:
+        """Abort what runs and stop listening."""
+        self.abort(list(self._live))
+        if self._receiving is not None:
+            self._receiving.cancel()
+        self._receiver.close()
+
+    async def _run(self, live: _Live) -> None:
+        """Keep the request on some worker until it ends."""
+        record = live.record
+        while True:
+            attempt_id = live.begin_attempt()
+            self._attempts[attempt_id] = live
+            attempt = dataclasses.replace(record.request, request_id=attempt_id)
+            try:
+                response: Any = self._workers.generate.remote(
+                    attempt, live.encode(attempt_id), self._receiver.address
+                )
+                live.response = response
+                if await response == "abort":  # not by this client
+                    raise RuntimeError("the request was aborted on its worker")
+                await self._last_outputs(live)
+                return
+            except (RayActorError, EngineDead, WorkerDraining) as error:
+                self._attempts.pop(attempt_id, None)
+                if live.response is not None:
+                    live.response.cancel()  # the worker may only have been out of reach
+                record.attempts[-1].lost = f"{type(error).__name__}: {error}"
+                if record.num_output_tokens or len(record.attempts) == MAX_ATTEMPTS:
+                    self._fail(live, error)
+                    return
+                logger.warning(
+                    "request lost its worker and is placed again",
+                    extra={"request_id": live.request_id, "error": record.attempts[-1].lost},
+                )
+                self._listeners.resumed(type(error).__name__)
+            except Exception as error:
+                self._fail(live, error)
+                return
+
+    async def _last_outputs(self, live: _Live) -> None:
+        """Wait for what comes by the stream, and so may come after the call's result."""
+        try:
+            await asyncio.wait_for(live.ended.wait(), LOST_AFTER_S)
+        except TimeoutError:
+            raise TimeoutError("the last outputs of the request did not arrive") from None
+
+    def _fail(self, live: _Live, error: Exception) -> None:
+        if self._end(live.request_id, "error", repr(error)):
+            logger.error(
+                "request failed", extra={"request_id": live.request_id, "error": repr(error)}
+            )
+            self._outputs.put_nowait(self._failed(live.request_id, error))
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self._receiver.receive()
+            try:
+                step = self._decode(frames)
+            except Exception:
+                logger.exception("a worker sent outputs that cannot be read")
+                continue
+            kept, now = [], time.time()
+            for output in step.outputs:
+                if (live := self._attempts.get(output.request_id)) is None:
+                    continue  # aborted here, or from a worker that was given up
+                output.request_id = live.request_id
+                live.record.deliver(len(output.new_token_ids), now)
+                kept.append(output)
+                if output.finish_reason is not None:
+                    self._end(live.request_id, str(output.finish_reason))
+            if kept:
+                step.outputs = kept
+                self._outputs.put_nowait(step)
+
+    def _end(self, request_id: str, outcome: str, error: str = "") -> _Live | None:
+        if (live := self._live.pop(request_id, None)) is not None:
+            record = live.record
+            if record.attempts:
+                self._attempts.pop(record.attempts[-1].attempt_id, None)
+            record.outcome, record.error = outcome, error
+            live.ended.set()
+            self._listeners.ended(record)
+        return live

@@ -1,0 +1,241 @@
+"""The ingress: answers HTTP and client handles, and sends the work to the workers."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
+
+from cluster.config.app_config import AppConfig
+from cluster.errors import RequestFailed
+from cluster.ingress.calls import Calls, current_call
+from cluster.ingress.engine_client import EngineClient, RequestListeners
+from cluster.models.model import resolve_model
+from cluster.observe.explain import Trail
+from cluster.observe.exporter import Exporter, RequestMetrics
+from cluster.observe.logs import replica_context, set_up_logs
+from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
+from cluster.observe.tracing import Tracing
+from workers.drafters.draft_worker import DraftWorkerStatus
+from workers.timeline import Span
+from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
+from workers.worker import WorkerStatus, WorkerSteps
+
+logger = logging.getLogger(__name__)
+
+TEND_INTERVAL_S = 0.2
+"""How often the streams to client handles are looked after."""
+
+ASK_TIMEOUT_S = 60.0
+"""A replica that does not answer within this hangs, and the one who asks is told so."""
+
+Api = Literal["chat", "completion"]
+
+
+class Chunk(msgspec.Struct, array_like=True):
+    """A piece of a streamed answer: the JSON of an OpenAI chunk."""
+
+    call_id: str
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class AppStatus:
+    """The app as an ingress sees it."""
+
+    model: str
+    workers: list[WorkerStatus]
+    num_live_requests: int
+    """Of this ingress."""
+    draft_workers: list[DraftWorkerStatus]
+
+
+class Ingress:
+    """One replica of the front end; stateless but for the requests in flight."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        workers: "DeploymentHandle[Any]",
+        scheduler: "DeploymentHandle[Any]",
+        draft_workers: "DeploymentHandle[Any] | None" = None,
+    ) -> None:
+        context = replica_context()
+        set_up_logs(config.logs, **context)
+        # vLLM takes long to import; only this process of the cluster package needs it.
+        from cluster.ingress.vllm_frontend import Frontend, decode_outputs, failed_outputs
+
+        self._config = config
+        self._workers = workers
+        self._scheduler = scheduler
+        self._draft_workers = draft_workers
+        self._metrics = RequestMetrics(Exporter(config))
+        self._tracing = Tracing(config.tracing, "ingress", context["replica"])
+        self._history = RequestHistory()
+        self._client = EngineClient(
+            workers,
+            StreamReceiver(get_node_ip_address()),
+            decode_outputs(),
+            failed_outputs,
+            RequestListeners(self._began, self._metrics.count_resume, self._ended),
+        )
+        self._frontend = Frontend(
+            config,
+            resolve_model(config.model),
+            self._client,
+            self._has_workers,
+            Calls(self._tracing, self._refuse),
+        )
+        self._senders = StreamSenders()
+        self._chunks: defaultdict[StreamAddress, list[Chunk]] = defaultdict(list)
+        self._tending: asyncio.Task[None] | None = None
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Serve's hook for the HTTP app."""
+        await self._frontend.start()
+        logger.info("app ready", extra={"model": self._config.model_name})
+        return self._frontend.asgi_app
+
+    def __del__(self) -> None:
+        """Serve's hook for the end of a replica, also of one whose constructor failed."""
+        if hasattr(self, "_tracing"):
+            self._tracing.shut_down()
+
+    async def check_health(self) -> None:
+        """Serve's hook: it replaces this replica when this raises."""
+        self._frontend.check_health()
+
+    async def call(self, api: Api, payload: dict[str, Any]) -> str | RequestFailed:
+        """Answer a client handle. Cancelling the call frees its slots.
+
+        A failure is returned: Serve would log one that is raised as a crash of this replica.
+        """
+        try:
+            return await self._frontend.complete(api, payload)
+        except RequestFailed as failure:
+            return failure
+
+    async def stream(
+        self, api: Api, payload: dict[str, Any], call_id: str, reply_to: StreamAddress
+    ) -> RequestFailed | None:
+        """The same with chunks sent to `reply_to`; returns after the last."""
+        if self._tending is None:
+            self._tending = asyncio.create_task(self._tend())
+        try:
+            async with contextlib.aclosing(self._frontend.stream(api, payload)) as chunks:
+                async for data in chunks:
+                    self._send(reply_to, Chunk(call_id, data))
+        except RequestFailed as failure:
+            return failure
+        self._send(reply_to, Chunk(call_id, ""))
+        return None
+
+    async def status(self) -> AppStatus:
+        """The state of all workers; of draft workers what they told the GlobalScheduler last."""
+        workers = await _ask_all(self._workers, "status")
+        return AppStatus(
+            self._config.model_name,
+            sorted(workers, key=lambda worker: worker.worker_id),
+            self._client.num_live,
+            await self._scheduler.draft_workers.remote(),
+        )
+
+    async def spans(self, since_s: float) -> dict[str, list[Span]]:
+        """What each worker and draft worker did since a time, by the wall clock."""
+        workers = await _ask_all(self._workers, "spans", since_s)
+        spans = {f"worker {worker_id}": own for worker_id, own in workers}
+        if self._draft_workers:
+            drafters = await _ask_all(self._draft_workers, "spans", since_s)
+            spans |= {f"draft worker {drafter_id}": own for drafter_id, own in drafters}
+        return spans
+
+    async def steps(self, since_s: float, most: int) -> list[WorkerSteps]:
+        """The latest `most` steps of each worker that ended after a time, by the wall clock."""
+        found: list[WorkerSteps] = await _ask_all(self._workers, "steps", since_s, most)
+        return sorted(found, key=lambda of_worker: of_worker.worker_id)
+
+    async def recall(self, query: str) -> list[RequestRecord | Refusal]:
+        """What became of the calls and requests of this ingress whose ids contain `query`."""
+        return self._history.find(query)
+
+    async def trails(self, attempt_ids: list[str]) -> list[Trail]:
+        """Where each attempt at a request was placed, and its steps there."""
+        placements = await self._scheduler.placements.remote(attempt_ids)
+        steps = await _ask_all(self._workers, "steps_of", attempt_ids)
+        return [
+            Trail(
+                placements.get(attempt_id),
+                {worker_id: found[attempt_id] for worker_id, found in steps if attempt_id in found},
+            )
+            for attempt_id in attempt_ids
+        ]
+
+    def _began(self, record: RequestRecord) -> None:
+        self._history.add(record)
+        self._metrics.set_live(self._client.num_live)
+        if (call := current_call.get()) is None or call.admitted:
+            return
+        call.admitted = True
+        self._metrics.count_admission("admitted")
+        self._tracing.add(
+            "admission", record.request.traceparent, call.began_s, time.time(),
+            {"xyserve.slo_class": record.request.slo_class},
+        )  # fmt: skip
+
+    def _ended(self, record: RequestRecord) -> None:
+        self._metrics.set_live(self._client.num_live)
+        self._metrics.count_end(record)
+        for before, attempt in itertools.pairwise(record.attempts):
+            back_s = min(record.first_token_s, time.time())
+            self._tracing.add(
+                "resume", record.request.traceparent, attempt.began_s, back_s,
+                {"xyserve.lost": before.lost, "xyserve.attempt_id": attempt.attempt_id},
+            )  # fmt: skip
+        logger.debug(
+            "request ended",
+            extra={
+                "request_id": record.request.request_id,
+                "outcome": record.outcome,
+                "ttft_s": record.ttft_s,
+                "e2e_s": record.e2e_s,
+                "num_output_tokens": record.num_output_tokens,
+            },
+        )
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._history.add(refusal)
+        self._metrics.count_admission(refusal.outcome)
+
+    def _send(self, reply_to: StreamAddress, chunk: Chunk) -> None:
+        # What one step produced for one client leaves as one message: the streams that it
+        # wakes all run before the flush.
+        if not self._chunks:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._chunks[reply_to].append(chunk)
+
+    def _flush(self) -> None:
+        for reply_to, chunks in self._chunks.items():
+            self._senders.send(reply_to, [msgspec.msgpack.encode(chunks)], time.monotonic())
+        self._chunks.clear()
+
+    async def _tend(self) -> None:
+        while True:
+            self._senders.tend(time.monotonic())
+            await asyncio.sleep(TEND_INTERVAL_S)
+
+    async def _has_workers(self) -> bool:
+        return any(not load.silent for load in await self._scheduler.loads.remote())
+
+
+async def _ask_all(replicas: "DeploymentHandle[Any]", method: str, *args: Any) -> list[Any]:
+    """What each replica answers; one that dies meanwhile is left out."""
+    response = replicas.broadcast(method, *args)
+    answers = await response.results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+    return [answer for answer in answers if not isinstance(answer, BaseException)]

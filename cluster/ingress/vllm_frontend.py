@@ -1,0 +1,262 @@
+"""vLLM's OpenAI front end over the workers: its routes, renderers and detokeniser, no weights."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Any
+
+# One of the libraries below sets the root logger to this level; by default it would be ERROR, which
+# would hide the warnings of all other libraries.
+os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "WARNING")
+
+import msgspec
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMClientError
+from vllm.tasks import SupportedTask
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.loggers import StatLoggerFactory
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from cluster.config.app_config import AppConfig
+from cluster.errors import RequestFailed
+from cluster.ingress.calls import TRACE_HEADER, Call, Calls
+from cluster.ingress.engine_client import EngineClient
+from cluster.ingress.targets import PARAMETERS, current_targets, read_targets
+from cluster.ingress.vllm_http import error_in, http_app
+from cluster.observe.tracing import current_traceparent
+from cluster.observe.vllm_metrics import STAT_LOGGERS
+from scheduler.request import Request
+from workers.engine.vllm_engine import encoder, engine_args
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
+
+
+class WorkersCore(EngineCoreClient):
+    """All workers together, in the place where vLLM expects the client of one engine core."""
+
+    engine_ranks_managed = (0,)
+
+    def __init__(self, client: EngineClient[EngineCoreOutputs]) -> None:
+        self._client = client
+        self._encode = encoder()
+        self.resources = SimpleNamespace(engine_dead=False)
+
+    async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
+        """What chat and completion models do."""
+        return SUPPORTED_TASKS
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Send a request to a worker; returns at once."""
+        sampling = request.sampling_params
+        if sampling is None:
+            raise NotImplementedError("the served model generates text; it has no pooling tasks")
+        num_prompt_tokens = len(request.prompt_token_ids or request.prompt_is_token_ids or ())
+        assert sampling.max_tokens is not None  # set by vLLM's InputProcessor
+        targets = current_targets.get()
+        self._client.submit(
+            Request(
+                request.request_id,
+                num_prompt_tokens,
+                sampling.max_tokens,
+                request.priority,
+                targets.slo,
+                targets.slo_class,
+                current_traceparent(),
+            ),
+            request.arrival_time,
+            lambda attempt_id: self._encode(
+                msgspec.structs.replace(request, request_id=attempt_id)
+            ),
+        )
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Stop requests on their workers."""
+        self._client.abort(request_ids)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """What the next step of any worker produced."""
+        return await self._client.next_outputs()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """The workers live on without this front end."""
+
+
+class ClusterLLM(AsyncLLM):
+    """vLLM's asynchronous engine with the workers as its engine core."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        core: WorkersCore,
+        has_workers: Callable[[], Awaitable[bool]],
+        stat_loggers: Sequence[StatLoggerFactory] = (),
+    ) -> None:
+        with _engine_core(core):
+            super().__init__(
+                vllm_config,
+                Executor.get_class(vllm_config),
+                log_stats=True,
+                log_requests=False,
+                stat_loggers=list(stat_loggers),
+            )
+        self._has_workers = has_workers
+        self._encode = encoder()
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> RequestOutputCollector:
+        """Start a request. What cannot be read, or sent to a worker, is the client's error."""
+        try:
+            self._encode(params)  # fails for huge integers and halves of characters
+            return await super().add_request(request_id, prompt, params, *args, **kwargs)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise VLLMClientError(str(error)) from error
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError while no worker is there."""
+        await super().check_health()
+        if not await self._has_workers():
+            raise EngineDeadError
+
+
+@contextlib.contextmanager
+def _engine_core(core: WorkersCore) -> Iterator[None]:
+    """Let `AsyncLLM` take `core` instead of starting an engine; it offers no parameter for it."""
+    make = EngineCoreClient.make_async_mp_client
+    EngineCoreClient.make_async_mp_client = staticmethod(lambda **_: core)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        EngineCoreClient.make_async_mp_client = make  # type: ignore[method-assign]
+
+
+def decode_outputs() -> Callable[[list[bytes]], EngineCoreOutputs]:
+    """A decoder of what a worker's engine encoded."""
+    decode: Callable[[list[bytes]], EngineCoreOutputs] = MsgpackDecoder(EngineCoreOutputs).decode
+    return decode
+
+
+def failed_outputs(request_id: str, error: Exception) -> EngineCoreOutputs:
+    """The outputs that end a request with an error, which vLLM answers with status 500."""
+    return EngineCoreOutputs(
+        outputs=[EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)]
+    )
+
+
+class Frontend:
+    """The OpenAI API for one model."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        model: str,
+        client: EngineClient[EngineCoreOutputs],
+        has_workers: Callable[[], Awaitable[bool]],
+        calls: Calls,
+    ) -> None:
+        self._slo = config.slo
+        self._calls = calls
+        self._args = _serve_args(config, model)
+        args = engine_args(model, config.worker)
+        args.served_model_name = config.model_name  # in messages and metrics
+        vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        stat_loggers = STAT_LOGGERS if config.metrics else ()
+        self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers, stat_loggers)
+        self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
+        self.asgi_app = http_app(self._app, config, calls)
+
+    async def start(self) -> None:
+        """Make the request handlers; needed once, before the first request."""
+        await init_app_state(self._llm, self._app.state, self._args, SUPPORTED_TASKS)
+        # vLLM's error handler would end its HTTP server with a broken engine; see check_health.
+        self._app.state.server = SimpleNamespace(should_exit=False)
+
+    def check_health(self) -> None:
+        """Raise EngineDeadError when nothing reads the workers' outputs any more."""
+        if self._llm.errored:
+            raise EngineDeadError
+
+    async def complete(self, api: str, payload: dict[str, Any]) -> str:
+        """Answer one call of `api` ("chat" or "completion") as the JSON of its OpenAI response."""
+        with self._answering(payload) as call:
+            response = await self._respond(call, api, payload)
+            return str(response.model_dump_json())
+
+    async def stream(self, api: str, payload: dict[str, Any]) -> Any:
+        """The chunks of one streaming call, each as the JSON of its OpenAI chunk."""
+        with self._answering(payload) as call:
+            async for event in await self._respond(call, api, payload | {"stream": True}):
+                data = event.removeprefix("data: ").strip()
+                if error := error_in(data):
+                    raise RequestFailed(error.message, error.code)
+                if data and data != "[DONE]":
+                    yield data
+
+    def _answering(self, payload: dict[str, Any]) -> AbstractContextManager[Call]:
+        names = [payload.get(name) for name in ("request_id", TRACE_HEADER)]
+        call_id, traceparent = (name if isinstance(name, str) else None for name in names)
+        return self._calls.answering(call_id, traceparent)
+
+    async def _respond(self, call: Call, api: str, payload: dict[str, Any]) -> Any:
+        state = self._app.state
+        current_targets.set(read_targets(self._slo, payload, PARAMETERS))
+        ours = (*PARAMETERS, TRACE_HEADER)
+        payload = {"request_id": call.call_id} | {
+            name: payload[name] for name in payload if name not in ours
+        }
+        try:
+            request = (ChatCompletionRequest if api == "chat" else CompletionRequest)(**payload)
+        except Exception as error:  # of any kind, see VALIDATOR_ERRORS
+            raise RequestFailed(str(error), HTTPStatus.BAD_REQUEST) from None
+        try:
+            if api == "chat":
+                response = await state.openai_serving_chat.create_chat_completion(request)
+            else:
+                response = await state.openai_serving_completion.create_completion(request)
+        except Exception as error:  # as in vLLM's handlers for HTTP
+            response = create_error_response(error)
+            if response.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                logger.exception("a call of a client handle failed", extra={"api": api})
+        if isinstance(response, ErrorResponse):
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise asyncio.CancelledError  # vLLM turns it into an answer that nobody reads
+            raise RequestFailed(response.error.message, response.error.code)
+        return response
+
+
+def _serve_args(config: AppConfig, model: str) -> argparse.Namespace:
+    """vLLM's server arguments for `config`."""
+    args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args.model = model
+    args.served_model_name = [config.model_name]
+    args.tool_call_parser = config.ingress.tool_call_parser
+    args.enable_auto_tool_choice = config.ingress.tool_call_parser is not None
+    args.structured_outputs_config.reasoning_parser = config.ingress.reasoning_parser or ""
+    args.chat_template = config.ingress.chat_template
+    args.enable_prompt_tokens_details = True
+    for name, value in config.ingress.extra_args.items():
+        setattr(args, name, value)
+    validate_parsed_serve_args(args)
+    return args

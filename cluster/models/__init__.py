@@ -1,0 +1,1 @@
+"""The default model, and where any other one is found."""

@@ -1,0 +1,1 @@
+"""What users see of a running app: metrics, logs, traces, explanations."""

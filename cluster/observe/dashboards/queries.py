@@ -1,0 +1,29 @@
+"""Queries that several dashboards have."""
+
+from cluster.observe.dashboards.panels import Query
+from cluster.observe.dashboards.promql import (
+    QUANTILES,
+    grown,
+    of_workers,
+    quantile,
+    rate,
+    shown,
+    total,
+)
+from cluster.observe.metrics import Metric, VllmMetric
+
+
+def quantiles(histogram: Metric | VllmMetric, *, of_worker: bool = False) -> tuple[Query, ...]:
+    """The usual quantiles of a histogram; `of_worker` if workers tell it."""
+    buckets = (of_workers if of_worker else shown)(histogram, part="_bucket")
+    return tuple(Query(quantile(q, buckets), f"p{100 * q:g}") for q in QUANTILES)
+
+
+def rate_of_workers(metric: Metric | VllmMetric, *by: str, part: str = "") -> str:
+    """How fast a counter that workers tell grows."""
+    return total(rate(of_workers(metric, part=part)), *by)
+
+
+def events(counter: Metric, label: str, *matchers: str) -> tuple[Query, ...]:
+    """How many there were in five minutes; for counters that seldom grow."""
+    return (Query(total(grown(shown(counter, *matchers), "5m"), label), f"{{{{{label}}}}}"),)

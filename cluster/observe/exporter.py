@@ -1,0 +1,215 @@
+"""Sends the metrics of `cluster/observe/metrics.py` to Ray's metrics endpoint of the node."""
+
+import itertools
+import math
+import threading
+import time
+from collections import defaultdict
+from typing import Any
+
+from ray.serve import metrics as serve_metrics
+
+from cluster.config.app_config import AppConfig
+from cluster.observe import metrics
+from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
+from cluster.observe.request_history import RequestRecord
+from scheduler.drafting import Cause
+from scheduler.placement import Placement, WorkerLoad
+from workers.drafters.draft_worker import DraftWorkerStatus
+from workers.drafts.draft_client import DraftCounts
+from workers.engine.engine import DraftStats
+from workers.step_history import TakenStep
+
+REFRESH_S = 5.0
+"""How often gauges are set again that are to stay."""
+
+
+class _Nowhere:
+    """A metric that is not exported."""
+
+    def inc(self, *_: object) -> None: ...
+
+    set = observe = inc
+
+
+_NOWHERE = _Nowhere()
+
+
+class Exporter:
+    """The metrics of one replica."""
+
+    def __init__(self, config: AppConfig) -> None:
+        """With `metrics` off in the config, everything goes nowhere."""
+        self._config = config
+        self._made: dict[str, Any] = {}
+        self._kept: dict[Metric, float] = {}
+        self.keep(metrics.START_TIME, time.time())
+        threading.Thread(target=self._refresh, name="metrics", daemon=True).start()
+
+    def add(self, counter: Metric, amount: float = 1, **labels: str) -> None:
+        """Add to a counter; a series of it begins with its first amount, not with zero."""
+        self._ray_metric(counter).inc(amount, labels)
+
+    def set(self, gauge: Metric, value: float, **labels: str) -> None:
+        """Set a gauge. Ray forgets it in 20 s, as befits a view of others: set it often."""
+        self._ray_metric(gauge).set(value, labels)
+
+    def keep(self, gauge: Metric, value: float) -> None:
+        """Set a gauge that stays until it is set anew, or the replica ends."""
+        self._kept[gauge] = value
+        self.set(gauge, value)
+
+    def observe(self, histogram: Metric, value: float, **labels: str) -> None:
+        """Count one value of a histogram."""
+        self._ray_metric(histogram).observe(value, labels)
+
+    def _refresh(self) -> None:
+        while True:
+            time.sleep(REFRESH_S)
+            for gauge, value in self._kept.copy().items():
+                self.set(gauge, value)
+
+    def _ray_metric(self, metric: Metric) -> Any:
+        if not self._config.metrics:
+            return _NOWHERE
+        if (made := self._made.get(metric.name)) is None:
+            options: dict[str, Any] = {"tag_keys": (*metric.labels, MODEL_LABEL)}
+            if metric.kind is Kind.HISTOGRAM:
+                options["boundaries"] = list(metric.buckets)
+            cls = getattr(serve_metrics, metric.kind.capitalize())
+            made = cls(metric.name, metric.help, **options)
+            made.set_default_tags({MODEL_LABEL: self._config.model_name})
+            self._made[metric.name] = made
+        return made
+
+
+class WorkerMetrics:
+    """What a worker's steps and drafts come to.
+
+    Steps are added up until they are exported: Ray takes some microseconds for each value.
+    """
+
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+        self._sums: defaultdict[tuple[Metric, str], float] = defaultdict(float)
+        """By metric and the value of its label, if it has one."""
+        self._drafts: dict[str, DraftCounts] = {}
+
+    def add_step(self, step: TakenStep) -> None:
+        """Count one step; called in the engine's thread, between two steps."""
+        observe, sums, plan = self._exporter.observe, self._sums, step.report.plan
+        measured_s = step.report.measured_s
+        observe(metrics.STEP_SECONDS, measured_s)
+        observe(metrics.STEP_DECISION_SECONDS, step.report.decided_s)
+        observe(metrics.STEP_PREDICTION_ERROR, abs(plan.predicted_s / measured_s - 1))
+        if plan.limit_s < math.inf:
+            observe(metrics.STEP_BUDGET_USE, plan.predicted_s / max(plan.limit_s, 1e-6))
+        for slo_class, queued_s in step.queued_s:
+            observe(metrics.QUEUE_TIME, queued_s, slo_class=slo_class)
+        sums[metrics.STEP_MEASURED_SECONDS, ""] += measured_s
+        sums[metrics.STEP_PREDICTED_SECONDS, ""] += plan.predicted_s
+        sums[metrics.STEP_FLOPS, ""] += step.num_flops
+        sums[metrics.STEP_MEMORY_BYTES, ""] += step.num_bytes
+        for task in step.tasks:
+            sums[metrics.STEP_TOKENS, task.stage] += task.num_tokens
+        for deferral in plan.deferred:
+            sums[metrics.DEFERRALS, deferral.reason] += 1
+
+    def export(self, drafts: DraftStats | None) -> None:
+        """Send the sums, and what is new of the drafts."""
+        for (metric, label), amount in self._sums.items():
+            if amount:
+                self._exporter.add(metric, amount, **dict.fromkeys(metric.labels, label))
+        self._sums.clear()
+        if drafts is None:
+            return
+        self._exporter.set(metrics.DRAFT_ACCEPTANCE, drafts.acceptance_rate)
+        self._exporter.set(metrics.TOKENS_PER_DECODE, drafts.tokens_per_span)
+        for drafter, counts in drafts.counts_of.items():
+            self._add_drafts(drafter, counts, self._drafts.get(drafter, DraftCounts()))
+        self._drafts = drafts.counts_of
+
+    def _add_drafts(self, drafter: str, counts: DraftCounts, before: DraftCounts) -> None:
+        add = self._exporter.add
+        for outcome in ("proposed", "verified", "accepted", "late", "stale"):
+            if (new := getattr(counts, outcome) - getattr(before, outcome)) > 0:
+                add(metrics.DRAFT_TOKENS, new, drafter=drafter, outcome=outcome)
+        for metric, now, then in (
+            (metrics.DRAFT_VERIFIED_AT, counts.verified_at, before.verified_at),
+            (metrics.DRAFT_ACCEPTED_AT, counts.accepted_at, before.accepted_at),
+        ):
+            for position, (number, old) in enumerate(itertools.zip_longest(now, then, fillvalue=0)):
+                if number > old:
+                    add(metric, number - old, drafter=drafter, position=str(position + 1))
+
+
+class RequestMetrics:
+    """What the clients of one ingress see."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+
+    def count_admission(self, outcome: str) -> None:
+        """Count a call of the API: admitted, invalid or unavailable."""
+        self._exporter.add(metrics.ADMISSIONS, outcome=outcome)
+
+    def count_resume(self, cause: str) -> None:
+        """Count a request that lost its worker and goes on with another."""
+        self._exporter.add(metrics.RESUMES, cause=cause)
+
+    def set_live(self, num_live: int) -> None:
+        """Note how many requests go on."""
+        self._exporter.keep(metrics.LIVE_REQUESTS, num_live)
+
+    def count_end(self, record: RequestRecord) -> None:
+        """Count a request that has ended."""
+        add, observe = self._exporter.add, self._exporter.observe
+        slo_class = record.request.slo_class
+        add(metrics.REQUESTS, slo_class=slo_class, outcome=record.outcome)
+        if record.num_output_tokens:
+            observe(metrics.TIME_TO_FIRST_TOKEN, record.ttft_s, slo_class=slo_class)
+            observe(metrics.REQUEST_LATENCY, record.e2e_s, slo_class=slo_class)
+            add(
+                metrics.REQUEST_TOKENS, record.num_output_tokens, slo_class=slo_class, kind="output"
+            )
+            prompt = record.request.num_prompt_tokens
+            add(metrics.REQUEST_TOKENS, prompt, slo_class=slo_class, kind="prompt")
+        if record.num_output_tokens > 1:
+            observe(metrics.TIME_PER_OUTPUT_TOKEN, record.tpot_s, slo_class=slo_class)
+        for target, met in record.attainment().items():
+            add(metrics.SLO_REQUESTS, slo_class=slo_class, target=target, met=str(met).lower())
+
+
+class PlacementMetrics:
+    """What the GlobalScheduler sees and decides."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+
+    def count_placement(self, placement: Placement) -> None:
+        """Count a request that was placed."""
+        worker = placement.chosen.worker_id
+        self._exporter.add(metrics.PLACEMENTS, worker=worker, reason=placement.reason)
+
+    def count_collapse(self, worker_id: str, cause: Cause) -> None:
+        """Count that the drafts for a worker are no longer accepted."""
+        self._exporter.add(metrics.DRAFT_COLLAPSES, cause=cause)
+
+    def set_load(self, load: WorkerLoad, report_age_s: float) -> None:
+        """Note how a worker is seen."""
+        set_, worker = self._exporter.set, load.worker_id
+        set_(metrics.WORKER_OUTSTANDING_TOKENS, load.num_outstanding_tokens, worker=worker)
+        set_(metrics.WORKER_REQUESTS, load.num_requests, worker=worker)
+        set_(metrics.WORKER_REPORT_AGE, report_age_s, worker=worker)
+
+
+class DraftWorkerMetrics:
+    """How busy a draft worker is."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+
+    def export(self, status: DraftWorkerStatus) -> None:
+        """Send the present state."""
+        self._exporter.set(metrics.DRAFT_WORKER_BUSY, status.busy_share)
+        self._exporter.set(metrics.DRAFT_WORKER_CONTEXTS, status.num_contexts)

@@ -1,0 +1,1 @@
+"""The GlobalScheduler actor and the router that carries its choices out."""

@@ -1,0 +1,244 @@
+"""The GlobalScheduler: places each request on a worker, from the view of all workers."""
+
+import dataclasses
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from scheduler.drafting import Cause, DraftReport, DraftWatch, DraftWorkerLoad, choose_drafter
+from scheduler.placement import Placement, WorkerLoad, place
+from scheduler.request import Request
+from workers.drafters.draft_worker import DraftWorkerReport, DraftWorkerStatus
+from workers.drafts.draft_stream import DrafterAddress
+from workers.engine.engine import DraftStats
+from workers.worker import WorkerReport
+
+logger = logging.getLogger(__name__)
+
+FORGET_AFTER_S = 30.0
+"""A placement that its worker has not reported by then never arrived there."""
+SILENT_AFTER_S = 30.0
+"""A worker that has not reported for this long perhaps hangs; a live one does every 2 s."""
+GONE_AFTER_S = 300.0
+"""A worker that was silent for so long is no more; Serve would have replaced one that hangs."""
+DRAFTER_SILENT_AFTER_S = 3.0
+"""A draft worker that has not reported, or owes an answer, for so long may be stopped; a live one
+does twice a second."""
+MAX_PLACEMENTS = 10_000
+"""Placements that are kept for those who ask why."""
+EXPLANATIONS = {
+    Cause.SILENT: "the draft worker does not answer; is it stopped or overloaded?",
+    Cause.RESTARTED: "the draft worker has restarted and must learn anew",
+    Cause.LATE: "they come after the tokens that they guess; is the draft worker overloaded?",
+    Cause.CONTENT: "the drafters do not foresee the text that is written now",
+}
+
+
+@dataclass(slots=True)
+class _WorkerView:
+    """The last report of a worker, and what was placed there since."""
+
+    heard_s: float
+    """Time of the last report, or of the first mention."""
+    has_reported: bool = False
+    silence_noted: bool = False
+    reported: dict[str, int] = field(default_factory=dict)
+    """Outstanding tokens, by request id."""
+    placed: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Outstanding tokens and time of placement, by request id."""
+    draining: bool = False
+    tokens_per_span: float = 1.0
+    drafter: str | None = None
+    """The draft worker that drafts for it, by id."""
+    drafts: DraftWatch = field(default_factory=DraftWatch)
+
+    def is_silent(self, now: float) -> bool:
+        return now - self.heard_s > SILENT_AFTER_S
+
+    def load(self, worker_id: str, now: float) -> WorkerLoad:
+        for request_id, (_, placed_s) in list(self.placed.items()):
+            if now - placed_s > FORGET_AFTER_S:
+                del self.placed[request_id]
+        return WorkerLoad(
+            worker_id,
+            sum(self.reported.values()) + sum(tokens for tokens, _ in self.placed.values()),
+            len(self.reported) + len(self.placed),
+            self.draining,
+            self.tokens_per_span,
+            self.is_silent(now),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _DrafterView:
+    """The last report of a draft worker."""
+
+    report: DraftWorkerReport
+    heard_s: float
+
+    def is_silent(self, now: float) -> bool:
+        return now - self.heard_s > DRAFTER_SILENT_AFTER_S
+
+
+class GlobalScheduler:
+    """One actor of the app. Its state is soft: workers tell it again after a restart."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        on_placement: Callable[[Request, Placement], None] = lambda request, placement: None,
+        on_collapse: Callable[[str, Cause], None] = lambda worker_id, cause: None,
+    ) -> None:
+        """`on_placement` is told of each placement.
+
+        `on_collapse` is called when the drafts for a worker are no longer accepted, and why.
+        """
+        self._clock = clock
+        self._on_placement = on_placement
+        self._on_collapse = on_collapse
+        self._placements: OrderedDict[str, Placement] = OrderedDict()
+        self._workers: dict[str, _WorkerView] = {}
+        self._drafters: dict[str, _DrafterView] = {}
+
+    async def place(self, request: Request, worker_ids: Sequence[str]) -> str | None:
+        """Choose one of `worker_ids`, which Serve holds for alive; None while all are draining."""
+        now = self._clock()
+        for gone in self._workers.keys() - set(worker_ids):
+            if self._workers[gone].is_silent(now):
+                del self._workers[gone]
+        loads = [self._view(worker_id, now).load(worker_id, now) for worker_id in worker_ids]
+        self._note_silence(loads)
+        placement = place(request, loads)
+        if placement is None:
+            return None
+        chosen = placement.chosen.worker_id
+        placed = (request.num_outstanding_tokens(), now)
+        self._workers[chosen].placed[request.request_id] = placed
+        self._placements[request.request_id] = placement
+        if len(self._placements) > MAX_PLACEMENTS:
+            self._placements.popitem(last=False)
+        self._on_placement(request, placement)
+        return chosen
+
+    async def placements(self, request_ids: Sequence[str]) -> dict[str, Placement]:
+        """Where requests were placed and why, of those that are still known."""
+        known = self._placements
+        return {request_id: known[request_id] for request_id in request_ids if request_id in known}
+
+    async def report(self, report: WorkerReport) -> DrafterAddress | None:
+        """Take a worker's own account of its requests; the draft worker that drafts for it."""
+        now = self._clock()
+        view = self._view(report.worker_id, now)
+        view.heard_s = now
+        self._note_report(report.worker_id, view)
+        view.reported = report.outstanding
+        view.draining = report.draining
+        for request_id in (*report.outstanding, *report.finished):
+            view.placed.pop(request_id, None)
+        if report.drafts is None:
+            return None
+        self._watch(report.worker_id, view, report.drafts, now)
+        return self._choose_drafter(view, now)
+
+    async def report_drafter(self, report: DraftWorkerReport) -> list[DrafterAddress]:
+        """Take a draft worker's own account; the other draft workers, to share memories with."""
+        now = self._clock()
+        if (draft_worker_id := report.address.draft_worker_id) not in self._drafters:
+            logger.info("draft worker found", extra={"draft_worker": draft_worker_id})
+        self._drafters[draft_worker_id] = _DrafterView(report, now)
+        return [
+            other.report.address
+            for other in self._drafters.values()
+            if other.report.address != report.address and not other.is_silent(now)
+        ]
+
+    async def draft_workers(self) -> list[DraftWorkerStatus]:
+        """The present view of all draft workers."""
+        now = self._clock()
+        return [
+            dataclasses.replace(view.report.status, silent=view.is_silent(now))
+            for _, view in sorted(self._drafters.items())
+        ]
+
+    def _note_report(self, worker_id: str, view: _WorkerView) -> None:
+        """Log the first report of a worker, and the first after a silence."""
+        if not view.has_reported:
+            logger.info("worker found", extra={"worker": worker_id})
+        elif view.silence_noted:
+            logger.info("worker heard again", extra={"worker": worker_id})
+        view.has_reported, view.silence_noted = True, False
+
+    def _note_silence(self, loads: Sequence[WorkerLoad]) -> None:
+        """Log, once, which of the workers that Serve holds for alive are silent."""
+        for load in loads:
+            view = self._workers[load.worker_id]
+            if load.silent and not view.silence_noted:
+                view.silence_noted = True
+                logger.warning(
+                    "worker is silent; does it hang?",
+                    extra={"worker": load.worker_id, "silent_s": SILENT_AFTER_S},
+                )
+
+    def _watch(self, worker_id: str, view: _WorkerView, stats: DraftStats, now: float) -> None:
+        """Learn how well drafts serve a worker, and say so when they no longer do."""
+        view.tokens_per_span = stats.tokens_per_span
+        cause = view.drafts.observe(
+            DraftReport(
+                stats.acceptance_rate,
+                stats.counts.proposed,
+                stats.counts.verified,
+                stats.counts.late,
+                stats.drafter,
+                stats.silent_s < DRAFTER_SILENT_AFTER_S,
+            ),
+            now,
+        )
+        if cause is not None:
+            logger.warning(
+                "drafts are no longer accepted",
+                extra={
+                    "worker": worker_id,
+                    "acceptance_rate": round(stats.acceptance_rate, 2),
+                    "reason": EXPLANATIONS[cause],
+                },
+            )
+            self._on_collapse(worker_id, cause)
+
+    def _choose_drafter(self, view: _WorkerView, now: float) -> DrafterAddress | None:
+        for gone, drafter in list(self._drafters.items()):
+            if now - drafter.heard_s > FORGET_AFTER_S:
+                del self._drafters[gone]
+        chosen = choose_drafter(
+            view.drafter,
+            [
+                DraftWorkerLoad(
+                    draft_worker_id,
+                    sum(other.drafter == draft_worker_id for other in self._workers.values()),
+                    drafter.report.status.busy_share,
+                    drafter.is_silent(now),
+                )
+                for draft_worker_id, drafter in self._drafters.items()
+            ],
+        )
+        # While there is none but silent ones, the old one may come back.
+        view.drafter = chosen or view.drafter
+        known = self._drafters.get(view.drafter) if view.drafter else None
+        return known.report.address if known else None
+
+    async def loads(self) -> list[WorkerLoad]:
+        """The present view of all workers."""
+        return [load for load, _ in self.loads_by_age()]
+
+    def loads_by_age(self) -> list[tuple[WorkerLoad, float]]:
+        """The same, each with the seconds since its worker has reported."""
+        now = self._clock()
+        return [
+            (view.load(worker_id, now), now - view.heard_s)
+            for worker_id, view in sorted(self._workers.items())
+            if now - view.heard_s < GONE_AFTER_S
+        ]
+
+    def _view(self, worker_id: str, now: float) -> _WorkerView:
+        return self._workers.setdefault(worker_id, _WorkerView(now))

@@ -1,0 +1,1 @@
+"""A discrete-event cluster around the real schedulers: traces in, latencies out."""

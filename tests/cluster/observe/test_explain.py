@@ -1,0 +1,104 @@
+import io
+
+from rich.console import Console
+
+from cluster.observe.explain import Explanation, Trail, steps_table, tell, tell_refusal
+from cluster.observe.request_history import Attempt, Refusal, RequestRecord
+from scheduler.placement import Placement, PlacementReason, WorkerLoad
+from scheduler.request import Request, Slo
+from scheduler.task import Reason, Stage
+from tests.cluster.observe.test_phases import STEPS, step
+from workers.step_history import RequestStep
+
+LOST = "RayActorError: the worker died"
+PLACEMENT = Placement(
+    WorkerLoad("w1", 120, 2), WorkerLoad("w2", 340, 5), PlacementReason.LEAST_TOKENS, num_draining=1
+)
+
+
+def record(*attempts: Attempt, outcome: str = "length", error: str = "") -> RequestRecord:
+    request = Request("cmpl-1", 24, 60, slo=Slo(ttft_s=4.0, tpot_s=3.0), slo_class="interactive")
+    one = RequestRecord(request, 0.5, list(attempts), outcome=outcome, error=error)
+    one.deliver(1, 6.0)
+    one.deliver(5, 12.0)
+    return one
+
+
+def text_of(explanation: Explanation) -> str:
+    return "\n".join(tell(explanation))
+
+
+def test_a_request_that_was_preempted_tells_when_why_and_for_how_long() -> None:
+    one = Explanation(record(Attempt("cmpl-1.0", 0.6)), [Trail(PLACEMENT, {"w1": STEPS})])
+
+    text = text_of(one)
+
+    assert "ended by length after 6 tokens and 11.50 s" in text.replace("11.500", "11.50")
+    assert "class interactive: TTFT 5.50 s of 4.00 s (MISSED), TPOT 1.20 s of 3.00 s (met)" in text
+    assert "placed on w1 (120 outstanding tokens in 2 requests" in text
+    assert "it had the least to do; runner-up w2 (340 outstanding tokens in 5 requests" in text
+    assert "1 were draining" in text
+    assert "queue 2.50 s; waited 1.00 s because as many requests ran as may (max_num_seqs)" in text
+    assert "decode 6.00 s: 36 tokens in 3 steps, 2 of 4 drafts accepted" in text
+    assert "preempted 7.500 s after its arrival (step 8)" in text
+    assert "it was computed again after 3.000 s" in text
+
+
+def test_a_request_that_lost_its_worker_tells_both_attempts() -> None:
+    attempts = Attempt("cmpl-1.0", 0.6, LOST), Attempt("cmpl-1.1", 2.9)
+    one = Explanation(record(*attempts), [Trail(None, {}), Trail(PLACEMENT, {"w1": STEPS[2:]})])
+
+    text = text_of(one)
+
+    first, second = text.split("Attempt 2 of 2:")
+    assert "Attempt 1 of 2:" in first
+    assert f"it lost that worker: {LOST}" in first
+    assert "no worker remembers a step of it" in first
+    assert "placed on w1" in second
+    # Its queue begins anew.
+    assert "queue 100.0 ms" in second
+
+
+def test_a_request_that_failed_tells_the_error() -> None:
+    one = Explanation(
+        record(Attempt("cmpl-1.0", 0.6, LOST), outcome="error", error="EngineDead('x')"),
+        [Trail(None, {})],
+    )
+
+    assert "It failed: EngineDead('x')" in text_of(one)
+    assert "TPOT 1.20 s of 3.00 s (MISSED)" in text_of(one)
+
+
+def test_a_refused_call_tells_whose_error_it_was_and_that_no_worker_was_asked() -> None:
+    text = "\n".join(tell_refusal(Refusal("my-call", 1.0, 400, "max_tokens must be positive")))
+
+    assert "my-call was refused" in text
+    assert "status 400 (the client's error); no worker was asked" in text
+    assert "max_tokens must be positive" in text
+
+
+PREFILLED = [*STEPS[:3], step(4, Stage.PREFILL, 4), step(5, Stage.PREFILL, 4), step(6, Reason.KV)]
+
+
+def rendered(each: bool, steps: list[RequestStep] = PREFILLED) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=150).print(steps_table(steps, 0.5, each))
+    return [line for line in file.getvalue().splitlines() if line.startswith("│")]
+
+
+def test_alike_steps_share_a_row_unless_each_is_wanted() -> None:
+    rows = rendered(each=False)
+
+    assert len(rows) == 4
+    assert [part.strip() for part in rows[2].split("│")[1:-1]] == [
+        "2.500 s", "3-5", "prefill", "24", "0", "3", "2.70 s", "3.00 s",
+    ]  # fmt: skip
+    assert "waits: seats" in rows[0]
+    assert len(rendered(each=True)) == 6
+
+
+def test_decodes_with_and_without_drafts_are_alike() -> None:
+    rows = rendered(each=False, steps=STEPS[5:8])
+
+    assert len(rows) == 2
+    assert "decode, 1 verify" in rows[0]

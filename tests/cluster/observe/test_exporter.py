@@ -1,0 +1,169 @@
+from collections import Counter
+from math import inf
+from typing import Any
+
+import pytest
+
+from cluster.observe import metrics
+from cluster.observe.exporter import RequestMetrics, WorkerMetrics
+from cluster.observe.metrics import METRICS, Kind, Metric
+from cluster.observe.request_history import RequestRecord
+from scheduler.request import Request, Slo
+from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
+from workers.drafts.draft_client import DraftCounts
+from workers.engine.engine import DraftStats
+from workers.step_history import TakenStep
+
+
+class Exported:
+    """Keeps what an exporter is given, and checks that it fits the catalogue."""
+
+    def __init__(self) -> None:
+        self.sums: Counter[Any] = Counter()
+        self.values: list[tuple[Any, ...]] = []
+        self.gauges: dict[Metric, float] = {}
+
+    def add(self, metric: Metric, amount: float = 1, **labels: str) -> None:
+        assert amount > 0  # Ray takes no other
+        self.sums[self._key(metric, Kind.COUNTER, labels)] += amount  # type: ignore[assignment]
+
+    def observe(self, metric: Metric, value: float, **labels: str) -> None:
+        self.values.append((*self._key(metric, Kind.HISTOGRAM, labels), value))
+
+    def set(self, metric: Metric, value: float, **labels: str) -> None:
+        self._key(metric, Kind.GAUGE, labels)
+        self.gauges[metric] = value
+
+    keep = set
+
+    def _key(self, metric: Metric, kind: Kind, labels: dict[str, str]) -> tuple[Any, ...]:
+        assert metric.kind is kind
+        assert tuple(labels) == metric.labels
+        return (metric, *labels.values())
+
+
+@pytest.fixture
+def exported() -> Exported:
+    return Exported()
+
+
+def step(limit_s: float = inf, deferred: int = 0) -> TakenStep:
+    tasks = (
+        StageTask("a", Stage.DECODE, 1, 10, True),
+        StageTask("b", Stage.PREFILL, 30, 30, False),
+        StageTask("c", Stage.VERIFY, 4, 20, True),
+    )
+    waits = tuple(Deferral(str(number), Reason.KV) for number in range(deferred))
+    plan = BatchPlan(tasks, waits, (), predicted_s=0.03, limit_s=limit_s)
+    report = StepReport(1, 0.0, plan, measured_s=0.04, decided_s=0.001)
+    return TakenStep(report, tasks, {}, queued_s=(("chat", 0.5),), num_flops=2e9, num_bytes=3e8)
+
+
+def test_steps_are_added_up_until_they_are_exported(exported: Exported) -> None:
+    worker = WorkerMetrics(exported)  # type: ignore[arg-type]
+    for _ in range(3):
+        worker.add_step(step(deferred=2))
+
+    assert exported.sums == {}
+    worker.export(None)
+    worker.export(None)
+
+    assert exported.sums == {
+        (metrics.STEP_MEASURED_SECONDS,): pytest.approx(0.12),
+        (metrics.STEP_PREDICTED_SECONDS,): pytest.approx(0.09),
+        (metrics.STEP_FLOPS,): 6e9,
+        (metrics.STEP_MEMORY_BYTES,): 9e8,
+        (metrics.STEP_TOKENS, "decode"): 3,
+        (metrics.STEP_TOKENS, "prefill"): 90,
+        (metrics.STEP_TOKENS, "verify"): 12,
+        (metrics.DEFERRALS, "kv"): 6,
+    }
+
+
+def test_each_step_counts_in_the_histograms(exported: Exported) -> None:
+    WorkerMetrics(exported).add_step(step(limit_s=0.06))  # type: ignore[arg-type]
+
+    assert exported.values == [
+        (metrics.STEP_SECONDS, 0.04),
+        (metrics.STEP_DECISION_SECONDS, 0.001),
+        (metrics.STEP_PREDICTION_ERROR, pytest.approx(0.25)),
+        (metrics.STEP_BUDGET_USE, pytest.approx(0.5)),
+        (metrics.QUEUE_TIME, "chat", 0.5),
+    ]
+
+
+def test_a_step_without_targets_uses_no_budget(exported: Exported) -> None:
+    WorkerMetrics(exported).add_step(step())  # type: ignore[arg-type]
+
+    assert metrics.STEP_BUDGET_USE not in {value[0] for value in exported.values}
+
+
+def test_of_drafts_what_is_new_is_exported(exported: Exported) -> None:
+    worker = WorkerMetrics(exported)  # type: ignore[arg-type]
+
+    def export(**counts: Any) -> None:
+        stats = DraftStats({"suffix": DraftCounts(**counts)}, 0.6, 1.5, "d", 0.0)
+        worker.export(stats)
+
+    export(proposed=10, verified=3, accepted=2, verified_at=[2, 1], accepted_at=[2])
+    export(proposed=15, verified=5, accepted=3, late=1, verified_at=[3, 2], accepted_at=[2, 1])
+
+    assert exported.sums == {
+        (metrics.DRAFT_TOKENS, "suffix", "proposed"): 15,
+        (metrics.DRAFT_TOKENS, "suffix", "verified"): 5,
+        (metrics.DRAFT_TOKENS, "suffix", "accepted"): 3,
+        (metrics.DRAFT_TOKENS, "suffix", "late"): 1,
+        (metrics.DRAFT_VERIFIED_AT, "suffix", "1"): 3,
+        (metrics.DRAFT_VERIFIED_AT, "suffix", "2"): 2,
+        (metrics.DRAFT_ACCEPTED_AT, "suffix", "1"): 2,
+        (metrics.DRAFT_ACCEPTED_AT, "suffix", "2"): 1,
+    }
+    assert exported.gauges == {metrics.DRAFT_ACCEPTANCE: 0.6, metrics.TOKENS_PER_DECODE: 1.5}
+
+
+def ended(outcome: str, *times: float) -> RequestRecord:
+    """A request that arrived at 10 s and had a token at each of these times."""
+    slo = Slo(ttft_s=1.0, tpot_s=0.5)
+    record = RequestRecord(Request("r", 7, 9, slo=slo, slo_class="chat"), 10.0, outcome=outcome)
+    for time in times:
+        record.deliver(1, time)
+    return record
+
+
+def test_a_request_counts_by_its_class_and_outcome(exported: Exported) -> None:
+    RequestMetrics(exported).count_end(ended("stop", 10.5, 11.0, 12.5))  # type: ignore[arg-type]
+
+    assert exported.values == [
+        (metrics.TIME_TO_FIRST_TOKEN, "chat", 0.5),
+        (metrics.REQUEST_LATENCY, "chat", 2.5),
+        (metrics.TIME_PER_OUTPUT_TOKEN, "chat", 1.0),
+    ]
+    assert exported.sums == {
+        (metrics.REQUESTS, "chat", "stop"): 1,
+        (metrics.REQUEST_TOKENS, "chat", "prompt"): 7,
+        (metrics.REQUEST_TOKENS, "chat", "output"): 3,
+        (metrics.SLO_REQUESTS, "chat", "ttft", "true"): 1,
+        (metrics.SLO_REQUESTS, "chat", "tpot", "false"): 1,
+        (metrics.SLO_REQUESTS, "chat", "all", "false"): 1,
+    }
+
+
+def test_a_request_that_gave_nothing_has_no_latency(exported: Exported) -> None:
+    RequestMetrics(exported).count_end(ended("abort"))  # type: ignore[arg-type]
+
+    assert exported.values == []
+    assert exported.sums == {(metrics.REQUESTS, "chat", "abort"): 1}
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
+def test_names_and_units_keep_to_prometheus_conventions(metric: Metric) -> None:
+    assert metric.name.startswith("xyserve_")
+    assert (metric.kind is Kind.COUNTER) == metric.name.endswith("_total")
+    stem = metric.name.removesuffix("_total")
+    if metric.unit in ("seconds", "bytes", "ratio"):
+        assert stem.endswith(f"_{metric.unit}")
+    assert metric.help.endswith(".")
+    assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
+    assert list(metric.buckets) == sorted(metric.buckets)
+    # Ray and Serve have these of their own.
+    assert not {"application", "deployment", "replica", "model_name"} & set(metric.labels)

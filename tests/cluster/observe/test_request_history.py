@@ -1,0 +1,99 @@
+from math import inf
+
+import pytest
+
+from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
+from scheduler.request import Request, Slo
+
+BOTH = {"ttft_s": 1.0, "tpot_s": 1.0}
+
+
+def record(request_id: str = "cmpl-1", **slo: float) -> RequestRecord:
+    """A request that arrived at 100 s."""
+    return RequestRecord(Request(request_id, 10, 5, slo=Slo(**slo), slo_class="c"), 100.0)
+
+
+def delivered(*times: float, outcome: str = "length", **slo: float) -> RequestRecord:
+    """One whose tokens came at these times, one at each."""
+    one = record(**slo)
+    for time in times:
+        one.deliver(1, time)
+    one.outcome = outcome
+    return one
+
+
+def test_the_latencies_are_those_of_the_first_and_the_last_token() -> None:
+    one = delivered(101.0, 101.5, 103.0)
+
+    assert (one.ttft_s, one.tpot_s, one.e2e_s) == (1.0, 1.0, 3.0)
+
+
+def test_an_output_without_tokens_is_no_delivery() -> None:
+    one = record()
+    one.deliver(0, 101.0)
+
+    assert (one.ttft_s, one.tpot_s, one.e2e_s) == (inf, 0.0, inf)
+
+
+def test_a_single_token_has_no_time_per_token() -> None:
+    assert delivered(101.0).tpot_s == 0.0
+
+
+@pytest.mark.parametrize(
+    ("times", "slo", "met"),
+    [
+        ([101.0, 102.0], {"ttft_s": 1.0, "tpot_s": 1.0}, {"ttft": True, "tpot": True, "all": True}),
+        ([101.1, 102.0], {"ttft_s": 1.0}, {"ttft": False, "all": False}),
+        (
+            [101.0, 102.1],
+            {"ttft_s": 1.0, "tpot_s": 1.0},
+            {"ttft": True, "tpot": False, "all": False},
+        ),
+        ([109.0], {}, {}),
+        ([], {"ttft_s": 1.0}, {"ttft": False, "all": False}),
+    ],
+    ids=["met", "too late", "too slow", "no target", "no token"],
+)
+def test_each_target_is_judged_by_itself(
+    times: list[float], slo: dict[str, float], met: dict[str, bool]
+) -> None:
+    assert delivered(*times, **slo).attainment() == met
+
+
+def test_a_failed_request_met_no_target_and_one_that_was_left_is_not_judged() -> None:
+    targets = {"ttft_s": 10.0, "tpot_s": 10.0}
+
+    failed = delivered(101.0, outcome="error", **targets).attainment()
+
+    assert failed == {"ttft": False, "tpot": False, "all": False}
+    assert delivered(101.0, outcome="abort", **targets).attainment() == {}
+
+
+def test_requests_are_found_by_a_part_of_their_id_and_not_by_too_little() -> None:
+    history = RequestHistory()
+    one, other = record("cmpl-abcd-0-11"), record("cmpl-abcd-1-22")
+    refusal = Refusal("abcd-call", 100.0, 400, "no")
+    for each in (one, other, refusal, record("chatcmpl-9999")):
+        history.add(each)
+
+    assert history.find("abcd") == [one, other, refusal]
+    assert history.find("cmpl-abcd-1") == [other]
+    assert history.find("abc") == []
+    assert history.find("nothing") == []
+
+
+def test_the_oldest_are_forgotten() -> None:
+    history = RequestHistory(max_records=3)
+    for number in range(5):
+        history.add(record(f"request-{number}"))
+
+    assert [r.request.request_id for r in history.find("request") if isinstance(r, RequestRecord)]
+    assert len(history.find("request")) == 3
+    assert history.find("request-1") == []
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(400, "invalid"), (404, "invalid"), (503, "unavailable")]
+)
+def test_a_refusal_says_whose_fault_it_was(status: int, outcome: str) -> None:
+    assert Refusal("call", 1.0, status, "no").outcome == outcome

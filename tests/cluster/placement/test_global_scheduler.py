@@ -1,0 +1,229 @@
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.placement.global_scheduler import FORGET_AFTER_S, SILENT_AFTER_S, GlobalScheduler
+from scheduler.placement import WorkerLoad
+from scheduler.request import Request
+from workers.worker import WorkerReport
+
+A_REQUEST = Request("r", num_prompt_tokens=10, max_tokens=5)
+
+
+@dataclass
+class FakeClock:
+    """Time that moves when a test says so."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def scheduler(clock: FakeClock) -> GlobalScheduler:
+    return GlobalScheduler(clock)
+
+
+def request(request_id: str) -> Request:
+    return Request(request_id, num_prompt_tokens=10, max_tokens=5)
+
+
+def report(
+    worker_id: str,
+    outstanding: dict[str, int] | None = None,
+    finished: Iterable[str] = (),
+    draining: bool = False,
+) -> WorkerReport:
+    return WorkerReport(worker_id, outstanding or {}, tuple(finished), draining)
+
+
+async def test_requests_are_spread_over_workers_that_have_not_reported_yet(
+    scheduler: GlobalScheduler,
+) -> None:
+    chosen = [await scheduler.place(request(str(number)), ["a", "b"]) for number in range(4)]
+
+    assert chosen == ["a", "b", "a", "b"]
+
+
+async def test_a_request_goes_to_the_worker_that_reports_least_outstanding(
+    scheduler: GlobalScheduler,
+) -> None:
+    await scheduler.report(report("a", {"x": 100}))
+    await scheduler.report(report("b", {"y": 20}))
+    chosen = [await scheduler.place(request(str(number)), ["a", "b"]) for number in range(7)]
+
+    assert chosen == ["b"] * 6 + ["a"]  # 20 + 5 * 15 < 100, 20 + 6 * 15 > 100
+
+
+async def test_a_placed_request_counts_until_its_worker_accounts_for_it(
+    scheduler: GlobalScheduler,
+) -> None:
+    await scheduler.place(request("r"), ["a"])
+    loads = await scheduler.loads()
+    for account in (report("a"), report("a", {"r": 4}), report("a", finished=["r"])):
+        await scheduler.report(account)
+        loads += await scheduler.loads()
+
+    assert loads == [
+        WorkerLoad("a", 15, 1),
+        WorkerLoad("a", 15, 1),  # the report was on its way before the request
+        WorkerLoad("a", 4, 1),
+        WorkerLoad("a", 0, 0),
+    ]
+
+
+async def test_a_request_that_ends_between_two_reports_counts_no_longer(
+    scheduler: GlobalScheduler,
+) -> None:
+    await scheduler.place(request("r"), ["a"])
+    await scheduler.report(report("a", finished=["r"]))
+
+    assert await scheduler.loads() == [WorkerLoad("a", 0, 0)]
+
+
+async def test_a_placement_that_never_arrives_is_dropped(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.place(request("r"), ["a"])
+    loads = []
+    for clock.now in (1000.0 + FORGET_AFTER_S, 1000.1 + FORGET_AFTER_S):
+        await scheduler.report(report("a"))
+        loads += await scheduler.loads()
+
+    assert loads == [WorkerLoad("a", 15, 1), WorkerLoad("a", 0, 0)]
+
+
+async def test_a_silent_worker_is_the_last_resort(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.report(report("hung"))
+    clock.now += SILENT_AFTER_S + 0.1
+    await scheduler.report(report("busy", {"x": 1000}))
+
+    assert [
+        await scheduler.place(A_REQUEST, ["hung", "busy"]),
+        await scheduler.place(A_REQUEST, ["hung"]),
+    ] == ["busy", "hung"]
+
+
+async def test_a_silent_worker_that_serve_lists_no_more_is_forgotten(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.report(report("dead", {"x": 100}))
+    clock.now += SILENT_AFTER_S + 0.1
+    await scheduler.place(A_REQUEST, ["a"])
+
+    assert await scheduler.loads() == [WorkerLoad("a", 15, 1)]
+
+
+async def test_a_draining_worker_gets_no_requests(scheduler: GlobalScheduler) -> None:
+    await scheduler.report(report("a", draining=True))
+
+    assert [
+        await scheduler.place(A_REQUEST, ["a", "b"]),
+        await scheduler.place(A_REQUEST, ["a"]),
+        await scheduler.place(A_REQUEST, []),
+    ] == ["b", None, None]
+
+
+async def test_only_a_worker_that_serve_lists_is_chosen(scheduler: GlobalScheduler) -> None:
+    await scheduler.report(report("gone"))
+    await scheduler.report(report("a", {"x": 100}))
+
+    assert await scheduler.place(A_REQUEST, ["a"]) == "a"
+
+
+async def test_after_a_restart_reports_restore_the_view(clock: FakeClock) -> None:
+    restarted = GlobalScheduler(clock)
+    await restarted.report(report("b", {"y": 7}, draining=True))
+    await restarted.report(report("a", {"x": 100, "z": 1}))
+
+    assert await restarted.loads() == [WorkerLoad("a", 101, 2), WorkerLoad("b", 7, 1, True)]
+
+
+@dataclass
+class FakeWorker:
+    """Runs the requests that reach it, and tells of them like a worker."""
+
+    worker_id: str
+    on_their_way: list[Request] = field(default_factory=list)
+    running: dict[str, tuple[Request, int]] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list)
+
+    def take(self) -> None:
+        for request in self.on_their_way:
+            self.running[request.request_id] = (request, 0)
+        self.on_their_way.clear()
+
+    def step(self) -> None:
+        for request_id, (request, num_output_tokens) in list(self.running.items()):
+            self.running[request_id] = (request, num_output_tokens + 1)
+            if num_output_tokens + 1 == request.max_tokens:
+                self.finished.append(request_id)
+                del self.running[request_id]
+
+    def report(self) -> WorkerReport:
+        outstanding = {
+            request_id: request.num_outstanding_tokens(num_output_tokens)
+            for request_id, (request, num_output_tokens) in self.running.items()
+        }
+        finished, self.finished = self.finished, []
+        return report(self.worker_id, outstanding, finished)
+
+
+EVENTS = st.lists(
+    st.sampled_from(["place", "restart", "wait"])
+    | st.tuples(st.sampled_from(["take", "step", "report", "report late"]), st.integers(0, 2)),
+    max_size=60,
+)
+
+
+@given(EVENTS, st.lists(st.integers(1, 4), min_size=60, max_size=60))
+@settings(deadline=None)
+async def test_whatever_happens_no_load_is_negative_and_in_the_end_all_are_zero(
+    events: list[str | tuple[str, int]], max_tokens: list[int]
+) -> None:
+    clock = FakeClock()
+    scheduler = GlobalScheduler(clock)
+    workers = {name: FakeWorker(name) for name in "abc"}
+    late: list[WorkerReport] = []
+    for number, event in enumerate(events):
+        match event:
+            case "place":
+                new = Request(str(number), num_prompt_tokens=3, max_tokens=max_tokens[number])
+                chosen = await scheduler.place(new, list(workers))
+                assert chosen is not None
+                workers[chosen].on_their_way.append(new)
+            case "restart":
+                scheduler = GlobalScheduler(clock)
+            case "wait":
+                clock.now += FORGET_AFTER_S / 2
+            case ("take", index):
+                workers["abc"[index]].take()
+            case ("step", index):
+                workers["abc"[index]].step()
+            case ("report", index):
+                await scheduler.report(workers["abc"[index]].report())
+            case ("report late", index):  # Serve may deliver reports in another order
+                late.append(workers["abc"[index]].report())
+        loads = await scheduler.loads()
+        assert all(load.num_outstanding_tokens >= load.num_requests >= 0 for load in loads)
+
+    for late_report in late:
+        await scheduler.report(late_report)
+    for worker in workers.values():
+        worker.take()
+        while worker.running:
+            worker.step()
+        await scheduler.report(worker.report())
+
+    assert await scheduler.loads() == [WorkerLoad(name, 0, 0) for name in workers]

@@ -1,0 +1,953 @@
+import contextlib
+import dataclasses
+import itertools
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.drafters.draft_worker import DraftConfig, DraftWorker
+from workers.drafters.drafter import ContextKey, Draft, HiddenStates
+from workers.drafts.draft_client import (
+    LEAST_STEP_S,
+    MAX_UNANSWERED,
+    RETRY_S,
+    DraftClient,
+    DraftCounts,
+    DraftPath,
+)
+from workers.drafts.draft_stream import (
+    ContextDelta,
+    ContextsMessage,
+    DrafterAddress,
+    DraftsMessage,
+    DraftTree,
+    decode_contexts,
+    encode,
+)
+from workers.token_stream import StreamAddress
+
+NOBODY = DrafterAddress("d", "nobody", StreamAddress("tcp://127.0.0.1:1", b"token"))
+NUM_GUESSES = 3
+KEYS = ("a", "b", "c")
+
+
+class Oracle:
+    """A drafter that guesses that each token is one more than that before it."""
+
+    hidden_size = 0
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, list[int]]] = []
+        self.known: dict[str, list[int]] = {}
+        self.stepping = threading.Event()
+        self.is_blocked = False
+        self.steps = threading.Semaphore(0)
+        """Those it may do while it is blocked."""
+        self._changed: set[ContextKey] = set()
+
+    def extend(
+        self,
+        key: ContextKey,
+        position: int,
+        token_ids: list[int],
+        hidden_states: HiddenStates | None = None,
+    ) -> None:
+        known = self.known.setdefault(key.request_id, [])
+        assert position in (0, len(known))
+        known[position:] = token_ids
+        self.told.append((key.request_id, position, token_ids))
+        self._changed.add(key)
+
+    def learn(self, token_ids: list[int]) -> None:
+        """What others have written is no help."""
+
+    def forget(self, key: ContextKey) -> None:
+        self.known.pop(key.request_id, None)
+        self._changed.discard(key)
+
+    def has_work(self) -> bool:
+        return bool(self._changed)
+
+    def step(self) -> dict[ContextKey, Draft]:
+        self.stepping.set()
+        if self.is_blocked:
+            self.steps.acquire()
+        drafts = {key: self._draft(self.known[key.request_id]) for key in self._changed}
+        self._changed.clear()
+        return drafts
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+    def go_on(self) -> None:
+        self.is_blocked = False
+        self.steps.release(1000)
+
+    def _draft(self, known: list[int]) -> Draft:
+        guesses = range(known[-1] + 1, known[-1] + 1 + NUM_GUESSES)
+        return Draft(len(known), tuple(guesses), tuple(range(-1, NUM_GUESSES - 1)), (0.5,) * 3)
+
+
+class OracleWorker:
+    """A draft worker with an oracle."""
+
+    def __init__(self) -> None:
+        self.oracle = Oracle()
+        self.worker = DraftWorker(
+            "d", DraftConfig(), lambda: {"oracle": self.oracle}, lambda report: None, "127.0.0.1"
+        )
+        self.address = self.worker.address
+
+    def close(self) -> None:
+        self.oracle.go_on()
+        self.worker.shutdown()
+
+
+class ScriptedWorker:
+    """A draft worker that hears and says what a test wants."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], port: int = 0) -> None:
+        self._socket = context.socket(zmq.ROUTER)
+        until(lambda: self._is_bound(port))
+        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.port = int(endpoint.rpartition(":")[2])
+        self.address = DrafterAddress("d", f"scripted {port}", StreamAddress(endpoint, b"token"))
+        self._peer = b""
+
+    def _is_bound(self, port: int) -> bool:
+        try:
+            self._socket.bind(f"tcp://127.0.0.1:{port or '*'}")
+        except zmq.ZMQError:  # the one before is still closing its port
+            return False
+        return True
+
+    def hear(self) -> ContextsMessage:
+        assert self._socket.poll(30_000)
+        self._peer, body = self._socket.recv_multipart()
+        return decode_contexts(body)
+
+    def has_mail(self) -> bool:
+        """Whether something is there to be heard, or comes at once."""
+        return bool(self._socket.poll(5))
+
+    def say(
+        self, seq: int, *trees: DraftTree, unknown: Sequence[str] = (), incarnation: str = ""
+    ) -> None:
+        self.say_raw(
+            encode(
+                DraftsMessage(incarnation or self.address.incarnation, seq, [*trees], [*unknown])
+            )
+        )
+
+    def say_raw(self, body: bytes) -> None:
+        self._socket.send_multipart([self._peer, body])
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+@dataclasses.dataclass
+class LossyPath:
+    """Between a client and a draft worker; what it carries of them, a test says."""
+
+    front: ScriptedWorker
+    back: zmq.Socket[bytes]
+    token: bytes
+
+    def carry(self, loses_message: bool = False, loses_answer: bool = False) -> None:
+        """Take one message there and its answer back."""
+        message = self.front.hear()
+        if not loses_message:
+            message.token = self.token
+            self.back.send(encode(message))
+            assert self.back.poll(30_000)
+            answer = self.back.recv()
+            if not loses_answer:
+                self.front.say_raw(answer)
+
+
+@pytest.fixture(autouse=True)
+def _quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.drafters.draft_worker.IDLE_WAIT_S", 0.01)
+
+
+@pytest.fixture
+def client() -> Iterator[DraftClient]:
+    client = DraftClient("w")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def make_oracle(client: DraftClient) -> Iterator[Callable[[], OracleWorker]]:
+    workers = []
+
+    def make_oracle() -> OracleWorker:
+        workers.append(OracleWorker())
+        return workers[-1]
+
+    yield make_oracle
+    for worker in workers:
+        worker.close()
+
+
+@pytest.fixture
+def there(client: DraftClient, make_oracle: Callable[[], OracleWorker]) -> OracleWorker:
+    """The draft worker that the client speaks to."""
+    there = make_oracle()
+    client.assign(there.address)
+    return there
+
+
+@pytest.fixture
+def oracle(there: OracleWorker) -> Oracle:
+    return there.oracle
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def scripted(client: DraftClient, context: zmq.Context[zmq.Socket[bytes]]) -> ScriptedWorker:
+    """The draft worker that the client speaks to."""
+    scripted = ScriptedWorker(context)
+    client.assign(scripted.address)
+    return scripted
+
+
+def tell(
+    client: DraftClient,
+    now: float = 0.0,
+    num_wanted: int = NUM_GUESSES,
+    **requests: Sequence[int],
+) -> list[bool]:
+    """What a worker does after a step."""
+    sent = [
+        client.update(request_id, tokens, num_wanted, b"", now)
+        for request_id, tokens in requests.items()
+    ]
+    client.flush(now)
+    return sent
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for another thread; a client itself never waits."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def hear_all(client: DraftClient, now: float = 0.0) -> None:
+    """Take in answers until none is owed."""
+
+    def is_answered() -> bool:
+        client.poll(now)
+        return client.silent_s(now + 1) == 0
+
+    until(is_answered)
+
+
+def hear(client: DraftClient, num_proposed: int) -> None:
+    """Take in answers until so many drafts have come since the start."""
+
+    def has_come() -> bool:
+        client.poll(0.0)
+        return client.counts.proposed >= num_proposed
+
+    until(has_come)
+
+
+def chain(position: int, *token_ids: int, request_id: str = "a", drafter: str = "s") -> DraftTree:
+    count = len(token_ids)
+    return DraftTree(
+        request_id, drafter, position, [*token_ids], [*range(-1, count - 1)], [0.5] * count
+    )
+
+
+def path(*token_ids: int, drafter: str = "oracle") -> list[DraftPath]:
+    return [DraftPath(drafter, [*token_ids], [0.5] * len(token_ids))]
+
+
+def test_guesses_at_the_tokens_of_a_request_come_back(client: DraftClient, oracle: Oracle) -> None:
+    sent = tell(client, a=[1, 2, 3], b=[7])
+    hear_all(client)
+
+    assert sent == [True, True]
+    assert client.paths("a", [1, 2, 3]) == path(4, 5, 6)
+    assert client.paths("b", [7]) == path(8, 9, 10)
+    assert client.counts == DraftCounts(proposed=6)
+
+
+def test_each_message_carries_only_what_is_new(client: DraftClient, oracle: Oracle) -> None:
+    for a, b in [([1, 2, 3], [7]), ([1, 2, 3, 4], [7]), ([1, 2, 3, 4, 5, 6], [7, 8])]:
+        tell(client, a=a, b=b)
+        hear_all(client)
+
+    assert oracle.told == [
+        ("a", 0, [1, 2, 3]),
+        ("b", 0, [7]),
+        ("a", 3, [4]),
+        ("a", 4, [5, 6]),
+        ("b", 1, [8]),
+    ]
+
+
+def test_where_nothing_is_new_nothing_is_sent(client: DraftClient, oracle: Oracle) -> None:
+    tell(client, a=[1])
+    hear_all(client)
+
+    assert tell(client, now=5.0, a=[1]) == [False]
+    assert client.silent_s(6.0) == 0
+
+
+def test_all_of_a_step_goes_in_one_message(client: DraftClient, scripted: ScriptedWorker) -> None:
+    tell(client, a=[1, 2], b=[7])
+    scripted.hear()
+    client.update("a", [1, 2, 3], 0, b"states", now=0.0)
+    client.finish("b")
+    client.flush(now=0.0)
+
+    assert scripted.hear() == ContextsMessage(
+        b"token", "w", 2, [ContextDelta("a", 2, [3], 0, b"states")], ["b"]
+    )
+
+
+def test_while_no_drafts_are_wanted_the_drafters_hear_nothing_and_later_all(
+    client: DraftClient, oracle: Oracle
+) -> None:
+    for num_tokens in (3, 4, 5):
+        tell(client, num_wanted=0, a=[*range(num_tokens)])
+        hear_all(client)
+    before = (list(oracle.told), client.paths("a", [*range(5)]))
+    tell(client, a=[*range(6)])
+    hear_all(client)
+
+    assert before == ([], [])
+    assert oracle.told == [("a", 0, [0, 1, 2, 3, 4, 5])]
+    assert client.paths("a", [*range(6)]) == path(6, 7, 8)
+
+
+def test_without_a_draft_worker_nothing_is_kept_or_sent(client: DraftClient) -> None:
+    assert tell(client, a=[1, 2]) == [False]
+    client.finish("a")
+    client.poll(0.0)
+
+    assert client.paths("a", [1, 2]) == []
+    assert (client.drafter, client.silent_s(1000.0)) == (None, 0)
+
+
+def test_of_drafts_that_come_late_those_behind_the_new_tokens_are_used(
+    client: DraftClient, oracle: Oracle
+) -> None:
+    oracle.is_blocked = True
+    tell(client, a=[1, 2, 3])
+    assert oracle.stepping.wait(30)
+    tell(client, a=[1, 2, 3, 4])
+    oracle.steps.release()
+    hear(client, 3)
+
+    assert client.paths("a", [1, 2, 3, 4]) == path(5, 6)
+    assert client.counts == DraftCounts(proposed=3, late=1)
+
+
+def test_drafts_that_come_late_and_are_wrong_are_dropped(
+    client: DraftClient, oracle: Oracle
+) -> None:
+    oracle.is_blocked = True
+    tell(client, a=[1, 2, 3])
+    assert oracle.stepping.wait(30)
+    tell(client, a=[1, 2, 3, 9])
+    oracle.steps.release()
+    hear(client, 3)
+
+    assert client.paths("a", [1, 2, 3, 9]) == client.paths("a", [1, 2, 3, 9]) == []
+    assert client.counts == DraftCounts(proposed=3, late=1, stale=3)
+
+
+def test_drafts_that_are_all_late_are_dropped_and_not_stale(
+    client: DraftClient, oracle: Oracle
+) -> None:
+    oracle.is_blocked = True
+    tell(client, a=[1, 2, 3])
+    assert oracle.stepping.wait(30)
+    tell(client, a=[1, 2, 3, 4, 5, 6, 7])
+    oracle.steps.release()
+    hear(client, 3)
+
+    assert client.paths("a", [1, 2, 3, 4, 5, 6]) == []
+    assert client.counts == DraftCounts(proposed=3, late=3)
+
+
+def test_newer_drafts_take_the_place_of_older_ones_of_their_drafter(
+    client: DraftClient, scripted: ScriptedWorker
+) -> None:
+    tell(client, a=[1])
+    scripted.hear()
+    for tree in (chain(1, 2), chain(1, 5, 6), chain(1, 7, drafter="model")):
+        scripted.say(1, tree)
+    hear(client, 4)
+
+    assert client.paths("a", [1]) == path(5, 6, drafter="s") + path(7, drafter="model")
+
+
+TREE = DraftTree(
+    "a",
+    "s",
+    position=1,
+    # 10 -> 11 -> 12
+    #    -> 13 -> 14
+    # 20 -> 21
+    token_ids=[10, 20, 11, 13, 21, 14, 12],
+    parents=[-1, -1, 0, 0, 1, 3, 2],
+    probs=[0.6, 0.3, 0.2, 0.7, 0.9, 0.8, 0.1],
+)
+
+
+@pytest.mark.parametrize(
+    ("new", "token_ids", "probs"),
+    [
+        ([], [10, 13, 14], [0.6, 0.7, 0.8]),
+        ([10], [13, 14], [0.7, 0.8]),
+        ([20], [21], [0.9]),
+        ([10, 11], [12], [0.1]),
+        ([10, 13], [14], [0.8]),
+    ],
+)
+def test_a_tree_is_followed_along_the_tokens_that_came(
+    client: DraftClient,
+    scripted: ScriptedWorker,
+    new: list[int],
+    token_ids: list[int],
+    probs: list[float],
+) -> None:
+    tell(client, a=[1])
+    scripted.hear()
+    scripted.say(1, TREE)
+    hear_all(client)
+
+    assert client.paths("a", [1, *new]) == [DraftPath("s", token_ids, probs)]
+    assert client.counts == DraftCounts(proposed=7)
+
+
+@pytest.mark.parametrize(
+    ("new", "num_stale"),
+    [([20, 21], 0), ([10, 11, 12], 0), ([30], 7), ([10, 21], 7), ([20, 21, 22], 7)],
+)
+def test_a_tree_that_the_tokens_have_left_is_dropped(
+    client: DraftClient, scripted: ScriptedWorker, new: list[int], num_stale: int
+) -> None:
+    tell(client, a=[1])
+    scripted.hear()
+    scripted.say(1, TREE)
+    hear_all(client)
+
+    # Also where the tokens were fewer again, it would be gone.
+    assert (client.paths("a", [1, *new]), client.paths("a", [1])) == ([], [])
+    assert client.counts == DraftCounts(proposed=7, stale=num_stale)
+
+
+@pytest.mark.parametrize(("num_new", "num_late"), [(0, 0), (1, 2), (2, 5), (3, 7), (4, 7)])
+def test_late_drafts_are_those_whose_place_is_taken_on_any_branch(
+    client: DraftClient, scripted: ScriptedWorker, num_new: int, num_late: int
+) -> None:
+    tell(client, a=[1])
+    tell(client, a=[1, *range(10, 10 + num_new)])
+    scripted.hear()
+    scripted.say(1, TREE)
+    hear(client, 7)
+
+    assert client.counts == DraftCounts(proposed=7, late=num_late)
+
+
+def test_drafts_for_a_request_that_has_ended_are_stale(
+    client: DraftClient, scripted: ScriptedWorker
+) -> None:
+    tell(client, a=[1])
+    scripted.hear()
+    client.finish("a")
+    scripted.say(1, chain(1, 2, 3))
+    hear_all(client)
+
+    assert client.paths("a", [1]) == []
+    assert client.counts == DraftCounts(proposed=2, stale=2)
+
+
+def test_what_another_incarnation_says_is_dropped(
+    client: DraftClient, scripted: ScriptedWorker
+) -> None:
+    tell(client, a=[1])
+    scripted.hear()
+    scripted.say(1, chain(1, 5, 6), unknown=["a"], incarnation="another")
+    scripted.say(0, chain(1, 2))
+    hear(client, 1)
+
+    assert client.paths("a", [1]) == path(2, drafter="s")
+    assert client.counts == DraftCounts(proposed=1, stale=2)
+    assert client.silent_s(1.0) == 1
+    tell(client, a=[1, 2])
+    assert scripted.hear().contexts == [ContextDelta("a", 1, [2], NUM_GUESSES)]
+
+
+def test_another_draft_worker_is_told_everything_from_the_beginning(
+    client: DraftClient, there: OracleWorker, make_oracle: Callable[[], OracleWorker]
+) -> None:
+    tell(client, a=[1, 2, 3], b=[7])
+    hear_all(client)
+    there.close()
+    tell(client, a=[1, 2, 3, 4], b=[7])
+    restarted = make_oracle()
+    client.assign(restarted.address)
+    # Until it has answered, what the first one said is used.
+    meanwhile = client.paths("a", [1, 2, 3, 4])
+    tell(client, a=[1, 2, 3, 4, 5], b=[7])
+    hear_all(client)
+
+    assert client.drafter == restarted.address
+    assert meanwhile == path(5, 6)
+    assert restarted.oracle.told == [("a", 0, [1, 2, 3, 4, 5]), ("b", 0, [7])]
+    assert client.paths("a", [1, 2, 3, 4, 5]) == path(6, 7, 8)
+
+
+def test_another_draft_worker_is_not_told_of_requests_that_ended_before(
+    client: DraftClient, scripted: ScriptedWorker, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    tell(client, a=[1], b=[7])
+    client.finish("a")
+    other = ScriptedWorker(context)
+    client.assign(other.address)
+    tell(client, b=[7, 8])
+
+    assert other.hear() == ContextsMessage(
+        b"token", "w", 1, [ContextDelta("b", 0, [7, 8], NUM_GUESSES)], []
+    )
+
+
+def test_the_same_draft_worker_assigned_again_changes_nothing(
+    client: DraftClient, there: OracleWorker
+) -> None:
+    tell(client, a=[1])
+    hear_all(client)
+    client.assign(there.address)
+    tell(client, a=[1, 2])
+    hear_all(client)
+
+    assert there.oracle.told == [("a", 0, [1]), ("a", 1, [2])]
+
+
+def test_a_draft_worker_that_it_comes_back_to_is_told_everything_and_answers(
+    client: DraftClient, there: OracleWorker, make_oracle: Callable[[], OracleWorker]
+) -> None:
+    for worker in (there, make_oracle(), there):
+        client.assign(worker.address)
+        tell(client, num_wanted=0, a=[1, 2])
+        hear_all(client)
+    tell(client, a=[1, 2, 3])
+    hear_all(client)
+
+    assert there.oracle.told == [("a", 0, [1, 2, 3])]
+
+
+def test_a_new_process_on_the_port_of_the_old_is_not_believed_and_its_own_address_is(
+    client: DraftClient, scripted: ScriptedWorker, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    tell(client, a=[1])
+    scripted.hear()
+    scripted.say(1, chain(1, 2, 3))
+    hear_all(client)
+    scripted.close()
+    taker = ScriptedWorker(context, scripted.port)
+    tokens = [1]
+    while not taker.has_mail():  # what was sent before the connection broke is lost
+        tokens.append(len(tokens) + 1)
+        tell(client, RETRY_S * len(tokens), a=tokens)
+    message = taker.hear()
+    taker.say(message.seq, chain(2, 8))
+
+    def is_counted() -> bool:
+        client.poll(0.0)
+        return client.counts.stale == 1
+
+    until(is_counted)
+    before = (client.paths("a", [1, 2]), client.silent_s(RETRY_S * 3))
+    client.assign(taker.address)
+    tell(client, a=[1, 2])
+    while message.contexts[0].position:  # on the connection before
+        message = taker.hear()
+    taker.say(message.seq, chain(2, 8))
+    hear_all(client)
+
+    assert before == (path(3, drafter="s"), RETRY_S)
+    assert message.contexts == [ContextDelta("a", 0, [1, 2], NUM_GUESSES)]
+    assert client.paths("a", [1, 2]) == path(8, drafter="s")
+
+
+def test_a_request_that_the_draft_worker_does_not_know_is_sent_whole_again(
+    client: DraftClient, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It forgets everybody after each of its turns.
+    monkeypatch.setattr("workers.drafters.draft_worker.REPORT_INTERVAL_S", -1.0)
+    monkeypatch.setattr("workers.drafters.draft_worker.FORGET_AFTER_S", -1.0)
+    for tokens in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]):
+        tell(client, a=tokens)
+        hear_all(client)
+        until(lambda: not oracle.known)
+
+    assert oracle.told == [("a", 0, [1, 2, 3]), ("a", 0, [1, 2, 3, 4, 5])]
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.dictionaries(st.sampled_from(KEYS), st.integers(1, 3), min_size=1),
+            st.booleans(),
+            st.booleans(),
+            st.sampled_from([0, NUM_GUESSES]),
+            st.sampled_from(["", *KEYS]),
+        ),
+        max_size=12,
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_whatever_is_lost_the_draft_worker_knows_all_in_the_end(
+    steps: list[tuple[dict[str, int], bool, bool, int, str]],
+) -> None:
+    with contextlib.ExitStack() as ending:
+        context, there, client = zmq.Context(), OracleWorker(), DraftClient("w")
+        for end in (lambda: context.destroy(linger=0), there.close, client.close):
+            ending.callback(end)
+        back = context.socket(zmq.DEALER)
+        back.connect(there.address.stream.endpoint)
+        lossy = LossyPath(ScriptedWorker(context), back, there.address.stream.token)
+        client.assign(
+            DrafterAddress("d", there.address.incarnation, lossy.front.address.stream),
+        )
+        requests: dict[str, tuple[str, list[int]]] = {}
+        ids = itertools.count()
+        clean = ({key: 1 for key in KEYS}, False, False, NUM_GUESSES, "")
+        now = 0.0
+        # First the tokens that were lost are missed, then all is sent again.
+        for grows, loses_message, loses_answer, num_wanted, ends in [*steps, *[clean] * 3]:
+            now += RETRY_S
+            if ends in requests:
+                client.finish(requests.pop(ends)[0])
+            for key, count in grows.items():
+                _, known = requests.setdefault(key, (f"{key}{next(ids)}", [10 * len(requests)]))
+                known += range(known[-1] + 1, known[-1] + 1 + count)
+            client.poll(now)
+            grown = dict(requests[key] for key in grows)
+            assert tell(client, now, num_wanted, **grown) == [True] * len(grows)
+            lossy.carry(loses_message, loses_answer)
+            if not (loses_message or loses_answer):
+                hear_all(client, now)
+
+        for request_id, known in requests.values():
+            assert there.oracle.known[request_id] == known
+            assert client.paths(request_id, known) == path(
+                *range(known[-1] + 1, known[-1] + 1 + NUM_GUESSES)
+            )
+
+
+def test_a_request_that_begins_anew_under_its_id_is_sent_whole(
+    client: DraftClient, oracle: Oracle
+) -> None:
+    for tokens in ([1, 2, 3], [7]):
+        tell(client, a=tokens)
+        hear_all(client)
+
+    assert oracle.told == [("a", 0, [1, 2, 3]), ("a", 0, [7])]
+    assert client.paths("a", [7]) == path(8, 9, 10)
+
+
+def test_a_draft_worker_that_owes_answers_gets_a_message_now_and_then(
+    client: DraftClient, scripted: ScriptedWorker
+) -> None:
+    times = [*[0.0] * (MAX_UNANSWERED + 2), RETRY_S / 2, RETRY_S, RETRY_S, 2 * RETRY_S]
+    sent = [
+        tell(client, now, a=[*range(1 + number)])[0]  # each step gives a token
+        for number, now in enumerate(times)
+    ]
+
+    assert sent == [True] * MAX_UNANSWERED + [False, False, False, True, False, True]
+    messages = [scripted.hear() for _ in range(sent.count(True))]
+    assert [message.seq for message in messages] == [*range(1, len(messages) + 1)]
+    assert [token for message in messages for token in message.contexts[0].token_ids] == [
+        *range(len(times))
+    ]
+    assert client.counts == DraftCounts()
+    assert client.num_held_back == sent.count(False)
+
+
+def test_a_draft_worker_that_was_blocked_knows_all_when_it_goes_on(
+    client: DraftClient, oracle: Oracle
+) -> None:
+    oracle.is_blocked = True
+    tell(client, a=[0])
+    assert oracle.stepping.wait(30)
+    for num_tokens in range(2, 50):
+        tell(client, a=[*range(num_tokens)])
+    client.finish("b")
+    oracle.go_on()
+    hear_all(client)
+    tell(client, a=[*range(50)])
+    hear_all(client)
+
+    assert oracle.known == {"a": [*range(50)]}
+    assert client.paths("a", [*range(50)]) == path(50, 51, 52)
+    assert client.num_held_back == 48 - MAX_UNANSWERED + 1
+
+
+def test_one_answer_is_for_all_messages_before_it(
+    client: DraftClient, scripted: ScriptedWorker
+) -> None:
+    for num_tokens in (1, 2, 3, 4):
+        tell(client, a=[*range(num_tokens)])
+        scripted.hear()
+    scripted.say(4)
+    hear_all(client)
+
+    assert tell(client, a=[*range(5)]) == [True]
+
+
+def test_silence_is_counted_from_the_last_answer_or_the_first_message_that_owes_one(
+    client: DraftClient, scripted: ScriptedWorker
+) -> None:
+    silences = [client.silent_s(5.0)]
+    for now, tokens in ((10.0, [1]), (11.0, [1, 2])):
+        tell(client, now, a=tokens)
+        scripted.hear()
+        silences.append(client.silent_s(now + 0.5))
+    scripted.say(1, chain(1, 2))
+
+    def has_come() -> bool:
+        client.poll(12.0)
+        return client.counts.proposed == 1
+
+    until(has_come)
+    silences.append(client.silent_s(13.0))
+    scripted.say(2)
+    hear_all(client, 14.0)
+
+    assert [*silences, client.silent_s(20.0)] == [0, 0.5, 1.5, 1, 0]
+
+
+def test_an_answer_that_is_about_to_come_is_given_a_moment(
+    client: DraftClient, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.drafts.draft_client.PATIENCE_MS", 30_000)
+    tell(client, a=[1])
+    client.await_answer(step_s=1.0, now=0.0)
+
+    assert client.paths("a", [1]) == path(2, 3, 4)
+
+
+def test_before_a_short_step_and_where_none_is_owed_no_answer_is_waited_for(
+    client: DraftClient, scripted: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.drafts.draft_client.PATIENCE_MS", 10**9)
+    client.await_answer(step_s=1.0, now=0.0)
+    tell(client, a=[1])
+    client.await_answer(step_s=LEAST_STEP_S / 2, now=0.0)
+
+    assert client.silent_s(1.0) == 1
+
+
+def wait_often(client: DraftClient, count: int) -> float:
+    """How long a worker waits in all before so many steps."""
+    began_s = time.monotonic()
+    for _ in range(count):
+        client.await_answer(step_s=1.0, now=0.0)
+    return time.monotonic() - began_s
+
+
+def test_a_draft_worker_that_is_never_in_time_is_seldom_waited_for(
+    client: DraftClient, scripted: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.drafts.draft_client.PATIENCE_MS", 20)
+    tell(client, a=[1])
+
+    # Eleven times at first, and then once in 32.
+    assert 13 * 0.02 <= wait_often(client, 100) + 0.01 < 50 * 0.02
+
+
+def test_another_draft_worker_is_waited_for_whatever_the_one_before_was(
+    client: DraftClient,
+    scripted: ScriptedWorker,
+    make_oracle: Callable[[], OracleWorker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tell(client, a=[1])
+    wait_often(client, 12)
+    monkeypatch.setattr("workers.drafts.draft_client.PATIENCE_MS", 30_000)
+    client.assign(make_oracle().address)
+    tell(client, a=[1])
+    client.await_answer(step_s=1.0, now=0.0)
+
+    assert client.paths("a", [1]) == path(2, 3, 4)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_dead_draft_worker_costs_no_error_and_keeps_nothing(
+    client: DraftClient, context: zmq.Context[zmq.Socket[bytes]], listens: bool
+) -> None:
+    client.assign(ScriptedWorker(context).address if listens else NOBODY)
+    num_sent = 0
+    for step in range(2000):
+        now = step / 10
+        for life in range(3):
+            num_sent += any(tell(client, now, **{f"{step}": [7] * (life + 1)}))
+            client.poll(now)
+            assert client.paths(f"{step}", [7]) == []
+        client.finish(f"{step}")
+    # In its queues all fits in: nothing but a message a second.
+    assert num_sent <= MAX_UNANSWERED + 2000 / 10 / RETRY_S
+    assert client.silent_s(200.0) == 200
+
+    kept = (client._contexts, client._deltas, client._finished)
+    assert sum(map(len, kept)) < 10 * MAX_UNANSWERED
+
+
+def test_after_a_dead_draft_worker_a_living_one_is_told_everything(
+    client: DraftClient, make_oracle: Callable[[], OracleWorker]
+) -> None:
+    client.assign(NOBODY)
+    for second in range(50):
+        tell(client, second * RETRY_S, a=[*range(second + 1)])
+    there = make_oracle()
+    client.assign(there.address)
+    tell(client, 50.0, a=[*range(51)])
+    hear_all(client, 50.0)
+
+    assert there.oracle.told == [("a", 0, [*range(51)])]
+
+
+def test_messages_that_find_no_room_are_sent_again_later(
+    client: DraftClient, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    client.assign(DrafterAddress("d", "back", StreamAddress(f"tcp://127.0.0.1:{port}", b"token")))
+    for second in range(50):
+        tell(client, second * RETRY_S, a=[*range(second + 1)])
+    back = ScriptedWorker(context, port)
+    heard: list[int] = []
+    now = 50 * RETRY_S
+    while len(heard) < 51:
+        now += RETRY_S
+        tell(client, now, a=[*range(51)])
+        while back.has_mail():
+            (delta,) = back.hear().contexts
+            assert delta.position == len(heard)
+            heard += delta.token_ids
+
+    assert heard == [*range(51)]
+
+
+def test_a_wrong_token_is_refused(there: OracleWorker, client: DraftClient) -> None:
+    stream = there.address.stream
+    stranger = DraftClient("stranger")
+    stranger.assign(
+        DrafterAddress("d", there.address.incarnation, StreamAddress(stream.endpoint, b"0" * 16))
+    )
+    tell(stranger, a=[7, 8])
+    tell(client, a=[1])
+    hear_all(client)
+    stranger.poll(1.0)
+
+    assert there.oracle.told == [("a", 0, [1])]
+    assert stranger.silent_s(1.0) == 1
+    stranger.close()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"\xc1",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        msgspec.msgpack.encode(("scripted 0", "text", [], [])),
+        b"\x94\xa2\xff\xfe\x01\x90\x90",
+        b"\x95\xaascripted 0\x01\x90\x90" + b"\x91" * 100_000,
+    ],
+    ids=["empty", "no type", "http", "types", "no utf-8", "nested"],
+)
+def test_garbage_instead_of_drafts_is_ignored(
+    client: DraftClient, scripted: ScriptedWorker, garbage: bytes
+) -> None:
+    tell(client, a=[1])
+    scripted.hear()
+    scripted.say_raw(garbage)
+    scripted.say(1, chain(1, 2))
+    hear_all(client)
+
+    assert client.paths("a", [1]) == path(2, drafter="s")
+
+
+def test_finished_requests_are_forgotten_by_the_drafter(
+    client: DraftClient, oracle: Oracle
+) -> None:
+    tell(client, a=[1], b=[7])
+    hear_all(client)
+    client.finish("a")
+    client.finish("never sent")
+    tell(client, b=[7, 8])
+    hear_all(client)
+
+    assert set(oracle.known) == {"b"}
+    assert client.paths("a", [1]) == []
+
+
+def test_of_a_request_that_ends_before_it_is_sent_nothing_is_left(
+    client: DraftClient, oracle: Oracle
+) -> None:
+    client.update("a", [1], NUM_GUESSES, b"", now=0.0)
+    client.update("b", [7], NUM_GUESSES, b"", now=0.0)
+    client.finish("a")
+    client.flush(now=0.0)
+    hear_all(client)
+
+    assert oracle.told == [("b", 0, [7])]
+
+
+def test_a_request_that_ended_is_another_one_when_its_id_comes_again(
+    client: DraftClient, oracle: Oracle
+) -> None:
+    tell(client, a=[1, 2])
+    hear_all(client)
+    client.finish("a")
+    tell(client, a=[7, 8, 9])
+    hear_all(client)
+
+    assert oracle.told == [("a", 0, [1, 2]), ("a", 0, [7, 8, 9])]
+    assert client.paths("a", [7, 8, 9]) == path(10, 11, 12)
+
+
+def test_verified_drafts_are_counted_by_their_place() -> None:
+    counts = DraftCounts()
+    for num_drafts, num_accepted in ((3, 1), (1, 1), (2, 0), (4, 4)):
+        counts.count(num_drafts, num_accepted)
+
+    assert counts == DraftCounts(
+        verified=10, accepted=6, verified_at=[4, 3, 2, 1], accepted_at=[3, 1, 1, 1]
+    )
+
+
+def test_closing_twice_is_closing_once(there: OracleWorker) -> None:
+    client = DraftClient("w")
+    client.assign(there.address)
+    tell(client, a=[1])
+    client.close()
+    client.close()
+
+    assert client.drafter is None

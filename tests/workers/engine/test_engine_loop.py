@@ -1,0 +1,382 @@
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from scheduler.request import Request
+from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
+from workers.engine.engine import EngineStats
+from workers.engine.engine_loop import ClientLost, EngineDead, EngineLoop, LoopState
+from workers.token_stream import StreamAddress, StreamReceiver
+
+NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
+
+StartLoop = Callable[[FakeEngine], EngineLoop]
+
+
+class Client:
+    """Receives what engines send to it."""
+
+    def __init__(self) -> None:
+        self._receiver = StreamReceiver("127.0.0.1")
+        self._receiving = asyncio.create_task(self._receive())
+        self.address = self._receiver.address
+        self.tokens: dict[str, list[int]] = {}
+
+    async def has(self, tokens: dict[str, list[int]]) -> None:
+        """Wait until exactly these tokens came, by request id."""
+        await until(lambda: self.tokens == tokens)
+
+    def close(self) -> None:
+        self._receiving.cancel()
+        self._receiver.close()
+
+    async def _receive(self) -> None:
+        while True:
+            for request_id, new in decode_tokens(await self._receiver.receive()).items():
+                self.tokens.setdefault(request_id, []).extend(new)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    client = Client()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+async def other_client() -> AsyncIterator[Client]:
+    client = Client()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+async def start(client: Client) -> AsyncIterator[StartLoop]:
+    """Starts loops, and ends them with the test, while their client still listens."""
+    loops: list[tuple[FakeEngine, EngineLoop]] = []
+
+    def start(engine: FakeEngine) -> EngineLoop:
+        loops.append((engine, EngineLoop(lambda: engine, lambda _: None)))
+        return loops[-1][1]
+
+    yield start
+    for engine, loop in loops:
+        engine.go_on.set()
+        await asyncio.to_thread(loop.stop)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def outcome(future: concurrent.futures.Future[Any]) -> Any:
+    """What a request came to: its finish reason or its error."""
+    [result] = await asyncio.wait_for(
+        asyncio.gather(asyncio.wrap_future(future), return_exceptions=True), 30
+    )
+    return result
+
+
+async def state(loop: EngineLoop) -> LoopState:
+    return await asyncio.wait_for(asyncio.wrap_future(loop.state()), 30)
+
+
+def request(request_id: str, max_tokens: int = 3) -> Request:
+    return Request(request_id, num_prompt_tokens=10, max_tokens=max_tokens)
+
+
+async def test_tokens_arrive_in_order_and_the_future_gives_the_finish_reason(
+    start: StartLoop, client: Client
+) -> None:
+    loop = start(FakeEngine())
+    futures = [loop.add(request(name, max_tokens=5), [b""], client.address) for name in "ab"]
+
+    assert [await outcome(future) for future in futures] == ["length", "length"]
+    await client.has({"a": [0, 1, 2, 3, 4], "b": [0, 1, 2, 3, 4]})
+
+
+async def test_each_client_gets_the_tokens_of_its_own_requests(
+    start: StartLoop, client: Client, other_client: Client
+) -> None:
+    loop = start(FakeEngine())
+    futures = [
+        loop.add(request("a"), [b""], client.address),
+        loop.add(request("b"), [b""], other_client.address),
+    ]
+
+    assert [await outcome(future) for future in futures] == ["length", "length"]
+    await client.has({"a": [0, 1, 2]})
+    await other_client.has({"b": [0, 1, 2]})
+
+
+async def test_only_the_engine_thread_touches_the_engine(start: StartLoop, client: Client) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+    done = loop.add(request("a"), [b""], client.address)
+    loop.abort(["b"])
+    await state(loop)
+    await outcome(done)
+    await asyncio.to_thread(loop.stop)
+
+    assert (engine.threads, engine.is_shut_down) == ({"engine"}, True)
+
+
+async def test_an_aborted_request_is_in_no_further_step(start: StartLoop, client: Client) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+    engine.go_on.clear()
+    aborted = loop.add(request("a"), [b""], client.address)
+    await until(engine.is_stepping.is_set)
+    other = loop.add(request("b"), [b""], client.address)
+    loop.abort(["a", "unknown"])
+    engine.go_on.set()
+
+    assert [await outcome(aborted), await outcome(other)] == ["abort", "length"]
+    assert engine.steps == [["a"], ["b"], ["b"], ["b"]]
+    await client.has({"a": [0], "b": [0, 1, 2]})
+
+
+async def test_a_request_cancelled_before_it_reached_the_engine_never_does(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+    engine.go_on.clear()
+    first = loop.add(request("a"), [b""], client.address)
+    await until(engine.is_stepping.is_set)
+    cancelled = loop.add(request("b"), [b""], client.address)
+    assert cancelled.cancel()
+    engine.go_on.set()
+    await outcome(first)
+
+    assert engine.steps == [["a"], ["a"], ["a"]]
+
+
+async def test_a_refused_request_fails_alone(start: StartLoop, client: Client) -> None:
+    loop = start(FakeEngine())
+    good = loop.add(request("a"), [b""], client.address)
+    bad = loop.add(request("b"), MALFORMED, client.address)
+
+    assert [await outcome(good), repr(await outcome(bad))] == ["length", "ValueError('malformed')"]
+    loop.check(step_timeout_s=60)
+
+
+async def test_an_engine_that_fails_takes_all_its_requests_with_it(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+    engine.go_on.clear()
+    futures = [loop.add(request("in the step"), [b""], client.address)]
+    await until(engine.is_stepping.is_set)
+    futures += [loop.add(request("not yet taken"), [b""], client.address)]
+    unanswered = loop.state()
+    engine.step_error = OSError("device gone")
+    engine.go_on.set()
+    outcomes = [await outcome(future) for future in (*futures, unanswered)]
+    outcomes += [await outcome(loop.add(request("too late"), [b""], client.address))]
+    outcomes += [await outcome(loop.state())]
+
+    dead = repr(EngineDead("the engine failed: OSError('device gone')"))
+    assert [repr(outcome) for outcome in outcomes] == [dead] * 5
+    with pytest.raises(EngineDead, match="device gone"):
+        loop.check(step_timeout_s=60)
+    await until(lambda: engine.is_shut_down)
+
+
+async def test_no_caller_is_left_waiting_when_the_engine_fails_under_load(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+
+    def add_many(name: str) -> list[concurrent.futures.Future[Any]]:
+        return [
+            future
+            for number in range(200)
+            for future in (
+                loop.add(request(f"{name}{number}", 10**9), [b""], client.address),
+                loop.state(),
+            )
+        ]
+
+    adding = [asyncio.to_thread(add_many, name) for name in "abc"]
+    engine.step_error = OSError("device gone")
+    futures = [future for added in await asyncio.gather(*adding) for future in added]
+    outcomes = [await outcome(future) for future in futures]
+
+    assert {type(outcome) for outcome in outcomes} <= {EngineDead, LoopState}
+
+
+async def test_an_engine_that_fails_between_steps_is_dead_too(start: StartLoop) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+    engine.stats_error = OSError("device gone")
+
+    assert repr(await outcome(loop.state())) == repr(
+        EngineDead("the engine failed: OSError('device gone')")
+    )
+    with pytest.raises(EngineDead, match="device gone"):
+        loop.check(step_timeout_s=60)
+
+
+async def test_a_caller_that_no_longer_waits_for_the_state_does_no_harm(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+    engine.go_on.clear()
+    done = loop.add(request("a"), [b""], client.address)
+    await until(engine.is_stepping.is_set)
+    assert loop.state().cancel()
+    engine.go_on.set()
+
+    assert await outcome(done) == "length"
+
+
+async def test_only_a_step_that_runs_too_long_counts_as_hanging(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+    loop.check(step_timeout_s=0)
+    engine.go_on.clear()
+    done = loop.add(request("a"), [b""], client.address)
+    await until(engine.is_stepping.is_set)
+    loop.check(step_timeout_s=60)
+    with pytest.raises(EngineDead, match="a step has been running for 0 s"):
+        loop.check(step_timeout_s=0)
+    engine.go_on.set()
+    await outcome(done)
+
+    loop.check(step_timeout_s=0)
+
+
+def test_the_constructor_raises_what_making_the_engine_raises() -> None:
+    def make_engine() -> FakeEngine:
+        raise OSError("no such device")
+
+    with pytest.raises(OSError, match="no such device"):
+        EngineLoop(make_engine, lambda _: None)
+    assert "engine" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_the_state_counts_requests_steps_and_outstanding_tokens(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine(max_num_seqs=1)
+    loop = start(engine)
+    before = await state(loop)
+    engine.go_on.clear()
+    futures = [loop.add(request("a", max_tokens=2), [b""], client.address)]
+    await until(engine.is_stepping.is_set)
+    futures += [loop.add(request("b", max_tokens=2), [b""], client.address)]
+    during = loop.state()
+    engine.go_on.set()
+    during_state = await asyncio.wait_for(asyncio.wrap_future(during), 30)
+    for future in futures:
+        await outcome(future)
+
+    assert [before, during_state, await state(loop)] == [
+        LoopState(EngineStats(0, 0, 0.0), num_steps=0, outstanding={}),
+        LoopState(EngineStats(1, 1, 1 / 8), num_steps=1, outstanding={"a": 1, "b": 12}),
+        LoopState(EngineStats(0, 0, 0.0), num_steps=4, outstanding={}),
+    ]
+
+
+async def test_a_step_that_does_not_run_the_model_is_not_counted(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine()
+    engine.runs_model = False
+    loop = start(engine)
+    done = loop.add(request("a"), [b""], client.address)
+    await until(lambda: engine.num_empty_steps > 0)
+    num_steps = (await state(loop)).num_steps
+    engine.runs_model = True
+
+    assert (num_steps, await outcome(done), (await state(loop)).num_steps) == (0, "length", 3)
+
+
+async def test_a_client_that_is_lost_loses_its_requests_and_no_other(
+    start: StartLoop, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.token_stream.LOST_AFTER_S", 0.2)
+    engine = FakeEngine()
+    loop = start(engine)
+    gone = [loop.add(request(name, max_tokens=10**9), [b""], NOBODY) for name in "ab"]
+    outcomes = [await outcome(future) for future in gone]
+    other = loop.add(request("c"), [b""], client.address)
+
+    assert [type(outcome) for outcome in outcomes] == [ClientLost, ClientLost]
+    assert await outcome(other) == "length"
+    assert not engine.has_requests()
+
+
+async def test_changes_are_told_with_what_is_outstanding_and_what_ended(client: Client) -> None:
+    told: list[tuple[dict[str, int], tuple[str, ...]]] = []
+    engine = FakeEngine()
+    loop = EngineLoop(
+        lambda: engine, lambda loop: told.append((loop.outstanding(), loop.take_finished()))
+    )
+    engine.go_on.clear()
+    done = loop.add(request("a", max_tokens=2), [b""], client.address)
+    await until(engine.is_stepping.is_set)
+    told.clear()
+    refused = loop.add(request("b"), MALFORMED, client.address)
+    loop.abort(["never came"])
+    engine.go_on.set()
+    await outcome(done)
+    await outcome(refused)
+    await asyncio.to_thread(loop.stop)
+
+    assert told[:2] == [({"a": 1}, ()), ({}, ("b", "never came", "a"))]
+
+
+async def test_stopping_waits_for_the_last_tokens_to_arrive() -> None:
+    loop = EngineLoop(FakeEngine, lambda _: None)
+    receiver = StreamReceiver("127.0.0.1")
+    assert await outcome(loop.add(request("a", max_tokens=1), [b""], receiver.address)) == "length"
+    stopping = asyncio.create_task(asyncio.to_thread(loop.stop))
+    await asyncio.sleep(0.05)
+    assert not stopping.done()
+
+    assert decode_tokens(await asyncio.wait_for(receiver.receive(), 30)) == {"a": [0]}
+    await stopping
+    receiver.close()
+
+
+async def test_stopping_waits_for_a_client_that_takes_nothing_only_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("workers.engine.engine_loop.FLUSH_S", 0.05)
+    engine = FakeEngine()
+    loop = EngineLoop(lambda: engine, lambda _: None)
+    assert await outcome(loop.add(request("a", max_tokens=1), [b""], NOBODY)) == "length"
+    await asyncio.to_thread(loop.stop)
+
+    assert engine.is_shut_down
+
+
+async def test_stopping_leaves_nothing_behind(client: Client) -> None:
+    num_files = len(os.listdir("/proc/self/fd"))
+    engine = FakeEngine()
+    loop = EngineLoop(lambda: engine, lambda _: None)
+    finished = loop.add(request("a"), [b""], client.address)
+    assert await outcome(finished) == "length"
+    running = loop.add(request("b", max_tokens=10**9), [b""], client.address)
+    await until(lambda: "b" in client.tokens)
+    await asyncio.to_thread(loop.stop)
+    await asyncio.to_thread(loop.stop)
+
+    assert repr(await outcome(running)) == repr(EngineDead("the engine was stopped"))
+    assert engine.is_shut_down
+    assert "engine" not in {thread.name for thread in threading.enumerate()}
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= num_files)

@@ -1,0 +1,348 @@
+"""vLLM on our kernels: real engines on tiny random checkpoints."""
+
+import dataclasses
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.workers.engine_process import (
+    NUM_LIKELIEST,
+    Batch,
+    EngineFailed,
+    EngineProcesses,
+    Output,
+    Prompt,
+    Run,
+    run_engine,
+)
+from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
+from workers.engine.engine import EngineConfig
+from workers.worker import WorkerConfig
+
+NATIVE = {
+    "llama": "NativeLlamaForCausalLM",
+    "mistral": "NativeMistralForCausalLM",
+    "qwen2": "NativeQwen2ForCausalLM",
+    "qwen3": "NativeQwen3ForCausalLM",
+}
+"""Models whose layers run in one call, and the classes that do so."""
+
+OTHERS = ("gemma2", "gemma3n", "bloom")
+"""Models that run operator by operator."""
+
+NO_PLUGIN = {"VLLM_PLUGINS": "none"}
+NOT_ASKED = "the engine's quantization is not xyserve"
+DRAW = random.Random(0)
+
+
+def make_prompt(length: int) -> Prompt:
+    return [DRAW.randrange(VOCAB_SIZE) for _ in range(length)]
+
+
+PROMPTS = [make_prompt(length) for length in (1, 7, 33, 64, 129, 200)]
+PROBE = make_prompt(100)
+CROWD = [make_prompt(length) for length in (5, 90, 1, 47, 32, 150, 64)]
+REPEATING = [[*make_prompt(length)] * 4 for length in (3, 8, 13)]
+
+# The same prompts under all that must not matter to them.
+SETTINGS = [
+    Batch([PROBE]),
+    Batch([PROBE, *CROWD]),
+    Batch([*reversed(CROWD), PROBE]),
+    Batch([PROBE], max_step_tokens=16),
+    Batch([*CROWD[:4], PROBE, *CROWD[4:]], max_step_tokens=61),
+    Batch([PROBE], num_threads=2),
+    Batch([*CROWD[:2], PROBE, *CROWD[2:]], num_threads=2),
+    Batch([*CROWD[5:], PROBE, *CROWD[:5]], max_step_tokens=75, num_threads=2),
+]
+
+
+class Engines:
+    """Runs of engines on the tiny models; what several tests look at is run once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._processes = EngineProcesses()
+        self._checkpoint = cache(self._write_checkpoint)
+        self.stock = cache(self._stock)
+        self.ours = cache(self._ours)
+        self.settings = cache(self._settings)
+
+    def run(
+        self,
+        name: str,
+        batches: Sequence[Batch] = (Batch(PROMPTS),),
+        *,
+        env: dict[str, str] | None = None,
+        kernels: str = "xyserve",
+        weight_format: str = "auto",
+        spoilt: str | None = None,
+        extra_args: dict[str, Any] | None = None,
+        **engine: Any,
+    ) -> Run:
+        """Run batches on a new engine."""
+        config = WorkerConfig(
+            kernels=kernels,
+            weight_format=weight_format,
+            engine=EngineConfig(
+                **{
+                    "dtype": "float32",
+                    "max_num_seqs": 8,
+                    "max_num_batched_tokens": 512,
+                    "max_model_len": MAX_MODEL_LEN,
+                    "kv_cache_gib": 0.02,
+                    "block_size": 32,
+                    "extra_args": {"skip_tokenizer_init": True} | (extra_args or {}),
+                }
+                | engine
+            ),
+        )
+        run: Run = self._processes.call(
+            run_engine, self._checkpoint(name, spoilt), config, batches, env=env
+        )
+        return run
+
+    def close(self) -> None:
+        """End the process that they are forked from."""
+        self._processes.close()
+
+    def _write_checkpoint(self, name: str, spoilt: str | None) -> str:
+        folder = self._folder / f"{name}-{spoilt}"
+        # One has values that bf16 would round.
+        dtype = "float32" if name == "qwen2" else "bfloat16"
+        self._processes.call(write_checkpoint, name, folder, dtype, spoilt)
+        return str(folder)
+
+    def _stock(self, name: str) -> Run:
+        """vLLM without us."""
+        return self.run(name, kernels="vllm", env=NO_PLUGIN)
+
+    def _ours(self, name: str) -> Run:
+        """Our kernels, the layers first in one call if they can be, then by operators."""
+        return self.run(name, [Batch(PROMPTS), Batch(PROMPTS, by_operators=True)])
+
+    def _settings(self, weight_format: str) -> Run:
+        """`SETTINGS` in one call, then by operators."""
+        by_operators = [dataclasses.replace(batch, by_operators=True) for batch in SETTINGS]
+        return self.run("llama", [*SETTINGS, *by_operators], weight_format=weight_format)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    engines = Engines(tmp_path_factory.mktemp("tiny"))
+    yield engines
+    engines.close()
+
+
+def tokens(outputs: Sequence[Output]) -> list[list[int]]:
+    return [output.tokens for output in outputs]
+
+
+def largest_gap(found: Sequence[Output], expected: Sequence[Output]) -> float:
+    """The largest difference of two log probabilities of one token at one place."""
+    pairs: list[tuple[float, float]] = []
+    for one, other in zip(found, expected, strict=True):
+        pairs += zip(one.prompt, other.prompt, strict=True)
+        for ours, theirs in zip(one.likeliest, other.likeliest, strict=True):
+            shared = ours.keys() & theirs.keys()
+            assert len(shared) >= NUM_LIKELIEST - 1  # the last of them may be a tie
+            pairs += [(ours[token], theirs[token]) for token in shared]
+    return max(abs(one - other) for one, other in pairs)
+
+
+def mean_prompt_gap(found: Sequence[Output], expected: Sequence[Output]) -> float:
+    """The mean difference of the log probabilities of prompt tokens."""
+    return statistics.fmean(
+        abs(a - b)
+        for one, other in zip(found, expected, strict=True)
+        for a, b in zip(one.prompt, other.prompt, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", [*NATIVE, *OTHERS])
+def test_our_kernels_give_what_stock_vllm_gives(engines: Engines, name: str) -> None:
+    [expected] = engines.stock(name).outputs
+    found, by_operators = engines.ours(name).outputs
+
+    assert tokens(found) == tokens(by_operators) == tokens(expected)
+    assert largest_gap(found, expected) < 1e-4
+    assert largest_gap(by_operators, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_one_call_gives_what_the_operators_give(engines: Engines, name: str) -> None:
+    found, by_operators = engines.ours(name).outputs
+
+    assert found != by_operators  # or the same code ran twice
+    assert largest_gap(found, by_operators) < 5e-5
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_layers_of_llama_like_models_run_in_one_call(engines: Engines, name: str) -> None:
+    facts = engines.ours(name).facts
+
+    assert facts.model_class == NATIVE[name]
+    assert facts.forward_refusal is None
+    assert facts.attention_refusals == {None}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_run_on_each_kernel_that_can_serve_them(engines: Engines, name: str) -> None:
+    facts = engines.ours(name).facts
+
+    refusal = "it has ALiBi slopes or attention sinks" if name == "bloom" else None
+    assert facts.attention_refusals == {refusal}
+    packed = [layer.rpartition(".")[2] for layer in facts.packed]
+    layers = {"o_proj", "gate_up_proj", "down_proj"}
+    if name == "bloom":
+        layers = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    num_layers = 4 if name == "gemma3n" else 2
+    assert {layer: packed.count(layer) for layer in layers} == dict.fromkeys(layers, num_layers)
+    # All three make logits with their embedding, and only this one lets us choose how.
+    assert packed.count("embed_tokens") == (name == "gemma3n")
+
+
+@pytest.mark.parametrize(
+    ("name", "format"), [("mistral", "bf16"), ("qwen2", "fp32")], ids=["bf16", "fp32"]
+)
+def test_auto_keeps_the_weights_as_the_checkpoint_has_them(
+    engines: Engines, name: str, format: str
+) -> None:
+    packed = engines.ours(name).facts.packed
+
+    assert len(packed) == 4 * 2 + 1
+    assert set(packed.values()) == {format}
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_the_lm_head_keeps_eight_bits(engines: Engines, weight_format: str) -> None:
+    packed = dict(engines.settings(weight_format).facts.packed)
+
+    assert packed.pop("lm_head") == "int8"
+    assert len(packed) == 4 * 2
+    assert set(packed.values()) == {weight_format}
+
+
+def test_fewer_bits_give_nearly_the_same(engines: Engines) -> None:
+    exact, int8, int4 = (
+        engines.settings(weight_format).outputs[1] for weight_format in ("auto", "int8", "int4")
+    )
+
+    assert 0 < 4 * mean_prompt_gap(int8, exact) < mean_prompt_gap(int4, exact) < 1.5
+
+
+@pytest.mark.parametrize("by_operators", [False, True], ids=["one call", "operators"])
+@pytest.mark.parametrize("weight_format", ["auto", "int8", "int4"])
+def test_no_bit_depends_on_company_order_chunks_or_threads(
+    engines: Engines, weight_format: str, by_operators: bool
+) -> None:
+    run = engines.settings(weight_format)
+    half = slice(len(SETTINGS), None) if by_operators else slice(len(SETTINGS))
+
+    found: dict[tuple[int, ...], list[Output]] = {}
+    for batch, outputs in zip(SETTINGS, run.outputs[half], strict=True):
+        for prompt, output in zip(batch.prompts, outputs, strict=True):
+            found.setdefault(tuple(prompt), []).append(output)
+
+    assert len(found) == 1 + len(CROWD)
+    assert all(output == outputs[0] for outputs in found.values() for output in outputs)
+    # Those with chunks took more steps.
+    alone, eight, _, chunks, eight_chunks, *_ = run.num_steps[half]
+    assert chunks > alone
+    assert eight_chunks > eight
+
+
+def test_chunked_prefill_changes_no_bit(engines: Engines) -> None:
+    chunked = engines.run("llama", max_num_batched_tokens=48)
+
+    whole = engines.ours("llama")
+    assert chunked.facts == whole.facts
+    assert chunked.num_steps[0] >= sum(map(len, PROMPTS)) / 48 > whole.num_steps[0]
+    assert chunked.outputs[0] == whole.outputs[0]
+
+
+def test_cached_prefixes_change_no_bit(engines: Engines) -> None:
+    batch = Batch([PROMPTS[5], REPEATING[2]], prompt_logprobs=False)
+
+    first, second = engines.run("llama", [batch, batch]).outputs
+
+    assert [output.num_cached_tokens for output in first] == [0, 0]
+    assert [output.num_cached_tokens for output in second] == [192, 32]
+    assert [dataclasses.replace(output, num_cached_tokens=0) for output in second] == first
+
+
+def test_speculation_changes_no_token(engines: Engines) -> None:
+    alone = [Batch([prompt], max_tokens=40, prompt_logprobs=False) for prompt in REPEATING]
+    batches = [*alone, Batch([*REPEATING, *PROMPTS], max_tokens=40, prompt_logprobs=False)]
+    ngram = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }
+
+    plain = engines.run("llama", batches, block_size=None)
+    speculating = engines.run(
+        "llama", batches, block_size=None, extra_args={"speculative_config": ngram}
+    )
+
+    assert speculating.facts == plain.facts
+    assert plain.num_steps[:3] == [40, 40, 40]
+    assert sum(speculating.num_steps[:3]) < 120  # some drafts were right
+    assert [*map(tokens, speculating.outputs)] == [*map(tokens, plain.outputs)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_that_does_not_ask_runs_vllms_own_path(engines: Engines, dtype: str) -> None:
+    found = engines.run("llama", kernels="vllm", dtype=dtype)
+
+    if dtype == "float32":
+        expected = engines.stock("llama")
+    else:
+        expected = engines.run("llama", kernels="vllm", dtype=dtype, env=NO_PLUGIN)
+    assert found.facts.attention_refusals == {NOT_ASKED}
+    assert found.facts.forward_refusal is not None
+    assert found.facts.packed == {}
+    assert found.outputs == expected.outputs
+
+
+def test_an_engine_that_asks_must_compute_in_float32(engines: Engines) -> None:
+    with pytest.raises(EngineFailed, match=r"bfloat16 is not supported for quantization .*xyserve"):
+        engines.run("llama", extra_args={"dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "layer"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_up_proj"),
+        ("lm_head.weight", "lm_head"),
+    ],
+    ids=["a layer", "the LM head"],
+)
+def test_a_checkpoint_with_a_nan_is_refused_by_the_name_of_its_layer(
+    engines: Engines, spoilt: str, layer: str
+) -> None:
+    with pytest.raises(EngineFailed, match=rf"ValueError: {layer}: weight\[\d+, 5\] is nan"):
+        engines.run("mistral", spoilt=spoilt)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_our_cpu_kernels_compute_in_float32_only(dtype: str) -> None:
+    engine = EngineConfig(dtype=dtype)
+
+    with pytest.raises(ValueError, match=rf"engine.dtype \({dtype}\).* set kernels: vllm"):
+        WorkerConfig(engine=engine)
+    assert not WorkerConfig(engine=engine, kernels="vllm").uses_own_kernels
+    assert not WorkerConfig(engine=engine, device="cuda").uses_own_kernels
+
+
+@pytest.mark.parametrize("device", [{"kernels": "vllm"}, {"device": "cuda"}, {"device": "npu"}])
+def test_only_our_cpu_kernels_know_weight_formats(device: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"weight_format \(int8\) needs device: cpu and kernels"):
+        WorkerConfig(weight_format="int8", **device)
+    assert WorkerConfig(weight_format="int8").uses_own_kernels

@@ -1,0 +1,47 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from workers.peaks import Peaks
+from workers.profiling import vllm_peaks
+from workers.profiling.vllm_peaks import measure_peaks
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("own_kernels", [False, True])
+def test_a_device_computes_and_reads(own_kernels: bool) -> None:
+    peaks = measure_peaks(CPU, torch.float32, own_kernels=own_kernels)
+
+    assert 0 < peaks.flops_per_s < math.inf
+    assert 0 < peaks.bytes_per_s < math.inf
+
+
+def test_the_faster_product_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([4.0, 0.5, 2.0])
+
+    def best_s(call: Callable[[], object], device: torch.device) -> float:
+        call()
+        return next(seconds)
+
+    monkeypatch.setattr(vllm_peaks, "_best_s", best_s)
+
+    # Torch's product of 1024 rows in 4 s, ours of 480 in half a second; 256 MiB in 2 s.
+    assert measure_peaks(CPU, torch.float32, own_kernels=True) == Peaks(
+        2 * 480 * 1024**2 / 0.5, 2**28 / 2
+    )
+
+
+def test_the_fastest_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    takes_s = iter([9.0, 3.0, 2.0, 1.0, 2.0, 3.0])
+
+    def call() -> None:
+        nonlocal clock
+        clock += next(takes_s)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+
+    assert vllm_peaks._best_s(call, CPU) == 1.0

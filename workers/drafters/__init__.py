@@ -1,0 +1,1 @@
+"""The draft worker actor and what drafts in it."""

@@ -1,0 +1,313 @@
+"""A drafter that is a smaller language model, on an engine of its own in the caller's process."""
+
+import dataclasses
+import itertools
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from vllm import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.request import RequestStatus
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from scheduler.policy import StepPolicy
+from scheduler.request import Request
+from workers.drafters.drafter import ContextKey, Draft, HiddenStates
+from workers.engine.vllm_engine import VllmEngine, encoder
+from workers.token_stream import StreamAddress
+from workers.worker import WorkerConfig
+
+BLOCK_SIZE = 32
+"""Tokens in one block of the KV cache: contexts share whole blocks only. Smaller ones our kernels
+serve on some processors only."""
+NOWHERE = StreamAddress("", b"")
+"""The client of every request: outputs stay in this process."""
+
+
+class RewindingScheduler(Scheduler):
+    """vLLM's scheduler with requests that halt, and go on from other tokens than they had.
+
+    If a new request took over with the right tokens, those after the last full block would be
+    computed again, which takes several times as long as a guess.
+    """
+
+    def halt(self, request_id: str) -> None:
+        """Take a request out of the steps; it keeps its KV cache."""
+        request = self.requests[request_id]
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove_requests([request])
+            self.kv_holding_waiting.remove_requests([request])
+        request.status = RequestStatus.PREEMPTED
+
+    def go_on(self, request_id: str, token_ids: list[int], max_tokens: int) -> bool:
+        """Have a halted request continue `token_ids`; tell whether its KV cache is of any use."""
+        request = self.requests[request_id]
+        [manager, *others] = self.kv_cache_manager.coordinator.single_type_managers
+        num_kept = min(
+            _num_equal(request._all_token_ids, token_ids),
+            request.num_computed_tokens,
+            len(token_ids) - 1,  # the last one gives the next
+        )
+        num_full_blocks = num_kept // self.block_size
+        written = manager.req_to_blocks[request_id][num_full_blocks:]
+        if (
+            num_kept == 0
+            or others
+            or type(manager) is not FullAttentionManager  # others may have let go of old tokens
+            or any(block.ref_cnt > 1 for block in written)  # someone else reads it
+        ):
+            return False
+        for block in written:
+            self.kv_cache_manager.block_pool._maybe_evict_cached_block(block)
+        num_cached = manager.num_cached_block.get(request_id, 0)
+        manager.num_cached_block[request_id] = min(num_cached, num_full_blocks)
+        request.num_computed_tokens = num_kept
+        request.prompt_token_ids = token_ids
+        request.num_prompt_tokens = len(token_ids)
+        request._all_token_ids[:] = token_ids
+        request._output_token_ids.clear()
+        del request.block_hashes[num_full_blocks:]
+        request.update_block_hashes()
+        request.max_tokens = max_tokens
+        request.status = RequestStatus.WAITING
+        self._enqueue_waiting_request(request)
+        return True
+
+
+def _num_equal(some: list[int], others: list[int]) -> int:
+    pairs = enumerate(zip(some, others, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(some), len(others)))
+
+
+@dataclass(slots=True)
+class _Context:
+    """A request as far as it is known, and what the model guesses to follow."""
+
+    tokens: list[int] = field(default_factory=list)
+    guesses: list[int] = field(default_factory=list)
+    probs: list[float] = field(default_factory=list)
+    request_id: str | None = None
+    """Of the engine's request that has its KV cache."""
+    is_running: bool = False
+    """Whether that request is adding guesses."""
+
+    def append(self, token_ids: list[int]) -> bool:
+        """Append true tokens; tell whether all of them were guessed, or else drop the guesses."""
+        self.tokens += token_ids
+        was_guessed = self.guesses[: len(token_ids)] == token_ids
+        num_past = len(token_ids) if was_guessed else len(self.guesses)
+        del self.guesses[:num_past], self.probs[:num_past]
+        return was_guessed
+
+    def draft(self) -> Draft:
+        """The guesses as a path."""
+        parents = tuple(range(-1, len(self.guesses) - 1))
+        return Draft(len(self.tokens), tuple(self.guesses), parents, tuple(self.probs))
+
+
+class ModelDrafter:
+    """A `Drafter` that continues each context greedily with a model of the target's vocabulary.
+
+    It runs ahead: while the target checks `num_speculative_tokens` guesses, the model makes up to
+    as many more, and what the target then says the model need not compute if it was guessed.
+    """
+
+    hidden_size = 0
+
+    def __init__(
+        self, model: str, config: WorkerConfig, target: str, num_speculative_tokens: int
+    ) -> None:
+        """Load the checkpoint `model`; ValueError if its tokens are not those of `target`.
+
+        How the engine plans its steps is not up to `config`: the drafter needs nothing of ours.
+        """
+        check_same_vocabulary(Path(model), Path(target))
+        engine = dataclasses.replace(
+            config.engine,
+            enable_prefix_caching=True,
+            block_size=config.engine.block_size or BLOCK_SIZE,
+            extra_args=config.engine.extra_args
+            | {"scheduler_cls": RewindingScheduler, "async_scheduling": False},
+        )
+        config = dataclasses.replace(
+            config,
+            calibrate_at_start=False,
+            step_policy=StepPolicy(name="vllm"),
+            record=None,
+            engine=engine,
+        )
+        self._engine = VllmEngine(model, config)
+        assert isinstance(self._engine.scheduler, RewindingScheduler)
+        self._scheduler = self._engine.scheduler
+        self._num_speculative_tokens = num_speculative_tokens
+        self._contexts: dict[ContextKey, _Context] = {}
+        self._keys: dict[str, ContextKey] = {}
+        self._changed: set[ContextKey] = set()
+        self._request_ids = map(str, itertools.count())
+        self._encode = encoder()
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+        self._warm_up()
+
+    def extend(
+        self,
+        key: ContextKey,
+        position: int,
+        token_ids: list[int],
+        hidden_states: HiddenStates | None = None,
+    ) -> None:
+        """Append true tokens; the engine goes on if it has guessed them, else it starts again."""
+        if position == 0:
+            self.forget(key)
+            self._contexts[key] = _Context()
+        context = self._contexts[key]
+        assert position == len(context.tokens), (position, len(context.tokens))
+        if context.append(token_ids):
+            self._changed.add(key)
+        else:
+            self._halt(context)
+        self._keep_ahead(key)
+
+    def learn(self, token_ids: list[int]) -> None:
+        """What others have written says nothing to it."""
+
+    def forget(self, key: ContextKey) -> None:
+        """Stop drafting for a request."""
+        if context := self._contexts.pop(key, None):
+            self._end(context)
+            self._changed.discard(key)
+
+    def has_work(self) -> bool:
+        """Whether there are guesses to make or to give."""
+        return bool(self._changed) or self._engine.has_requests()
+
+    def step(self) -> dict[ContextKey, Draft]:
+        """Give what the target left of the guesses, or else make one more for each context."""
+        if not self._changed:
+            self._make_guesses()
+        drafts = {key: self._contexts[key].draft() for key in self._changed}
+        self._changed.clear()
+        return {key: draft for key, draft in drafts.items() if draft.token_ids}
+
+    def shutdown(self) -> None:
+        """Release the engine."""
+        self._engine.shutdown()
+
+    def _make_guesses(self) -> None:
+        outputs, model_ran = self._engine.step()
+        if not model_ran and self._engine.stats().num_waiting:
+            self._make_room()
+        for of_client in outputs.values():
+            for output in self._decoder.decode(of_client.frames).outputs:
+                key = self._keys[output.request_id]
+                context = self._contexts[key]
+                context.guesses += output.new_token_ids
+                if output.new_logprobs is not None:
+                    context.probs += map(math.exp, output.new_logprobs.logprobs[:, 0].tolist())
+                if output.finished:
+                    self._end(context)
+                self._changed.add(key)
+                self._keep_ahead(key)
+
+    def _make_room(self) -> None:
+        """Free the KV cache of all that is halted; what no one else takes is found there again."""
+        for context in self._contexts.values():
+            if not context.is_running:
+                self._end(context)
+
+    def _keep_ahead(self, key: ContextKey) -> None:
+        """Run the engine when fewer guesses are left than the target checks, to twice as many."""
+        context = self._contexts[key]
+        num_ahead = len(context.guesses)
+        if num_ahead >= 2 * self._num_speculative_tokens:
+            self._halt(context)
+        elif num_ahead < self._num_speculative_tokens and not context.is_running:
+            self._start(key, context)
+
+    def _start(self, key: ContextKey, context: _Context) -> None:
+        token_ids = context.tokens + context.guesses
+        max_tokens = self._scheduler.max_model_len - len(token_ids)
+        if not token_ids or max_tokens < 1:
+            return
+        if context.request_id is not None:
+            if self._scheduler.go_on(context.request_id, token_ids, max_tokens):
+                context.is_running = True
+                return
+            self._end(context)
+        request_id = next(self._request_ids)
+        core_request = EngineCoreRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            mm_features=None,
+            sampling_params=SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=0,  # that of the sampled token alone
+            ),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        request = Request(request_id, len(token_ids), max_tokens)
+        self._engine.add_request(request, self._encode(core_request), NOWHERE)
+        self._keys[request_id] = key
+        context.request_id, context.is_running = request_id, True
+
+    def _halt(self, context: _Context) -> None:
+        if context.request_id is not None and context.is_running:
+            self._scheduler.halt(context.request_id)
+        context.is_running = False
+
+    def _end(self, context: _Context) -> None:
+        if context.request_id is not None:
+            self._engine.abort_requests([context.request_id])
+            del self._keys[context.request_id]
+        context.request_id, context.is_running = None, False
+
+    def _warm_up(self) -> None:
+        """Draft once: vLLM then compiles how it ranks tokens, which takes seconds."""
+        key = ContextKey("", "")
+        self.extend(key, 0, [0])
+        while self._contexts[key].is_running:
+            self.step()
+        self.forget(key)
+
+
+def check_same_vocabulary(model: Path, target: Path) -> None:
+    """ValueError unless the checkpoints have as many tokens, under the same ids if both tell."""
+    remedy = "choose a draft model of the target's family"
+    size, target_size = _vocab_size(model), _vocab_size(target)
+    if size != target_size:
+        raise ValueError(
+            f"the vocabulary of the draft model {model} ({size} tokens) must be that of its target "
+            f"{target} ({target_size} tokens); {remedy}"
+        )
+    ids, target_ids = _token_ids(model), _token_ids(target)
+    if ids and target_ids and (different := ids.items() ^ target_ids.items()):
+        token = min(token for token, _ in different)
+        raise ValueError(
+            f"token {token!r} is number {ids.get(token)} for the draft model {model}, and "
+            f"{target_ids.get(token)} for its target {target}; {remedy}"
+        )
+
+
+def _vocab_size(checkpoint: Path) -> int:
+    config = json.loads((checkpoint / "config.json").read_text())
+    return int(config.get("text_config", config)["vocab_size"])
+
+
+def _token_ids(checkpoint: Path) -> dict[str, int]:
+    """Ids by token; empty if the checkpoint has no tokenizer of this kind."""
+    path = checkpoint / "tokenizer.json"
+    return Tokenizer.from_file(str(path)).get_vocab() if path.exists() else {}

@@ -1,0 +1,1 @@
+"""The worker's side of drafting: the protocol and its client."""

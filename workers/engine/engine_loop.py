@@ -1,0 +1,285 @@
+"""The engine's thread: takes requests, steps the engine, sends what each step produced."""
+
+import concurrent.futures
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from scheduler.request import Request
+from workers.drafts.draft_stream import DrafterAddress
+from workers.engine.engine import Engine, EngineStats
+from workers.token_stream import StreamAddress, StreamSenders
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 30.0
+"""How long the end of the engine is waited for."""
+IDLE_WAIT_S = 0.2
+"""How long an idle loop sleeps before it looks after its streams."""
+EMPTY_STEP_WAIT_S = 0.001
+"""Pause after a step that found nothing to compute, e.g. while a grammar compiles."""
+FLUSH_S = 5.0
+"""How long an ending loop waits for its last outputs to be acknowledged."""
+
+
+class EngineDead(RuntimeError):
+    """The engine failed or hangs; its worker must be replaced."""
+
+
+class ClientLost(RuntimeError):
+    """The client of a request has taken no tokens for a long time."""
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """A request on the engine."""
+
+    request: Request
+    client: StreamAddress
+    done: concurrent.futures.Future[str]
+    num_output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoopState:
+    """The loop and its engine at one moment between two steps."""
+
+    engine: EngineStats
+    num_steps: int
+    outstanding: dict[str, int]
+    """Tokens that each live request may still need, by request id."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    work: Callable[[], object]
+    done: concurrent.futures.Future[Any]
+    """Fails if the engine thread ends before the call is taken."""
+
+
+@dataclass(slots=True)
+class _Progress:
+    num_steps: int = 0
+    step_began_s: float | None = None
+    finished: list[str] = field(default_factory=list)
+
+
+class EngineLoop:
+    """Runs an engine in one thread. Every method may be called from any thread.
+
+    `make_engine` runs in that thread too, which alone touches the engine; if it raises, so does
+    the constructor. `on_change` is called there after requests came, went or progressed.
+    """
+
+    def __init__(
+        self, make_engine: Callable[[], Engine], on_change: Callable[["EngineLoop"], None]
+    ) -> None:
+        self._on_change = on_change
+        self._inbox: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+        self._live: dict[str, LiveRequest] = {}
+        self._streams = StreamSenders()
+        self._progress = _Progress()
+        self._stopping = False
+        self._ended = False
+        self._failure: Exception | None = None
+        made: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(make_engine, made), name="engine", daemon=True
+        )
+        self._thread.start()
+        made.result()
+
+    def add(
+        self, request: Request, engine_request: list[bytes], client: StreamAddress
+    ) -> concurrent.futures.Future[str]:
+        """Start a request; the future gives its finish reason, or fails with its error."""
+        live = LiveRequest(request, client, concurrent.futures.Future())
+        self._call(lambda: self._add(live, engine_request), live.done)
+        return live.done
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Free the slots of these requests before the next step; unknown ids are ignored."""
+        self._call(lambda: self._abort(request_ids), concurrent.futures.Future())
+
+    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+        """Have this draft worker make the drafts, from the next step on."""
+        self._call(lambda: self._engine.assign_drafter(drafter), concurrent.futures.Future())
+
+    def state(self) -> concurrent.futures.Future[LoopState]:
+        """The state after the step that is running now."""
+        state: concurrent.futures.Future[LoopState] = concurrent.futures.Future()
+        self._call(
+            lambda: state.set_result(
+                LoopState(self._engine.stats(), self._progress.num_steps, self.outstanding())
+            ),
+            state,
+        )
+        return state
+
+    def check(self, step_timeout_s: float) -> None:
+        """Raise EngineDead if the thread ended, or one step runs longer than `step_timeout_s`."""
+        if self._ended or self._failure:
+            raise self._death()
+        began = self._progress.step_began_s
+        if began is not None and (took := time.monotonic() - began) > step_timeout_s:
+            raise EngineDead(f"a step has been running for {took:.0f} s")
+
+    def stop(self) -> None:
+        """End the thread after the current step and shut the engine down; a hung step is left."""
+        self._stopping = True
+        self._call(lambda: None, concurrent.futures.Future())  # wakes an idle loop
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def _call(self, work: Callable[[], object], done: concurrent.futures.Future[Any]) -> None:
+        self._inbox.put(_Call(work, done))
+        if self._ended:  # the engine thread has looked into the inbox for the last time, perhaps
+            self._fail_inbox()
+
+    def _fail_inbox(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                call = self._inbox.get_nowait()
+                if call.done.set_running_or_notify_cancel():
+                    call.done.set_exception(self._death())
+
+    def _death(self) -> EngineDead:
+        return EngineDead(
+            f"the engine failed: {self._failure!r}" if self._failure else "the engine was stopped"
+        )
+
+    # What follows runs in the engine thread, or in `on_change`, which does.
+
+    def outstanding(self) -> dict[str, int]:
+        """Tokens that each live request may still need, by request id."""
+        return {
+            request_id: live.request.num_outstanding_tokens(live.num_output_tokens)
+            for request_id, live in self._live.items()
+        }
+
+    def engine_stats(self) -> EngineStats:
+        """The engine at this moment."""
+        return self._engine.stats()
+
+    def take_finished(self) -> tuple[str, ...]:
+        """The requests that ended since the last call."""
+        finished = tuple(self._progress.finished)
+        self._progress.finished.clear()
+        return finished
+
+    def _run(
+        self, make_engine: Callable[[], Engine], made: concurrent.futures.Future[None]
+    ) -> None:
+        try:
+            self._engine = make_engine()
+        except BaseException as error:
+            made.set_exception(error)
+            return
+        made.set_result(None)
+        try:
+            while not self._stopping:
+                self._take_inbox()
+                self._tend_streams()
+                if self._engine.has_requests():
+                    self._step()
+                self._on_change(self)
+        except Exception as error:
+            logger.exception("the engine failed; its worker must be replaced")
+            self._failure = error
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        for live in self._live.values():
+            live.done.set_exception(self._death())
+        self._live.clear()
+        self._fail_inbox()
+        try:
+            self._engine.shutdown()
+        finally:
+            self._flush_streams()
+            self._streams.close()
+            logger.info("engine stopped", extra={"num_steps": self._progress.num_steps})
+
+    def _take_inbox(self) -> None:
+        wait_s = 0.0 if self._engine.has_requests() else IDLE_WAIT_S
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._take(self._inbox.get(timeout=wait_s))
+                wait_s = 0.0
+
+    def _take(self, call: _Call) -> None:
+        if not call.done.set_running_or_notify_cancel():
+            return
+        try:
+            call.work()
+        except Exception as error:
+            self._failure = error
+            call.done.set_exception(self._death())
+            raise
+
+    def _step(self) -> None:
+        self._progress.step_began_s = time.monotonic()
+        outputs, model_ran = self._engine.step()
+        self._progress.step_began_s = None
+        self._progress.num_steps += model_ran
+        for client, output in outputs.items():
+            self._streams.send(client, output.frames, time.monotonic())
+            for request_id, num_new_tokens in output.num_new_tokens.items():
+                if live := self._live.get(request_id):
+                    live.num_output_tokens += num_new_tokens
+            for request_id, finish_reason in output.finish_reasons.items():
+                self._finish(request_id, finish_reason)
+        if not model_ran:
+            time.sleep(EMPTY_STEP_WAIT_S)
+
+    def _tend_streams(self) -> None:
+        for client in self._streams.tend(time.monotonic()):
+            error = ClientLost(f"{client.endpoint} took nothing; is it reachable from this node?")
+            gone = [r for r, live in self._live.items() if live.client == client]
+            logger.warning(
+                "a client took nothing; is it reachable from this node?",
+                extra={"client": client.endpoint, "num_requests": len(gone)},
+            )
+            self._engine.abort_requests(gone)
+            for request_id in gone:
+                self._finish(request_id, error)
+
+    def _flush_streams(self) -> None:
+        give_up_s = time.monotonic() + FLUSH_S
+        while not self._streams.is_idle() and (now := time.monotonic()) < give_up_s:
+            self._streams.tend(now)
+            time.sleep(EMPTY_STEP_WAIT_S)
+
+    def _add(self, live: LiveRequest, engine_request: list[bytes]) -> None:
+        request_id = live.request.request_id
+        try:
+            self._engine.add_request(live.request, engine_request, live.client)
+        except Exception as error:
+            logger.warning(
+                "the engine refused a request",
+                extra={"request_id": request_id, "error": repr(error)},
+            )
+            self._progress.finished.append(request_id)
+            live.done.set_exception(error)
+            return
+        self._live[request_id] = live
+
+    def _abort(self, request_ids: list[str]) -> None:
+        self._engine.abort_requests(request_ids)
+        for request_id in request_ids:
+            self._finish(request_id, "abort")
+
+    def _finish(self, request_id: str, outcome: str | Exception) -> None:
+        self._progress.finished.append(request_id)
+        if (live := self._live.pop(request_id, None)) is None:
+            return  # aborted before it came, or after it ended
+        if isinstance(outcome, Exception):
+            live.done.set_exception(outcome)
+        else:
+            live.done.set_result(outcome)

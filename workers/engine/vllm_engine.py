@@ -1,0 +1,255 @@
+"""vLLM's engine core in the caller's own process, stepped by the caller."""
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read by vLLM when it is imported: without it, the executor would move to a child process.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.gc_utils import freeze_gc_heap
+from vllm.v1.core.sched.interface import SchedulerInterface
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from scheduler.cost_model import CostModel
+from scheduler.request import Request
+from workers.drafters.draft_worker import DraftConfig
+from workers.drafts.draft_client import DraftClient
+from workers.drafts.draft_stream import DrafterAddress
+from workers.engine.engine import DraftStats, EngineStats, StepOutput
+from workers.engine.vllm_sampling import (
+    all_logits_processors,
+    mend_cpu_sampling,
+    runner_of,
+    sample_cheaply,
+)
+from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
+from workers.engine.vllm_speculation import HiddenStates, speculative_config
+from workers.peaks import Peaks
+from workers.plugin.vllm_plugin import QUANTIZATION
+from workers.profiling.engine_profile import Depth, EngineProfile, Progress
+from workers.profiling.vllm_profile import calibrated_profile, measure
+from workers.profiling.vllm_work import model_work
+from workers.step_history import TakenStep
+from workers.token_stream import StreamAddress
+from workers.worker import WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+
+
+def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
+    """vLLM's arguments for `config`; the ingress and the workers must use the same.
+
+    But for drafts: those are the workers' affair, and an ingress that knew of them would refuse
+    parameters that vLLM cannot verify drafts under.
+    """
+    args: dict[str, Any] = {
+        field.name: value
+        for field in dataclasses.fields(config.engine)
+        if field.name not in ("kv_cache_gib", "extra_args")
+        and (value := getattr(config.engine, field.name)) is not None
+    }
+    args["kv_cache_memory_bytes"] = int(config.engine.kv_cache_gib * GIB)
+    # Compiling for the CPU takes minutes and gains nothing there.
+    args.setdefault("enforce_eager", config.device == "cpu")
+    if config.uses_own_kernels:
+        args["quantization"] = QUANTIZATION
+        args["dtype"] = "float32"
+        args["additional_config"] = {
+            QUANTIZATION: {"weight_format": config.weight_format, "num_threads": config.cpus}
+        }
+    # In the caller's process, where the step's thread is.
+    args["distributed_executor_backend"] = "uni"
+    return AsyncEngineArgs(model=model, **(args | config.engine.extra_args))
+
+
+def encoder() -> Callable[[object], list[bytes]]:
+    """vLLM's encoding of its requests and outputs, as messages that outlive their source."""
+    encode = MsgpackEncoder().encode
+    return lambda value: [bytes(part) for part in encode(value)]  # type: ignore[arg-type]
+
+
+class VllmEngine:
+    """An `Engine` on vLLM's `EngineCore`."""
+
+    def __init__(
+        self,
+        model: str,
+        config: WorkerConfig,
+        on_step: Callable[[TakenStep], None] | None = None,
+        draft: DraftConfig | None = None,
+    ) -> None:
+        """Load `model`; takes seconds, and for the life of the process no second engine fits.
+
+        `on_step` is told of each step that a scheduler of ours decided. With `draft` it verifies
+        the drafts of the draft worker that it is given later.
+        """
+        began_s = time.monotonic()
+        args = engine_args(model, config)
+        if draft:
+            args.speculative_config = speculative_config(draft, config.device)
+        vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        scheduler_config = vllm_config.scheduler_config
+        if config.step_policy.name != "vllm" and scheduler_config.scheduler_cls is None:
+            scheduler_config.scheduler_cls = (
+                PlannedAsyncScheduler if scheduler_config.async_scheduling else PlannedScheduler
+            )
+        with all_logits_processors() if draft else contextlib.nullcontext():
+            self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
+        self._is_cpu = config.device == "cpu"
+        if self._is_cpu:
+            mend_cpu_sampling(runner_of(self._core))
+        # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
+        freeze_gc_heap()
+        self._policy = config.step_policy
+        self.peaks: Peaks | None = None
+        """Of its device; None if it was not measured."""
+        self._planned: PlannedScheduler | None = None
+        if isinstance(scheduler := self._core.scheduler, PlannedScheduler):
+            if config.calibrate_at_start and (
+                profile := calibrated_profile(self._core, model, config)
+            ):
+                scheduler.cost_model = CostModel.from_dict(profile.cost_model)
+                self.peaks = profile.peaks
+            scheduler.work = model_work(self._core)
+            scheduler.step_scheduler = self._policy.make(scheduler.limits, scheduler.cost_model)
+            scheduler.on_step = on_step
+            self._planned = scheduler
+            if draft:
+                self._expect_drafts(scheduler, draft)
+        self.on_stats: Callable[[SchedulerStats], None] | None = None
+        """Told what vLLM's scheduler saw in each step."""
+        self._decoder = MsgpackDecoder(EngineCoreRequest)
+        self._encode = encoder()
+        self._clients: list[StreamAddress] = []
+        logger.info(
+            "engine ready",
+            extra={
+                "model": model,
+                "num_kv_tokens": vllm_config.cache_config.kv_cache_size_tokens,
+                "took_s": round(time.monotonic() - began_s, 1),
+            },
+        )
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """That of vLLM's core."""
+        return self._core.vllm_config
+
+    @property
+    def scheduler(self) -> SchedulerInterface:
+        """That of vLLM's core; touched between two steps only."""
+        return self._core.scheduler
+
+    def add_request(
+        self, request: Request, engine_request: list[bytes], client: StreamAddress
+    ) -> None:
+        """Decode and queue a request."""
+        core_request: EngineCoreRequest = self._decoder.decode(engine_request)
+        if client not in self._clients:
+            self._clients.append(client)
+        # vLLM groups the outputs of a step by this index.
+        core_request.client_index = self._clients.index(client)
+        preprocessed, wave = self._core.preprocess_add_request(core_request)
+        if self._planned:
+            self._planned.expect(request)
+        self._core.add_request(preprocessed, wave)
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        """Forget these requests."""
+        self._core.abort_requests(request_ids)
+
+    def has_requests(self) -> bool:
+        """Whether a step would find work, finished requests not yet cleaned up included."""
+        return self._core.scheduler.has_requests()
+
+    def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
+        """One step of vLLM."""
+        outputs, model_ran = self._core.step_fn()
+        self._core.post_step(model_executed=model_ran)
+        for of_client in (outputs or {}).values():
+            # They are of this engine; what a client sees of all workers is not theirs to sum up.
+            stats, of_client.scheduler_stats = of_client.scheduler_stats, None
+            if stats is not None and self.on_stats is not None:
+                self.on_stats(stats)
+        return {
+            self._clients[index]: StepOutput(
+                {out.request_id: len(out.new_token_ids) for out in of_client.outputs},
+                {
+                    out.request_id: str(out.finish_reason)
+                    for out in of_client.outputs
+                    if out.finish_reason is not None
+                },
+                self._encode(of_client),
+            )
+            for index, of_client in (outputs or {}).items()
+            if of_client.outputs
+        }, model_ran
+
+    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+        """Have this draft worker make the drafts from now on."""
+        if self._planned and self._planned.drafts:
+            self._planned.drafts.assign(drafter)
+
+    def stats(self) -> EngineStats:
+        """Count what runs and waits."""
+        running, waiting = self._core.scheduler.get_request_counts()
+        usage = self._core.scheduler.get_kv_cache_usage()
+        return EngineStats(running, waiting, usage, self.draft_stats())
+
+    def draft_stats(self) -> DraftStats | None:
+        """What came of drafts; None without speculation."""
+        if self._planned is None or (drafts := self._planned.drafts) is None:
+            return None
+        now = time.monotonic()
+        drafts.poll(now)
+        return DraftStats(
+            copy.deepcopy(dict(drafts.counts_of)),
+            self._planned.acceptance.rate,
+            self._planned.acceptance.tokens_per_span,
+            drafts.drafter.incarnation if drafts.drafter else None,
+            drafts.silent_s(now),
+        )
+
+    def record(self, path: Path) -> None:
+        """Write every decision to `path`; ValueError if another scheduler takes them."""
+        if self._planned is None:
+            raise ValueError(f"{type(self._core.scheduler).__name__} keeps no record: {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._planned.record(path.open("w", buffering=1), self._policy)
+
+    def measure(self, depth: Depth, progress: Progress) -> EngineProfile:
+        """Measure its steps, seconds or minutes; it must be idle and have a scheduler of ours."""
+        return measure(self._core, depth, progress)
+
+    def shutdown(self) -> None:
+        """Release vLLM's resources."""
+        if self._planned and self._planned.recorder:
+            self._planned.recorder.close()
+        if self._planned and self._planned.drafts:
+            self._planned.drafts.close()
+        self._core.shutdown()
+
+    def _expect_drafts(self, scheduler: PlannedScheduler, draft: DraftConfig) -> None:
+        scheduler.drafts = DraftClient(secrets.token_hex(8))
+        runner = runner_of(self._core)
+        if self._is_cpu:
+            sample_cheaply(runner)
+        if "head" in draft.drafters:
+            scheduler.hidden_states = HiddenStates(runner.model).rows

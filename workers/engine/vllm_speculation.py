@@ -1,0 +1,52 @@
+"""vLLM's verification of drafts, switched on for drafts that come from elsewhere."""
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+
+from workers.drafters.draft_worker import DraftConfig
+
+MAX_HIDDEN_STATES = 256
+"""The hidden states of so many of a request's last tokens go to the draft worker at most."""
+
+
+class NoDrafts:
+    """What vLLM asks for drafts after each step; ours come through the scheduler."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        """Nothing to set up."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to load."""
+
+    def propose(self, sampled_token_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+        """No drafts for any row of the batch."""
+        return [[] for _ in sampled_token_ids]
+
+
+def speculative_config(config: DraftConfig, device: str) -> dict[str, Any]:
+    """vLLM's argument of this name."""
+    args: dict[str, Any] = {"num_speculative_tokens": config.num_speculative_tokens}
+    if device == "npu":  # whose runner knows no class of one's own; its drafts are ignored
+        return args | {"method": "ngram", "prompt_lookup_max": 2}
+    return args | {"method": "custom_class", "model": f"{__name__}.{NoDrafts.__name__}"}
+
+
+class HiddenStates:
+    """The final hidden states of a model's last forward pass."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Watch `model`."""
+        self._states: torch.Tensor | None = None
+        model.register_forward_hook(self._keep)
+
+    def _keep(self, model: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self._states = output[0] if isinstance(output, tuple) else output
+
+    def rows(self, begin: int, end: int) -> list[bytes]:
+        """Those of the last tokens in `[begin, end)` of the step, as float16 `[hidden_size]`."""
+        if self._states is None:
+            return []
+        begin = max(begin, end - MAX_HIDDEN_STATES)
+        return [row.tobytes() for row in self._states[begin:end].to(torch.float16).cpu().numpy()]

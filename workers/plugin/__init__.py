@@ -1,0 +1,1 @@
+"""vLLM's plug-in points, filled with our kernels."""

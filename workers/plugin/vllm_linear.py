@@ -1,0 +1,168 @@
+"""The virtual-padding GEMM in vLLM: the quantization method `xyserve`."""
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from workers.kernels import gemm, native
+from workers.kernels.gemm import Weight
+from workers.plugin.vllm_plugin import QUANTIZATION
+
+# A torch operator takes numbers and tensors only: a weight goes by its number.
+_numbers = itertools.count()
+_weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
+
+
+def _linear(x: torch.Tensor, number: int, bias: torch.Tensor | None) -> torch.Tensor:
+    weight = _weights[number]
+    rows = x.reshape(-1, weight.k)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    out = x.new_empty(rows.shape[0], weight.n)
+    gemm.run(
+        weight,
+        rows.shape[0],
+        rows.data_ptr(),
+        rows.stride(0),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        weight.n,
+    )
+    return out.view(*x.shape[:-1], weight.n)
+
+
+def _linear_fake(x: torch.Tensor, number: int, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], _weights[number].n)
+
+
+direct_register_custom_op("xyserve_linear", _linear, fake_impl=_linear_fake)
+
+
+@register_quantization_config(QUANTIZATION)
+class KernelConfig(QuantizationConfig):
+    """Serves every linear layer and the LM head.
+
+    The engine's `additional_config["xyserve"]` holds `weight_format` (as in `WorkerConfig`) and
+    `num_threads`.
+    """
+
+    def get_name(self) -> str:  # type: ignore[override]
+        """The name vLLM's `quantization` argument knows it by."""
+        return QUANTIZATION
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Weights may be narrower; activations are float32, so that results are exact."""
+        return [torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """No CUDA device is needed."""
+        return -1
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Nothing is read from the checkpoint."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "KernelConfig":
+        """vLLM's constructor for checkpoints that carry a config; nothing in it is ours."""
+        return cls()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Our GEMM for what multiplies with a weight; vLLM's own for the rest."""
+        config = get_current_vllm_config().additional_config
+        options = config.get(QUANTIZATION, {}) if isinstance(config, dict) else {}
+        native.set_num_threads(options.get("num_threads", torch.get_num_threads()))
+        weight_format = options.get("weight_format", "auto")
+        if isinstance(layer, LinearBase):
+            return KernelLinearMethod(weight_format, prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return KernelEmbeddingMethod(weight_format, prefix)
+        return None
+
+
+def pack(layer: Any, weight_format: str, prefix: str) -> None:
+    """Pack `layer.weight` into `layer.packed`; ValueError names the layer."""
+    gate_up = isinstance(layer, MergedColumnParallelLinear) and (
+        len(layer.output_sizes) == 2 and layer.output_sizes[0] == layer.output_sizes[1]
+    )
+    try:
+        layer.packed = Weight.pack(
+            layer.weight.detach().contiguous().numpy(), weight_format, gate_up=gate_up
+        )
+    except ValueError as error:
+        raise ValueError(f"{prefix or type(layer).__name__}: {error}") from None
+    layer.packed_number = next(_numbers)
+    _weights[layer.packed_number] = layer.packed
+
+
+@register_weight_loader_v2_supported_method
+class KernelLinearMethod(UnquantizedLinearMethod):
+    """A linear layer on the virtual-padding GEMM."""
+
+    def __init__(self, weight_format: str, prefix: str) -> None:
+        """Remember how to pack, until the weights are loaded."""
+        super().__init__()
+        self._weight_format, self._prefix = weight_format, prefix
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Pack the weight and let go of the loaded one."""
+        if layer.weight.is_meta or getattr(layer, "_cpu_skip_gemm_dispatch", False):
+            super().process_weights_after_loading(layer)
+            return
+        pack(layer, self._weight_format, self._prefix)
+        layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`x W^T + bias`."""
+        if not hasattr(layer, "packed"):
+            return super().apply(layer, x, bias)
+        out: torch.Tensor = torch.ops.vllm.xyserve_linear(x, layer.packed_number, bias)
+        return out
+
+
+class KernelEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """An embedding, packed only if it also makes logits; the plain weight stays for the gather."""
+
+    def __init__(self, weight_format: str, prefix: str) -> None:
+        """Keep the LM head at eight bits or more: its errors go straight into the logits."""
+        super().__init__()
+        self._weight_format = "int8" if weight_format == "int4" else weight_format
+        self._prefix = prefix
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Pack an LM head."""
+        if isinstance(layer, ParallelLMHead) and not layer.weight.is_meta:
+            pack(layer, self._weight_format, self._prefix)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`x W^T + bias`."""
+        if not hasattr(layer, "packed"):  # a model that uses its embedding as its LM head
+            pack(layer, self._weight_format, self._prefix)
+        out: torch.Tensor = torch.ops.vllm.xyserve_linear(x, layer.packed_number, bias)
+        return out

@@ -1,0 +1,118 @@
+"""What is measured on this machine, as the command line shows it, and measuring it anew."""
+
+import multiprocessing
+import os
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from scheduler.policy import StepPolicy
+from workers.cpus import claim_cpus
+from workers.kernels import calibration, native, tiles
+from workers.profiling.engine_profile import (
+    EngineProfile,
+    Progress,
+    load_profile,
+    profile_key,
+    profile_path,
+    save_profile,
+)
+from workers.worker import WorkerConfig
+
+ENGINE_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The table in use on this machine."""
+
+    cpu: str
+    isa: str
+    path: Path
+    """Where the table lies, or would lie once it is measured."""
+    is_measured: bool
+    """False of the built-in table."""
+    tile_costs: tuple[float, ...]
+    """Time of one row tile by its height (index 0 is height 1), in any unit."""
+
+    def row_tiles(self, num_rows: int) -> tuple[int, ...]:
+        """Heights of the tiles that `num_rows` rows are cut into."""
+        return tiles.row_tiles(num_rows, tiles.TileCosts(self.tile_costs))
+
+
+def current_calibration() -> Calibration:
+    """What workers on this machine choose row tiles from."""
+    return Calibration(
+        calibration.cpu(),
+        native.isa(),
+        calibration.path(),
+        calibration.is_measured(),
+        calibration.tile_costs().of_height,
+    )
+
+
+def calibrate(progress: Progress) -> Calibration:
+    """Measure and save the table, telling `progress` the share done; OSError: cannot be saved."""
+    calibration.save(calibration.measure(progress))
+    return current_calibration()
+
+
+class EngineNotMeasured(RuntimeError):
+    """The engine did not start, or failed while it was measured."""
+
+
+def current_profile(model: str, config: WorkerConfig) -> tuple[EngineProfile | None, Path]:
+    """What workers of `config` on this machine predict steps by, and where it lies, or would."""
+    key = profile_key(model, config)
+    return load_profile(key), profile_path(key)
+
+
+def calibrate_engine(model: str, config: WorkerConfig, progress: Progress) -> EngineProfile:
+    """Measure the steps of an engine, in full, and save what comes of it; takes minutes.
+
+    EngineNotMeasured if it fails; OSError: what was measured cannot be saved.
+    """
+    profile = measure_engine(model, config, progress)
+    save_profile(profile_key(model, config), profile)
+    return profile
+
+
+def measure_engine(model: str, config: WorkerConfig, progress: Progress) -> EngineProfile:
+    """Measure the steps of an engine in a process with the environment and cores of a worker.
+
+    EngineNotMeasured if it fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_engine, args=(theirs, model, config), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process ends the pipe
+    try:
+        while not isinstance(message := ours.recv(), EngineProfile):
+            if isinstance(message, Exception):
+                raise EngineNotMeasured(str(message)) from message
+            progress(message)
+    except EOFError:
+        process.join()
+        raise EngineNotMeasured(f"its process ended with {process.exitcode}") from None
+    finally:
+        process.kill()  # nothing of vLLM's is worth putting away
+        process.join()
+    return message
+
+
+def _measure_engine(pipe: Connection, model: str, config: WorkerConfig) -> None:
+    os.environ.update(config.thread_env | ENGINE_ENV)
+    try:
+        if config.device == "cpu":
+            claim = claim_cpus(config.cpus)  # held until the process ends
+            claim.pin_process()
+        from workers.engine.vllm_engine import VllmEngine  # it reads the environment
+
+        own_scheduler = replace(
+            config, calibrate_at_start=False, step_policy=StepPolicy(), record=None
+        )
+        engine = VllmEngine(model, own_scheduler)
+        pipe.send(engine.measure("full", pipe.send))
+    except Exception as error:
+        pipe.send(EngineNotMeasured(f"{type(error).__name__}: {error}"))
