@@ -12,7 +12,7 @@ from cluster.errors import DeviceMissing
 from cluster.ingress.ingress import Ingress
 from cluster.placement.router import PlacementRouter
 from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
-from workers.drafters.draft_worker import DraftConfig
+from workers.config import DraftConfig
 
 MAX_ONGOING_REQUESTS = 4096
 """Requests that wait in a worker's own queue, where its scheduler sees them, not in Serve's."""

@@ -22,12 +22,12 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.util import get_node_ip_address
 
 from cluster.errors import AppNotFound, RequestFailed
-from cluster.ingress.ingress import Api, AppStatus, Chunk
+from cluster.ingress.protocol import Api, AppStatus, Chunk
 from cluster.observe.explain import Explanation
 from cluster.observe.request_history import Refusal
+from workers.reports import WorkerSteps
 from workers.timeline import Span
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
-from workers.worker import WorkerSteps
 
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]

@@ -19,12 +19,14 @@ from cluster.observe.phases import phases
 from cluster.observe.tracing import Tracing
 from cluster.placement.global_scheduler import GlobalScheduler
 from scheduler.request import Request
-from workers.drafters.draft_worker import DraftWorker, DraftWorkerReport, make_drafters
+from workers.drafters.draft_worker import DraftWorker
+from workers.drafters.make import make_drafters
 from workers.drafts.draft_stream import DrafterAddress
 from workers.engine.engine import Engine
+from workers.reports import DraftWorkerReport, WorkerReport
 from workers.step_history import TakenStep
 from workers.token_stream import StreamAddress
-from workers.worker import Worker, WorkerReport
+from workers.worker import Worker
 
 if TYPE_CHECKING:
     from cluster.observe.vllm_metrics import SchedulerMetrics

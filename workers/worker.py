@@ -4,134 +4,24 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
-from scheduler.policy import StepPolicy
 from scheduler.request import Request
+from workers.config import WorkerConfig
 from workers.cpus import CpuClaim, claim_cpus
 from workers.drafts.draft_stream import DrafterAddress
-from workers.engine.engine import DraftStats, Engine, EngineConfig
+from workers.engine.engine import Engine
 from workers.engine.engine_loop import EngineLoop
-from workers.peaks import Peaks
-from workers.step_history import RequestStep, StepHistory, StepSummary
+from workers.errors import WorkerDraining
+from workers.reports import Peaks, WorkerReport, WorkerStatus, WorkerSteps
+from workers.step_history import RequestStep, StepHistory
 from workers.timeline import Span
 from workers.token_stream import StreamAddress
 
 REPORT_HEARTBEAT_S = 2.0
 """A report goes out this often even when nothing changed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerConfig:
-    """One worker's device, cores and engine."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    device: Literal["cpu", "cuda", "npu"] = "cpu"
-    cpus: int = 1
-    """Cores of one worker; on the CPU they are its own, and its number of threads."""
-    kernels: Literal["xyserve", "vllm"] = "xyserve"
-    """On the CPU: our GEMM, attention and forward pass, or vLLM's own."""
-    weight_format: Literal["auto", "int8", "int4"] = "auto"
-    """How our kernels keep weights; `auto` loses nothing: bf16 if the checkpoint is, else fp32."""
-    calibrate_at_start: bool = True
-    """Measure the engine's steps at its first start on a machine, some ten seconds long, so that
-    their times can be predicted; `xyserve calibrate` does it more exactly."""
-    step_timeout_s: float = 120.0
-    """A step that runs longer makes the worker unhealthy, and Serve replaces it."""
-    report_interval_s: float = 0.25
-    """Least time between two reports of load to the GlobalScheduler."""
-    step_policy: StepPolicy = field(default_factory=StepPolicy)
-    """Who decides what each step computes."""
-    record: str | None = None
-    """Write every decision to `<record>.<worker id>.jsonl` on the worker's node, to be replayed."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("cpus", "step_timeout_s", "report_interval_s"):
-            if not getattr(self, name) > 0:  # NaN is not either
-                raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
-        if self.uses_own_kernels and self.engine.dtype not in ("auto", "float32"):
-            raise ValueError(
-                f"engine.dtype ({self.engine.dtype}) must be float32 or auto with our CPU kernels, "
-                "which compute in float32 on bf16 weights; or set kernels: vllm"
-            )
-        if self.weight_format != "auto" and not self.uses_own_kernels:
-            raise ValueError(
-                f"weight_format ({self.weight_format}) needs device: cpu and kernels: xyserve"
-            )
-        if self.record is not None and self.step_policy.name == "vllm":
-            raise ValueError(
-                f"record ({self.record}) needs a step_policy of ours: vllm's decisions are its own"
-            )
-
-    @property
-    def uses_own_kernels(self) -> bool:
-        """Whether our CPU kernels run the model."""
-        return self.device == "cpu" and self.kernels == "xyserve"
-
-    @property
-    def thread_env(self) -> dict[str, str]:
-        """Environment of the worker's process; it must be there before torch is imported."""
-        env = {"OMP_NUM_THREADS": str(self.cpus)}
-        if self.uses_own_kernels:
-            # Torch's idle threads would spin for milliseconds on the cores that our kernels need.
-            env["OMP_WAIT_POLICY"] = "PASSIVE"
-        return env
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerReport:
-    """A worker's requests, as it tells the GlobalScheduler."""
-
-    worker_id: str
-    outstanding: dict[str, int]
-    """Tokens that each live request may still need, by request id."""
-    finished: tuple[str, ...]
-    """Requests that ended since the last report."""
-    draining: bool
-    drafts: DraftStats | None = None
-    """None without speculation."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """A worker at this moment."""
-
-    worker_id: str
-    pid: int
-    cpus: tuple[int, ...]
-    """The cores it is pinned to; empty if it is not."""
-    num_running: int
-    num_waiting: int
-    num_outstanding_tokens: int
-    num_steps: int
-    """Steps since the start that ran the model."""
-    kv_cache_usage: float
-    """Share of the KV cache in use, 0 to 1."""
-    memory_bytes: int
-    """Resident memory of its process."""
-    draining: bool
-    drafts: DraftStats | None = None
-    """None without speculation."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSteps:
-    """Steps of one worker."""
-
-    worker_id: str
-    steps: list[StepSummary]
-    peaks: Peaks | None
-    """Of its device; None if they were not measured."""
-
-
-class WorkerDraining(RuntimeError):
-    """The worker takes no new requests; another one should be asked."""
 
 
 class Worker:

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.config.app_config import ServeFile
-from cluster.models.model import DEFAULT_MODEL, home, is_fetched, resolve_model
-from workers.drafters.draft_worker import DraftConfig
+from cluster.config.serve_file import ServeFile
+from cluster.models.model import DEFAULT_MODEL, is_fetched, resolve_model
+from workers.config import DraftConfig
+from workers.home import home
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
 RAY, VLLM, TORCH = "2.60.0", "0.32.0", "2.13.0"

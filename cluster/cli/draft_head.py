@@ -57,8 +57,8 @@ def train(
 
         xyserve draft-head train --prompts prompts.jsonl --out my-model.head.safetensors
     """
+    from workers.config import WorkerConfig
     from workers.profiling.calibrate import ENGINE_ENV
-    from workers.worker import WorkerConfig
 
     try:
         with show_progress() as report:

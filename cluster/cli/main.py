@@ -20,15 +20,15 @@ from cluster.cli.model import model_app
 from cluster.cli.replay import replay
 from cluster.cli.simulate import simulate
 from cluster.cli.steps import explain, steps
+from cluster.config.observe import LogConfig
 from cluster.errors import XYServeError
-from cluster.observe.logs import LogConfig, set_up_logs
+from cluster.observe.logs import set_up_logs
 
 if TYPE_CHECKING:
     from cluster.config.app_config import AppConfig
-    from workers.drafters.draft_worker import DraftWorkerStatus
-    from workers.engine.engine import DraftStats
     from workers.profiling.calibrate import Calibration
     from workers.profiling.engine_profile import EngineProfile
+    from workers.reports import DraftStats, DraftWorkerStatus
 
 app = typer.Typer(
     help="Serve large language models from a Ray cluster.",
@@ -204,7 +204,7 @@ def generate(
 def doctor(config: Config = DEFAULT_CONFIG) -> None:
     """Check that this machine can serve CONFIG, with a remedy for each thing found."""
     from cluster.cli.doctor import examine, print_findings
-    from cluster.config.app_config import read_serve_file
+    from cluster.config.serve_file import read_serve_file
 
     if not print_findings(examine(read_serve_file(config)), Console()):
         raise typer.Exit(1)
@@ -236,7 +236,7 @@ def calibrate(
 
     Example: xyserve calibrate deploy/local.yaml
     """
-    from cluster.config.app_config import read_serve_file
+    from cluster.config.serve_file import read_serve_file
 
     args = None if kernels_only else read_serve_file(config).config
     if args is None or args.worker.uses_own_kernels:

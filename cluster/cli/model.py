@@ -24,11 +24,11 @@ from cluster.models.model import (
     FetchError,
     Progress,
     fetch_default_model,
-    home,
     is_fetched,
     list_models,
     resolve_model,
 )
+from workers.home import home
 
 model_app = typer.Typer(
     help="Fetch the default model, and show what is on this machine.", no_args_is_help=True

@@ -16,9 +16,8 @@ from rich.table import Table
 from scheduler.task import Stage
 
 if TYPE_CHECKING:
-    from workers.peaks import Peaks
+    from workers.reports import Peaks, WorkerSteps
     from workers.step_history import StepSummary
-    from workers.worker import WorkerSteps
 
 POLL_S = 0.5
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cluster.cli.doctor import examine, print_findings
 from cluster.cli.model import show_progress
-from cluster.config.app_config import ServeFile, read_serve_file
+from cluster.config.serve_file import ServeFile, read_serve_file
 from cluster.errors import ConfigError, XYServeError
 from cluster.models.model import resolve_model
 

@@ -11,18 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 
+from cluster.config.observe import LogConfig, TracingConfig
+from cluster.config.slo import SloConfig
 from cluster.errors import ConfigError
-from cluster.ingress.targets import SloConfig
 from cluster.models.model import DEFAULT_MODEL
-from cluster.observe.logs import LogConfig
-from cluster.observe.tracing import TracingConfig
-from workers.drafters.draft_worker import DraftConfig
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
-
-IMPORT_PATH = "cluster.app:build_app"
+from workers.config import DraftConfig, EngineConfig, WorkerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,26 +106,6 @@ class AppConfig:
         return self.served_model_name or self.model
 
 
-@dataclass(frozen=True, slots=True)
-class ServeFile:
-    """A Serve config file with one app of ours in it."""
-
-    app_name: str
-    route_prefix: str
-    host: str
-    port: int
-    config: AppConfig
-    raw: dict[str, Any]
-    """The file as Serve wants it."""
-
-    @property
-    def url(self) -> str:
-        """Where the app answers on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
-
-
 def parse_args(args: dict[str, Any]) -> AppConfig:
     """The config in `args`; ConfigError names each wrong key, its value and the remedy."""
     try:
@@ -139,43 +113,6 @@ def parse_args(args: dict[str, Any]) -> AppConfig:
     except pydantic.ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise ConfigError("\n".join(problems)) from None
-
-
-def read_serve_file(path: Path) -> ServeFile:
-    """Read and check a file for `serve deploy`; ConfigError says what is wrong with it."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; deploy/local.yaml is one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    raw = raw if isinstance(raw, dict) else {}
-    apps = raw.get("applications")
-    apps = apps if isinstance(apps, list) else []
-    ours = [a for a in apps if isinstance(a, dict) and a.get("import_path") == IMPORT_PATH]
-    if len(ours) != 1:
-        raise ConfigError(
-            f"{path}: needs exactly one entry under `applications` with "
-            f"`import_path: {IMPORT_PATH}`, found {len(ours)}"
-        )
-    app, http = ours[0], raw.get("http_options") or {}
-    if not isinstance(http, dict):
-        raise ConfigError(f"{path}: http_options should be a mapping, not {http!r}")
-    args = app.get("args")
-    try:
-        config = parse_args({} if args is None else args)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return ServeFile(
-        app_name=app.get("name", "default"),
-        route_prefix=app.get("route_prefix", "/"),
-        host=http.get("host", "127.0.0.1"),
-        port=http.get("port", 8000),
-        config=config,
-        raw=raw,
-    )
 
 
 def _explain(problem: Any) -> str:

@@ -14,9 +14,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.observe.request_history import Attempt, RequestRecord
 from scheduler.request import Request
-from workers.engine.engine_loop import EngineDead
+from workers.errors import EngineDead, WorkerDraining
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
-from workers.worker import WorkerDraining
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from ray.serve.handle import DeploymentHandle
@@ -17,16 +16,16 @@ from cluster.config.app_config import AppConfig
 from cluster.errors import RequestFailed
 from cluster.ingress.calls import Calls, current_call
 from cluster.ingress.engine_client import EngineClient, RequestListeners
+from cluster.ingress.protocol import Api, AppStatus, Chunk
 from cluster.models.model import resolve_model
 from cluster.observe.explain import Trail
 from cluster.observe.exporter import Exporter, RequestMetrics
 from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
 from cluster.observe.tracing import Tracing
-from workers.drafters.draft_worker import DraftWorkerStatus
+from workers.reports import WorkerSteps
 from workers.timeline import Span
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
-from workers.worker import WorkerStatus, WorkerSteps
 
 logger = logging.getLogger(__name__)
 
@@ -35,26 +34,6 @@ TEND_INTERVAL_S = 0.2
 
 ASK_TIMEOUT_S = 60.0
 """A replica that does not answer within this hangs, and the one who asks is told so."""
-
-Api = Literal["chat", "completion"]
-
-
-class Chunk(msgspec.Struct, array_like=True):
-    """A piece of a streamed answer: the JSON of an OpenAI chunk."""
-
-    call_id: str
-    data: str
-
-
-@dataclass(frozen=True, slots=True)
-class AppStatus:
-    """The app as an ingress sees it."""
-
-    model: str
-    workers: list[WorkerStatus]
-    num_live_requests: int
-    """Of this ingress."""
-    draft_workers: list[DraftWorkerStatus]
 
 
 class Ingress:

@@ -2,72 +2,14 @@
 
 import contextvars
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
+from cluster.config.slo import SloConfig
 from cluster.errors import RequestFailed
 from scheduler.request import Slo
-
-CLASS_NAME = re.compile(r"[A-Za-z0-9._-]+")
-"""What a class may be called: its name travels in headers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SloClass:
-    """The targets that the requests of one class share; None where there is none."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    ttft_ms: float | None = None
-    """Time to the first token, in milliseconds."""
-    tpot_ms: float | None = None
-    """Time per output token after the first, in milliseconds."""
-
-    def __post_init__(self) -> None:
-        for name in ("ttft_ms", "tpot_ms"):
-            value = getattr(self, name)
-            if value is not None and not value / 1000 > 0:  # NaN is not either
-                raise ValueError(f"{name} ({value}) must be positive, or null for no target")
-
-
-BUILT_IN_CLASSES = {
-    "interactive": SloClass(ttft_ms=1000, tpot_ms=100),
-    "standard": SloClass(ttft_ms=10_000, tpot_ms=250),
-    "batch": SloClass(),
-}
-"""The classes of every app, unless its config gives the name another meaning."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SloConfig:
-    """The service classes of the app."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    default: str = "standard"
-    """Class of the requests that name none."""
-    classes: dict[str, SloClass] = field(default_factory=dict)
-    """Classes by name; they come beside the built-in ones, or replace those of the same name."""
-
-    def __post_init__(self) -> None:
-        for name in self.classes:
-            if not CLASS_NAME.fullmatch(name):
-                raise ValueError(
-                    f"classes: {name!r} cannot be a class's name; use letters, digits and . _ -"
-                )
-        object.__setattr__(self, "classes", BUILT_IN_CLASSES | self.classes)
-        if self.default not in self.classes:
-            raise ValueError(
-                f"default ({self.default}) is no service class; known are {self.known_classes}"
-            )
-
-    @property
-    def known_classes(self) -> str:
-        """The names of all classes, for messages."""
-        return ", ".join(sorted(self.classes))
 
 
 @dataclass(frozen=True, slots=True)

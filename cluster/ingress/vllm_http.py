@@ -19,9 +19,10 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 
 from cluster.config.app_config import AppConfig
+from cluster.config.slo import SloConfig
 from cluster.errors import RequestFailed
 from cluster.ingress.calls import Calls, CallsByHeader
-from cluster.ingress.targets import HEADERS, SloConfig, current_targets, read_targets
+from cluster.ingress.targets import HEADERS, current_targets, read_targets
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from cluster.errors import XYServeError
 from cluster.models.gguf_checkpoint import write_checkpoint
+from workers.home import home
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MANIFEST = "MANIFEST.json"
@@ -67,11 +68,6 @@ SOURCE = Source(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     weights_sha256="7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b",
 )
-
-
-def home() -> Path:
-    """The folder for what XY-Serve keeps between runs: `XYSERVE_HOME` or `~/.cache/xyserve`."""
-    return Path(os.environ.get("XYSERVE_HOME") or "~/.cache/xyserve").expanduser().absolute()
 
 
 def resolve_model(name: str, progress: Progress | None = None) -> str:

@@ -15,9 +15,8 @@ from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
 from cluster.observe.request_history import RequestRecord
 from scheduler.drafting import Cause
 from scheduler.placement import Placement, WorkerLoad
-from workers.drafters.draft_worker import DraftWorkerStatus
 from workers.drafts.draft_client import DraftCounts
-from workers.engine.engine import DraftStats
+from workers.reports import DraftStats, DraftWorkerStatus
 from workers.step_history import TakenStep
 
 REFRESH_S = 5.0

@@ -13,10 +13,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
 from pythonjsonlogger.json import JsonFormatter
+
+from cluster.config.observe import LogConfig
 
 PACKAGES = ("cluster", "workers", "scheduler")
 """Whose events these are. Libraries log beside them in ways of their own."""
@@ -26,18 +28,6 @@ NO_FIELDS = (*RESERVED_ATTRS, "vllm_process_name")
 
 MOST_ALIKE, WINDOW_S = 5, 10.0
 """So many equal events are logged in so many seconds."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogConfig:
-    """What replicas log, and how."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    format: Literal["text", "json"] = "text"
-    """One event a line: for people, or one JSON object for machines."""
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least important events that are logged; `debug` has each request."""
 
 
 def set_up_logs(config: LogConfig, **context: str) -> None:

@@ -4,8 +4,6 @@ import contextvars
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -16,29 +14,11 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from cluster.config.observe import TracingConfig
+
 Attributes = Mapping[str, str | int | float | bool]
 
 _PROPAGATOR = TraceContextTextMapPropagator()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TracingConfig:
-    """Where spans go, by OTLP."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    endpoint: str
-    """URL of a collector, e.g. `http://127.0.0.1:4318/v1/traces`, or `host:4317` with gRPC."""
-    protocol: Literal["http", "grpc"] = "http"
-    """OTLP over HTTP with protobuf, or over gRPC."""
-    sample_ratio: float = 1.0
-    """Share of the calls that are traced, of those whose client does not decide it."""
-
-    def __post_init__(self) -> None:
-        if not self.endpoint:
-            raise ValueError("endpoint is empty; give a collector's URL or leave tracing out")
-        if not 0 <= self.sample_ratio <= 1:
-            raise ValueError(f"sample_ratio ({self.sample_ratio}) must be from 0 to 1")
 
 
 _traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent", default="")

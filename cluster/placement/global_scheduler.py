@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from scheduler.drafting import Cause, DraftReport, DraftWatch, DraftWorkerLoad, choose_drafter
 from scheduler.placement import Placement, WorkerLoad, place
 from scheduler.request import Request
-from workers.drafters.draft_worker import DraftWorkerReport, DraftWorkerStatus
 from workers.drafts.draft_stream import DrafterAddress
-from workers.engine.engine import DraftStats
-from workers.worker import WorkerReport
+from workers.reports import DraftStats, DraftWorkerReport, DraftWorkerStatus, WorkerReport
 
 logger = logging.getLogger(__name__)
 

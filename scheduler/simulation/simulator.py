@@ -4,9 +4,9 @@
     result.summary.goodput_rps
 
 `arrivals` come from `scheduler.simulation.trace.read_trace` or are made by hand, `device` from
-`scheduler.simulation.device.read_device`. Requests are placed by `place`, each worker's steps are made by its
-own `StepScheduler`, and a step takes as long as the device's cost model says. Equal arguments give
-equal results.
+`scheduler.simulation.device.read_device`. Requests are placed by `place`, the steps of each worker
+are planned by its own `StepScheduler`, and a step takes as long as the device's cost model says.
+Equal arguments give equal results.
 """
 
 import heapq

@@ -21,8 +21,7 @@ from scheduler.request import Slo
 from scheduler.task import StepReport
 from tests.bench.report import publish
 from tests.workers.planned_engine import Job, add_job
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
+from workers.config import EngineConfig, WorkerConfig
 
 CASES = ((16, 0), (64, 0), (256, 0), (256, 256))
 MAX_SEQS = 256

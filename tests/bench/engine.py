@@ -49,11 +49,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cluster.models.model import DEFAULT_MODEL, SOURCE, home, resolve_model
+from cluster.models.model import DEFAULT_MODEL, SOURCE, resolve_model
 from tests.bench.report import publish
 from tests.workload import conversation_lengths, prompts_of
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
+from workers.config import EngineConfig, WorkerConfig
+from workers.home import home
 
 PARTS = ("decode", "prefill", "llamacpp")
 OURS, OURS_INT4 = "ours", "ours int4"

@@ -34,8 +34,7 @@ from tokenizers import Tokenizer
 
 from cluster.models.model import DEFAULT_MODEL, resolve_model
 from tests.bench.report import publish
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
+from workers.config import EngineConfig, WorkerConfig
 
 STOCK = "vllm"
 FORMATS = {STOCK: "auto", "bf16": "auto", "int8": "int8", "int4": "int4"}

@@ -27,8 +27,7 @@ from scheduler.task import StepReport
 from tests.bench.report import publish
 from tests.workers.planned_engine import Job, add_job
 from tests.workload import conversation_lengths
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
+from workers.config import EngineConfig, WorkerConfig
 
 SLO = Slo(ttft_s=10, tpot_s=0.25)
 

@@ -13,8 +13,8 @@ import pytest
 from cluster.client import XYServe
 from tests.e2e.conftest import ANSWER_TIMEOUT_S
 from tests.workload import questions
-from workers.drafters.draft_worker import DraftWorkerStatus
 from workers.drafts.draft_client import DraftCounts
+from workers.reports import DraftWorkerStatus
 
 NUM_TOKENS = 150
 REPEATING = "one two three four five six seven eight nine ten " * 6

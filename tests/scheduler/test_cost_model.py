@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.cost_model import CostModel, StepShape, fit
+from scheduler.cost_fit import fit
+from scheduler.cost_model import CostModel, StepShape
 from scheduler.task import Stage, StageTask
 
 CHUNKS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)

@@ -9,12 +9,12 @@ from typing import Any
 from scheduler.request import Request
 from scheduler.speculation import Acceptance
 from tests.workers.planned_engine import CLIENT
-from workers.drafters.draft_worker import DraftConfig, DraftWorker
+from workers.config import DraftConfig, WorkerConfig
+from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafts.draft_client import DraftCounts
 from workers.drafts.draft_stream import DrafterAddress
 from workers.token_stream import StreamAddress
-from workers.worker import WorkerConfig
 
 NUM_DRAFTS = 6
 DEAD = DrafterAddress("dead", "dead", StreamAddress("tcp://127.0.0.1:1", b"-"))

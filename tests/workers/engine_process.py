@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from workers.worker import WorkerConfig
+from workers.config import WorkerConfig
 
 Prompt = Sequence[int]
 

@@ -14,9 +14,9 @@ from scheduler.record import replay
 from scheduler.request import Request, Slo
 from scheduler.task import StepReport
 from tests.workers.tiny_models import VOCAB_SIZE
+from workers.config import WorkerConfig
 from workers.step_history import RequestStep, StepHistory, TakenStep
 from workers.token_stream import StreamAddress
-from workers.worker import WorkerConfig
 
 CLIENT = StreamAddress("tcp://127.0.0.1:1", "test")
 NO_SLO = Slo()

@@ -11,10 +11,12 @@ import pytest
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
+from workers.config import WorkerConfig
 from workers.cpus import claim_cpus
-from workers.engine.engine_loop import ClientLost, EngineDead
+from workers.errors import ClientLost, EngineDead, WorkerDraining
+from workers.reports import WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress, StreamReceiver
-from workers.worker import Worker, WorkerConfig, WorkerDraining, WorkerReport, WorkerStatus
+from workers.worker import Worker
 
 NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
 

@@ -8,16 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import psutil
 import zmq
 
+from workers.config import DraftConfig
 from workers.cpus import CpuClaim, claim_cpus
 from workers.drafters.drafter import ContextKey, Draft, Drafter, HiddenStates
-from workers.drafters.suffix_drafter import SuffixDrafter
 from workers.drafts.draft_stream import (
     ContextDelta,
     ContextsMessage,
@@ -28,10 +26,9 @@ from workers.drafts.draft_stream import (
     decode_contexts,
     encode,
 )
-from workers.engine.engine import EngineConfig
+from workers.reports import DraftWorkerReport, DraftWorkerStatus
 from workers.timeline import Span, Timeline
 from workers.token_stream import StreamAddress
-from workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,88 +43,6 @@ LEAST_MEMORY = 16
 """Shorter outputs are not worth telling other draft workers."""
 QUEUE_LIMIT = 1024
 """Messages for one worker that it does not read; more are dropped, as later ones replace them."""
-
-
-MOST_DRAFTS = 128
-
-DrafterName = Literal["suffix", "model", "head"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftConfig:
-    """Speculative decoding: draft workers beside the workers, and what drafts."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    drafters: tuple[DrafterName, ...] = ("suffix",)
-    """`suffix` repeats what was written before, `model` asks a smaller model, `head` a light head
-    on the target's last hidden states. With several, each draft worker runs them all, in this
-    order, and of the drafts for a request the most promising are verified."""
-    num_workers: int = 1
-    """Draft worker replicas."""
-    cpus: int = 0
-    """Cores of one draft worker, its own as those of workers are; 0: those that others leave."""
-    num_speculative_tokens: int = 12
-    """Most drafts that are verified for a request in one step."""
-    memory_tokens: int = 200_000
-    """Of `suffix`: tokens of output that it remembers, about 0.6 KB each."""
-    model: str | None = None
-    """Of `model`: a local directory or a hub id with the target's vocabulary."""
-    model_weight_format: Literal["auto", "int8", "int4"] = "auto"
-    """Of `model`: how our CPU kernels keep its weights."""
-    model_kv_cache_gib: float = 0.5
-    """Of `model`: memory of its KV cache, in GiB."""
-    head: str | None = None
-    """Of `head`: a file that `xyserve draft-head train` made; if not given, the default model's."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_workers", "num_speculative_tokens", "memory_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.num_speculative_tokens > MOST_DRAFTS:
-            raise ValueError(
-                f"num_speculative_tokens ({self.num_speculative_tokens}) must be at most "
-                f"{MOST_DRAFTS}, which is what vLLM verifies"
-            )
-        if not self.model_kv_cache_gib > 0:  # NaN is not either
-            raise ValueError(f"model_kv_cache_gib ({self.model_kv_cache_gib}) must be positive")
-        if self.cpus < 0:
-            raise ValueError(f"cpus ({self.cpus}) must not be negative")
-        if not self.drafters or len(set(self.drafters)) != len(self.drafters):
-            raise ValueError(
-                f"drafters ({list(self.drafters)}) must name one or more of suffix, model and "
-                "head, each once; leave `draft` out to switch speculation off"
-            )
-        if (self.model is not None) != ("model" in self.drafters):
-            raise ValueError(
-                f"model ({self.model}) and the drafter `model` need each other: give both or none"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class DraftWorkerStatus:
-    """A draft worker at one moment."""
-
-    draft_worker_id: str
-    pid: int
-    drafters: tuple[str, ...]
-    num_contexts: int
-    """Requests that it knows."""
-    num_drafts: int
-    """Draft tokens sent since the start."""
-    busy_share: float
-    """Of the time since the report before, how much it spent drafting."""
-    memory_bytes: int
-    silent: bool = False
-    """Has not reported for long: perhaps it is stopped or dead."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftWorkerReport:
-    """What a draft worker tells the GlobalScheduler of itself."""
-
-    address: DrafterAddress
-    status: DraftWorkerStatus
 
 
 @dataclass(slots=True)
@@ -407,37 +322,3 @@ class DraftWorker:
         for key, context in list(self._contexts.items()):
             if now - context.heard_s > FORGET_AFTER_S:
                 self._forget(key)
-
-
-def make_drafters(
-    config: DraftConfig, target: str, resolve: Callable[[str], str]
-) -> dict[str, Drafter]:
-    """The drafters of a config by their names, for the target model at the path `target`.
-
-    `resolve` gives the path, or hub id, of a model by its name.
-    """
-    drafters: dict[str, Drafter] = {}
-    for name in config.drafters:
-        if name == "suffix":
-            drafters[name] = SuffixDrafter(config.memory_tokens)
-        elif name == "head":
-            # The kernels below it must have been built; the config of an app must not need them.
-            from workers.drafters.draft_head import DEFAULT_HEAD, DraftHead
-            from workers.drafters.head_drafter import HeadDrafter
-
-            head = Path(config.head) if config.head else DEFAULT_HEAD
-            drafters[name] = HeadDrafter(DraftHead(head, Path(target)))
-        else:
-            # vLLM takes long to import.
-            from workers.drafters.vllm_model_drafter import ModelDrafter
-
-            assert config.model  # as DraftConfig has checked
-            worker = WorkerConfig(
-                cpus=max(config.cpus, 1),
-                weight_format=config.model_weight_format,
-                engine=EngineConfig(kv_cache_gib=config.model_kv_cache_gib),
-            )
-            drafters[name] = ModelDrafter(
-                resolve(config.model), worker, target, config.num_speculative_tokens
-            )
-    return drafters

@@ -18,10 +18,10 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
+from workers.config import WorkerConfig
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.engine.vllm_engine import VllmEngine, encoder
 from workers.token_stream import StreamAddress
-from workers.worker import WorkerConfig
 
 BLOCK_SIZE = 32
 """Tokens in one block of the KV cache: contexts share whole blocks only. Smaller ones our kernels

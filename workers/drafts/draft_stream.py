@@ -50,7 +50,7 @@ class ContextsMessage(msgspec.Struct, array_like=True):
 
 
 class DraftTree(msgspec.Struct, array_like=True):
-    """A drafter's guesses for one request; the fields are those of `workers.drafters.drafter.Draft`."""
+    """A drafter's guesses for one request; the fields are those of `drafter.Draft`."""
 
     request_id: str
     drafter: str

@@ -13,6 +13,7 @@ from typing import Any
 from scheduler.request import Request
 from workers.drafts.draft_stream import DrafterAddress
 from workers.engine.engine import Engine, EngineStats
+from workers.errors import ClientLost, EngineDead
 from workers.token_stream import StreamAddress, StreamSenders
 
 logger = logging.getLogger(__name__)
@@ -25,14 +26,6 @@ EMPTY_STEP_WAIT_S = 0.001
 """Pause after a step that found nothing to compute, e.g. while a grammar compiles."""
 FLUSH_S = 5.0
 """How long an ending loop waits for its last outputs to be acknowledged."""
-
-
-class EngineDead(RuntimeError):
-    """The engine failed or hangs; its worker must be replaced."""
-
-
-class ClientLost(RuntimeError):
-    """The client of a request has taken no tokens for a long time."""
 
 
 @dataclass(slots=True)

@@ -27,10 +27,10 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.cost_model import CostModel
 from scheduler.request import Request
-from workers.drafters.draft_worker import DraftConfig
+from workers.config import DraftConfig, WorkerConfig
 from workers.drafts.draft_client import DraftClient
 from workers.drafts.draft_stream import DrafterAddress
-from workers.engine.engine import DraftStats, EngineStats, StepOutput
+from workers.engine.engine import EngineStats, StepOutput
 from workers.engine.vllm_sampling import (
     all_logits_processors,
     mend_cpu_sampling,
@@ -39,14 +39,13 @@ from workers.engine.vllm_sampling import (
 )
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.engine.vllm_speculation import HiddenStates, speculative_config
-from workers.peaks import Peaks
-from workers.plugin.vllm_plugin import QUANTIZATION
+from workers.plugin.names import QUANTIZATION
 from workers.profiling.engine_profile import Depth, EngineProfile, Progress
 from workers.profiling.vllm_profile import calibrated_profile, measure
 from workers.profiling.vllm_work import model_work
+from workers.reports import DraftStats, Peaks
 from workers.step_history import TakenStep
 from workers.token_stream import StreamAddress
-from workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,9 @@
 """vLLM's scheduler, made to follow our plans."""
 
 import time
-from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple, TextIO
 
@@ -13,7 +11,6 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
@@ -25,12 +22,13 @@ from scheduler.cost_model import CostModel
 from scheduler.hybrid import HybridScheduler
 from scheduler.policy import StepPolicy
 from scheduler.record import Recorder
-from scheduler.request import Request, RequestState, Slo
+from scheduler.request import Request
 from scheduler.speculation import Acceptance, num_expected
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepReport, StepScheduler, StepView
 from scheduler.work import ModelWork
 from workers.drafts.draft_client import DraftClient, DraftPath
-from workers.engine.vllm_speculation import MAX_HIDDEN_STATES
+from workers.engine.vllm_queue import PlannedQueue
+from workers.engine.vllm_requests import MAX_HIDDEN_STATES, _initial_state, _Live
 from workers.step_history import TakenStep
 
 OWN_DRAFTER, OWN_PROB = "vllm", 0.7
@@ -44,175 +42,6 @@ MAX_LOOKUPS = 8
 def generic_cost_model() -> CostModel:
     """Of a machine that nothing is known of: 10 ms a step and 1 ms a token, to be corrected."""
     return CostModel([0.01, 0.001, 0.0, 0.0, 0.0, 0.0], token_knots=(0,), sample_knots=(0,))
-
-
-class PlannedQueue(RequestQueue):
-    """A waiting queue in vLLM's order, but for while it shows a selection in another one.
-
-    A selection is what vLLM can peek at and pop; who counts or walks the queue sees all of it.
-    """
-
-    def __init__(self, policy: SchedulingPolicy) -> None:
-        self._by_priority = policy == SchedulingPolicy.PRIORITY
-        self._requests: list[VllmRequest] = []
-        self._selection: deque[VllmRequest] | None = None
-
-    @contextmanager
-    def showing(self, requests: Iterable[VllmRequest]) -> Iterator[None]:
-        """Show only these of its requests, in this order."""
-        self._selection = deque(requests)
-        try:
-            yield
-        finally:
-            self._selection = None
-
-    def add_request(self, request: VllmRequest) -> None:
-        """Add a request to the end, or by its priority."""
-        if self._by_priority:
-            insort(self._requests, request)
-        else:
-            self._requests.append(request)
-
-    def prepend_request(self, request: VllmRequest) -> None:
-        """Add a request to the front, or by its priority."""
-        if self._by_priority:
-            insort(self._requests, request)
-        else:
-            self._requests.insert(0, request)
-
-    def prepend_requests(self, requests: Iterable[VllmRequest]) -> None:
-        """Add one request after the other to the front, or by their priorities."""
-        for request in requests:
-            self.prepend_request(request)
-
-    def peek_request(self) -> VllmRequest:
-        """The request that `pop_request` would take."""
-        return (self._requests if self._selection is None else self._selection)[0]
-
-    def pop_request(self) -> VllmRequest:
-        """Take the first request."""
-        if self._selection is None:
-            return self._requests.pop(0)
-        request = self._selection.popleft()
-        self._requests.remove(request)
-        return request
-
-    def remove_request(self, request: VllmRequest) -> None:
-        """Remove one request; ValueError if it is not there."""
-        self._requests.remove(request)
-
-    def remove_requests(self, requests: Iterable[VllmRequest]) -> None:
-        """Remove those of `requests` that are there."""
-        leaving = set(requests)
-        self._requests = [request for request in self._requests if request not in leaving]
-
-    def __bool__(self) -> bool:
-        return bool(self._requests if self._selection is None else self._selection)
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[VllmRequest]:
-        return iter(self._requests)
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request on the engine: what vLLM does not keep of it."""
-
-    state: RequestState
-    num_delivered: int = 0
-    """Output tokens that have come; under async scheduling more are on their way."""
-    draft_chances: tuple[float, ...] = ()
-    """Of the drafts at hand."""
-    hidden_states: list[bytes] = field(default_factory=list)
-    """Of each token that was computed since the draft worker was told last."""
-    has_begun: bool = False
-    """Whether a step has computed some of it."""
-    looked_up: int | None = None
-    """Step of the last look-up of its prefix since it waits."""
-    num_cached: int = 0
-    """What the look-up found."""
-
-    def run(self, request: VllmRequest, now: float) -> RequestState:
-        """Its state as it runs. A new object each time: views are kept."""
-        self._renew(request, now)
-        self.looked_up, self.num_cached = None, 0
-        return self._update(request, request.num_computed_tokens, now)
-
-    def wait(self, request: VllmRequest, now: float) -> RequestState:
-        """Its state as it waits."""
-        self._renew(request, now)
-        num_computed = request.num_computed_tokens or self.num_cached
-        state = self.state
-        unchanged = (
-            state.num_computed_tokens == num_computed
-            and state.num_output_tokens == request.num_output_tokens
-            and not state.draft_chances
-        )
-        return state if unchanged else self._update(request, num_computed, now)
-
-    def deliver(self, num_output_tokens: int, now: float) -> int:
-        """Note that there are so many output tokens now; how many of them are new."""
-        num_new_tokens = num_output_tokens - self.num_delivered
-        if num_new_tokens > 0:
-            state = self.state
-            first_token_s = state.first_token_s if self.num_delivered else now
-            self.state = _moved(
-                state, state.num_output_tokens, state.num_computed_tokens, first_token_s, now
-            )
-            self.num_delivered = num_output_tokens
-        return num_new_tokens
-
-    def _renew(self, request: VllmRequest, now: float) -> None:
-        # The next turn of a streaming-input session comes under the same id.
-        if request.num_prompt_tokens != self.state.request.num_prompt_tokens:
-            self.state = _initial_state(request, self.state.request, now)
-            self.num_delivered = 0
-
-    def _update(self, request: VllmRequest, num_computed: int, now: float) -> RequestState:
-        state = self.state
-        # Placeholders are tokens that steps in flight are sampling.
-        num_output = request.num_output_tokens + request.num_output_placeholders
-        first_token_s, last_token_s = state.first_token_s, state.last_token_s
-        if num_output and not self.num_delivered:
-            first_token_s = last_token_s = now
-        self.state = _moved(state, num_output, num_computed, first_token_s, last_token_s)
-        self.state.draft_chances = self.draft_chances[: len(request.spec_token_ids)]
-        return self.state
-
-
-def _moved(
-    state: RequestState,
-    num_output_tokens: int,
-    num_computed_tokens: int,
-    first_token_s: float,
-    last_token_s: float,
-) -> RequestState:
-    return RequestState(
-        state.request,
-        state.arrival_s,
-        num_output_tokens,
-        num_computed_tokens,
-        first_token_s,
-        last_token_s,
-    )
-
-
-def _initial_state(request: VllmRequest, expected: Request | None, now: float) -> RequestState:
-    # Its arrival was noted by another process, maybe on another machine, by the wall clock.
-    age_s = max(time.time() - request.arrival_time, 0.0)
-    return RequestState(
-        Request(
-            request.request_id,
-            request.num_prompt_tokens,
-            request.max_tokens,
-            request.priority,
-            expected.slo if expected else Slo(),
-            expected.slo_class if expected else "",
-        ),
-        now - age_s,
-    )
 
 
 class _Step(NamedTuple):

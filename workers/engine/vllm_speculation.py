@@ -5,10 +5,8 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
-from workers.drafters.draft_worker import DraftConfig
-
-MAX_HIDDEN_STATES = 256
-"""The hidden states of so many of a request's last tokens go to the draft worker at most."""
+from workers.config import DraftConfig
+from workers.engine.vllm_requests import MAX_HIDDEN_STATES
 
 
 class NoDrafts:

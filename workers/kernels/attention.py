@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.kernels import native
-from workers.kernels.calibration import tile_costs
+from workers.kernels.tile_table import tile_costs
 from workers.kernels.tiles import Int32s, QueryTiles, plan_query_tiles
 
 Floats = NDArray[np.float32]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.kernels import native
-from workers.kernels.calibration import tile_costs
+from workers.kernels.tile_table import tile_costs
 from workers.kernels.tiles import GemmPlan, plan_gemm
 
 Floats = NDArray[np.float32]

@@ -28,7 +28,7 @@ from workers.kernels.attention import (
     unsupported,
     write_kv,
 )
-from workers.plugin.vllm_plugin import QUANTIZATION
+from workers.plugin.names import QUANTIZATION
 
 
 class MetaAttentionBackend(CPUAttentionBackend):

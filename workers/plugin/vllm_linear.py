@@ -26,7 +26,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from workers.kernels import gemm, native
 from workers.kernels.gemm import Weight
-from workers.plugin.vllm_plugin import QUANTIZATION
+from workers.plugin.names import QUANTIZATION
 
 # A torch operator takes numbers and tensors only: a weight goes by its number.
 _numbers = itertools.count()

@@ -4,8 +4,6 @@ An engine asks with `quantization="xyserve"`. In every other engine of the envir
 each layer that the kernels cannot serve, what is registered here steps aside for vLLM's own.
 """
 
-QUANTIZATION = "xyserve"
-
 
 def register() -> None:
     """The entry point of the group `vllm.general_plugins`; may be called any number of times."""

@@ -7,8 +7,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from scheduler.policy import StepPolicy
+from workers.config import WorkerConfig
 from workers.cpus import claim_cpus
-from workers.kernels import calibration, native, tiles
+from workers.kernels import calibration, native, tile_table, tiles
 from workers.profiling.engine_profile import (
     EngineProfile,
     Progress,
@@ -17,7 +18,6 @@ from workers.profiling.engine_profile import (
     profile_path,
     save_profile,
 )
-from workers.worker import WorkerConfig
 
 ENGINE_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -43,17 +43,17 @@ class Calibration:
 def current_calibration() -> Calibration:
     """What workers on this machine choose row tiles from."""
     return Calibration(
-        calibration.cpu(),
+        tile_table.cpu(),
         native.isa(),
-        calibration.path(),
-        calibration.is_measured(),
-        calibration.tile_costs().of_height,
+        tile_table.path(),
+        tile_table.is_measured(),
+        tile_table.tile_costs().of_height,
     )
 
 
 def calibrate(progress: Progress) -> Calibration:
     """Measure and save the table, telling `progress` the share done; OSError: cannot be saved."""
-    calibration.save(calibration.measure(progress))
+    tile_table.save(calibration.measure(progress))
     return current_calibration()
 
 

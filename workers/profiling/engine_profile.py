@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,8 +17,9 @@ from typing import Any, Literal
 import filelock
 
 from scheduler.cost_model import CostModel
-from workers.peaks import Peaks
-from workers.worker import WorkerConfig
+from workers.config import WorkerConfig
+from workers.home import home, replace_file
+from workers.reports import Peaks
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ def profile_path(key: dict[str, Any]) -> Path:
     """Where the profile of `key` lies, beside the table of row tiles."""
     name = Path(key["model"]).name or "model"
     digest = hashlib.sha256(_canonical(key).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "xyserve" / "calibration" / f"engine-{name}-{digest}.json"
+    return home() / "calibration" / f"engine-{name}-{digest}.json"
 
 
 def load_profile(key: dict[str, Any]) -> EngineProfile | None:
@@ -132,11 +131,7 @@ def load_profile(key: dict[str, Any]) -> EngineProfile | None:
 def save_profile(key: dict[str, Any], profile: EngineProfile) -> Path:
     """Keep the profile for later starts on this machine; returns where. OSError: it cannot be."""
     file = profile_path(key)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when it is whole: a worker that starts meanwhile reads the old file or the new one.
-    whole = file.with_name(f"{file.name}.{os.getpid()}")
-    whole.write_text(json.dumps({"key": key, "profile": profile.to_dict()}, indent=1) + "\n")
-    whole.replace(file)
+    replace_file(file, json.dumps({"key": key, "profile": profile.to_dict()}, indent=1) + "\n")
     return file
 
 
@@ -193,11 +188,11 @@ def _identity(model: str) -> Any:
 
 def _machine(config: WorkerConfig) -> list[str]:
     if config.device == "cpu":
-        from workers.kernels import calibration, native  # other devices need no library of ours
+        from workers.kernels import native, tile_table  # other devices need no library of ours
 
         # With other row tiles the kernels take other times.
-        tile_costs = str(calibration.tile_costs().of_height) if config.uses_own_kernels else ""
-        return [calibration.cpu(), native.isa(), tile_costs]
+        tile_costs = str(tile_table.tile_costs().of_height) if config.uses_own_kernels else ""
+        return [tile_table.cpu(), native.isa(), tile_costs]
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     models = {line.strip() for gpu in gpus for line in gpu.open() if line.startswith("Model")}
     return [platform.machine(), *sorted(models)]

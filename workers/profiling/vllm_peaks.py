@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from workers.peaks import Peaks
+from workers.reports import Peaks
 
 BUDGET_S = 0.15
 """Of each product and of the reading."""

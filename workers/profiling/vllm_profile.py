@@ -15,12 +15,14 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
-from scheduler.cost_model import StepShape, fit
+from scheduler.cost_fit import fit
+from scheduler.cost_model import StepShape
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepView
+from workers.config import WorkerConfig
 from workers.engine.vllm_sampling import runner_of
 from workers.engine.vllm_scheduler import PlannedScheduler
 from workers.kernels.tiles import QUERY_ROWS
-from workers.plugin.vllm_plugin import QUANTIZATION
+from workers.plugin.names import QUANTIZATION
 from workers.profiling.engine_profile import (
     Checked,
     Depth,
@@ -32,7 +34,6 @@ from workers.profiling.engine_profile import (
 from workers.profiling.profile_script import Seats, Step, num_tokens, script
 from workers.profiling.vllm_peaks import measure_peaks
 from workers.step_history import TakenStep
-from workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cluster.cli.main import app
 from tests.workers.tiny_models import write_checkpoint
-from workers.kernels import calibration, native
+from workers.kernels import calibration, native, tile_table
 from workers.kernels.tiles import TileCosts, default_costs, row_tiles
 
 HEIGHT = native.kernels().max_height
@@ -36,9 +36,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, in place of the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
-    calibration._in_use.cache_clear()
+    tile_table._in_use.cache_clear()
     yield tmp_path
-    calibration._in_use.cache_clear()
+    tile_table._in_use.cache_clear()
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def test_it_shows_the_built_in_table_beside_the_measured_one(measured: list[Tile
     assert result.exit_code == 0
     assert cells(result.stdout) == heights + cuts
     assert "built-in" in result.stdout
-    assert f"Written to {calibration.path()}" in result.stdout
-    assert calibration.tile_costs() == FLAT
+    assert f"Written to {tile_table.path()}" in result.stdout
+    assert tile_table.tile_costs() == FLAT
 
 
 def test_a_second_time_it_only_shows_what_was_measured(measured: list[TileCosts]) -> None:
@@ -89,7 +89,7 @@ def test_a_second_time_it_only_shows_what_was_measured(measured: list[TileCosts]
 
     assert again.exit_code == 0
     assert cells(again.stdout)[-1] == sums(33, FLAT)
-    assert f"Measured before: {calibration.path()}" in again.stdout
+    assert f"Measured before: {tile_table.path()}" in again.stdout
     assert "xyserve calibrate --force" in again.stdout
 
 
@@ -103,18 +103,18 @@ def test_force_measures_anew(measured: list[TileCosts]) -> None:
     assert forced.exit_code == 0
     assert cells(forced.stdout)[-1] == sums(33, FLAT, rising)
     assert "before" in forced.stdout
-    assert calibration.tile_costs() == rising
+    assert tile_table.tile_costs() == rising
 
 
 def test_a_damaged_table_is_measured_anew_without_force(measured: list[TileCosts]) -> None:
-    calibration.path().parent.mkdir(parents=True)
-    calibration.path().write_text("{")
+    tile_table.path().parent.mkdir(parents=True)
+    tile_table.path().write_text("{")
 
     result = CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
     assert result.exit_code == 0
     assert "built-in" in result.stdout
-    assert calibration.tile_costs() == FLAT
+    assert tile_table.tile_costs() == FLAT
 
 
 def test_a_cache_folder_that_takes_no_file_is_an_error(
@@ -126,7 +126,7 @@ def test_a_cache_folder_that_takes_no_file_is_an_error(
     result = CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"Error: cannot write {calibration.path()}" in result.stderr
+    assert f"Error: cannot write {tile_table.path()}" in result.stderr
     assert "XDG_CACHE_HOME" in result.stderr
 
 

@@ -18,8 +18,9 @@ from rich.console import Console
 
 from cluster.cli import doctor
 from cluster.cli.doctor import GIB, Device, Finding, Level, Port
-from cluster.config.app_config import AppConfig, ServeFile, parse_args
-from workers.drafters.draft_worker import DraftConfig
+from cluster.config.app_config import AppConfig, parse_args
+from cluster.config.serve_file import ServeFile
+from workers.config import DraftConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -453,7 +454,8 @@ def test_autoscaling_counts_the_most_workers() -> None:
 def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from cluster.config.app_config import read_serve_file\nfrom cluster.cli.doctor import examine\n"
+        "from cluster.config.serve_file import read_serve_file\n"
+        "from cluster.cli.doctor import examine\n"
         "examine(read_serve_file(Path('deploy/local.yaml')))\n"
         "print(sorted({'ray', 'torch', 'transformers', 'vllm'} & set(sys.modules)))"
     )

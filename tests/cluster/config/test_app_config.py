@@ -3,17 +3,11 @@ from typing import Any
 
 import pytest
 
-from cluster.config.app_config import (
-    IMPORT_PATH,
-    AppConfig,
-    IngressConfig,
-    parse_args,
-    read_serve_file,
-)
+from cluster.config.app_config import AppConfig, IngressConfig, parse_args
+from cluster.config.serve_file import IMPORT_PATH, read_serve_file
+from cluster.config.slo import SloClass, SloConfig
 from cluster.errors import ConfigError
-from cluster.ingress.targets import SloClass, SloConfig
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
+from workers.config import EngineConfig, WorkerConfig
 
 ROOT = Path(__file__).parents[3]
 

@@ -11,9 +11,8 @@ from ray.serve.exceptions import RequestCancelledError
 
 from cluster.ingress.engine_client import MAX_ATTEMPTS, EngineClient
 from scheduler.request import Request
-from workers.engine.engine_loop import ClientLost, EngineDead
+from workers.errors import ClientLost, EngineDead, WorkerDraining
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
-from workers.worker import WorkerDraining
 
 GARBAGE = [b"garbage"]
 

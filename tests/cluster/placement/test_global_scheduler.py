@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cluster.placement.global_scheduler import FORGET_AFTER_S, SILENT_AFTER_S, GlobalScheduler
 from scheduler.placement import WorkerLoad
 from scheduler.request import Request
-from workers.worker import WorkerReport
+from workers.reports import WorkerReport
 
 A_REQUEST = Request("r", num_prompt_tokens=10, max_tokens=5)
 

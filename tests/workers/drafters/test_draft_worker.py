@@ -14,19 +14,16 @@ import numpy as np
 import pytest
 import zmq
 
+from workers.config import MOST_DRAFTS, DraftConfig
 from workers.cpus import claim_cpus
 from workers.drafters.draft_worker import (
     FORGET_AFTER_S,
     LEAST_MEMORY,
-    MOST_DRAFTS,
     REPORT_INTERVAL_S,
-    DraftConfig,
     DraftWorker,
-    DraftWorkerReport,
-    DraftWorkerStatus,
-    make_drafters,
 )
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
+from workers.drafters.make import make_drafters
 from workers.drafters.suffix_drafter import SuffixDrafter
 from workers.drafts.draft_stream import (
     ContextDelta,
@@ -37,6 +34,7 @@ from workers.drafts.draft_stream import (
     decode_drafts,
     encode,
 )
+from workers.reports import DraftWorkerReport, DraftWorkerStatus
 from workers.timeline import Span
 
 NODE = frozenset({100, 101, 102})

@@ -19,9 +19,8 @@ from tests.workers.engine_process import (
 )
 from tests.workers.planned_engine import write_tokenizer
 from tests.workers.tiny_models import VOCAB_SIZE, write_checkpoint
+from workers.config import EngineConfig, WorkerConfig
 from workers.drafters.drafter import ContextKey, Draft
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
 
 A = ContextKey("worker", "a")
 NUM_SPECULATIVE = 4

@@ -12,7 +12,8 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.drafters.draft_worker import DraftConfig, DraftWorker
+from workers.config import DraftConfig
+from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafts.draft_client import (
     LEAST_STEP_S,

@@ -10,7 +10,8 @@ import pytest
 from scheduler.request import Request
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.engine.engine import EngineStats
-from workers.engine.engine_loop import ClientLost, EngineDead, EngineLoop, LoopState
+from workers.engine.engine_loop import EngineLoop, LoopState
+from workers.errors import ClientLost, EngineDead
 from workers.token_stream import StreamAddress, StreamReceiver
 
 NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")

@@ -23,8 +23,7 @@ from tests.workers.planned_engine import (
     write_tokenizer,
 )
 from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
+from workers.config import EngineConfig, WorkerConfig
 
 POLICIES = ("hybrid", "static", "decode_first", "prefill_first")
 BLOCK = 32

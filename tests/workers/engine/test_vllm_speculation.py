@@ -15,8 +15,7 @@ from tests.workers.drafted_engine import NUM_DRAFTS, Call, Ran, Setting, run_cal
 from tests.workers.engine_process import EngineProcesses
 from tests.workers.planned_engine import write_tokenizer
 from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
+from workers.config import EngineConfig, WorkerConfig
 
 BLOCK = 32
 BLOCK_BYTES = 2 * 2 * 2 * 32 * BLOCK * 4

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from workers.kernels import calibration, native
-from workers.kernels.calibration import is_measured, measure, save, tile_costs
+from workers.kernels import calibration, native, tile_table
+from workers.kernels.calibration import measure
+from workers.kernels.tile_table import is_measured, save, tile_costs
 from workers.kernels.tiles import TileCosts, default_costs
 
 HEIGHT = native.kernels().max_height
@@ -18,9 +19,9 @@ MEASURED = TileCosts(tuple(float(10 + height) for height in range(HEIGHT)))
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, in place of the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    calibration._in_use.cache_clear()
+    tile_table._in_use.cache_clear()
     yield tmp_path
-    calibration._in_use.cache_clear()
+    tile_table._in_use.cache_clear()
 
 
 @pytest.fixture
@@ -33,9 +34,9 @@ def portable() -> Iterator[None]:
 def write(**changed: object) -> None:
     """A file as `save` writes it, with some of its values changed."""
     save(MEASURED)
-    document = json.loads(calibration.path().read_text()) | changed
-    calibration.path().write_text(json.dumps(document))
-    calibration._in_use.cache_clear()
+    document = json.loads(tile_table.path().read_text()) | changed
+    tile_table.path().write_text(json.dumps(document))
+    tile_table._in_use.cache_clear()
 
 
 def test_nothing_measured_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
@@ -49,7 +50,7 @@ def test_what_is_saved_is_used_at_once_and_later(cache: Path) -> None:
     save(MEASURED)
 
     assert (tile_costs(), is_measured()) == (MEASURED, True)
-    calibration._in_use.cache_clear()  # as in another process
+    tile_table._in_use.cache_clear()  # as in another process
     assert (tile_costs(), is_measured()) == (MEASURED, True)
 
 
@@ -58,7 +59,7 @@ def test_a_later_measurement_replaces_the_file_and_leaves_no_other(cache: Path) 
     save(MEASURED)
 
     assert tile_costs() == MEASURED
-    assert [file for file in cache.rglob("*") if file.is_file()] == [calibration.path()]
+    assert [file for file in cache.rglob("*") if file.is_file()] == [tile_table.path()]
 
 
 def test_the_file_is_found_in_the_home_folder_without_xdg(
@@ -67,7 +68,7 @@ def test_the_file_is_found_in_the_home_folder_without_xdg(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    assert calibration.path().parent == tmp_path / ".cache" / "xyserve" / "calibration"
+    assert tile_table.path().parent == tmp_path / ".cache" / "xyserve" / "calibration"
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,14 @@ def test_a_damaged_file_is_named_once_and_left_out(
     content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(MEASURED)
-    calibration.path().write_bytes(content.encode("latin-1"))
-    calibration._in_use.cache_clear()
+    tile_table.path().write_bytes(content.encode("latin-1"))
+    tile_table._in_use.cache_clear()
 
     assert (tile_costs(), is_measured()) == (default_costs(HEIGHT), False)
     assert tile_costs() == default_costs(HEIGHT)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert vars(record)["file"] == str(calibration.path())
+    assert vars(record)["file"] == str(tile_table.path())
     assert "xyserve calibrate" in record.message
 
 
@@ -128,7 +129,7 @@ def test_the_costs_of_another_machine_are_left_out(
 
 
 def test_a_file_that_cannot_be_read_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    calibration.path().mkdir(parents=True)
+    tile_table.path().mkdir(parents=True)
 
     assert not is_measured()
     assert len(caplog.records) == 1
@@ -138,20 +139,20 @@ def test_each_instruction_set_has_its_own_costs(request: pytest.FixtureRequest) 
     if native.isa() == "portable":
         pytest.skip("this CPU's best instruction set is the portable one")
     save(MEASURED)
-    own = calibration.path()
+    own = tile_table.path()
 
     request.getfixturevalue("portable")
 
-    assert calibration.path() != own
+    assert tile_table.path() != own
     assert (tile_costs(), is_measured()) == (default_costs(native.kernels().max_height), False)
 
 
 def test_another_cpu_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = calibration.path()
-    monkeypatch.setattr(calibration, "cpu", lambda: "Fast/Slow CPU @ 3 GHz")
+    own = tile_table.path()
+    monkeypatch.setattr(tile_table, "cpu", lambda: "Fast/Slow CPU @ 3 GHz")
 
-    assert calibration.path() != own
-    assert calibration.path().parent == own.parent
+    assert tile_table.path() != own
+    assert tile_table.path().parent == own.parent
 
 
 @pytest.fixture

@@ -21,8 +21,7 @@ from tests.workers.engine_process import (
     run_engine,
 )
 from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
-from workers.engine.engine import EngineConfig
-from workers.worker import WorkerConfig
+from workers.config import EngineConfig, WorkerConfig
 
 NATIVE = {
     "llama": "NativeLlamaForCausalLM",

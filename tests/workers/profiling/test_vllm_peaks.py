@@ -4,9 +4,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from workers.peaks import Peaks
 from workers.profiling import vllm_peaks
 from workers.profiling.vllm_peaks import measure_peaks
+from workers.reports import Peaks
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,7 @@ from scheduler.request import Request
 from scheduler.task import Limits
 from tests.workers.engine_process import EngineProcesses
 from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
-from workers.engine.engine import EngineConfig
-from workers.peaks import Peaks
+from workers.config import EngineConfig, WorkerConfig
 from workers.profiling.engine_profile import (
     Checked,
     EngineProfile,
@@ -27,8 +26,8 @@ from workers.profiling.engine_profile import (
     save_profile,
 )
 from workers.profiling.profile_script import Seats, num_tokens, script
+from workers.reports import Peaks
 from workers.token_stream import StreamAddress
-from workers.worker import WorkerConfig
 
 CONFIG = WorkerConfig(
     engine=EngineConfig(

@@ -10,10 +10,9 @@ import pytest
 from scheduler.work import ModelWork
 from tests.workers.engine_process import EngineProcesses
 from tests.workers.tiny_models import CONFIGS, VOCAB_SIZE, write_checkpoint
-from workers.engine.engine import EngineConfig
+from workers.config import EngineConfig, WorkerConfig
 from workers.kernels import native
 from workers.kernels.gemm import Format
-from workers.worker import WorkerConfig
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 96, 2, 6, 2, 32
 """Of the tiny llama."""

@@ -9,18 +9,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from workers.drafters.training.vllm_head_training import Example, Message
-from workers.engine.engine import EngineConfig
+from workers.config import EngineConfig, WorkerConfig
 from workers.engine.vllm_engine import engine_args  # before vLLM: it sets what vLLM reads
 from workers.engine.vllm_sampling import runner_of
-from workers.worker import WorkerConfig
 
 # isort: split
+
 from vllm import SamplingParams
 from vllm.forward_context import get_forward_context
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from workers.drafters.training.example import Example, Message
+
 NUM_SEQS = 32
+
+
 KV_CACHE_GIB = 2.0
 
 

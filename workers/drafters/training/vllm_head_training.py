@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,8 +23,7 @@ from workers.drafters.draft_head import (
     metadata,
     read_tensor,
 )
-
-Message = dict[str, str]
+from workers.drafters.training.example import Example, Message
 
 LOSS_BLOCK = 256
 """Rows whose logits are made at once: more would leave the cache."""
@@ -64,16 +62,6 @@ class HeadTraining:
     learning_rate: float = 4e-3
     seed: int = 0
     cpus: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt and what the target wrote after it."""
-
-    num_prompt_tokens: int
-    token_ids: NDArray[np.int32]
-    states: NDArray[np.float16]
-    """`[num_tokens - 1, hidden_size]`: the target's final states at all tokens but the last."""
 
 
 class Norm(nn.RMSNorm):

@@ -7,10 +7,10 @@ import torch
 
 from tests.workers.tiny_models import write_checkpoint
 from workers.drafters.draft_head import EMBEDDING, DraftHead, read_config, read_tensor
+from workers.drafters.training.example import Example
 from workers.drafters.training.vllm_head_training import (
     PROMPT_WEIGHT,
     Corpus,
-    Example,
     HeadTraining,
     Trainer,
     fit,

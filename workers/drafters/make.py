@@ -1,0 +1,42 @@
+"""The drafters of a draft worker, by its config."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from workers.config import DraftConfig, EngineConfig, WorkerConfig
+from workers.drafters.drafter import Drafter
+from workers.drafters.suffix_drafter import SuffixDrafter
+
+
+def make_drafters(
+    config: DraftConfig, target: str, resolve: Callable[[str], str]
+) -> dict[str, Drafter]:
+    """The drafters of a config by their names, for the target model at the path `target`.
+
+    `resolve` gives the path, or hub id, of a model by its name.
+    """
+    drafters: dict[str, Drafter] = {}
+    for name in config.drafters:
+        if name == "suffix":
+            drafters[name] = SuffixDrafter(config.memory_tokens)
+        elif name == "head":
+            # The kernels below it must have been built; the config of an app must not need them.
+            from workers.drafters.draft_head import DEFAULT_HEAD, DraftHead
+            from workers.drafters.head_drafter import HeadDrafter
+
+            head = Path(config.head) if config.head else DEFAULT_HEAD
+            drafters[name] = HeadDrafter(DraftHead(head, Path(target)))
+        else:
+            # vLLM takes long to import.
+            from workers.drafters.vllm_model_drafter import ModelDrafter
+
+            assert config.model  # as DraftConfig has checked
+            worker = WorkerConfig(
+                cpus=max(config.cpus, 1),
+                weight_format=config.model_weight_format,
+                engine=EngineConfig(kv_cache_gib=config.model_kv_cache_gib),
+            )
+            drafters[name] = ModelDrafter(
+                resolve(config.model), worker, target, config.num_speculative_tokens
+            )
+    return drafters

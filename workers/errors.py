@@ -1,0 +1,13 @@
+"""Errors of a worker that its callers tell apart."""
+
+
+class WorkerDraining(RuntimeError):
+    """The worker takes no new requests; another one should be asked."""
+
+
+class EngineDead(RuntimeError):
+    """The engine failed or hangs; its worker must be replaced."""
+
+
+class ClientLost(RuntimeError):
+    """The client of a request has taken no tokens for a long time."""

@@ -1,0 +1,93 @@
+"""The measured costs of row tiles that this machine's plans are chosen from."""
+
+import functools
+import json
+import logging
+import math
+import platform
+import time
+from pathlib import Path
+
+from workers.home import home, replace_file
+from workers.kernels import native
+from workers.kernels.tiles import TileCosts, default_costs, parse_costs
+
+logger = logging.getLogger(__name__)
+
+SHAPE = (512, 768)
+"""N and K of the weight that is measured on: in bf16 it stays in the caches."""
+
+
+UNIT = f"ns of one row tile on one panel of {SHAPE[1]} input features"
+
+
+def path() -> Path:
+    """Where this machine's figures lie: a file for each CPU and instruction set."""
+    name = "-".join([*cpu().split(), native.isa()]).replace("/", "-")
+    return home() / "calibration" / f"{name}.json"
+
+
+def cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def tile_costs() -> TileCosts:
+    """The measured costs of row tiles, or the built-in ones where none were measured."""
+    return _in_use(native.isa())[0]
+
+
+def is_measured() -> bool:
+    """Whether `tile_costs` were measured on this machine."""
+    return _in_use(native.isa())[1]
+
+
+@functools.cache
+def _in_use(isa: str) -> tuple[TileCosts, bool]:
+    """The costs, and whether they are what `save` wrote: the log says why a file is left out."""
+    file = path()
+    try:
+        return _parse(json.loads(file.read_text())), True
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "measured row tiles are not used but built-in ones; to measure anew: xyserve calibrate",
+            extra={"file": str(file), "error": str(error)},
+        )
+    return default_costs(native.kernels().max_height), False
+
+
+def _parse(document: object) -> TileCosts:
+    """The costs in a file; ValueError says why they are not for this machine's tiles."""
+    if not isinstance(document, dict):
+        raise ValueError("it is no JSON object")
+    for key, own in (("cpu", cpu()), ("isa", native.isa())):
+        if document.get(key) != own:
+            raise ValueError(f"its {key} is {document.get(key)!r}, this machine's is {own!r}")
+    height = native.kernels().max_height
+    try:
+        costs = parse_costs(document, height)
+    except (TypeError, ValueError):
+        costs = None
+    if costs is None or not all(cost > 0 and math.isfinite(cost) for cost in costs.of_height):
+        raise ValueError(f"its tile_costs are not {height} positive numbers")
+    return costs
+
+
+def save(costs: TileCosts) -> None:
+    """Keep the costs for this and later processes on this machine."""
+    document = {
+        "tile_costs": [round(cost, 2) for cost in costs.of_height],
+        "unit": UNIT,
+        "cpu": cpu(),
+        "isa": native.isa(),
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    replace_file(path(), json.dumps(document, indent=1) + "\n")
+    _in_use.cache_clear()

@@ -1,0 +1,3 @@
+"""Names that our plugin and who asks vLLM for it share."""
+
+QUANTIZATION = "xyserve"
