@@ -220,8 +220,10 @@ class XYServe:
                     found.append(record)
                     continue
                 attempt_ids = [attempt.attempt_id for attempt in record.attempts]
-                trails = await self._respond(self._ingress.trails.remote(attempt_ids), 30.0)
-                found.append(Explanation(record, trails))
+                attempt_traces = await self._respond(
+                    self._ingress.attempt_traces.remote(attempt_ids), 30.0
+                )
+                found.append(Explanation(record, attempt_traces))
         return found
 
     async def _respond(self, call: "DeploymentResponse[Any]", timeout_s: float | None) -> Any:

@@ -21,7 +21,7 @@ from cluster.placement.global_scheduler import GlobalScheduler
 from scheduler.request import Request
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.make import make_drafters
-from workers.drafts.draft_stream import DrafterAddress
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
 from workers.reports import DraftWorkerReport, WorkerReport
 from workers.step_history import TakenStep
@@ -125,7 +125,7 @@ class WorkerReplica(Worker):
                 asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
 
         loop = asyncio.get_running_loop()
-        self._drafter: DrafterAddress | None = None
+        self._draft_worker: DraftWorkerAddress | None = None
         super().__init__(context["replica"], config.worker, make_engine, send)
 
     async def generate(
@@ -155,12 +155,12 @@ class WorkerReplica(Worker):
                 },
             )
 
-    async def _follow(self, answer: "DeploymentResponse[DrafterAddress | None]") -> None:
+    async def _follow(self, answer: "DeploymentResponse[DraftWorkerAddress | None]") -> None:
         """Have the draft worker that the GlobalScheduler names make the drafts."""
-        drafter = await _answered(answer, self._drafter)
-        if drafter != self._drafter:
-            self._drafter = drafter
-            self.assign_drafter(drafter)
+        draft_worker = await _answered(answer, self._draft_worker)
+        if draft_worker != self._draft_worker:
+            self._draft_worker = draft_worker
+            self.assign_draft_worker(draft_worker)
 
     def __del__(self) -> None:
         """Serve's hook for the end of a replica, also of one whose constructor failed."""
@@ -180,7 +180,7 @@ class DraftReplica(DraftWorker):
 
         def send(report: DraftWorkerReport) -> None:
             metrics.export(report.status)
-            answer = scheduler.report_drafter.remote(report)
+            answer = scheduler.report_draft_worker.remote(report)
             asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
 
         loop = asyncio.get_running_loop()
@@ -192,7 +192,7 @@ class DraftReplica(DraftWorker):
             get_node_ip_address(),
         )
 
-    async def _follow(self, answer: "DeploymentResponse[list[DrafterAddress]]") -> None:
+    async def _follow(self, answer: "DeploymentResponse[list[DraftWorkerAddress]]") -> None:
         self.meet(await _answered(answer, []))
 
     def __del__(self) -> None:

@@ -14,7 +14,7 @@ COLLAPSE_SHARE, COLLAPSE_DROP = 0.5, 0.15
 """A rate that is below this share of the usual one, and by this much, has collapsed."""
 RECOVER_SHARE = 0.8
 """It has recovered when it is above this share of it again."""
-LEAST_VERIFIED = 64
+MIN_VERIFIED = 64
 """A usual rate is known after so many verified drafts."""
 RESTART_MEMORY_S = 30.0
 """So long after its restart a draft worker may lack what it knew before."""
@@ -33,25 +33,27 @@ class DraftWorkerLoad:
     """Has not reported for long: perhaps it is stopped."""
 
 
-def choose_drafter(current: str | None, drafters: Iterable[DraftWorkerLoad]) -> str | None:
+def choose_draft_worker(
+    current: str | None, draft_workers: Iterable[DraftWorkerLoad]
+) -> str | None:
     """The draft worker of a worker that has `current` now: the least busy that is not silent.
 
     The current one is kept, and with it what it knows of the worker's requests, unless another is
     much less busy, or it is silent. None if there is none but silent ones.
     """
-    live = [drafter for drafter in drafters if not drafter.silent]
+    live = [draft_worker for draft_worker in draft_workers if not draft_worker.silent]
     if not live:
         return None
     best = min(live, key=lambda d: (d.busy_share, d.num_workers, d.draft_worker_id))
-    for drafter in live:
-        if drafter.draft_worker_id == current and (
-            drafter.busy_share <= best.busy_share + BUSIER or drafter.num_workers <= 1
+    for draft_worker in live:
+        if draft_worker.draft_worker_id == current and (
+            draft_worker.busy_share <= best.busy_share + BUSIER or draft_worker.num_workers <= 1
         ):
             return current
     return best.draft_worker_id
 
 
-class Cause(StrEnum):
+class CollapseReason(StrEnum):
     """Why drafts are no longer accepted as they were."""
 
     SILENT = "silent"
@@ -61,7 +63,7 @@ class Cause(StrEnum):
     LATE = "late"
     """Most of its drafts come after the tokens that they guess."""
     CONTENT = "content"
-    """The text is of another kind, which its drafters do not foresee."""
+    """The text is of another kind, which its draft_workers do not foresee."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class DraftReport:
     num_proposed: int
     num_verified: int
     num_late: int
-    drafter: str | None
+    draft_worker: str | None
     """Incarnation of the draft worker."""
     is_answered: bool
     """Whether the draft worker keeps up with the worker's messages."""
@@ -87,46 +89,46 @@ class DraftWatch:
         self._last: DraftReport | None = None
         self._restarted_s = -math.inf
         self._num_verified = 0
-        self.cause: Cause | None = None
+        self.reason: CollapseReason | None = None
         """Why drafting has collapsed; None while it has not."""
 
-    def observe(self, report: DraftReport, now: float) -> Cause | None:
-        """Take in a report; the cause if drafting collapses with it."""
+    def observe(self, report: DraftReport, now: float) -> CollapseReason | None:
+        """Take in a report; the reason if drafting collapses with it."""
         last, self._last = self._last, report
         if last is None:
             return None
-        if report.drafter != last.drafter and last.drafter is not None:
+        if report.draft_worker != last.draft_worker and last.draft_worker is not None:
             self._restarted_s = now
         num_verified = report.num_verified - last.num_verified
         self._num_verified += num_verified
-        before = self.cause
+        before = self.reason
         if not report.is_answered:
-            self.cause = Cause.SILENT
-        elif self.cause is Cause.SILENT:
-            self.cause = None
-        if num_verified and self.cause is not Cause.SILENT:
+            self.reason = CollapseReason.SILENT
+        elif self.reason is CollapseReason.SILENT:
+            self.reason = None
+        if num_verified and self.reason is not CollapseReason.SILENT:
             self._judge(report, last, now)
-        return self.cause if self.cause is not before else None
+        return self.reason if self.reason is not before else None
 
     def _judge(self, report: DraftReport, last: DraftReport, now: float) -> None:
         rate = report.acceptance_rate
         if self._usual is None:
             self._usual = rate
-        if self._num_verified < LEAST_VERIFIED:
+        if self._num_verified < MIN_VERIFIED:
             self._usual += (rate - self._usual) / 2
             return
-        if self.cause is not None:
+        if self.reason is not None:
             if rate >= RECOVER_SHARE * self._usual:
-                self.cause = None
+                self.reason = None
         elif rate < COLLAPSE_SHARE * self._usual and rate < self._usual - COLLAPSE_DROP:
-            self.cause = self._find_cause(report, last, now)
+            self.reason = self._find_reason(report, last, now)
         # Slowly also while it is low: what lasts is the new usual.
         self._usual += LEARN_RATE * (rate - self._usual)
 
-    def _find_cause(self, report: DraftReport, last: DraftReport, now: float) -> Cause:
+    def _find_reason(self, report: DraftReport, last: DraftReport, now: float) -> CollapseReason:
         if now - self._restarted_s < RESTART_MEMORY_S:
-            return Cause.RESTARTED
+            return CollapseReason.RESTARTED
         num_proposed = report.num_proposed - last.num_proposed
         if num_proposed and report.num_late - last.num_late > num_proposed / 2:
-            return Cause.LATE
-        return Cause.CONTENT
+            return CollapseReason.LATE
+        return CollapseReason.CONTENT

@@ -12,15 +12,15 @@ from scheduler.task import BatchPlan, Limits, Reason, StepView
 TTFT_SHARE = 0.25
 """A step without decodes lasts at most this share of the tightest time to first token: whoever
 comes meanwhile has to wait for its end."""
-SAFETY = 0.99
+MARGIN = 0.99
 """Share of the time that is planned with; the rest is for what happens between two steps."""
-MOST_LATENESS = 0.5
+MAX_LATENESS = 0.5
 """Steps that are late by more than this share are not planned for: prefills would get nothing."""
 TURN = 10
 """Every so many steps the oldest prefill of those that others went before goes first."""
 TURN_TOKENS = 16
 """What it gets then at least, even if that is too much for a target."""
-PATIENCE_S = 60.0
+STARVATION_S = 60.0
 """One that waited longer has the next free room of the KV cache."""
 MAX_STRETCH = 10.0
 """Beside decodes, prefills are taken to last at most so many times as long as alone."""
@@ -57,7 +57,7 @@ class _Planning:
         self._cost_model = cost_model
         self._view = view
         self._now = now
-        self._margin = SAFETY / (1 + min(cost_model.lateness, MOST_LATENESS))
+        self._margin = MARGIN / (1 + min(cost_model.lateness, MAX_LATENESS))
         self._token_s = self._alone_s(1, 1)
         self._decodes = [state for state in view.running if state.is_decoding]
         self._prefills = [state for state in view.running if not state.is_decoding]
@@ -193,7 +193,7 @@ class _Planning:
         """The prefills that can be on time in their best order, then the others in theirs.
 
         J. M. Moore's and T. J. Hodgson's algorithm (1968), by which the fewest jobs are late: take
-        them by deadline, and whenever one would be late, put off the longest taken so far.
+        them by deadline, and whenever one would be late, defer the longest taken so far.
         """
         seconds = self._cost_model.predict(self._step.shape)
         # Of each step only what the decodes leave goes to prefills.
@@ -227,7 +227,7 @@ class _Planning:
         if not waiting or any(not self._is_on_time(state) for state in self._view.running):
             return None
         oldest = min(waiting, key=_age)
-        return oldest if self._now - oldest.arrival_s > PATIENCE_S else None
+        return oldest if self._now - oldest.arrival_s > STARVATION_S else None
 
     def _take_prefill(
         self, state: RequestState, limit_s: float, *, least: int = 0, keep_tpot: bool = False

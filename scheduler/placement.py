@@ -35,7 +35,7 @@ class PlacementReason(StrEnum):
     """No other worker takes new requests."""
     OTHERS_SILENT = "others_silent"
     """The others have not reported for long."""
-    LEAST_TOKENS = "least_tokens"
+    MIN_TOKENS = "least_tokens"
     """It has the least to do."""
     FEWEST_REQUESTS = "fewest_requests"
     """As little to do as the next one, in fewer requests."""
@@ -89,7 +89,7 @@ def _reason(chosen: WorkerLoad, others: list[WorkerLoad]) -> PlacementReason:
     if runner_up.silent:
         return PlacementReason.OTHERS_SILENT
     if chosen.num_expected_spans < runner_up.num_expected_spans:
-        return PlacementReason.LEAST_TOKENS
+        return PlacementReason.MIN_TOKENS
     if chosen.num_requests < runner_up.num_requests:
         return PlacementReason.FEWEST_REQUESTS
     return PlacementReason.TIE

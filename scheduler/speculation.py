@@ -22,7 +22,7 @@ REST_STEPS = 64
 """After so many steps without one, no drafts are asked for but shortly before such a probe."""
 PROBE_LEAD_STEPS = 3
 """So long before a probe drafts are asked for again."""
-MOST_CHANCE = 0.98
+MAX_CHANCE = 0.98
 """No draft is taken to be surer than this."""
 REQUEST_MEMORY = 0.9
 """Weight of a request's past beside its next draft."""
@@ -108,7 +108,7 @@ class Calibration:
     def chance(self, prob: float) -> float:
         """The chance of a draft of which the drafter says `prob`."""
         ratio = self._bin(prob).value(1.0, BIN_PRIOR * (prob or 1.0))
-        return min(prob * ratio, MOST_CHANCE)
+        return min(prob * ratio, MAX_CHANCE)
 
     def observe(self, prob: float, right: bool) -> None:
         """Learn from a draft that was verified after all before it were right."""
@@ -148,7 +148,7 @@ class Acceptance:
         calibration = self._drafters.setdefault(drafter, Calibration())
         of_request = self._requests.setdefault(request_id, _OfRequest())
         factor = of_request.factor.value(self._all.value(1.0, PRIOR_DRAFTS), PRIOR_DRAFTS)
-        return tuple(min(calibration.chance(prob) * factor, MOST_CHANCE) for prob in probs)
+        return tuple(min(calibration.chance(prob) * factor, MAX_CHANCE) for prob in probs)
 
     def offer(self, request_id: str, drafter: str, probs: Sequence[float]) -> None:
         """Note that these are the drafts at hand, which `verified` will speak of."""

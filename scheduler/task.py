@@ -1,4 +1,4 @@
-"""What a step is made of: spans of tokens by stage, what was put off, and how long it takes."""
+"""What a step is made of: spans of tokens by stage, what was deferred, and how long it takes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

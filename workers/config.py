@@ -109,7 +109,7 @@ class WorkerConfig:
         return env
 
 
-MOST_DRAFTS = 128
+MAX_DRAFTS = 128
 
 
 DrafterName = Literal["suffix", "model", "head"]
@@ -146,10 +146,10 @@ class DraftConfig:
         for name in ("num_workers", "num_speculative_tokens", "memory_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.num_speculative_tokens > MOST_DRAFTS:
+        if self.num_speculative_tokens > MAX_DRAFTS:
             raise ValueError(
                 f"num_speculative_tokens ({self.num_speculative_tokens}) must be at most "
-                f"{MOST_DRAFTS}, which is what vLLM verifies"
+                f"{MAX_DRAFTS}, which is what vLLM verifies"
             )
         if not self.model_kv_cache_gib > 0:  # NaN is not either
             raise ValueError(f"model_kv_cache_gib ({self.model_kv_cache_gib}) must be positive")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from workers.drafts.draft_client import DraftCounts
 from workers.drafts.draft_stream import (
-    DrafterAddress,
+    DraftWorkerAddress,
 )
 from workers.step_history import StepSummary
 
@@ -27,7 +27,7 @@ class DraftStats:
     """Share of the drafts verified lately that were right."""
     tokens_per_span: float
     """Output tokens that a decode gave lately, drafts included."""
-    drafter: str | None
+    draft_worker: str | None
     """Incarnation of the draft worker that makes them."""
     silent_s: float
     """How long it has owed an answer and given none."""
@@ -106,5 +106,5 @@ class DraftWorkerStatus:
 class DraftWorkerReport:
     """What a draft worker tells the GlobalScheduler of itself."""
 
-    address: DrafterAddress
+    address: DraftWorkerAddress
     status: DraftWorkerStatus

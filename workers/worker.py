@@ -11,7 +11,7 @@ import psutil
 from scheduler.request import Request
 from workers.config import WorkerConfig
 from workers.cpus import CpuClaim, claim_cpus
-from workers.drafts.draft_stream import DrafterAddress
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
 from workers.engine.engine_loop import EngineLoop
 from workers.errors import WorkerDraining
@@ -92,9 +92,9 @@ class Worker:
             drafts=state.engine.drafts,
         )
 
-    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+    def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Have this draft worker make the drafts from the next step on."""
-        self._loop.assign_drafter(drafter)
+        self._loop.assign_draft_worker(draft_worker)
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
         """The worker's id, and its steps that ended after a time, by the wall clock."""

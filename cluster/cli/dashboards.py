@@ -8,7 +8,7 @@ import typer
 
 from cluster.observe.dashboards.prometheus import Period, Prometheus
 
-MOST_POINTS = 240
+MAX_POINTS = 240
 """In one line of a diagram; more would lie closer than a pixel."""
 
 
@@ -31,7 +31,7 @@ def dashboards(
     from cluster.observe.dashboards.plots import draw, fetch
 
     end_s = time.time()
-    step_s = max(1.0, minutes * 60 / MOST_POINTS)
+    step_s = max(1.0, minutes * 60 / MAX_POINTS)
     rate_interval = f"{max(60, round(2 * step_s))}s"
     period = Period(end_s - minutes * 60, end_s, step_s, rate_interval)
     with Prometheus(prometheus) as server:

@@ -39,7 +39,7 @@ def steps(
     """Show what the latest steps of a running app's workers were made of, and how long they took.
 
     Tokens stand as "tokens/requests" of each stage. "limit" is how long the
-    step might last by the targets of those in it. "put off" counts requests
+    step might last by the targets of those in it. "deferred" counts requests
     that got nothing, by reason. MFU and MBU are shares of the fastest
     arithmetic and reading that were measured on the device.
 
@@ -99,7 +99,7 @@ def explain(
             lines, tables = tell_refusal(one), []
         else:
             lines = tell(one)
-            all_steps = [steps for trail in one.trails for steps in trail.steps.values()]
+            all_steps = [steps for trail in one.attempt_traces for steps in trail.steps.values()]
             tables = [steps_table(own, one.record.arrived_s, each) for own in all_steps]
         console.print(*lines, sep="\n", markup=False, highlight=False)
         console.print(*tables, sep="\n")
@@ -115,7 +115,7 @@ def _side_by_side(found: Sequence[WorkerSteps]) -> Table:
 def _table(of_worker: WorkerSteps) -> Table:
     stages = list(Stage)
     table = Table(
-        "time", "step", *stages, "new", "predicted", "measured", "limit", "put off", "MFU", "MBU",
+        "time", "step", *stages, "new", "predicted", "measured", "limit", "deferred", "MFU", "MBU",
         title=f"worker {of_worker.worker_id}",
         title_justify="left",
     )  # fmt: skip

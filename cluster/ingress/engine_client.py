@@ -68,7 +68,7 @@ class RequestListeners:
     """Who is told of requests, in the event loop."""
 
     began: Callable[[RequestRecord], None] = lambda record: None
-    resumed: Callable[[str], None] = lambda cause: None
+    retried: Callable[[str], None] = lambda reason: None
     """That a request lost its worker and goes on with another; with the error's name."""
     ended: Callable[[RequestRecord], None] = lambda record: None
 
@@ -170,7 +170,7 @@ class EngineClient(Generic[Outputs]):
                     "request lost its worker and is placed again",
                     extra={"request_id": live.request_id, "error": record.attempts[-1].lost},
                 )
-                self._listeners.resumed(type(error).__name__)
+                self._listeners.retried(type(error).__name__)
             except Exception as error:
                 self._fail(live, error)
                 return

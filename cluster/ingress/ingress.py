@@ -18,7 +18,7 @@ from cluster.ingress.calls import Calls, current_call
 from cluster.ingress.engine_client import EngineClient, RequestListeners
 from cluster.ingress.protocol import Api, AppStatus, Chunk
 from cluster.models.model import resolve_model
-from cluster.observe.explain import Trail
+from cluster.observe.explain import AttemptTrace
 from cluster.observe.exporter import Exporter, RequestMetrics
 from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
@@ -29,7 +29,7 @@ from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
 
 logger = logging.getLogger(__name__)
 
-TEND_INTERVAL_S = 0.2
+POLL_INTERVAL_S = 0.2
 """How often the streams to client handles are looked after."""
 
 ASK_TIMEOUT_S = 60.0
@@ -63,7 +63,7 @@ class Ingress:
             StreamReceiver(get_node_ip_address()),
             decode_outputs(),
             failed_outputs,
-            RequestListeners(self._began, self._metrics.count_resume, self._ended),
+            RequestListeners(self._began, self._metrics.count_retry, self._ended),
         )
         self._frontend = Frontend(
             config,
@@ -132,7 +132,7 @@ class Ingress:
         spans = {f"worker {worker_id}": own for worker_id, own in workers}
         if self._draft_workers:
             drafters = await _ask_all(self._draft_workers, "spans", since_s)
-            spans |= {f"draft worker {drafter_id}": own for drafter_id, own in drafters}
+            spans |= {f"draft worker {draft_worker_id}": own for draft_worker_id, own in drafters}
         return spans
 
     async def steps(self, since_s: float, most: int) -> list[WorkerSteps]:
@@ -144,12 +144,12 @@ class Ingress:
         """What became of the calls and requests of this ingress whose ids contain `query`."""
         return self._history.find(query)
 
-    async def trails(self, attempt_ids: list[str]) -> list[Trail]:
+    async def attempt_traces(self, attempt_ids: list[str]) -> list[AttemptTrace]:
         """Where each attempt at a request was placed, and its steps there."""
         placements = await self._scheduler.placements.remote(attempt_ids)
         steps = await _ask_all(self._workers, "steps_of", attempt_ids)
         return [
-            Trail(
+            AttemptTrace(
                 placements.get(attempt_id),
                 {worker_id: found[attempt_id] for worker_id, found in steps if attempt_id in found},
             )
@@ -174,7 +174,7 @@ class Ingress:
         for before, attempt in itertools.pairwise(record.attempts):
             back_s = min(record.first_token_s, time.time())
             self._tracing.add(
-                "resume", record.request.traceparent, attempt.began_s, back_s,
+                "retry", record.request.traceparent, attempt.began_s, back_s,
                 {"xyserve.lost": before.lost, "xyserve.attempt_id": attempt.attempt_id},
             )  # fmt: skip
         logger.debug(
@@ -207,7 +207,7 @@ class Ingress:
     async def _tend(self) -> None:
         while True:
             self._senders.tend(time.monotonic())
-            await asyncio.sleep(TEND_INTERVAL_S)
+            await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _has_workers(self) -> bool:
         return any(not load.silent for load in await self._scheduler.loads.remote())

@@ -28,7 +28,7 @@ WAITS = {
 CHOICES = {
     PlacementReason.ONLY: "no other worker took new requests",
     PlacementReason.OTHERS_SILENT: "the others had not reported for long",
-    PlacementReason.LEAST_TOKENS: "it had the least to do",
+    PlacementReason.MIN_TOKENS: "it had the least to do",
     PlacementReason.FEWEST_REQUESTS: "as little to do as the next one, in fewer requests",
     PlacementReason.TIE: "as good as the next one",
     PlacementReason.ALL_SILENT: "none had reported for long, and it had the least to do",
@@ -36,7 +36,7 @@ CHOICES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Trail:
+class AttemptTrace:
     """What is known of one attempt at a request."""
 
     placement: Placement | None
@@ -50,7 +50,7 @@ class Explanation:
     """A request and the trail of each of its attempts."""
 
     record: RequestRecord
-    trails: list[Trail]
+    attempt_traces: list[AttemptTrace]
 
 
 def tell_refusal(refusal: Refusal) -> list[str]:
@@ -68,7 +68,7 @@ def tell(explanation: Explanation) -> list[str]:
     record = explanation.record
     lines = [_headline(record), _targets(record)]
     for number, (attempt, trail) in enumerate(
-        zip(record.attempts, explanation.trails, strict=True), start=1
+        zip(record.attempts, explanation.attempt_traces, strict=True), start=1
     ):
         if len(record.attempts) > 1:
             lines.append(f"Attempt {number} of {len(record.attempts)}:")
@@ -123,7 +123,9 @@ def _targets(record: RequestRecord) -> str:
     return f"Targets, {named}: {', '.join(parts)}."
 
 
-def _attempt(record: RequestRecord, attempt: Attempt, trail: Trail, is_first: bool) -> list[str]:
+def _attempt(
+    record: RequestRecord, attempt: Attempt, trail: AttemptTrace, is_first: bool
+) -> list[str]:
     lines = [_placed(trail.placement)]
     for worker_id, steps in trail.steps.items():
         began_s = record.arrived_s if is_first else attempt.began_s

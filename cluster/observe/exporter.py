@@ -13,7 +13,7 @@ from cluster.config.app_config import AppConfig
 from cluster.observe import metrics
 from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
 from cluster.observe.request_history import RequestRecord
-from scheduler.drafting import Cause
+from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement, WorkerLoad
 from workers.drafts.draft_client import DraftCounts
 from workers.reports import DraftStats, DraftWorkerStatus
@@ -152,9 +152,9 @@ class RequestMetrics:
         """Count a call of the API: admitted, invalid or unavailable."""
         self._exporter.add(metrics.ADMISSIONS, outcome=outcome)
 
-    def count_resume(self, cause: str) -> None:
+    def count_retry(self, reason: str) -> None:
         """Count a request that lost its worker and goes on with another."""
-        self._exporter.add(metrics.RESUMES, cause=cause)
+        self._exporter.add(metrics.RETRIES, reason=reason)
 
     def set_live(self, num_live: int) -> None:
         """Note how many requests go on."""
@@ -190,9 +190,9 @@ class PlacementMetrics:
         worker = placement.chosen.worker_id
         self._exporter.add(metrics.PLACEMENTS, worker=worker, reason=placement.reason)
 
-    def count_collapse(self, worker_id: str, cause: Cause) -> None:
+    def count_collapse(self, worker_id: str, reason: CollapseReason) -> None:
         """Count that the drafts for a worker are no longer accepted."""
-        self._exporter.add(metrics.DRAFT_COLLAPSES, cause=cause)
+        self._exporter.add(metrics.DRAFT_COLLAPSES, reason=reason)
 
     def set_load(self, load: WorkerLoad, report_age_s: float) -> None:
         """Note how a worker is seen."""

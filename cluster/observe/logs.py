@@ -26,7 +26,7 @@ PACKAGES = ("cluster", "workers", "scheduler")
 NO_FIELDS = (*RESERVED_ATTRS, "vllm_process_name")
 """Attributes of every log record; vLLM adds one."""
 
-MOST_ALIKE, WINDOW_S = 5, 10.0
+MAX_ALIKE, WINDOW_S = 5, 10.0
 """So many equal events are logged in so many seconds."""
 
 
@@ -107,7 +107,7 @@ def quoted(value: object) -> str:
 class _Kind:
     """Events that are equal but for their fields."""
 
-    logged_s: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ALIKE))
+    logged_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_ALIKE))
     """When the last of them were logged."""
     num_left_out: int = 0
     """Since then."""
@@ -133,7 +133,7 @@ class FloodFilter(logging.Filter):
         with self._lock:
             now = self._clock()
             kind = self._kinds[record.name, record.levelno, str(record.msg)]
-            if len(kind.logged_s) == MOST_ALIKE and now - kind.logged_s[0] < WINDOW_S:
+            if len(kind.logged_s) == MAX_ALIKE and now - kind.logged_s[0] < WINDOW_S:
                 kind.num_left_out += 1
                 return False
             kind.logged_s.append(now)  # the oldest of them goes

@@ -121,11 +121,11 @@ REQUEST_TOKENS = _counter(
     "slo_class",
     "kind",
 )
-RESUMES = _counter(
-    "request_resumes",
+RETRIES = _counter(
+    "request_retries",
     "requests",
     "Times that a request lost its worker and went on with another, by what happened to the first.",
-    "cause",
+    "reason",
 )
 
 # Steps; told by each worker.
@@ -209,7 +209,7 @@ DRAFT_COLLAPSES = _counter(
     "draft_collapses",
     "collapses",
     "Times that the drafts for a worker were no longer accepted as they had been, by why.",
-    "cause",
+    "reason",
 )
 DRAFT_WORKER_BUSY = _gauge(
     "draft_worker_busy_ratio", "ratio", "Share of its time that a draft worker drafts."

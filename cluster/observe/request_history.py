@@ -8,7 +8,7 @@ from scheduler.request import Request
 
 MAX_RECORDS = 10_000
 """Requests and refusals that are kept, some kilobyte each."""
-LEAST_QUERY = 4
+MIN_QUERY = 4
 """Characters of an id that one may ask for; fewer would fit too many."""
 
 
@@ -114,6 +114,6 @@ class RequestHistory:
         What clients know of a request is a part of its id: that of their call, which the answer's
         header x-request-id tells too. A call with n=4 is four requests.
         """
-        if len(query) < LEAST_QUERY:
+        if len(query) < MIN_QUERY:
             return []
         return [record for key, record in self._records.items() if query in key]

@@ -7,10 +7,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from scheduler.drafting import Cause, DraftReport, DraftWatch, DraftWorkerLoad, choose_drafter
+from scheduler.drafting import (
+    CollapseReason,
+    DraftReport,
+    DraftWatch,
+    DraftWorkerLoad,
+    choose_draft_worker,
+)
 from scheduler.placement import Placement, WorkerLoad, place
 from scheduler.request import Request
-from workers.drafts.draft_stream import DrafterAddress
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.reports import DraftStats, DraftWorkerReport, DraftWorkerStatus, WorkerReport
 
 logger = logging.getLogger(__name__)
@@ -21,16 +27,16 @@ SILENT_AFTER_S = 30.0
 """A worker that has not reported for this long perhaps hangs; a live one does every 2 s."""
 GONE_AFTER_S = 300.0
 """A worker that was silent for so long is no more; Serve would have replaced one that hangs."""
-DRAFTER_SILENT_AFTER_S = 3.0
-"""A draft worker that has not reported, or owes an answer, for so long may be stopped; a live one
-does twice a second."""
+DRAFT_WORKER_SILENT_AFTER_S = 3.0
+"""A draft worker that has not reported, or owes an answer, for this long may be stopped; a live
+one reports twice a second."""
 MAX_PLACEMENTS = 10_000
 """Placements that are kept for those who ask why."""
 EXPLANATIONS = {
-    Cause.SILENT: "the draft worker does not answer; is it stopped or overloaded?",
-    Cause.RESTARTED: "the draft worker has restarted and must learn anew",
-    Cause.LATE: "they come after the tokens that they guess; is the draft worker overloaded?",
-    Cause.CONTENT: "the drafters do not foresee the text that is written now",
+    CollapseReason.SILENT: "the draft worker does not answer; is it stopped or overloaded?",
+    CollapseReason.RESTARTED: "the draft worker has restarted and must learn again",
+    CollapseReason.LATE: "they arrive after the tokens they guess; is the draft worker overloaded?",
+    CollapseReason.CONTENT: "the drafters do not predict the text that is being written",
 }
 
 
@@ -48,7 +54,7 @@ class _WorkerView:
     """Outstanding tokens and time of placement, by request id."""
     draining: bool = False
     tokens_per_span: float = 1.0
-    drafter: str | None = None
+    draft_worker: str | None = None
     """The draft worker that drafts for it, by id."""
     drafts: DraftWatch = field(default_factory=DraftWatch)
 
@@ -70,14 +76,14 @@ class _WorkerView:
 
 
 @dataclass(frozen=True, slots=True)
-class _DrafterView:
+class _DraftWorkerView:
     """The last report of a draft worker."""
 
     report: DraftWorkerReport
     heard_s: float
 
     def is_silent(self, now: float) -> bool:
-        return now - self.heard_s > DRAFTER_SILENT_AFTER_S
+        return now - self.heard_s > DRAFT_WORKER_SILENT_AFTER_S
 
 
 class GlobalScheduler:
@@ -87,7 +93,7 @@ class GlobalScheduler:
         self,
         clock: Callable[[], float] = time.monotonic,
         on_placement: Callable[[Request, Placement], None] = lambda request, placement: None,
-        on_collapse: Callable[[str, Cause], None] = lambda worker_id, cause: None,
+        on_collapse: Callable[[str, CollapseReason], None] = lambda worker_id, reason: None,
     ) -> None:
         """`on_placement` is told of each placement.
 
@@ -98,7 +104,7 @@ class GlobalScheduler:
         self._on_collapse = on_collapse
         self._placements: OrderedDict[str, Placement] = OrderedDict()
         self._workers: dict[str, _WorkerView] = {}
-        self._drafters: dict[str, _DrafterView] = {}
+        self._draft_workers: dict[str, _DraftWorkerView] = {}
 
     async def place(self, request: Request, worker_ids: Sequence[str]) -> str | None:
         """Choose one of `worker_ids`, which Serve holds for alive; None while all are draining."""
@@ -125,7 +131,7 @@ class GlobalScheduler:
         known = self._placements
         return {request_id: known[request_id] for request_id in request_ids if request_id in known}
 
-    async def report(self, report: WorkerReport) -> DrafterAddress | None:
+    async def report(self, report: WorkerReport) -> DraftWorkerAddress | None:
         """Take a worker's own account of its requests; the draft worker that drafts for it."""
         now = self._clock()
         view = self._view(report.worker_id, now)
@@ -138,17 +144,17 @@ class GlobalScheduler:
         if report.drafts is None:
             return None
         self._watch(report.worker_id, view, report.drafts, now)
-        return self._choose_drafter(view, now)
+        return self._choose_draft_worker(view, now)
 
-    async def report_drafter(self, report: DraftWorkerReport) -> list[DrafterAddress]:
+    async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
         """Take a draft worker's own account; the other draft workers, to share memories with."""
         now = self._clock()
-        if (draft_worker_id := report.address.draft_worker_id) not in self._drafters:
+        if (draft_worker_id := report.address.draft_worker_id) not in self._draft_workers:
             logger.info("draft worker found", extra={"draft_worker": draft_worker_id})
-        self._drafters[draft_worker_id] = _DrafterView(report, now)
+        self._draft_workers[draft_worker_id] = _DraftWorkerView(report, now)
         return [
             other.report.address
-            for other in self._drafters.values()
+            for other in self._draft_workers.values()
             if other.report.address != report.address and not other.is_silent(now)
         ]
 
@@ -157,7 +163,7 @@ class GlobalScheduler:
         now = self._clock()
         return [
             dataclasses.replace(view.report.status, silent=view.is_silent(now))
-            for _, view in sorted(self._drafters.items())
+            for _, view in sorted(self._draft_workers.items())
         ]
 
     def _note_report(self, worker_id: str, view: _WorkerView) -> None:
@@ -182,47 +188,47 @@ class GlobalScheduler:
     def _watch(self, worker_id: str, view: _WorkerView, stats: DraftStats, now: float) -> None:
         """Learn how well drafts serve a worker, and say so when they no longer do."""
         view.tokens_per_span = stats.tokens_per_span
-        cause = view.drafts.observe(
+        reason = view.drafts.observe(
             DraftReport(
                 stats.acceptance_rate,
                 stats.counts.proposed,
                 stats.counts.verified,
                 stats.counts.late,
-                stats.drafter,
-                stats.silent_s < DRAFTER_SILENT_AFTER_S,
+                stats.draft_worker,
+                stats.silent_s < DRAFT_WORKER_SILENT_AFTER_S,
             ),
             now,
         )
-        if cause is not None:
+        if reason is not None:
             logger.warning(
                 "drafts are no longer accepted",
                 extra={
                     "worker": worker_id,
                     "acceptance_rate": round(stats.acceptance_rate, 2),
-                    "reason": EXPLANATIONS[cause],
+                    "reason": EXPLANATIONS[reason],
                 },
             )
-            self._on_collapse(worker_id, cause)
+            self._on_collapse(worker_id, reason)
 
-    def _choose_drafter(self, view: _WorkerView, now: float) -> DrafterAddress | None:
-        for gone, drafter in list(self._drafters.items()):
-            if now - drafter.heard_s > FORGET_AFTER_S:
-                del self._drafters[gone]
-        chosen = choose_drafter(
-            view.drafter,
+    def _choose_draft_worker(self, view: _WorkerView, now: float) -> DraftWorkerAddress | None:
+        for gone, draft_worker in list(self._draft_workers.items()):
+            if now - draft_worker.heard_s > FORGET_AFTER_S:
+                del self._draft_workers[gone]
+        chosen = choose_draft_worker(
+            view.draft_worker,
             [
                 DraftWorkerLoad(
                     draft_worker_id,
-                    sum(other.drafter == draft_worker_id for other in self._workers.values()),
-                    drafter.report.status.busy_share,
-                    drafter.is_silent(now),
+                    sum(other.draft_worker == draft_worker_id for other in self._workers.values()),
+                    draft_worker.report.status.busy_share,
+                    draft_worker.is_silent(now),
                 )
-                for draft_worker_id, drafter in self._drafters.items()
+                for draft_worker_id, draft_worker in self._draft_workers.items()
             ],
         )
         # While there is none but silent ones, the old one may come back.
-        view.drafter = chosen or view.drafter
-        known = self._drafters.get(view.drafter) if view.drafter else None
+        view.draft_worker = chosen or view.draft_worker
+        known = self._draft_workers.get(view.draft_worker) if view.draft_worker else None
         return known.report.address if known else None
 
     async def loads(self) -> list[WorkerLoad]:

@@ -124,7 +124,7 @@ async def warm_up(handle: XYServe) -> None:
     prompts = (f"Tell me of the number {number}." for number in range(8))
     await asyncio.gather(*(ask(handle, prompt, 16) for prompt in prompts))
     deadline_s = time.monotonic() + READY_TIMEOUT_S
-    while any(w.drafts and w.drafts.drafter is None for w in handle.status().workers):
+    while any(w.drafts and w.drafts.draft_worker is None for w in handle.status().workers):
         if time.monotonic() > deadline_s:
             raise SystemExit("a worker has no draft worker")
         await asyncio.sleep(0.2)

@@ -50,7 +50,7 @@ def test_a_request_is_explained_by_the_id_of_its_answer(
     )
 
     one = only(handle.explain(answer.id))
-    [trail] = one.trails
+    [trail] = one.attempt_traces
     [(worker, steps)] = trail.steps.items()
     usage = answer.usage
     assert usage is not None
@@ -182,7 +182,7 @@ def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
                 handle.generate_async(
                     f"{number} {PROMPT * 45}",
                     max_tokens=5,
-                    request_id=f"resumed-{number}",
+                    request_id=f"retried-{number}",
                     traceparent=f"00-{trace_id}-00f067aa0ba902b7-01",
                     timeout_s=120,
                 )
@@ -195,17 +195,17 @@ def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
 
     assert all(answer.usage.completion_tokens == 5 for answer in asyncio.run(answers()))
 
-    found = [only(handle.explain(f"resumed-{number}")) for number in range(2)]
-    [resumed] = (one for one in found if len(one.record.attempts) == 2)
-    text = "\n".join(tell(resumed))
+    found = [only(handle.explain(f"retried-{number}")) for number in range(2)]
+    [retried] = (one for one in found if len(one.record.attempts) == 2)
+    text = "\n".join(tell(retried))
     assert f"placed on {killed.worker_id}" in text.partition("Attempt 2 of 2")[0]
     assert "it lost that worker: " in text.partition("Attempt 2 of 2")[0]
     assert f"on {kept.worker_id}, prefill" in text.partition("Attempt 2 of 2")[2]
-    assert resumed.record.num_output_tokens == 5
-    spans = collector.trace(trace_id, lambda found: any(s.name == "resume" for s in found))
-    [resume] = (span for span in spans if span.name == "resume")
-    assert resume.attributes["xyserve.attempt_id"].endswith(".1")
-    assert resume.attributes["xyserve.lost"] == resumed.record.attempts[0].lost
+    assert retried.record.num_output_tokens == 5
+    spans = collector.trace(trace_id, lambda found: any(s.name == "retry" for s in found))
+    [retry] = (span for span in spans if span.name == "retry")
+    assert retry.attributes["xyserve.attempt_id"].endswith(".1")
+    assert retry.attributes["xyserve.lost"] == retried.record.attempts[0].lost
     give_up_s = time.monotonic() + NEW_WORKER_S
     while len(handle.status().workers) < 2:
         assert time.monotonic() < give_up_s

@@ -12,7 +12,7 @@ from tests.e2e.conftest import MODEL, Server
 EXPORT_TIMEOUT_S = 60
 """Ray gathers metrics every few seconds."""
 
-NEEDS_TROUBLE = {metrics.RESUMES, metrics.DRAFT_COLLAPSES, metrics.DEFERRALS}
+NEEDS_TROUBLE = {metrics.RETRIES, metrics.DRAFT_COLLAPSES, metrics.DEFERRALS}
 
 
 def test_every_metric_is_on_rays_endpoint_with_its_labels(

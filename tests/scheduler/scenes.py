@@ -80,7 +80,7 @@ def tokens(plan: BatchPlan) -> dict[str, int]:
 
 
 def reasons(plan: BatchPlan) -> dict[str, str]:
-    """Why requests were put off, as plain words."""
+    """Why requests were deferred, as plain words."""
     return {deferral.request_id: str(deferral.reason) for deferral in plan.deferred}
 
 

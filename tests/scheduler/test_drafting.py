@@ -5,13 +5,13 @@ import pytest
 
 from scheduler.drafting import (
     BUSIER,
-    LEAST_VERIFIED,
+    MIN_VERIFIED,
     RESTART_MEMORY_S,
-    Cause,
+    CollapseReason,
     DraftReport,
     DraftWatch,
     DraftWorkerLoad,
-    choose_drafter,
+    choose_draft_worker,
 )
 
 START_S = 100.0
@@ -21,7 +21,7 @@ START_S = 100.0
 class Watched:
     """A watch and the reports of its worker, one a second."""
 
-    drafter: str | None = "d1"
+    draft_worker: str | None = "d1"
     now: float = START_S
     watch: DraftWatch = dataclasses.field(default_factory=DraftWatch)
     _num_proposed: int = 0
@@ -36,7 +36,7 @@ class Watched:
         num_proposed: int = 20,
         num_late: int = 0,
         is_answered: bool = True,
-    ) -> Cause | None:
+    ) -> CollapseReason | None:
         """One report; the numbers are since the one before."""
         self.now += 1
         self._num_proposed += num_proposed
@@ -48,13 +48,13 @@ class Watched:
                 self._num_proposed,
                 self._num_verified,
                 self._num_late,
-                self.drafter,
+                self.draft_worker,
                 is_answered,
             ),
             self.now,
         )
 
-    def run(self, rates: Iterable[float]) -> list[Cause]:
+    def run(self, rates: Iterable[float]) -> list[CollapseReason]:
         """The events of some seconds."""
         return [event for rate in rates if (event := self.report(rate))]
 
@@ -73,7 +73,7 @@ def load(
 
 
 @pytest.mark.parametrize(
-    ("drafters", "chosen"),
+    ("draft_workers", "chosen"),
     [
         ([], None),
         ([load("a", silent=True)], None),
@@ -85,9 +85,9 @@ def load(
     ],
 )
 def test_a_worker_gets_the_least_busy_draft_worker_that_is_not_silent(
-    drafters: list[DraftWorkerLoad], chosen: str | None
+    draft_workers: list[DraftWorkerLoad], chosen: str | None
 ) -> None:
-    assert choose_drafter(None, drafters) == chosen
+    assert choose_draft_worker(None, draft_workers) == chosen
 
 
 @pytest.mark.parametrize(
@@ -103,15 +103,15 @@ def test_a_worker_gets_the_least_busy_draft_worker_that_is_not_silent(
 def test_a_worker_keeps_its_draft_worker_unless_another_is_much_less_busy(
     current: DraftWorkerLoad, chosen: str
 ) -> None:
-    assert choose_drafter("a", [load("b", 0.5), current]) == chosen
+    assert choose_draft_worker("a", [load("b", 0.5), current]) == chosen
 
 
 def test_a_worker_whose_draft_worker_is_gone_gets_another() -> None:
-    assert choose_drafter("gone", [load("a", 0.9), load("b", 0.8)]) == "b"
+    assert choose_draft_worker("gone", [load("a", 0.9), load("b", 0.8)]) == "b"
 
 
 def test_a_worker_with_none_but_a_silent_draft_worker_has_none() -> None:
-    assert choose_drafter("a", [load("a", silent=True)]) is None
+    assert choose_draft_worker("a", [load("a", silent=True)]) is None
 
 
 def test_workers_that_choose_in_turn_share_the_draft_workers_and_stay() -> None:
@@ -121,7 +121,7 @@ def test_workers_that_choose_in_turn_share_the_draft_workers_and_stay() -> None:
         for worker, current in of_worker.items():
             counts = {name: list(of_worker.values()).count(name) for name in ("a", "b")}
             loads = [load(name, 0.3 * count, count) for name, count in counts.items()]
-            of_worker[worker] = choose_drafter(current, loads)
+            of_worker[worker] = choose_draft_worker(current, loads)
         history.append(list(of_worker.values()))
 
     assert history == [["a", "b", "a", "b"]] * 3
@@ -134,50 +134,50 @@ def test_a_usual_rate_is_no_event() -> None:
 def test_a_rate_that_falls_with_what_is_written_is_of_the_content() -> None:
     watched = usual()
 
-    assert watched.run([0.1]) == [Cause.CONTENT]
-    assert watched.watch.cause is Cause.CONTENT
+    assert watched.run([0.1]) == [CollapseReason.CONTENT]
+    assert watched.watch.reason is CollapseReason.CONTENT
 
 
 def test_a_rate_that_falls_behind_late_drafts_is_of_their_lateness() -> None:
-    assert usual().report(0.1, num_proposed=20, num_late=11) is Cause.LATE
+    assert usual().report(0.1, num_proposed=20, num_late=11) is CollapseReason.LATE
 
 
 def test_some_late_drafts_are_not_the_cause() -> None:
-    assert usual().report(0.1, num_proposed=20, num_late=10) is Cause.CONTENT
+    assert usual().report(0.1, num_proposed=20, num_late=10) is CollapseReason.CONTENT
 
 
 def test_a_rate_that_falls_with_a_new_draft_worker_is_of_its_restart() -> None:
     watched = usual()
-    watched.drafter = "d2"
+    watched.draft_worker = "d2"
 
-    assert watched.run([0.5, 0.4, 0.1]) == [Cause.RESTARTED]
+    assert watched.run([0.5, 0.4, 0.1]) == [CollapseReason.RESTARTED]
 
 
 def test_late_drafts_of_a_new_draft_worker_are_of_its_restart() -> None:
     watched = usual()
-    watched.drafter = "d2"
+    watched.draft_worker = "d2"
 
-    assert watched.report(0.1, num_late=20) is Cause.RESTARTED
+    assert watched.report(0.1, num_late=20) is CollapseReason.RESTARTED
 
 
 def test_a_draft_worker_is_not_new_for_ever() -> None:
     watched = usual()
-    watched.drafter = "d2"
+    watched.draft_worker = "d2"
     steady = watched.run([0.6] * int(RESTART_MEMORY_S))
 
-    assert (steady, watched.run([0.1])) == ([], [Cause.CONTENT])
+    assert (steady, watched.run([0.1])) == ([], [CollapseReason.CONTENT])
 
 
 def test_a_draft_worker_that_does_not_answer_is_the_cause_whatever_the_rate() -> None:
     watched = usual()
 
-    assert watched.report(0.6, is_answered=False) is Cause.SILENT
+    assert watched.report(0.6, is_answered=False) is CollapseReason.SILENT
 
 
 def test_a_draft_worker_that_does_not_answer_is_noticed_though_nothing_is_verified() -> None:
     watched = usual()
 
-    assert watched.report(0.6, num_verified=0, is_answered=False) is Cause.SILENT
+    assert watched.report(0.6, num_verified=0, is_answered=False) is CollapseReason.SILENT
 
 
 def test_a_silent_draft_worker_that_answers_again_has_recovered() -> None:
@@ -185,8 +185,8 @@ def test_a_silent_draft_worker_that_answers_again_has_recovered() -> None:
     events = [watched.report(0.6, num_verified=0, is_answered=False) for _ in range(3)]
     events.append(watched.report(0.6))
 
-    assert events == [Cause.SILENT, None, None, None]
-    assert watched.watch.cause is None
+    assert events == [CollapseReason.SILENT, None, None, None]
+    assert watched.watch.reason is None
 
 
 def test_each_silence_is_an_event_of_its_own() -> None:
@@ -194,9 +194,9 @@ def test_each_silence_is_an_event_of_its_own() -> None:
     answers = [False, True, False, False, True]
 
     assert [watched.report(0.6, is_answered=answer) for answer in answers] == [
-        Cause.SILENT,
+        CollapseReason.SILENT,
         None,
-        Cause.SILENT,
+        CollapseReason.SILENT,
         None,
         None,
     ]
@@ -207,44 +207,44 @@ def test_what_a_rate_is_during_silence_does_not_become_usual() -> None:
     for _ in range(100):
         watched.report(0.0, is_answered=False)
 
-    assert watched.run([0.1]) == [Cause.CONTENT]
+    assert watched.run([0.1]) == [CollapseReason.CONTENT]
 
 
 def test_silence_during_a_collapse_is_an_event_of_its_own() -> None:
     watched = usual()
 
     assert [watched.report(0.1), watched.report(0.1, is_answered=False)] == [
-        Cause.CONTENT,
-        Cause.SILENT,
+        CollapseReason.CONTENT,
+        CollapseReason.SILENT,
     ]
 
 
 def test_a_collapse_is_one_event_however_long_it_lasts() -> None:
     watched = usual()
 
-    assert watched.run([0.1] * 20) == [Cause.CONTENT]
-    assert watched.watch.cause is Cause.CONTENT
+    assert watched.run([0.1] * 20) == [CollapseReason.CONTENT]
+    assert watched.watch.reason is CollapseReason.CONTENT
 
 
 def test_a_collapse_ends_near_the_usual_rate_and_not_before() -> None:
     watched = usual()
     watched.run([0.1])
-    causes = []
+    reasons = []
     for rate in (0.2, 0.4, 0.55):
         assert watched.report(rate) is None
-        causes.append(watched.watch.cause)
+        reasons.append(watched.watch.reason)
 
-    assert causes == [Cause.CONTENT, Cause.CONTENT, None]
+    assert reasons == [CollapseReason.CONTENT, CollapseReason.CONTENT, None]
 
 
 def test_a_rate_that_wavers_about_the_limit_is_one_event() -> None:
-    assert usual().run([0.28, 0.32] * 5) == [Cause.CONTENT]
+    assert usual().run([0.28, 0.32] * 5) == [CollapseReason.CONTENT]
 
 
 def test_after_a_recovery_the_next_collapse_is_an_event_again() -> None:
     watched = usual()
 
-    assert watched.run([0.1, 0.6, 0.6, 0.1]) == [Cause.CONTENT, Cause.CONTENT]
+    assert watched.run([0.1, 0.6, 0.6, 0.1]) == [CollapseReason.CONTENT, CollapseReason.CONTENT]
 
 
 def test_a_rate_that_sinks_slowly_is_the_new_usual() -> None:
@@ -258,7 +258,7 @@ def test_a_low_rate_that_lasts_is_the_new_usual() -> None:
     watched = usual()
     events = watched.run([0.2] * 200)
 
-    assert (events, watched.watch.cause) == ([Cause.CONTENT], None)
+    assert (events, watched.watch.reason) == ([CollapseReason.CONTENT], None)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.1])
@@ -266,17 +266,17 @@ def test_a_rate_that_was_never_high_cannot_collapse(rate: float) -> None:
     assert usual(0.14).run([rate] * 5) == []
 
 
-@pytest.mark.parametrize(("fallen", "events"), [(0.31, []), (0.29, [Cause.CONTENT])])
-def test_a_collapse_is_less_than_half_the_usual_rate(fallen: float, events: list[Cause]) -> None:
+@pytest.mark.parametrize(("fallen", "events"), [(0.31, []), (0.29, [CollapseReason.CONTENT])])
+def test_a_collapse_is_less_than_half_the_usual_rate(
+    fallen: float, events: list[CollapseReason]
+) -> None:
     assert usual(0.6).run([fallen]) == events
 
 
 def test_nothing_collapses_before_a_usual_rate_is_known() -> None:
     watched = Watched()
     watched.report(0.9, num_verified=1)
-    events = [
-        watched.report(rate, num_verified=1) for rate in (0.9, 0.0) * (LEAST_VERIFIED // 2 - 1)
-    ]
+    events = [watched.report(rate, num_verified=1) for rate in (0.9, 0.0) * (MIN_VERIFIED // 2 - 1)]
 
     assert set(events) == {None}
 
@@ -301,4 +301,4 @@ def test_what_a_worker_did_before_its_first_report_is_not_judged() -> None:
     watched = Watched()
 
     assert watched.report(0.0, num_verified=1000, num_late=1000, is_answered=False) is None
-    assert watched.watch.cause is None
+    assert watched.watch.reason is None

@@ -3,7 +3,7 @@
 import pytest
 
 from scheduler.baselines import DecodeFirst
-from scheduler.hybrid import PATIENCE_S, SAFETY, TURN, TURN_TOKENS, HybridScheduler
+from scheduler.hybrid import MARGIN, STARVATION_S, TURN, TURN_TOKENS, HybridScheduler
 from scheduler.request import RequestState, Slo
 from scheduler.task import BatchPlan, StepView
 from tests.scheduler.scenes import (
@@ -29,8 +29,8 @@ def plan(of: StepView, now: float = 1.0) -> BatchPlan:
 def test_a_long_prompt_takes_only_the_time_that_decodes_can_spare() -> None:
     chunk = tokens(plan(view([decoding("a", slo=CHAT)], [waiting("long", 5000)])))["long"]
 
-    assert FIXED_S + (1 + chunk) * TOKEN_S <= SAFETY * CHAT.tpot_s
-    assert FIXED_S + (2 + chunk) * TOKEN_S > SAFETY * CHAT.tpot_s  # and not a token less
+    assert FIXED_S + (1 + chunk) * TOKEN_S <= MARGIN * CHAT.tpot_s
+    assert FIXED_S + (2 + chunk) * TOKEN_S > MARGIN * CHAT.tpot_s  # and not a token less
 
 
 def test_a_step_without_targets_takes_the_whole_budget() -> None:
@@ -156,7 +156,7 @@ def test_without_targets_none_passes_one_that_does_not_fit_the_kv_cache() -> Non
 
 
 def test_one_that_waited_without_end_has_the_next_room_in_the_kv_cache() -> None:
-    starved = waiting("starved", 1500, slo=CHAT, arrival_s=-PATIENCE_S)
+    starved = waiting("starved", 1500, slo=CHAT, arrival_s=-STARVATION_S)
     fresh = waiting("fresh", 80, slo=CHAT, arrival_s=0.9)
     running = [decoding("a", slo=CHAT)]
 

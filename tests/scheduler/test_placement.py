@@ -26,8 +26,8 @@ A, B = WorkerLoad("a", 9, 1), WorkerLoad("b", 9, 1)
 @pytest.mark.parametrize(
     ("loads", "chosen", "reason"),
     [
-        ([A, WorkerLoad("b", 8, 5)], "b", PlacementReason.LEAST_TOKENS),
-        ([A, WorkerLoad("b", 16, 1, tokens_per_span=2.0)], "b", PlacementReason.LEAST_TOKENS),
+        ([A, WorkerLoad("b", 8, 5)], "b", PlacementReason.MIN_TOKENS),
+        ([A, WorkerLoad("b", 16, 1, tokens_per_span=2.0)], "b", PlacementReason.MIN_TOKENS),
         ([WorkerLoad("a", 9, 2), B], "b", PlacementReason.FEWEST_REQUESTS),
         ([B, A], "a", PlacementReason.TIE),
         ([A], "a", PlacementReason.ONLY),
@@ -65,7 +65,7 @@ def test_the_runner_up_is_who_would_be_chosen_without_the_chosen_one() -> None:
 
     placement = place(REQUEST, loads)
 
-    assert placement == Placement(loads[2], A, PlacementReason.LEAST_TOKENS, num_draining=1)
+    assert placement == Placement(loads[2], A, PlacementReason.MIN_TOKENS, num_draining=1)
 
 
 @pytest.mark.parametrize("loads", [[], [WorkerLoad("a", 0, 0, draining=True)]])

@@ -3,10 +3,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.cost_model import CostModel
-from scheduler.hybrid import SAFETY, HybridScheduler
+from scheduler.hybrid import MARGIN, HybridScheduler
 from scheduler.request import Slo
 from scheduler.speculation import (
-    MOST_CHANCE,
+    MAX_CHANCE,
     PROBE_STEPS,
     REST_STEPS,
     Acceptance,
@@ -63,7 +63,7 @@ def test_fewer_drafts_are_verified_when_the_batch_is_large() -> None:
 
 
 def test_drafts_never_break_a_target() -> None:
-    limit_s = (FIXED_S + 3 * TOKEN_S + 1e-6) / SAFETY
+    limit_s = (FIXED_S + 3 * TOKEN_S + 1e-6) / MARGIN
     state = decoding("a", num_drafts=8, acceptance_rate=0.95, slo=Slo(2.0, limit_s))
     state.first_token_s, state.last_token_s = 1.0 - 4 * limit_s, 1.0
 
@@ -125,7 +125,7 @@ def test_at_first_a_drafter_is_taken_at_its_word() -> None:
 
 
 def test_no_draft_is_sure() -> None:
-    assert Acceptance().chances("a", "suffix", [1.0]) == (MOST_CHANCE,)
+    assert Acceptance().chances("a", "suffix", [1.0]) == (MAX_CHANCE,)
 
 
 def test_a_drafter_that_boasts_is_believed_less() -> None:
@@ -226,5 +226,5 @@ def test_chances_are_chances_whatever_comes(drafts: list[tuple[list[float], int]
         verify(acceptance, "a", probs, min(num_accepted, len(probs)))
         chances = acceptance.chances("a", "suffix", probs)
         assert len(chances) == len(probs)
-        assert all(0 <= chance <= MOST_CHANCE for chance in chances)
+        assert all(0 <= chance <= MAX_CHANCE for chance in chances)
     assert 0 <= acceptance.rate <= 1

@@ -13,11 +13,11 @@ from workers.config import DraftConfig, WorkerConfig
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafts.draft_client import DraftCounts
-from workers.drafts.draft_stream import DrafterAddress
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.token_stream import StreamAddress
 
 NUM_DRAFTS = 6
-DEAD = DrafterAddress("dead", "dead", StreamAddress("tcp://127.0.0.1:1", b"-"))
+DEAD = DraftWorkerAddress("dead", "dead", StreamAddress("tcp://127.0.0.1:1", b"-"))
 """A draft worker at whose address nobody listens."""
 
 
@@ -152,13 +152,13 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
     if drafts is not None:
         drafts.counts_of.clear()
         engine._planned.acceptance = Trust() if setting.is_trusted else Acceptance()
-        engine.assign_drafter(DEAD if setting.is_dead else None)
+        engine.assign_draft_worker(DEAD if setting.is_dead else None)
     if setting.drafts is not None and not setting.is_dead:
         drafter = OracleDrafter(calls, setting)
         worker = DraftWorker(
             "d", DraftConfig(), lambda: {"oracle": drafter}, lambda report: None, "127.0.0.1"
         )
-        engine.assign_drafter(worker.address)
+        engine.assign_draft_worker(worker.address)
     decoder = MsgpackDecoder(EngineCoreOutputs)
     tokens: list[list[int]] = [[] for _ in calls]
     logprobs: list[list[float]] = [[] for _ in calls]

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from scheduler.request import Request
-from workers.drafts.draft_stream import DrafterAddress
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
 from workers.token_stream import StreamAddress
 
@@ -47,15 +47,15 @@ class FakeEngine:
         self.runs_model = True
         """Whether steps find something to compute."""
         self.is_shut_down = False
-        self.drafter: DrafterAddress | None = None
+        self.draft_worker: DraftWorkerAddress | None = None
         self.record_path: Path | None = None
         self.threads: set[str] = set()
         """Names of the threads that used the engine."""
         self._max_num_seqs = max_num_seqs
         self._sequences: dict[str, _Sequence] = {}
 
-    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
-        self.drafter = drafter
+    def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
+        self.draft_worker = draft_worker
 
     def add_request(
         self, request: Request, engine_request: list[bytes], client: StreamAddress

@@ -19,9 +19,9 @@ from workers.drafters.drafter import ContextKey, Draft, Drafter, HiddenStates
 from workers.drafts.draft_stream import (
     ContextDelta,
     ContextsMessage,
-    DrafterAddress,
     DraftsMessage,
     DraftTree,
+    DraftWorkerAddress,
     connect,
     decode_contexts,
     encode,
@@ -39,7 +39,7 @@ FORGET_AFTER_S = 120.0
 """A request of which nothing was said for so long is forgotten, and so is a worker: perhaps it is
 dead, or the message of its end was lost. If not, the request is sent whole again."""
 REPORT_INTERVAL_S = 0.5
-LEAST_MEMORY = 16
+MIN_MEMORY = 16
 """Shorter outputs are not worth telling other draft workers."""
 QUEUE_LIMIT = 1024
 """Messages for one worker that it does not read; more are dropped, as later ones replace them."""
@@ -96,7 +96,7 @@ class DraftWorker:
         self._socket.setsockopt(zmq.IPV6, ":" in host)
         base = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
         port = self._socket.bind_to_random_port(base)
-        self.address = DrafterAddress(
+        self.address = DraftWorkerAddress(
             draft_worker_id,
             secrets.token_hex(8),
             StreamAddress(f"{base}:{port}", secrets.token_bytes(16)),
@@ -105,8 +105,8 @@ class DraftWorker:
         self._drafters = make_drafters()
         self._contexts: dict[ContextKey, _Context] = {}
         self._peers: dict[str, _Peer] = {}
-        self._others: list[DrafterAddress] = []
-        self._to_others: dict[DrafterAddress, zmq.Socket[bytes]] = {}
+        self._others: list[DraftWorkerAddress] = []
+        self._to_others: dict[DraftWorkerAddress, zmq.Socket[bytes]] = {}
         self._memories: list[list[int]] = []
         """Outputs that the other draft workers have not been told."""
         self._num_drafts = 0
@@ -129,7 +129,7 @@ class DraftWorker:
         if not self._thread.is_alive():
             raise RuntimeError(f"the drafter failed: {self._failure!r}")
 
-    def meet(self, others: list[DrafterAddress]) -> None:
+    def meet(self, others: list[DraftWorkerAddress]) -> None:
         """Share what is written here with these draft workers from now on."""
         self._others = others
 
@@ -224,7 +224,7 @@ class DraftWorker:
 
     def _forget(self, key: ContextKey) -> None:
         if (context := self._contexts.pop(key, None)) is not None:
-            if len(output := context.token_ids[context.num_prompt_tokens :]) >= LEAST_MEMORY:
+            if len(output := context.token_ids[context.num_prompt_tokens :]) >= MIN_MEMORY:
                 self._memories.append(output)
             for drafter in self._drafters.values():
                 drafter.forget(key)

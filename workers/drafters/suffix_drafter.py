@@ -10,7 +10,7 @@ MAX_NODES = 24
 """Guesses for one request. The worker verifies one path of them; those beside it are of use when
 the request has taken another turn before its next drafts come."""
 MAX_BRANCHES = 2
-LEAST_PROB = 0.02
+MIN_PROB = 0.02
 """Of a path: below it no guess is worth its way."""
 MAX_BEHIND = 64
 """Additions that wait to be learnt; with more, even drafts wait for them."""
@@ -110,7 +110,7 @@ def grow_tree(position: int, matches: list[Match]) -> Draft:
         chance, node, depth, agreeing = heapq.heappop(leaves)
         room = min(MAX_BRANCHES, MAX_NODES - len(token_ids))
         for token, prob, followers in _guesses(agreeing, depth)[:room]:
-            if -chance * prob >= LEAST_PROB:
+            if -chance * prob >= MIN_PROB:
                 token_ids.append(token)
                 parents.append(node)
                 probs.append(prob)

@@ -12,8 +12,8 @@ import zmq
 from workers.drafts.draft_stream import (
     ContextDelta,
     ContextsMessage,
-    DrafterAddress,
     DraftTree,
+    DraftWorkerAddress,
     connect,
     decode_drafts,
     encode,
@@ -24,9 +24,9 @@ MAX_UNANSWERED = 4
 has missed goes with the next message."""
 RETRY_S = 1.0
 """One that owes answers for so long gets a message more now and then: they may have been lost."""
-PATIENCE_MS = 1
+HOLD_MS = 1
 """An answer that is about to come is given so long before a step begins without it."""
-LEAST_STEP_S = 0.012
+MIN_STEP_S = 0.012
 """Of shorter steps that would be too great a share."""
 PUNCTUAL = 0.5
 """A draft worker is given that time if so large a share of its answers came within it lately."""
@@ -105,7 +105,7 @@ class DraftClient:
         self._incarnation = incarnation
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
-        self._drafter: DrafterAddress | None = None
+        self._draft_worker: DraftWorkerAddress | None = None
         self._contexts: dict[str, _Context] = {}
         self._deltas: list[ContextDelta] = []
         self._finished: list[str] = []
@@ -121,9 +121,9 @@ class DraftClient:
         return sum(self.counts_of.values(), DraftCounts())
 
     @property
-    def drafter(self) -> DrafterAddress | None:
+    def draft_worker(self) -> DraftWorkerAddress | None:
         """The draft worker that it speaks to."""
-        return self._drafter
+        return self._draft_worker
 
     def silent_s(self, now: float) -> float:
         """How long the draft worker has owed an answer and given none; 0 if it owes none."""
@@ -132,23 +132,23 @@ class DraftClient:
     def _is_behind(self, now: float) -> bool:
         return self._seq - self._answered >= MAX_UNANSWERED and now - self._sent_s < RETRY_S
 
-    def assign(self, drafter: DrafterAddress | None) -> None:
+    def assign(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Speak to this draft worker from now on; it is told all requests from their beginning."""
-        if drafter == self._drafter:
+        if draft_worker == self._draft_worker:
             return
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        self._drafter = drafter
+        self._draft_worker = draft_worker
         self._seq = self._answered = 0
         self._punctuality, self._num_unwaited = 1.0, 0
         self._finished.clear()
         self._deltas.clear()
         for context in self._contexts.values():
             context.num_sent = 0
-        if drafter is not None:
+        if draft_worker is not None:
             self._socket = connect(
-                self._zmq, drafter, send_limit=2 * MAX_UNANSWERED, receive_limit=QUEUE_LIMIT
+                self._zmq, draft_worker, send_limit=2 * MAX_UNANSWERED, receive_limit=QUEUE_LIMIT
             )
 
     def update(
@@ -160,7 +160,7 @@ class DraftClient:
         now: float,
     ) -> bool:
         """Have the draft worker know `token_ids`, all of the request; whether `flush` sends it."""
-        if self._drafter is None or self._is_behind(now):
+        if self._draft_worker is None or self._is_behind(now):
             return False
         context = self._contexts.setdefault(request_id, _Context())
         if context.num_sent > len(token_ids):
@@ -181,7 +181,7 @@ class DraftClient:
 
     def flush(self, now: float) -> None:
         """Send what is new, unless the draft worker is behind."""
-        if self._socket is None or self._drafter is None:
+        if self._socket is None or self._draft_worker is None:
             return
         if self._is_behind(now):
             self.num_held_back += 1
@@ -189,7 +189,7 @@ class DraftClient:
         if not (self._deltas or self._finished):
             return
         message = ContextsMessage(
-            self._drafter.stream.token,
+            self._draft_worker.stream.token,
             self._incarnation,
             self._seq + 1,
             self._deltas,
@@ -215,16 +215,16 @@ class DraftClient:
         """Before a step of about `step_s` seconds: give an answer that is about to come a moment.
 
         It takes a fraction of a millisecond, of which the worker's own work after a step leaves
-        little to be waited for; what would not come within PATIENCE_MS is not waited for again.
+        little to be waited for; what would not come within HOLD_MS is not waited for again.
         """
         self.poll(now)
-        if self._socket is None or self._seq == self._answered or step_s < LEAST_STEP_S:
+        if self._socket is None or self._seq == self._answered or step_s < MIN_STEP_S:
             return
         self._num_unwaited += 1
         if self._punctuality < PUNCTUAL and self._num_unwaited < RETRY_ANSWERS:
             return
         self._num_unwaited = 0
-        self._socket.poll(PATIENCE_MS)
+        self._socket.poll(HOLD_MS)
         self.poll(now)
         came = self._seq == self._answered
         self._punctuality += PUNCTUALITY_RATE * (came - self._punctuality)
@@ -236,7 +236,7 @@ class DraftClient:
                 message = decode_drafts(self._socket.recv())
             except (ValueError, RecursionError):
                 continue  # a stranger that took over the port of a draft worker that is gone
-            if self._drafter is None or message.incarnation != self._drafter.incarnation:
+            if self._draft_worker is None or message.incarnation != self._draft_worker.incarnation:
                 for tree in message.drafts:
                     self.counts_of[tree.drafter].stale += len(tree.token_ids)
                 continue

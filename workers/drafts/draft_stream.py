@@ -11,7 +11,7 @@ import zmq
 from workers.token_stream import StreamAddress
 
 
-class DrafterAddress(msgspec.Struct, frozen=True):
+class DraftWorkerAddress(msgspec.Struct, frozen=True):
     """Where a draft worker listens."""
 
     draft_worker_id: str
@@ -73,7 +73,7 @@ class DraftsMessage(msgspec.Struct, array_like=True):
 
 def connect(
     context: "zmq.Context[zmq.Socket[bytes]]",
-    drafter: DrafterAddress,
+    draft_worker: DraftWorkerAddress,
     *,
     send_limit: int,
     receive_limit: int,
@@ -83,8 +83,8 @@ def connect(
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, send_limit)
     socket.setsockopt(zmq.RCVHWM, receive_limit)
-    socket.setsockopt(zmq.IPV6, "[" in drafter.stream.endpoint)
-    socket.connect(drafter.stream.endpoint)
+    socket.setsockopt(zmq.IPV6, "[" in draft_worker.stream.endpoint)
+    socket.connect(draft_worker.stream.endpoint)
     return socket
 
 

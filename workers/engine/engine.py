@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from scheduler.request import Request
-from workers.drafts.draft_stream import DrafterAddress
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.reports import DraftStats
 from workers.token_stream import StreamAddress
 
@@ -55,7 +55,7 @@ class Engine(Protocol):
     def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
         """Compute one step: its output for each client, and whether the model ran."""
 
-    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+    def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Have this draft worker make the drafts from now on."""
 
     def stats(self) -> EngineStats:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scheduler.request import Request
-from workers.drafts.draft_stream import DrafterAddress
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
 from workers.errors import ClientLost, EngineDead
 from workers.token_stream import StreamAddress, StreamSenders
@@ -99,9 +99,11 @@ class EngineLoop:
         """Free the slots of these requests before the next step; unknown ids are ignored."""
         self._call(lambda: self._abort(request_ids), concurrent.futures.Future())
 
-    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+    def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Have this draft worker make the drafts, from the next step on."""
-        self._call(lambda: self._engine.assign_drafter(drafter), concurrent.futures.Future())
+        self._call(
+            lambda: self._engine.assign_draft_worker(draft_worker), concurrent.futures.Future()
+        )
 
     def state(self) -> concurrent.futures.Future[LoopState]:
         """The state after the step that is running now."""

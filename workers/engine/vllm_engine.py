@@ -29,11 +29,11 @@ from scheduler.cost_model import CostModel
 from scheduler.request import Request
 from workers.config import DraftConfig, WorkerConfig
 from workers.drafts.draft_client import DraftClient
-from workers.drafts.draft_stream import DrafterAddress
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
 from workers.engine.vllm_sampling import (
     all_logits_processors,
-    mend_cpu_sampling,
+    fix_cpu_sampling,
     runner_of,
     sample_cheaply,
 )
@@ -113,7 +113,7 @@ class VllmEngine:
             self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
         self._is_cpu = config.device == "cpu"
         if self._is_cpu:
-            mend_cpu_sampling(runner_of(self._core))
+            fix_cpu_sampling(runner_of(self._core))
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
         self._policy = config.step_policy
@@ -201,10 +201,10 @@ class VllmEngine:
             if of_client.outputs
         }, model_ran
 
-    def assign_drafter(self, drafter: DrafterAddress | None) -> None:
+    def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Have this draft worker make the drafts from now on."""
         if self._planned and self._planned.drafts:
-            self._planned.drafts.assign(drafter)
+            self._planned.drafts.assign(draft_worker)
 
     def stats(self) -> EngineStats:
         """Count what runs and waits."""
@@ -222,7 +222,7 @@ class VllmEngine:
             copy.deepcopy(dict(drafts.counts_of)),
             self._planned.acceptance.rate,
             self._planned.acceptance.tokens_per_span,
-            drafts.drafter.incarnation if drafts.drafter else None,
+            drafts.draft_worker.incarnation if drafts.draft_worker else None,
             drafts.silent_s(now),
         )
 

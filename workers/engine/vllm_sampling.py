@@ -159,7 +159,7 @@ def expand_batch_to_tokens(
     return replaced.repeat_interleave(counts, output_size=num_tokens)
 
 
-def mend_cpu_sampling(runner: Runner) -> None:
+def fix_cpu_sampling(runner: Runner) -> None:
     """Mend what of vLLM's sampling goes wrong on a CPU."""
     keep_seeds_through_chunks(runner)
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens  # type: ignore[assignment]

@@ -23,7 +23,7 @@ TASKS_PER_THREAD = 4
 TASK_COST = 1 << 11
 """What a query tile costs beside its products, in products of one row with one key."""
 
-LEAST_ROWS = 4
+MIN_ROWS = 4
 """A tile of fewer rows takes no less time: it waits for keys and values to come from memory."""
 
 
@@ -164,7 +164,7 @@ def cut_spans(
 
     # The paper's load, tile size times KV length, with what it leaves out: a fixed part, and that
     # few rows are no cheaper.
-    cost = np.maximum(count * group, LEAST_ROWS) * (end_key - first_key) + TASK_COST
+    cost = np.maximum(count * group, MIN_ROWS) * (end_key - first_key) + TASK_COST
     chunks = end_chunk - first_chunk
     pieces = np.ones_like(chunks)
     if num_threads > 1 and len(cost):

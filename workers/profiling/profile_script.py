@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from scheduler.task import Limits
 
-LEAST_SEAT_LEN = 8
+MIN_SEAT_LEN = 8
 MIXED_SEED = 0
 
 
@@ -46,7 +46,7 @@ class Seats:
             min(max(1, int(first_share / (seat + 1))) * block_size, most) for seat in range(count)
         ]
         return cls(
-            tuple(lens for lens in lens if lens >= min(LEAST_SEAT_LEN, most)),
+            tuple(lens for lens in lens if lens >= min(MIN_SEAT_LEN, most)),
             limits.max_num_batched_tokens,
         )
 

@@ -45,7 +45,7 @@ batch anew, which a batch that decodes on never does."""
 
 NUM_CHECKED = 40
 
-LEAST_MODEL_LEN = 16
+MIN_MODEL_LEN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _refusal(core: EngineCore) -> str | None:
         return f"it does not generate, its runner is {model_config.runner_type}"
     if model_config.is_encoder_decoder:
         return "its model has an encoder"
-    if model_config.max_model_len < LEAST_MODEL_LEN:
+    if model_config.max_model_len < MIN_MODEL_LEN:
         return f"its max_model_len is {model_config.max_model_len}"
     if core.vllm_config.kv_transfer_config is not None:
         return "it transfers its KV cache"

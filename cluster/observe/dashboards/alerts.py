@@ -7,7 +7,7 @@ from cluster.observe import metrics
 from cluster.observe.dashboards.promql import grown, largest, number, rate, series, smallest, total
 
 APP = "application"
-LEAST_REQUESTS = 20
+MIN_REQUESTS = 20
 """So few requests say nothing of a share."""
 
 
@@ -37,7 +37,7 @@ class Alert:
 
 
 def _share(part: str, whole: str, limit: float) -> str:
-    return f"{part} / {whole} > {limit:g} and {whole} >= {LEAST_REQUESTS}"
+    return f"{part} / {whole} > {limit:g} and {whole} >= {MIN_REQUESTS}"
 
 
 def _requests(counter: metrics.Metric, *matchers: str, by: tuple[str, ...] = (APP,)) -> str:
@@ -107,10 +107,10 @@ ALERTS = (
     ),
     Alert(
         "XYServeDraftsCollapsed",
-        f"{total(grown(series(metrics.DRAFT_COLLAPSES), '10m'), APP, 'cause')} > 0",
+        f"{total(grown(series(metrics.DRAFT_COLLAPSES), '10m'), APP, 'reason')} > 0",
         "0s",
         Severity.WARNING,
-        "Drafts of {{ $labels.application }} are no longer accepted: {{ $labels.cause }}",
+        "Drafts of {{ $labels.application }} are no longer accepted: {{ $labels.reason }}",
         "Answers are right as ever, but slower. silent or late: a draft worker is stopped or "
         "overloaded; give it cores, or end it and Serve starts another. restarted: wait, it learns "
         "anew. content: other text is written now; nothing to mend.",

@@ -136,7 +136,7 @@ OVERVIEW = Dashboard(
                     "First token in time",
                     "Share of the requests of each class whose first token came in time. When it "
                     "is low, prompts wait: see the queue time, and on the dashboard of the steps "
-                    "why requests are put off.",
+                    "why requests are deferred.",
                     Unit.SHARE,
                     (Query(_attainment("slo_class", target="ttft"), "{{slo_class}}"),),
                     Kind.LINES,
@@ -260,12 +260,12 @@ OVERVIEW = Dashboard(
                     may_be_empty=NOTHING_FAILED,
                 ),
                 Panel(
-                    "Resumed requests",
+                    "Retried requests",
                     "Requests in the last 5 minutes that lost their worker and went on with "
                     "another, by what happened to the first. Clients notice a pause and no more; "
                     "but find out why the worker went.",
                     Unit.COUNT,
-                    events(metrics.RESUMES, "cause"),
+                    events(metrics.RETRIES, "reason"),
                     Kind.BARS,
                     may_be_empty="no request has lost its worker",
                 ),

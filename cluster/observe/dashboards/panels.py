@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 GRID_WIDTH = 24
 """Grafana's."""
-MOST_CHARTS = 3
+MAX_CHARTS = 3
 """Side by side."""
 
 
@@ -141,7 +141,7 @@ def layout(dashboard: Dashboard) -> Iterator[tuple[Row | Panel, Place]]:
         yield row, Place(0, y, GRID_WIDTH, 1)
         y += 1
         is_stats = all(panel.kind is Kind.STAT for panel in row.panels)
-        height, most = (4, GRID_WIDTH) if is_stats else (8, MOST_CHARTS)
+        height, most = (4, GRID_WIDTH) if is_stats else (8, MAX_CHARTS)
         num_lines = -(-len(row.panels) // most)
         for line in range(num_lines):
             begin, end = (len(row.panels) * at // num_lines for at in (line, line + 1))

@@ -38,7 +38,7 @@ COLUMN_IN, LINE_IN = 0.8, 0.36
 """Width and height of a cell of the grid, in inches."""
 HEAD_IN, MARGIN_IN = 0.75, 0.15
 LEGEND_LINE_IN, LETTER_IN = 0.17, 0.054
-MOST_IN_LEGEND = 12
+MAX_IN_LEGEND = 12
 TICKS_S = (5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21_600, 86_400, 604_800)
 """Round times."""
 LEVEL_COLOURS = {"good": "#37872D", "warn": "#E0752D", "bad": "#C4162A"}
@@ -203,7 +203,7 @@ def _draw_panel(
     else:
         curves = sorted(curves, key=lambda curve: _natural(curve.legend))
         num_columns = max(1, int((width - 0.3) / _legend_width(panel.unit, curves)))
-        num_lines = -(-min(len(curves), MOST_IN_LEGEND) // num_columns)
+        num_lines = -(-min(len(curves), MAX_IN_LEGEND) // num_columns)
         below = 0.3 + num_lines * LEGEND_LINE_IN + 0.08
         axes = page.axes(x + 0.68, y + 0.36, width - 0.85, height - 0.36 - below)
         _draw_chart(axes, panel, curves, period, colours)
@@ -234,9 +234,9 @@ def _label(unit: Unit, curve: Curve) -> str:
 def _legend(axes: Axes, unit: Unit, curves: Sequence[Curve]) -> tuple[list[Any], list[str]]:
     handles, _ = axes.get_legend_handles_labels()
     labels = [_label(unit, curve) for curve in curves]
-    if len(labels) > MOST_IN_LEGEND:
-        labels[MOST_IN_LEGEND - 1] = f"and {len(labels) - MOST_IN_LEGEND + 1} more"
-    return handles[:MOST_IN_LEGEND], labels[:MOST_IN_LEGEND]
+    if len(labels) > MAX_IN_LEGEND:
+        labels[MAX_IN_LEGEND - 1] = f"and {len(labels) - MAX_IN_LEGEND + 1} more"
+    return handles[:MAX_IN_LEGEND], labels[:MAX_IN_LEGEND]
 
 
 def _draw_stat(

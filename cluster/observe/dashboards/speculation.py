@@ -141,7 +141,7 @@ SPECULATION = Dashboard(
                     "restarted, late, or content (other text, nothing to mend). Requests go on "
                     "without drafts.",
                     Unit.COUNT,
-                    events(metrics.DRAFT_COLLAPSES, "cause"),
+                    events(metrics.DRAFT_COLLAPSES, "reason"),
                     Kind.BARS,
                     may_be_empty="drafting has not collapsed",
                 ),

@@ -106,7 +106,7 @@ STEPS = Dashboard(
                     Kind.STACKED,
                 ),
                 Panel(
-                    "Requests put off",
+                    "Deferred requests",
                     "Mean number of requests that get nothing in a step, by reason: time, tpot or "
                     "overdue (the targets of others, or their own, leave none), tokens or seats "
                     "(limits of a step), kv and preempted (no room in the cache), behind (another "

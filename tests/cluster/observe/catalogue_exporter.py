@@ -76,7 +76,7 @@ class CatalogueExporter:
         self._set(metrics.LIVE_REQUESTS, round(40 * load), of)
         self._add(metrics.ADMISSIONS, 6 * load, of, outcome="admitted")
         self._add(metrics.ADMISSIONS, 0.02, of, outcome="invalid")
-        self._add(metrics.RESUMES, 0.004, of, cause="died")
+        self._add(metrics.RETRIES, 0.004, of, reason="died")
         for index, (slo_class, met) in enumerate(CLASSES.items()):
             rate, by_class = load * (3 - index), {"slo_class": slo_class}
             self._add(metrics.REQUESTS, 0.7 * rate, of, **by_class, outcome="stop")
@@ -135,7 +135,7 @@ class CatalogueExporter:
         self._set(metrics.DRAFT_ACCEPTANCE, 0.5 + 0.1 * load + self._random.gauss(0, 0.01), of)
         self._set(metrics.TOKENS_PER_DECODE, 1.5 + 0.4 * load + self._random.gauss(0, 0.02), of)
         self._add(
-            metrics.DRAFT_COLLAPSES, 0.003, self._of("GlobalScheduler", SCHEDULER), cause="late"
+            metrics.DRAFT_COLLAPSES, 0.003, self._of("GlobalScheduler", SCHEDULER), reason="late"
         )
 
     def _vllm(self, worker: str, load: float) -> None:

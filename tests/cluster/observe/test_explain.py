@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from cluster.observe.explain import Explanation, Trail, steps_table, tell, tell_refusal
+from cluster.observe.explain import AttemptTrace, Explanation, steps_table, tell, tell_refusal
 from cluster.observe.request_history import Attempt, Refusal, RequestRecord
 from scheduler.placement import Placement, PlacementReason, WorkerLoad
 from scheduler.request import Request, Slo
@@ -12,7 +12,7 @@ from workers.step_history import RequestStep
 
 LOST = "RayActorError: the worker died"
 PLACEMENT = Placement(
-    WorkerLoad("w1", 120, 2), WorkerLoad("w2", 340, 5), PlacementReason.LEAST_TOKENS, num_draining=1
+    WorkerLoad("w1", 120, 2), WorkerLoad("w2", 340, 5), PlacementReason.MIN_TOKENS, num_draining=1
 )
 
 
@@ -29,7 +29,7 @@ def text_of(explanation: Explanation) -> str:
 
 
 def test_a_request_that_was_preempted_tells_when_why_and_for_how_long() -> None:
-    one = Explanation(record(Attempt("cmpl-1.0", 0.6)), [Trail(PLACEMENT, {"w1": STEPS})])
+    one = Explanation(record(Attempt("cmpl-1.0", 0.6)), [AttemptTrace(PLACEMENT, {"w1": STEPS})])
 
     text = text_of(one)
 
@@ -46,7 +46,9 @@ def test_a_request_that_was_preempted_tells_when_why_and_for_how_long() -> None:
 
 def test_a_request_that_lost_its_worker_tells_both_attempts() -> None:
     attempts = Attempt("cmpl-1.0", 0.6, LOST), Attempt("cmpl-1.1", 2.9)
-    one = Explanation(record(*attempts), [Trail(None, {}), Trail(PLACEMENT, {"w1": STEPS[2:]})])
+    one = Explanation(
+        record(*attempts), [AttemptTrace(None, {}), AttemptTrace(PLACEMENT, {"w1": STEPS[2:]})]
+    )
 
     text = text_of(one)
 
@@ -62,7 +64,7 @@ def test_a_request_that_lost_its_worker_tells_both_attempts() -> None:
 def test_a_request_that_failed_tells_the_error() -> None:
     one = Explanation(
         record(Attempt("cmpl-1.0", 0.6, LOST), outcome="error", error="EngineDead('x')"),
-        [Trail(None, {})],
+        [AttemptTrace(None, {})],
     )
 
     assert "It failed: EngineDead('x')" in text_of(one)

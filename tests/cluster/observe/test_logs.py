@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pythonjsonlogger.core import RESERVED_ATTRS
 
 from cluster.config.observe import LogConfig
-from cluster.observe.logs import MOST_ALIKE, PACKAGES, WINDOW_S, FloodFilter, quoted, set_up_logs
+from cluster.observe.logs import MAX_ALIKE, PACKAGES, WINDOW_S, FloodFilter, quoted, set_up_logs
 from cluster.placement.global_scheduler import SILENT_AFTER_S, GlobalScheduler
 from scheduler.request import Request
-from workers.drafts.draft_stream import DrafterAddress
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.reports import DraftWorkerReport, DraftWorkerStatus, WorkerReport
 from workers.token_stream import StreamAddress
 
@@ -215,13 +215,13 @@ def passed(
 def test_of_events_that_repeat_the_first_are_logged() -> None:
     flood = FloodFilter(FakeClock())
 
-    assert passed(flood, "lost %s", 40) == [0] * MOST_ALIKE
+    assert passed(flood, "lost %s", 40) == [0] * MAX_ALIKE
 
 
 def test_after_the_window_the_next_one_tells_how_many_were_left_out() -> None:
     clock = FakeClock()
     flood = FloodFilter(clock)
-    passed(flood, "lost", MOST_ALIKE + 37)
+    passed(flood, "lost", MAX_ALIKE + 37)
 
     clock.now += WINDOW_S
     later = passed(flood, "lost", 3)
@@ -237,9 +237,9 @@ def test_in_no_window_more_are_logged_wherever_it_begins() -> None:
         logged_s += [clock.now] * len(passed(flood, "lost"))
         clock.now += 0.1
 
-    windows = zip(logged_s, logged_s[MOST_ALIKE:], strict=False)
+    windows = zip(logged_s, logged_s[MAX_ALIKE:], strict=False)
     assert all(end - start >= WINDOW_S - 1e-6 for start, end in windows)
-    assert 5 * MOST_ALIKE <= len(logged_s) <= 7 * MOST_ALIKE
+    assert 5 * MAX_ALIKE <= len(logged_s) <= 7 * MAX_ALIKE
 
 
 def test_rare_events_are_all_logged() -> None:
@@ -247,7 +247,7 @@ def test_rare_events_are_all_logged() -> None:
     flood = FloodFilter(clock)
     for _ in range(20):
         assert passed(flood, "lost") == [0]
-        clock.now += WINDOW_S / MOST_ALIKE
+        clock.now += WINDOW_S / MAX_ALIKE
 
 
 def test_events_of_another_message_or_level_are_not_hidden() -> None:
@@ -277,8 +277,8 @@ def test_every_event_of_many_threads_is_logged_or_counted() -> None:
     clock.now += WINDOW_S
     logged += passed(flood, "lost")
 
-    assert len(logged) == MOST_ALIKE + 1
-    assert sum(logged) == 8 * 500 - MOST_ALIKE
+    assert len(logged) == MAX_ALIKE + 1
+    assert sum(logged) == 8 * 500 - MAX_ALIKE
 
 
 def test_the_log_tells_what_the_filter_left_out(
@@ -289,13 +289,13 @@ def test_the_log_tells_what_the_filter_left_out(
     [handler] = logging.getLogger("workers").handlers
     handler.filters = [FloodFilter(clock)]
 
-    for number in range(MOST_ALIKE + 4):
+    for number in range(MAX_ALIKE + 4):
         logger.warning("lost", extra={"request_id": str(number)})
     clock.now += WINDOW_S
     logger.warning("lost", extra={"request_id": "last"})
 
     *first, last = capsys.readouterr().err.splitlines()
-    assert len(first) == MOST_ALIKE
+    assert len(first) == MAX_ALIKE
     assert last.endswith(" WARNING lost request_id=last left_out=4")
 
 
@@ -329,11 +329,11 @@ async def test_a_draft_worker_is_logged_when_it_is_found(
 ) -> None:
     scheduler = GlobalScheduler(FakeClock())
     set_up_logs(JSON)
-    address = DrafterAddress("d", "incarnation", StreamAddress("tcp://host:1", b"token"))
+    address = DraftWorkerAddress("d", "incarnation", StreamAddress("tcp://host:1", b"token"))
     status = DraftWorkerStatus("d", 1, ("suffix",), 0, 0, 0.0, 0)
 
     for _ in range(2):
-        await scheduler.report_drafter(DraftWorkerReport(address, status))
+        await scheduler.report_draft_worker(DraftWorkerReport(address, status))
 
     [event] = in_json(capsys)
     assert (event["message"], event["draft_worker"]) == ("draft worker found", "d")

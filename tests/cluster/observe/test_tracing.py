@@ -72,9 +72,9 @@ def test_the_client_decides_what_is_traced_and_else_the_ratio(
 def test_what_never_ended_makes_no_span(collector: Collector) -> None:
     mine = tracing(collector)
 
-    mine.add("resume", SAMPLED, 10.0, math.inf, {})
-    mine.add("resume", SAMPLED, 10.0, 9.0, {})
-    mine.add("resume", "", 10.0, 11.0, {})
+    mine.add("retry", SAMPLED, 10.0, math.inf, {})
+    mine.add("retry", SAMPLED, 10.0, 9.0, {})
+    mine.add("retry", "", 10.0, 11.0, {})
     mine.shut_down()
 
     assert collector.spans == []

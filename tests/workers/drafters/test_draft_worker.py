@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import zmq
 
-from workers.config import MOST_DRAFTS, DraftConfig
+from workers.config import MAX_DRAFTS, DraftConfig
 from workers.cpus import claim_cpus
 from workers.drafters.draft_worker import (
     FORGET_AFTER_S,
-    LEAST_MEMORY,
+    MIN_MEMORY,
     REPORT_INTERVAL_S,
     DraftWorker,
 )
@@ -28,9 +28,9 @@ from workers.drafters.suffix_drafter import SuffixDrafter
 from workers.drafts.draft_stream import (
     ContextDelta,
     ContextsMessage,
-    DrafterAddress,
     DraftsMessage,
     DraftTree,
+    DraftWorkerAddress,
     decode_drafts,
     encode,
 )
@@ -124,7 +124,7 @@ class Setup:
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
 
     @property
-    def address(self) -> DrafterAddress:
+    def address(self) -> DraftWorkerAddress:
         return self.worker.address
 
     def peer(self, name: str = "w") -> "Peer":
@@ -149,7 +149,7 @@ class Peer:
     """A worker's end of a connection."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], address: DrafterAddress, name: str
+        self, context: zmq.Context[zmq.Socket[bytes]], address: DraftWorkerAddress, name: str
     ) -> None:
         self._address, self._name = address, name
         self._seq = 0
@@ -576,7 +576,7 @@ def learnt(setup: Setup) -> list[list[int]]:
 def test_the_output_of_a_request_that_ended_is_told_to_the_other_draft_workers(
     others: dict[str, Setup], clock: FakeClock
 ) -> None:
-    output = [*range(LEAST_MEMORY)]
+    output = [*range(MIN_MEMORY)]
     peer = others["one"].peer()
     peer.ask(delta("a", 0, 1, 2), delta("b", 0, 7))
     peer.ask(delta("a", 2, *output[:1]), delta("b", 1, *output))
@@ -592,26 +592,26 @@ def test_the_output_of_a_request_that_ended_is_told_to_the_other_draft_workers(
 def test_an_output_that_is_shorter_is_not_told(others: dict[str, Setup], clock: FakeClock) -> None:
     peer = others["one"].peer()
     peer.ask(delta("a", 0, *range(100)), delta("b", 0, 7))
-    peer.ask(delta("a", 100, *range(LEAST_MEMORY - 1)), delta("b", 1, *range(LEAST_MEMORY)))
+    peer.ask(delta("a", 100, *range(MIN_MEMORY - 1)), delta("b", 1, *range(MIN_MEMORY)))
     peer.ask(finished=("a", "b"))
     clock.now += REPORT_INTERVAL_S
     until(lambda: bool(learnt(others["two"])))
 
-    assert learnt(others["two"]) == [[*range(LEAST_MEMORY)]]
+    assert learnt(others["two"]) == [[*range(MIN_MEMORY)]]
 
 
 def test_what_is_learnt_is_not_told_on_or_again(others: dict[str, Setup], clock: FakeClock) -> None:
     for number, name in enumerate(("one", "two")):
         peer = others[name].peer()
         peer.ask(delta("a", 0, 1), delta("b", 0, 1))
-        peer.ask(delta("a", 1, *[number] * LEAST_MEMORY))
+        peer.ask(delta("a", 1, *[number] * MIN_MEMORY))
         peer.ask(finished=("a",))
         clock.now += REPORT_INTERVAL_S
         until(lambda: bool(learnt(others["three"])))
         while len(learnt(others["three"])) <= number:
             time.sleep(0.002)
 
-    outputs = [[number] * LEAST_MEMORY for number in (0, 1)]
+    outputs = [[number] * MIN_MEMORY for number in (0, 1)]
     assert [learnt(setup) for setup in others.values()] == [outputs[1:], outputs[:1], outputs]
 
 
@@ -621,7 +621,7 @@ def test_draft_workers_that_are_gone_hold_up_nothing(
     others["two"].worker.shutdown()
     peer = others["one"].peer()
     peer.ask(delta("a", 0, 1))
-    peer.ask(delta("a", 1, *range(LEAST_MEMORY)))
+    peer.ask(delta("a", 1, *range(MIN_MEMORY)))
     peer.ask(finished=("a",))
     clock.now += REPORT_INTERVAL_S
     until(lambda: bool(learnt(others["three"])))
@@ -691,7 +691,7 @@ def test_cores_of_its_own_are_claimed_until_the_shutdown(
         ({"num_workers": 0}, "num_workers (0) must be at least 1"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens (0) must be at least 1"),
         (
-            {"num_speculative_tokens": MOST_DRAFTS + 1},
+            {"num_speculative_tokens": MAX_DRAFTS + 1},
             "num_speculative_tokens (129) must be at most 128, which is what vLLM verifies",
         ),
         ({"memory_tokens": -1}, "memory_tokens (-1) must be at least 1"),

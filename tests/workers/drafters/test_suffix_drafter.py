@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from workers.drafters.drafter import ContextKey, Draft
 from workers.drafters.suffix_drafter import (
-    LEAST_PROB,
     MAX_BEHIND,
     MAX_NODES,
+    MIN_PROB,
     SuffixDrafter,
     grow_tree,
 )
@@ -216,7 +216,7 @@ def test_whatever_matches_the_tree_is_well_formed(matches: list[Match]) -> None:
     assert draft.position == 7
     assert len(draft.parents) == num_nodes <= MAX_NODES
     assert bool(num_nodes) == bool(matches)
-    assert min(path_probs.values()) >= LEAST_PROB
+    assert min(path_probs.values()) >= MIN_PROB
     siblings = list(zip(draft.parents, draft.token_ids, strict=True))
     assert len(set(siblings)) == num_nodes
     for node in path_probs:

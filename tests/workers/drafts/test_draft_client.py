@@ -16,8 +16,8 @@ from workers.config import DraftConfig
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafts.draft_client import (
-    LEAST_STEP_S,
     MAX_UNANSWERED,
+    MIN_STEP_S,
     RETRY_S,
     DraftClient,
     DraftCounts,
@@ -26,15 +26,15 @@ from workers.drafts.draft_client import (
 from workers.drafts.draft_stream import (
     ContextDelta,
     ContextsMessage,
-    DrafterAddress,
     DraftsMessage,
     DraftTree,
+    DraftWorkerAddress,
     decode_contexts,
     encode,
 )
 from workers.token_stream import StreamAddress
 
-NOBODY = DrafterAddress("d", "nobody", StreamAddress("tcp://127.0.0.1:1", b"token"))
+NOBODY = DraftWorkerAddress("d", "nobody", StreamAddress("tcp://127.0.0.1:1", b"token"))
 NUM_GUESSES = 3
 KEYS = ("a", "b", "c")
 
@@ -119,7 +119,9 @@ class ScriptedWorker:
         until(lambda: self._is_bound(port))
         endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(endpoint.rpartition(":")[2])
-        self.address = DrafterAddress("d", f"scripted {port}", StreamAddress(endpoint, b"token"))
+        self.address = DraftWorkerAddress(
+            "d", f"scripted {port}", StreamAddress(endpoint, b"token")
+        )
         self._peer = b""
 
     def _is_bound(self, port: int) -> bool:
@@ -346,7 +348,7 @@ def test_without_a_draft_worker_nothing_is_kept_or_sent(client: DraftClient) -> 
     client.poll(0.0)
 
     assert client.paths("a", [1, 2]) == []
-    assert (client.drafter, client.silent_s(1000.0)) == (None, 0)
+    assert (client.draft_worker, client.silent_s(1000.0)) == (None, 0)
 
 
 def test_of_drafts_that_come_late_those_behind_the_new_tokens_are_used(
@@ -515,7 +517,7 @@ def test_another_draft_worker_is_told_everything_from_the_beginning(
     tell(client, a=[1, 2, 3, 4, 5], b=[7])
     hear_all(client)
 
-    assert client.drafter == restarted.address
+    assert client.draft_worker == restarted.address
     assert meanwhile == path(5, 6)
     assert restarted.oracle.told == [("a", 0, [1, 2, 3, 4, 5]), ("b", 0, [7])]
     assert client.paths("a", [1, 2, 3, 4, 5]) == path(6, 7, 8)
@@ -632,7 +634,7 @@ def test_whatever_is_lost_the_draft_worker_knows_all_in_the_end(
         back.connect(there.address.stream.endpoint)
         lossy = LossyPath(ScriptedWorker(context), back, there.address.stream.token)
         client.assign(
-            DrafterAddress("d", there.address.incarnation, lossy.front.address.stream),
+            DraftWorkerAddress("d", there.address.incarnation, lossy.front.address.stream),
         )
         requests: dict[str, tuple[str, list[int]]] = {}
         ids = itertools.count()
@@ -746,7 +748,7 @@ def test_silence_is_counted_from_the_last_answer_or_the_first_message_that_owes_
 def test_an_answer_that_is_about_to_come_is_given_a_moment(
     client: DraftClient, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.drafts.draft_client.PATIENCE_MS", 30_000)
+    monkeypatch.setattr("workers.drafts.draft_client.HOLD_MS", 30_000)
     tell(client, a=[1])
     client.await_answer(step_s=1.0, now=0.0)
 
@@ -756,10 +758,10 @@ def test_an_answer_that_is_about_to_come_is_given_a_moment(
 def test_before_a_short_step_and_where_none_is_owed_no_answer_is_waited_for(
     client: DraftClient, scripted: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.drafts.draft_client.PATIENCE_MS", 10**9)
+    monkeypatch.setattr("workers.drafts.draft_client.HOLD_MS", 10**9)
     client.await_answer(step_s=1.0, now=0.0)
     tell(client, a=[1])
-    client.await_answer(step_s=LEAST_STEP_S / 2, now=0.0)
+    client.await_answer(step_s=MIN_STEP_S / 2, now=0.0)
 
     assert client.silent_s(1.0) == 1
 
@@ -775,7 +777,7 @@ def wait_often(client: DraftClient, count: int) -> float:
 def test_a_draft_worker_that_is_never_in_time_is_seldom_waited_for(
     client: DraftClient, scripted: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.drafts.draft_client.PATIENCE_MS", 20)
+    monkeypatch.setattr("workers.drafts.draft_client.HOLD_MS", 20)
     tell(client, a=[1])
 
     # Eleven times at first, and then once in 32.
@@ -790,7 +792,7 @@ def test_another_draft_worker_is_waited_for_whatever_the_one_before_was(
 ) -> None:
     tell(client, a=[1])
     wait_often(client, 12)
-    monkeypatch.setattr("workers.drafts.draft_client.PATIENCE_MS", 30_000)
+    monkeypatch.setattr("workers.drafts.draft_client.HOLD_MS", 30_000)
     client.assign(make_oracle().address)
     tell(client, a=[1])
     client.await_answer(step_s=1.0, now=0.0)
@@ -838,7 +840,9 @@ def test_messages_that_find_no_room_are_sent_again_later(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    client.assign(DrafterAddress("d", "back", StreamAddress(f"tcp://127.0.0.1:{port}", b"token")))
+    client.assign(
+        DraftWorkerAddress("d", "back", StreamAddress(f"tcp://127.0.0.1:{port}", b"token"))
+    )
     for second in range(50):
         tell(client, second * RETRY_S, a=[*range(second + 1)])
     back = ScriptedWorker(context, port)
@@ -859,7 +863,9 @@ def test_a_wrong_token_is_refused(there: OracleWorker, client: DraftClient) -> N
     stream = there.address.stream
     stranger = DraftClient("stranger")
     stranger.assign(
-        DrafterAddress("d", there.address.incarnation, StreamAddress(stream.endpoint, b"0" * 16))
+        DraftWorkerAddress(
+            "d", there.address.incarnation, StreamAddress(stream.endpoint, b"0" * 16)
+        )
     )
     tell(stranger, a=[7, 8])
     tell(client, a=[1])
@@ -951,4 +957,4 @@ def test_closing_twice_is_closing_once(there: OracleWorker) -> None:
     client.close()
     client.close()
 
-    assert client.drafter is None
+    assert client.draft_worker is None

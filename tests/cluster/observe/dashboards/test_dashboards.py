@@ -230,7 +230,7 @@ RUNNING = "vllm:num_requests_running{replica='w',model_name='m'}"
 MEASURED = "xyserve_step_measured_seconds_total{application='a',replica='%s'}"
 PLACED = "xyserve_worker_requests{application='a',replica='s',worker='w'}"
 AGE = "xyserve_worker_report_age_seconds{application='a',worker='%s'}"
-COLLAPSES = "xyserve_draft_collapses_total{application='a',cause='late'}"
+COLLAPSES = "xyserve_draft_collapses_total{application='a',reason='late'}"
 START = "xyserve_start_time_seconds{application='a',deployment='%s',replica='%s'}"
 
 

@@ -75,7 +75,7 @@ def test_relabelling_gives_metrics_the_names_and_labels_that_queries_use(
 def test_the_exporter_of_this_test_has_the_whole_catalogue(
     server: Prometheus, period: Period
 ) -> None:
-    rare = {"xyserve_draft_collapses_total", "xyserve_request_resumes_total"}
+    rare = {"xyserve_draft_collapses_total", "xyserve_request_retries_total"}
     known = set(httpx.get(f"{server.url}/api/v1/label/__name__/values").json()["data"])
 
     assert {
