@@ -16,14 +16,16 @@ class StepPolicy:
     __pydantic_config__ = {"extra": "forbid"}
 
     name: Literal["hybrid", "static", "decode_first", "prefill_first", "vllm"] = "hybrid"
-    """`hybrid` is ours; `static` is vLLM's own, `decode_first` Sarathi-Serve's, `prefill_first`
-    that of XY-Serve's paper. `vllm` leaves vLLM's scheduler alone; there is none to simulate."""
+    """Step scheduler: `hybrid` (ours, by targets and predicted time), `static` (vLLM's rule),
+    `decode_first` (Sarathi-Serve's), `prefill_first` (that of XY-Serve's paper), or `vllm` (vLLM's
+    own scheduler, live only)."""
     budget: int | None = None
-    """Most tokens of one step, below the engine's own limit; `hybrid` needs none."""
+    """Maximum number of tokens in one step, below the engine's own limit; `hybrid` ignores it;
+    null: the engine's limit."""
     long_prefill_token_threshold: int = 0
-    """Of `static`: most tokens of one prompt in a step; 0 for no limit."""
+    """Maximum number of tokens of one prompt in a step of `static`; 0: no limit."""
     reserved_slots: int = 64
-    """Of `prefill_first`: decodes that every step has room for."""
+    """Decodes that every step of `prefill_first` has room for."""
 
     def __post_init__(self) -> None:
         for name in ("budget", "reserved_slots"):
