@@ -1,4 +1,4 @@
-"""Which scheduler fills the steps, by name and settings."""
+"""Chooses the scheduler that plans the steps, by name and settings."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,14 +16,13 @@ class StepPolicy:
     __pydantic_config__ = {"extra": "forbid"}
 
     name: Literal["hybrid", "static", "decode_first", "prefill_first", "vllm"] = "hybrid"
-    """Step scheduler: `hybrid` (ours, by targets and predicted time), `static` (vLLM's rule),
-    `decode_first` (Sarathi-Serve's), `prefill_first` (that of XY-Serve's paper), or `vllm` (vLLM's
-    own scheduler, live only)."""
+    """Step scheduler: `hybrid` is ours, `static` vLLM's policy, `decode_first` Sarathi-Serve's and
+    `prefill_first` that of XY-Serve's paper. `vllm` keeps vLLM's own code, which cannot be
+    simulated."""
     budget: int | None = None
-    """Maximum number of tokens in one step, below the engine's own limit; `hybrid` ignores it;
-    null: the engine's limit."""
+    """Max tokens in a step, within the engine's own limit; `hybrid` needs none."""
     long_prefill_token_threshold: int = 0
-    """Maximum number of tokens of one prompt in a step of `static`; 0: no limit."""
+    """Max tokens of one prompt in a step of `static`; 0 means no limit."""
     reserved_slots: int = 64
     """Decodes that every step of `prefill_first` has room for."""
 
