@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,13 @@ from importlib import metadata
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
+
+LAZILY: dict[str, Any] = {}
+"""From Python 3.14 on, what leaves annotations alone that cannot be evaluated."""
+if sys.version_info >= (3, 14):
+    import annotationlib
+
+    LAZILY["annotation_format"] = annotationlib.Format.FORWARDREF
 
 MAX_NAMED = 8
 """Differences that one error names; the first ones say enough."""
@@ -70,8 +78,12 @@ class Seam:
     def _accepts(self, found: str) -> bool:
         """Whether only optional parameters are new, which a function that we call may have."""
         expected = self.expected[1:-1].split(", ")
-        old = [name for name in found[1:-1].split(", ") if "=" not in name or name in expected]
-        return self.use is Use.CALLED and old == expected
+        needed = [
+            parameter
+            for parameter in found[1:-1].split(", ")
+            if parameter in expected or not (parameter == "*" or "=" in parameter)
+        ]
+        return self.use is Use.CALLED and needed == expected
 
 
 def seams(table: str) -> tuple[Seam, ...]:
@@ -190,8 +202,7 @@ def has_member(owner: object, member: str) -> bool:
     if hasattr(owner, member):
         return True
     return isinstance(owner, type) and any(
-        member in vars(cls).get("__annotations__", {}) or _assigns(cls, member)
-        for cls in owner.__mro__
+        member in _declared(cls) or _assigns(cls, member) for cls in owner.__mro__
     )
 
 
@@ -201,7 +212,7 @@ def described(owner: object, member: str) -> str:
     if callable(value):
         return _parameters(value)
     for cls in owner.__mro__ if isinstance(owner, type) else ():
-        if (declared := vars(cls).get("__annotations__", {}).get(member)) is not None:
+        if (declared := _declared(cls).get(member)) is not None:
             return inspect.formatannotation(declared).strip("'")
     return ""
 
@@ -209,16 +220,23 @@ def described(owner: object, member: str) -> str:
 def _parameters(function: Any) -> str:
     """The parameters without their types, which may be told more exactly at any time."""
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, **LAZILY)
     except (TypeError, ValueError):  # not written in Python
         return ""
     plain = []
     for parameter in signature.parameters.values():
         default = parameter.default
-        if default is not parameter.empty and not isinstance(default, PLAIN):
+        if default is not parameter.empty and type(default) not in PLAIN:
             default = _OTHER
         plain.append(parameter.replace(annotation=parameter.empty, default=default))
     return str(inspect.Signature(plain))
+
+
+def _declared(cls: type) -> dict[str, Any]:
+    """The annotations in the body of a class."""
+    if sys.version_info >= (3, 14):
+        return annotationlib.get_annotations(cls, format=annotationlib.Format.FORWARDREF)
+    return inspect.get_annotations(cls)
 
 
 PLAIN = (type(None), bool, int, float, str)

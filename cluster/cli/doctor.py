@@ -141,7 +141,8 @@ def check_vllm(versions: Versions, device: Device) -> Finding:
         return Finding("vllm", "ok", f"{name} {version}.")
     detail = f"{name} {version} is installed, and XY-Serve is written for {VLLM}"
     if device == "npu":
-        return Finding("vllm", "warn", f"{detail} ({ASCEND_NOTE}).", remedy)
+        detail += f" ({ASCEND_NOTE}); workers will start only if it has all that they use"
+        return Finding("vllm", "warn", f"{detail}.", remedy)
     return Finding("vllm", "fail", f"{detail}.", remedy)
 
 

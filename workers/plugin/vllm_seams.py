@@ -316,15 +316,19 @@ vllm.utils.torch_utils
 vllm.model_executor.models.llama:LlamaForCausalLM
     overridden forward(self, input_ids, positions, intermediate_tensors=None,
         inputs_embeds=None)
+    read model
 vllm.model_executor.models.mistral:MistralForCausalLM
     overridden forward(self, input_ids, positions, intermediate_tensors=None,
         inputs_embeds=None)
+    read model
 vllm.model_executor.models.qwen2:Qwen2ForCausalLM
     overridden forward(self, input_ids, positions, intermediate_tensors=None,
         inputs_embeds=None)
+    read model
 vllm.model_executor.models.qwen3:Qwen3ForCausalLM
     overridden forward(self, input_ids, positions, intermediate_tensors=None,
         inputs_embeds=None)
+    read model
 vllm.model_executor.models.llama:LlamaModel
     called embed_input_ids(self, input_ids)
 vllm.model_executor.models.qwen2:Qwen2Model
