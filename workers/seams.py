@@ -145,7 +145,7 @@ class SeamTable:
         version = self._installed()
         if not (any_version or is_same_series(version, self.version)):
             raise SeamBroken(
-                f"{self.library} {version or '(none)'} is installed, and XY-Serve is written for "
+                f"{self.library} {version} is installed, and XY-Serve is written for "
                 f"{self.version}; {self.remedy}"
             )
         faults = [fault for seam in self.seams if (fault := seam.fault())]
@@ -189,7 +189,7 @@ class SeamTable:
                 return metadata.version(package)
             except metadata.PackageNotFoundError:
                 continue
-        return ""
+        return "(none)"
 
 
 def is_same_series(version: str, other: str) -> bool:
@@ -218,7 +218,7 @@ def described(owner: object, member: str) -> str:
 
 
 def _parameters(function: Any) -> str:
-    """The parameters without their types, which may be told more exactly at any time."""
+    """The parameters without their types, which may become more exact at any time."""
     try:
         signature = inspect.signature(function, **LAZILY)
     except (TypeError, ValueError):  # not written in Python
