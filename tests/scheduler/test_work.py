@@ -3,7 +3,7 @@ from random import Random
 import pytest
 
 from scheduler.cost_model import StepShape
-from scheduler.simulation.device import MODELS
+from scheduler.simulation.roofline import MODELS
 from scheduler.work import ModelWork
 
 WORK = ModelWork(
