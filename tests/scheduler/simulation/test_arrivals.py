@@ -99,6 +99,6 @@ def test_long_prompts_are_clipped_and_then_outputs(
     assert clipped.hash_ids == hash_ids
 
 
-def test_a_model_of_one_token_has_no_room_for_an_answer() -> None:
+def test_lengths_leave_room_for_an_answer() -> None:
     with pytest.raises(ValueError, match=r"max_model_len \(1\) must be at least 2"):
         clip_lengths([], 1)

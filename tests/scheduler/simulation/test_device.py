@@ -25,7 +25,7 @@ def test_the_measured_profile_is_that_of_the_cpu() -> None:
     assert 0.005 < device.cost_model.predict(device.cost_model.shape().plus(1, 100, 1)) < 0.05
 
 
-def test_ones_own_profile_is_read_by_its_path(tmp_path: Path) -> None:
+def test_a_profile_outside_the_package_is_read_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(read_device("h200-llama-3-8b").to_dict() | {"name": "mine"}))
 

@@ -240,7 +240,7 @@ def test_a_prefix_that_was_computed_is_not_computed_again() -> None:
     assert result.summary.prefix_hit_share == pytest.approx(144 / 400)
 
 
-def test_one_token_at_least_is_computed() -> None:
+def test_at_least_one_token_is_computed_after_a_prefix_hit() -> None:
     arrivals = [arrival(f"r{i}", float(i), 32, 1, hash_ids=(0, 1)) for i in range(2)]
 
     result = simulate(arrivals, device())
@@ -248,7 +248,7 @@ def test_one_token_at_least_is_computed() -> None:
     assert [outcome.num_cached_tokens for outcome in result.outcomes] == [0, 16]
 
 
-def test_the_prefix_that_was_used_last_stays_longest() -> None:
+def test_the_least_recently_used_prefix_is_evicted_first() -> None:
     a, b = (0, 1, 2), (10, 11, 12)
     arrivals = [
         arrival("a", 0.0, 50, 1, hash_ids=a),
@@ -264,7 +264,7 @@ def test_the_prefix_that_was_used_last_stays_longest() -> None:
     assert [o.num_cached_tokens for o in result.outcomes] == [0, 0, 48, 0, 48, 32]
 
 
-def test_a_session_goes_on_when_its_call_has_ended() -> None:
+def test_the_next_call_of_a_session_follows_the_end_of_the_one_before() -> None:
     arrivals = [
         arrival("call 1", 1.0, 50, 20),
         arrival("call 2", 2.5, 60, 5, after="call 1"),
@@ -291,7 +291,7 @@ def test_the_rate_of_acceptance_decides_how_many_tokens_a_verify_gives(policy: s
     assert steps_at(0.0) == 101
 
 
-def test_a_scheduler_that_learns_comes_to_know_the_device() -> None:
+def test_a_scheduler_that_learns_comes_to_predict_the_device() -> None:
     believed = CostModel(
         [FIXED_S / 4, TOKEN_S / 4, 0, 0, 0, 0], token_knots=(0,), sample_knots=(0,)
     )
@@ -306,7 +306,7 @@ def test_a_scheduler_that_learns_comes_to_know_the_device() -> None:
     assert believed.speed == 1.0  # each worker has its own
 
 
-def test_classes_are_summed_up_apart() -> None:
+def test_each_class_has_its_own_summary() -> None:
     arrivals = [arrival("a", slo_class="chat", slo=Slo(1e-9)), arrival("b", slo_class="code")]
 
     result = simulate(arrivals, device())
@@ -317,7 +317,7 @@ def test_classes_are_summed_up_apart() -> None:
     assert result.to_dict()["by_class"]["chat"]["num_requests"] == 1  # type: ignore[index]
 
 
-def test_progress_is_told() -> None:
+def test_progress_is_reported() -> None:
     shares: list[float] = []
 
     simulate(workload(4), device(), on_progress=shares.append)

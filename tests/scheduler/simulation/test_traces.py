@@ -128,7 +128,7 @@ def test_mooncake_requests_are_spread_inside_their_step(ending: str, tmp_path: P
     assert read_trace(path, seed=2) != arrivals
 
 
-def test_times_that_are_exact_stay(tmp_path: Path) -> None:
+def test_exact_times_are_kept(tmp_path: Path) -> None:
     row = {"input_length": 5, "output_length": 5, "hash_ids": [1]}
     path = write(tmp_path / "m.jsonl", ({"timestamp": 10 * i, **row} for i in range(9)))
 
@@ -165,14 +165,14 @@ def test_servegen_clients_keep_their_shares(family: str, shape: float, tmp_path:
     assert read_trace(path, rate_rps=8.0, duration_s=600) == arrivals
 
 
-def test_servegen_goes_on_with_the_next_window(tmp_path: Path) -> None:
+def test_servegen_continues_with_the_next_window(tmp_path: Path) -> None:
     arrivals = read_trace(servegen(tmp_path), rate_rps=8.0, duration_s=1200)
 
     later = [a for a in arrivals if a.arrival_s >= 600]
     assert len(later) == pytest.approx(8 * 600 * 15 / 40, rel=0.2)
 
 
-def test_a_recorded_run_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_recorded_run_is_read_as_it_was(tmp_path: Path) -> None:
     rows = [
         {"arrival_s": 1.5, "input_length": 10, "output_length": 3, "class": "chat"},
         {"arrival_s": 0.5, "input_length": 20, "output_length": 4, "max_tokens": 9,
@@ -205,9 +205,7 @@ def test_a_recorded_run_comes_back_as_it_was(tmp_path: Path) -> None:
         ("x.jsonl.gz", "plain", "cannot be read"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(
-    name: str, text: str, message: str, tmp_path: Path
-) -> None:
+def test_an_error_names_file_and_line(name: str, text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text)
 
