@@ -22,12 +22,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from workers.kernels.attention import (
     AttentionPlan,
-    AttentionShape,
     attend,
     plan_attention,
     unsupported,
     write_kv,
 )
+from workers.kernels.shapes import AttentionShape
 from workers.plugin.names import QUANTIZATION
 
 

@@ -13,6 +13,7 @@ from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 from vllm.sequence import IntermediateTensors
 
 from workers.kernels import native
+from workers.kernels.attention import shape_struct
 from workers.kernels.gemm import Weight, plan_struct
 from workers.plugin.vllm_attention import MetaAttentionMetadata
 
@@ -66,7 +67,7 @@ class DecoderStack:
             self._pointer(cos_sin),
             self._pointer(model.norm.weight),
             ctypes.addressof(self._layers),
-            self.shape.struct(),
+            shape_struct(self.shape),
         )
 
     def _pointer(self, tensor: torch.Tensor | None) -> int | None:
