@@ -16,8 +16,8 @@ ROWS = 48
 """Approximate rows of each product: several tiles share a panel, as in a real step."""
 
 MIN_ROUNDS, MAX_ROUNDS = 30, 200
-"""Bounds of the rounds, each of which times every height once: fewer would make the quartiles noisy,
-and more would not change them."""
+"""Bounds of the rounds, each of which times every height once: fewer would make the quartiles
+noisy, and more would not change them."""
 
 BUDGET_S = 4.0
 """Time for all rounds: `xyserve calibrate` is meant to take seconds."""
@@ -77,9 +77,7 @@ def _products() -> list[Callable[[], float]]:
 
 def _interleaved(products: list[Callable[[], float]], progress: Progress) -> list[list[float]]:
     """Time the products in turn, so that anything that slows the machine down slows all of them."""
-    times_s: list[list[float]] = [
-        [product()] for product in products
-    ]  # the first call touches the memory
+    times_s: list[list[float]] = [[product()] for product in products]  # touches the memory
     # A random order, so that periodic disturbances do not always hit the same height.
     turns = np.random.default_rng(0)
     began_s = time.perf_counter()

@@ -56,7 +56,7 @@ def _in_use(isa: str) -> tuple[TileCosts, bool]:
         pass
     except (OSError, ValueError) as error:
         logger.warning(
-            "cannot use the measured row tiles, only built-in ones; measure again: xyserve calibrate",
+            "measured row tiles cannot be used, only built-in ones; to measure: xyserve calibrate",
             extra={"file": str(file), "error": str(error)},
         )
     return default_costs(native.kernels().max_height), False

@@ -15,12 +15,12 @@ ROWS_PER_BLOCK = 120
 """Rows of one GEMM task: they stay in the second-level cache with one chunk of their inputs."""
 
 QUERY_ROWS = 96
-"""Max rows (tokens times query heads per KV head) of one query tile: with more rows, keys and values
-are read less often, but the scores against a chunk of keys (96 KiB now) have to stay in a cache."""
+"""Max rows (tokens times query heads per KV head) of one query tile: with more rows, keys and
+values are read less often, but the scores of a chunk (96 KiB now) have to stay in a cache."""
 
 TASKS_PER_THREAD = 4
-"""Tasks that work is cut into for each thread: with several, a thread that loses its core for a while
-leaves its tasks to the others."""
+"""Tasks that work is cut into for each thread: with several, a thread that loses its core for a
+while leaves tasks to the others."""
 
 TASK_COST = 1 << 11
 """Fixed cost of a query tile, in products of one row with one key."""
