@@ -244,7 +244,7 @@ def test_a_cache_folder_that_takes_no_file_costs_the_next_start_a_measurement(
 
     assert load_or_measure(profile_key(model, CONFIG), lambda: PROFILE) == PROFILE
 
-    assert "the next start measures anew" in caplog.text
+    assert "the next start measures again" in caplog.text
 
 
 def test_the_key_changes_with_all_that_changes_the_time_of_a_step(model: str, cache: Path) -> None:
