@@ -215,8 +215,8 @@ class DraftClient:
     def await_answer(self, step_s: float, now: float) -> None:
         """Hold a step of about `step_s` seconds for up to HOLD_MS, if an answer is about to arrive.
 
-        Most answers take a fraction of a millisecond, most of which the worker spends on its own
-        work after a step. A draft worker that usually takes longer is not waited for.
+        An answer usually takes a fraction of a millisecond, and the worker's own work after a step
+        much of that. A draft worker that usually takes longer is not waited for.
         """
         self.poll(now)
         if self._socket is None or self._seq == self._answered or step_s < MIN_STEP_S:

@@ -109,8 +109,8 @@ def cut_spans(
             cost = max(count * cut.group, MIN_ROWS) * (end_key - first_key) + TASK_COST
             tiles.append(((span, first, count), chunks, cost))
 
-    max_cost = sum(cost for *_, cost in tiles) * cut.num_kv_heads
-    max_cost /= cut.num_threads * TASKS_PER_THREAD
+    total_cost = sum(cost for *_, cost in tiles) * cut.num_kv_heads
+    max_cost = total_cost / (cut.num_threads * TASKS_PER_THREAD)
     heights_of_size = {count: row_tiles(count * cut.group, cut.costs) for (*_, count), *_ in tiles}
     first_height, num_heights = {}, 0
     for count in sorted(heights_of_size):
@@ -134,14 +134,14 @@ def cut_spans(
             pieces.append((cost / num_pieces, tile, chunks[0], begin, end, place))
 
     pieces.sort(key=lambda piece: -piece[0])
-    tasks = [
+    tasks: list[tuple[int, ...]] = [
         (*tile, head, first_chunk + begin, first_chunk + end,
          -1 if place is None else place + begin + head * num_places,
          first_height[tile[2]], len(heights_of_size[tile[2]]))
         for _, tile, first_chunk, begin, end, place in pieces
         for head in range(cut.num_kv_heads)
     ]  # fmt: skip
-    merges = [
+    merges: list[tuple[int, ...]] = [
         (*tile, head, place + head * num_places, num_chunks)
         for tile, place, num_chunks in splits
         for head in range(cut.num_kv_heads)

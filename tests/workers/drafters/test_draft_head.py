@@ -102,7 +102,7 @@ def test_a_file_that_is_no_head_is_refused(model: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="holds no draft head"):
         read_config(model / "model.safetensors")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         read_config(tmp_path / "text")
 
 

@@ -213,7 +213,9 @@ def test_a_damaged_file_is_measured_anew_with_a_warning(
 
     assert load_or_measure(key, lambda: brief) == brief
 
-    files = [vars(record)["file"] for record in caplog.records if "is not used" in record.message]
+    files = [
+        vars(record)["file"] for record in caplog.records if "cannot be used" in record.message
+    ]
     assert set(files) == {str(path)}
     assert load_profile(key) == brief
 
