@@ -195,7 +195,7 @@ class DraftReplica(DraftWorker):
         )
 
     async def _follow(self, answer: "DeploymentResponse[list[DraftWorkerAddress]]") -> None:
-        self.meet(await _answered(answer, []))
+        self.set_peers(await _answered(answer, []))
 
     def __del__(self) -> None:
         """Serve's hook for the end of a replica, also of one whose constructor failed."""

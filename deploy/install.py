@@ -49,7 +49,8 @@ wrong += sorted(n for n in names if n.startswith("nvidia-"))
 if wrong:
     raise SystemExit(f"these do not belong beside a CPU torch: {', '.join(wrong)}")
 import ray, vllm
-import workers.kernels.native
+from workers.kernels import native
+native.kernels()
 from transformers import LlamaForCausalLM
 # vLLM looks at a model's class in a process of its own and remembers the outcome; otherwise every
 # process of the first start would do so at the same time.

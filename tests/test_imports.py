@@ -57,8 +57,8 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"simulation"}),
     ),
     "workers": (
-        frozenset({"config", "cpus", "errors", "home", "seams", "timeline", "token_stream"}),
-        frozenset({"kernels"}),
+        frozenset({"config", "cpus", "errors", "home", "seams", "sockets", "timeline"}),
+        frozenset({"kernels", "token_stream"}),
         frozenset({"drafts", "plugin", "step_history"}),
         frozenset({"reports"}),
         frozenset({"engine"}),

@@ -267,10 +267,11 @@ def _calibrate_kernels(force: bool) -> None:
     try:
         from workers.profiling.calibrate import calibrate as measure
         from workers.profiling.calibrate import current_calibration
+
+        before = current_calibration()
     except ImportError as error:  # its message says how to build the library
         raise _fail(str(error)) from error
 
-    before = current_calibration()
     if before.is_measured and not force:
         _show_calibration({"measured": before})
         typer.echo(f"Measured before: {before.path}\nTo measure anew: xyserve calibrate --force")

@@ -210,7 +210,7 @@ class Ingress:
 
     async def _tend(self) -> None:
         while True:
-            self._senders.tend(time.monotonic())
+            self._senders.poll(time.monotonic())
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _has_workers(self) -> bool:
