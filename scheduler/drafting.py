@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
+
+from scheduler.worded import Worded
 
 BUSIER = 0.2
 """A draft worker is left for another that is busy for a smaller share of its time by this much."""
@@ -53,17 +54,16 @@ def choose_draft_worker(
     return best.draft_worker_id
 
 
-class CollapseReason(StrEnum):
-    """Why drafts are no longer accepted as they were."""
+class CollapseReason(Worded):
+    """Why drafts are no longer accepted as they used to be."""
 
-    SILENT = "silent"
-    """The draft worker does not answer."""
-    RESTARTED = "restarted"
-    """It is a new one, which has not seen what the old one had."""
-    LATE = "late"
-    """Most of its drafts come after the tokens that they guess."""
-    CONTENT = "content"
-    """The text is of another kind, which its draft_workers do not foresee."""
+    SILENT = "silent", "the draft worker does not answer: it is stopped or overloaded"
+    RESTARTED = "restarted", "the draft worker has restarted and must learn again"
+    LATE = (
+        "late",
+        "most drafts arrive too late to be verified: the draft worker is overloaded",
+    )
+    CONTENT = "content", "the drafters do not predict the text that is being generated"
 
 
 @dataclass(frozen=True, slots=True)
