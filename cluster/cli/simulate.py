@@ -32,8 +32,7 @@ from scheduler.simulation.trace import (
 POLICIES = tuple(name for name in get_args(get_type_hints(StepPolicy)["name"]) if name != "vllm")
 """Names of our own step schedulers; vLLM's runs live only."""
 DEFAULT_DURATION_S = 600.0
-"""Seconds that are drawn from a trace of rates, which has no end: ten minutes, long enough for
-queues to settle."""
+"""Duration that is drawn from a trace of rates, which has no end of its own."""
 
 
 class BadSimulation(XYServeError, ValueError):

@@ -33,7 +33,7 @@ MANIFEST = "MANIFEST.json"
 RECIPE = 1
 """Version of what the build writes; a higher one makes existing checkpoints be built again."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)
-"""Waits between attempts at a download: 15 s in all, enough for a restart of a proxy."""
+"""Waits before the retries of a download: doubled each time, 15 s in all."""
 
 FetchProgress = Callable[[str, int, int], None]
 """Called with the phase (find, wait, download or build), the bytes done, and the total or 0."""
