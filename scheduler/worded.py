@@ -12,8 +12,8 @@ class Worded(StrEnum):
 
     text: str
 
-    def __new__(cls, value: str, text: str) -> Self:
-        """Make a member from its value and its words."""
+    def __new__(cls, value: str, text: str = "") -> Self:
+        """Create a member; type checkers also see a look-up by value here, hence the default."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.text = text

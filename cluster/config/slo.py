@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 CLASS_NAME = re.compile(r"[A-Za-z0-9._-]+")
-"""What a class may be called: its name travels in headers."""
+"""Valid names of classes; they are sent in HTTP headers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class SloClass:
     def __post_init__(self) -> None:
         for name in ("ttft_ms", "tpot_ms"):
             value = getattr(self, name)
-            if value is not None and not value / 1000 > 0:  # NaN is not either
+            if value is not None and not value / 1000 > 0:  # NaN is not positive either
                 raise ValueError(f"{name} ({value}) must be positive, or null for no target")
 
 
@@ -30,7 +30,7 @@ BUILT_IN_CLASSES = {
     "standard": SloClass(ttft_ms=10_000, tpot_ms=250),
     "batch": SloClass(),
 }
-"""The classes of every app, unless its config gives the name another meaning."""
+"""The classes that every app has, unless its config redefines them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +48,19 @@ class SloConfig:
         for name in self.classes:
             if not CLASS_NAME.fullmatch(name):
                 raise ValueError(
-                    f"classes: {name!r} cannot be a class's name; use letters, digits and . _ -"
+                    f"classes: {name!r} cannot name a class; use letters, digits and . _ -"
                 )
-        object.__setattr__(self, "classes", BUILT_IN_CLASSES | self.classes)
-        if self.default not in self.classes:
+        if self.default not in self.all_classes:
             raise ValueError(
-                f"default ({self.default}) is no service class; known are {self.known_classes}"
+                f"default ({self.default}) is not a service class; use one of {self.known_classes}"
             )
+
+    @property
+    def all_classes(self) -> dict[str, SloClass]:
+        """The configured classes and the built-in ones they do not replace, by name."""
+        return BUILT_IN_CLASSES | self.classes
 
     @property
     def known_classes(self) -> str:
         """The names of all classes, for messages."""
-        return ", ".join(sorted(self.classes))
+        return ", ".join(sorted(self.all_classes))
