@@ -52,22 +52,22 @@ def grown(counter: str, window: str) -> str:
 
 
 def total(expr: str, *by: str) -> str:
-    """The sum over all labels but `by`."""
+    """The sum over all labels except `by`."""
     return _aggregated("sum", expr, by)
 
 
 def largest(expr: str, *by: str) -> str:
-    """The largest value over all labels but `by`."""
+    """The largest value over all labels except `by`."""
     return _aggregated("max", expr, by)
 
 
 def smallest(expr: str, *by: str) -> str:
-    """The smallest value over all labels but `by`."""
+    """The smallest value over all labels except `by`."""
     return _aggregated("min", expr, by)
 
 
 def number(expr: str, *by: str) -> str:
-    """The number of series over all labels but `by`."""
+    """The number of series over all labels except `by`."""
     return _aggregated("count", expr, by)
 
 

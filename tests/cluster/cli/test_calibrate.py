@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[TileCosts]:
-    """What comes of measuring, one after the other, in no time."""
+    """Results of measuring, one for each call, without the time it takes."""
     found = [FLAT]
 
     def measure(progress: Callable[[float], None]) -> TileCosts:
