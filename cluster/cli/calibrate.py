@@ -42,9 +42,9 @@ def calibrate(
     command runs about two minutes of varied steps on as many cores as a worker
     has: run it if you want more accurate predictions.
 
-    Both results are kept in the cache folder (XDG_CACHE_HOME, or else
-    ~/.cache): the tiles by CPU and instruction set, the steps by model, engine
-    config, machine and version. Workers read them when they start.
+    Both results are kept in the home folder (XYSERVE_HOME, or else
+    ~/.cache/xyserve): the tiles by CPU and instruction set, the steps by model,
+    engine config, machine and version. Workers read them when they start.
 
     Example: xyserve calibrate deploy/local.yaml
     """
@@ -62,10 +62,11 @@ def _calibrate_kernels(force: bool) -> None:
     try:
         from workers.profiling.calibrate import calibrate as measure
         from workers.profiling.calibrate import current_calibration
+
+        before = current_calibration()
     except ImportError as error:  # its message says how to build the library
         raise fail(str(error)) from error
 
-    before = current_calibration()
     if before.is_measured and not force:
         _show_calibration({"measured": before})
         _say_measured_before(before.path)
@@ -109,7 +110,7 @@ def _say_measured_before(path: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> typer.Exit:
-    return fail(f"cannot write {path} ({error}); set XDG_CACHE_HOME")
+    return fail(f"cannot write {path} ({error}); set XYSERVE_HOME")
 
 
 def _show_profile(profile: EngineProfile) -> None:

@@ -4,6 +4,9 @@ A command's file imports what takes long to import inside the command, so that `
 and the other commands start quickly.
 """
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 from rich.console import Console
 
@@ -46,6 +49,22 @@ for command in (
     app.command()(command)
 app.add_typer(model_app, name="model")
 app.add_typer(draft_head_app, name="draft-head")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"xyserve {version('xyserve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -127,7 +127,7 @@ def test_a_cache_folder_that_takes_no_file_is_an_error(
 
     assert (result.exit_code, result.stdout) == (1, "")
     assert f"Error: cannot write {tile_table.path()}" in result.stderr
-    assert "XDG_CACHE_HOME" in result.stderr
+    assert "XYSERVE_HOME" in result.stderr
 
 
 def test_without_the_library_it_says_how_to_build_it() -> None:
