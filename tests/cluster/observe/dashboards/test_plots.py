@@ -189,7 +189,10 @@ def test_something_else_at_the_address_is_not_taken_for_prometheus() -> None:
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
 
-    with Prometheus(address) as prometheus, pytest.raises(PrometheusFailed, match="not a Prometheus"):
+    with (
+        Prometheus(address) as prometheus,
+        pytest.raises(PrometheusFailed, match="not a Prometheus"),
+    ):
         prometheus.query("up")
 
     thread.join()
