@@ -59,10 +59,7 @@ class CollapseReason(Worded):
 
     SILENT = "silent", "the draft worker does not answer: it is stopped or overloaded"
     RESTARTED = "restarted", "the draft worker has restarted and must learn again"
-    LATE = (
-        "late",
-        "most drafts arrive too late to be verified: the draft worker is overloaded",
-    )
+    LATE = "late", "most drafts arrive too late to be verified: the draft worker is overloaded"
     CONTENT = "content", "the drafters do not predict the text that is being generated"
 
 
