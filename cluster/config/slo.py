@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 CLASS_NAME = re.compile(r"[A-Za-z0-9._-]+")
-"""Pattern of a class's name, which travels in headers."""
+"""Valid names of classes; they are sent in HTTP headers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ BUILT_IN_CLASSES = {
     "standard": SloClass(ttft_ms=10_000, tpot_ms=250),
     "batch": SloClass(),
 }
-"""Classes of every app, unless its config defines one of the same name."""
+"""The classes that every app has, unless its config redefines them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
