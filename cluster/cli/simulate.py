@@ -14,20 +14,20 @@ from cluster.cli.simulation_report import print_devices, print_runs, write_plots
 from cluster.errors import XYServeError
 from scheduler.policy import StepPolicy
 from scheduler.request import Slo
-from scheduler.simulation.compare import compare, to_dict
-from scheduler.simulation.device import DeviceProfile, read_device
-from scheduler.simulation.simulated_worker import SimulationError
-from scheduler.simulation.simulator import Speculation
-from scheduler.simulation.trace import (
+from scheduler.simulation.arrivals import (
     Arrival,
     clip_lengths,
     first_requests,
     first_seconds,
-    read_trace,
     scale_rate,
     with_max_tokens,
     with_slo,
 )
+from scheduler.simulation.compare import compare, to_dict
+from scheduler.simulation.device import DeviceProfile, read_device
+from scheduler.simulation.simulated_worker import SimulationError
+from scheduler.simulation.simulator import SimulationConfig, Speculation
+from scheduler.simulation.traces import read_trace
 
 POLICIES = tuple(name for name in get_args(get_type_hints(StepPolicy)["name"]) if name != "vllm")
 """Names of our own step schedulers; vLLM's runs live only."""
@@ -151,11 +151,13 @@ def simulate(
                 profile,
                 policies,
                 loads,
-                num_workers=workers,
-                speculation=speculation,
-                noise=noise,
-                seed=seed,
-                log_steps=plot is not None,
+                SimulationConfig(
+                    num_workers=workers,
+                    speculation=speculation,
+                    noise=noise,
+                    seed=seed,
+                    log_steps=plot is not None,
+                ),
                 on_progress=lambda label, share: show(f"Simulating {label}", share, 1.0),
             )
     except (ValueError, SimulationError) as error:

@@ -1,14 +1,14 @@
 """Policies compared: each simulated on the same arrivals, at one or more rates."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from scheduler.policy import StepPolicy
+from scheduler.simulation.arrivals import Arrival, scale_rate
 from scheduler.simulation.device import DeviceProfile
-from scheduler.simulation.simulator import SimulationResult, Speculation, simulate
-from scheduler.simulation.trace import Arrival, scale_rate
+from scheduler.simulation.simulator import SimulationConfig, SimulationResult, simulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +38,14 @@ def compare(
     device: DeviceProfile,
     policies: Sequence[StepPolicy],
     loads: Sequence[float],
+    config: SimulationConfig,
     *,
-    num_workers: int = 1,
-    speculation: Speculation | None = None,
-    noise: float = 0.0,
-    seed: int = 0,
-    log_steps: bool = False,
     on_progress: Callable[[str, float], None] = lambda label, share: None,
 ) -> list[Run]:
-    """Simulate each policy at each load; `on_progress` is called with a run's label and progress.
+    """Simulate each policy at each load, with all else as in `config`.
 
-    ValueError or SimulationError as `simulate` raises them.
+    `on_progress` is called with a run's label and the share of it that is done. Raises ValueError
+    or SimulationError as `simulate` does.
     """
     runs = []
     for policy in policies:
@@ -57,12 +54,7 @@ def compare(
             result = simulate(
                 scaled,
                 device,
-                policy=policy,
-                num_workers=num_workers,
-                speculation=speculation,
-                noise=noise,
-                seed=seed,
-                log_steps=log_steps,
+                replace(config, policy=policy),
                 on_progress=partial(on_progress, run_label(policy.name, load)),
             )
             runs.append(Run(policy.name, load, _offered_rps(scaled, result), result))
