@@ -44,7 +44,7 @@ class GlobalSchedulerReplica(GlobalScheduler):
     def __init__(self, config: AppConfig) -> None:
         context = replica_context()
         set_up_logs(config.logs, **context)
-        metrics = PlacementMetrics(Exporter(config))
+        metrics = PlacementMetrics(Exporter(config.model_name, config.metrics))
         self._tracing = Tracing(config.tracing, "scheduler", context["replica"])
         super().__init__(
             on_placement=lambda request, placement: metrics.count_placement(placement),
@@ -92,7 +92,7 @@ class WorkerReplica(Worker):
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
         context = replica_context()
         set_up_logs(config.logs, **context)
-        exporter = Exporter(config)
+        exporter = Exporter(config.model_name, config.metrics)
         metrics = WorkerMetrics(exporter)
         self._tracing = Tracing(config.tracing, "worker", context["replica"])
         self._scheduler_metrics: SchedulerMetrics | None = None
@@ -178,7 +178,8 @@ class DraftReplica(DraftWorker):
         assert config.draft
         context = replica_context()
         set_up_logs(config.logs, **context)
-        draft, metrics = config.draft, DraftWorkerMetrics(Exporter(config))
+        draft = config.draft
+        metrics = DraftWorkerMetrics(Exporter(config.model_name, config.metrics))
 
         def send(report: DraftWorkerReport) -> None:
             metrics.export(report.status)

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from scheduler.request import RequestState
+from scheduler.worded import Worded
 
 
 class Stage(StrEnum):
@@ -31,25 +32,17 @@ class StageTask(NamedTuple):
     """Whether the span ends at the newest token, so that the step gives the next one."""
 
 
-class Reason(StrEnum):
+class Reason(Worded):
     """Why a request gets nothing in a step."""
 
-    TIME = "time"
-    """The step would last longer than the tightest target in it allows."""
-    TOKENS = "tokens"
-    """The step has all the tokens it may have."""
-    SEATS = "seats"
-    """As many requests run as may."""
-    KV = "kv"
-    """The KV cache has no room for its tokens."""
-    TPOT = "tpot"
-    """With it, decoding would miss the time per token of those that run."""
-    OVERDUE = "overdue"
-    """It cannot meet its target any more; others that can go first."""
-    BEHIND = "behind"
-    """The one before it in the queue could not be taken, and it may not pass."""
-    PREEMPTED = "preempted"
-    """Its KV cache was taken for others; it starts again later."""
+    TIME = "time", "the step was as long as the tightest target in it allows"
+    TOKENS = "tokens", "the step already had the maximum number of tokens"
+    SEATS = "seats", "the worker already ran max_num_seqs requests"
+    KV = "kv", "the KV cache had no room for its tokens"
+    TPOT = "tpot", "with it, the running requests would have missed their time per token"
+    OVERDUE = "overdue", "it could no longer meet its target; requests that could went first"
+    BEHIND = "behind", "it must not pass a request ahead of it in the queue"
+    PREEMPTED = "preempted", "its KV blocks were freed for other requests"
 
 
 class Deferral(NamedTuple):

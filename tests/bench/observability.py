@@ -28,7 +28,7 @@ import ray
 from ray import serve
 
 from cluster.app import build_app
-from cluster.config.app_config import AppConfig, parse_args
+from cluster.config.app_config import parse_args
 from cluster.observe.exporter import Exporter, WorkerMetrics
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from tests.bench.overhead import ROUTE, by_http
@@ -121,7 +121,7 @@ def step_us() -> float:
     tasks = tuple(StageTask(f"r-{n}", Stage.DECODE, 1, 200 + n, True) for n in range(16))
     waits = tuple(Deferral(f"w-{n}", Reason.TIME) for n in range(4))
     plan = BatchPlan(tasks, waits, (), predicted_s=0.05, limit_s=0.08)
-    watch, history = WorkerMetrics(Exporter(AppConfig())), StepHistory()
+    watch, history = WorkerMetrics(Exporter("bench", enabled=True)), StepHistory()
     began_s = time.perf_counter()
     for number in range(NUM_STEPS):
         report = StepReport(number, 0.0, plan, 0.05, 0.001)
