@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from scheduler.record import replay as replay_steps
+from scheduler.replay import replay as replay_steps
 from scheduler.task import BatchPlan
 
 

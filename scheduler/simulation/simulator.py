@@ -20,15 +20,16 @@ from scheduler.placement import WorkerLoad, place
 from scheduler.policy import StepPolicy
 from scheduler.request import RequestState
 from scheduler.simulation.device import DeviceProfile
+from scheduler.simulation.noise import Noise
 from scheduler.simulation.simulated_worker import (
     LiveRequest,
-    Noise,
     SimulatedWorker,
     SimulationError,
     StepRecord,
 )
 from scheduler.simulation.summary import Outcome, Summary, summarise
 from scheduler.simulation.trace import Arrival
+from scheduler.step_planner import StepPlanner
 
 REPORT_INTERVAL_S = 0.25
 """How often workers report their load to whoever places requests, as they do live."""
@@ -190,12 +191,11 @@ class _Cluster:
             # Padded, because among equals placement takes the smaller id.
             f"worker-{index:0{len(str(self.num_workers - 1))}}",
             self.device,
-            self.policy.make(self.device.limits, believed),
-            believed if self.learns else None,
-            Noise(self.noise, [self.seed, index]) if self.noise else None,
+            StepPlanner(self.device.limits, self.policy, believed, learns=self.learns),
+            noise=Noise(self.noise, [self.seed, index]) if self.noise else None,
             # Each verify advances by another number of tokens.
-            self.fast_forward and self.speculation is None,
-            [] if self.log_steps else None,
+            fast_forward=self.fast_forward and self.speculation is None,
+            log=[] if self.log_steps else None,
         )
 
     def run(self, on_progress: Callable[[float], None]) -> SimulationResult:

@@ -38,7 +38,7 @@ from cluster.config.app_config import AppConfig, parse_args
 from cluster.models.model import resolve_model
 from scheduler.cost_model import CostModel
 from scheduler.policy import StepPolicy
-from scheduler.record import replay
+from scheduler.replay import replay
 from scheduler.request import Request, Slo
 from scheduler.simulation.device import DeviceProfile
 from scheduler.simulation.simulator import simulate
