@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from scheduler.cost_model import StepShape
 from scheduler.request import RequestState
+from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
 from scheduler.simulation.fast_forward import FastForward, Jump, is_steady
 from scheduler.simulation.kv_cache import Holding, KvCache, KvCacheFull
 from scheduler.simulation.noise import Noise
 from scheduler.simulation.plan_check import BrokenPlan, check
-from scheduler.simulation.trace import Arrival
 from scheduler.step_planner import StepInFlight, StepPlanner
 from scheduler.task import BatchPlan, Stage, StageTask, StepView
 

@@ -42,6 +42,7 @@ from workers.engine.vllm_sampling import (
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.engine.vllm_speculation import HiddenStates, speculative_config
 from workers.plugin.names import QUANTIZATION
+from workers.plugin.vllm_seams import check_seams
 from workers.reports import DraftStats, Peaks
 from workers.token_stream import StreamAddress
 
@@ -98,6 +99,7 @@ class VllmEngine:
         the engine verifies the drafts of the draft worker that it is assigned later.
         """
         began_s = time.monotonic()
+        check_seams(config.device)
         vllm_config = _vllm_config(model, config, draft)
         with all_logits_processors() if draft else contextlib.nullcontext():
             self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)

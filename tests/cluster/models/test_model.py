@@ -378,7 +378,7 @@ def test_of_two_processes_one_fetches_and_the_other_waits(index: Index, source: 
 
 def fetch_in_another_process(source: Source) -> subprocess.Popen[str]:
     script = f"""
-from cluster import model
+from cluster.models import model
 model.SOURCE = model.{source!r}
 phases = []
 def report(phase, done, total):
