@@ -1,4 +1,4 @@
-"""What every plan owes its worker, whichever scheduler made it."""
+"""What every plan owes its worker, simulated or live, whichever scheduler made it."""
 
 from scheduler.request import RequestState
 from scheduler.task import BatchPlan, Limits, StageTask, StepView

@@ -5,7 +5,7 @@
 
 `arrivals` come from `scheduler.simulation.traces.read_trace` or are made by hand, `device` from
 `scheduler.simulation.device.read_device`. Requests are placed by `place`, the steps of each worker
-are planned by its own `StepScheduler`, and a step takes as long as the device's cost model
+are planned by its own `StepPlanner`, and a step takes as long as the device's cost model
 predicts. Equal arguments give equal results.
 """
 

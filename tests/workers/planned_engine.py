@@ -12,8 +12,9 @@ from typing import Any
 
 from scheduler.replay import replay
 from scheduler.request import Request, Slo
+from scheduler.simulation.plan_check import check
 from scheduler.step_planner import StepPlanner
-from scheduler.task import StepReport
+from scheduler.task import BatchPlan, StepReport, StepView
 from tests.workers.tiny_models import VOCAB_SIZE
 from workers.config import WorkerConfig
 from workers.step_history import RequestStep, StepHistory
@@ -82,6 +83,15 @@ class Played:
         return list(replay(self.record))
 
 
+class CheckedPlanner(StepPlanner):
+    """Makes sure that each plan is one that the engine can carry out."""
+
+    def plan(self, view: StepView, now: float) -> BatchPlan:
+        plan = super().plan(view, now)
+        check(plan, view, self.limits)
+        return plan
+
+
 def steps(record: Sequence[str]) -> list[dict[str, Any]]:
     """The lines of a record that are steps."""
     return [line for line in map(json.loads, record) if "step" in line]
@@ -108,7 +118,7 @@ def _play(engine: Any, config: WorkerConfig, jobs: Sequence[Job], script: int) -
         queued_s.extend(step.queued_s)
 
     if config.step_policy.name != "vllm":
-        planner = StepPlanner(scheduler.limits, config.step_policy, on_step=on_step)
+        planner = CheckedPlanner(scheduler.limits, config.step_policy, on_step=on_step)
         planner.record(record)
         scheduler.planner = planner
     decoder = MsgpackDecoder(EngineCoreOutputs)
@@ -182,7 +192,7 @@ def play_ahead(
         scheduler.lora_config = LoRAConfig(max_loras=1)
     engine._core.scheduler = engine._planned = scheduler
     record = io.StringIO()
-    scheduler.planner = StepPlanner(scheduler.limits, config.step_policy)
+    scheduler.planner = CheckedPlanner(scheduler.limits, config.step_policy)
     scheduler.planner.record(record)
     draw = random.Random(0)
     ids = [str(index) for index in range(len(jobs))]
