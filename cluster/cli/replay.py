@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.options import fail
-from scheduler.record import replay as replay_steps
+from scheduler.replay import replay as replay_steps
 from scheduler.task import BatchPlan
 
 

@@ -14,9 +14,9 @@ from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
 from cluster.observe.request_history import RequestRecord
 from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement, WorkerLoad
+from scheduler.task import StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.reports import DraftStats, DraftWorkerStatus
-from workers.step_history import TakenStep
 
 REFRESH_S = 5.0
 """How often kept gauges are set again: well within the 20 s after which Ray forgets them."""
@@ -99,12 +99,12 @@ class WorkerMetrics:
         """Sums by metric and the value of its label, empty if it has none."""
         self._drafts: dict[str, DraftCounts] = {}
 
-    def add_step(self, step: TakenStep) -> None:
+    def add_step(self, step: StepReport) -> None:
         """Count one step; called in the engine's thread, between two steps."""
-        observe, sums, plan = self._exporter.observe, self._sums, step.report.plan
-        measured_s = step.report.measured_s
+        observe, sums, plan = self._exporter.observe, self._sums, step.plan
+        measured_s = step.measured_s
         observe(metrics.STEP_SECONDS, measured_s)
-        observe(metrics.STEP_DECISION_SECONDS, step.report.decided_s)
+        observe(metrics.STEP_DECISION_SECONDS, step.decided_s)
         observe(metrics.STEP_PREDICTION_ERROR, abs(plan.predicted_s / measured_s - 1))
         if plan.limit_s < math.inf:
             observe(metrics.STEP_BUDGET_USE, plan.predicted_s / max(plan.limit_s, 1e-6))

@@ -34,7 +34,7 @@ from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepRe
 from tests.bench.overhead import ROUTE, by_http
 from tests.bench.report import publish
 from tests.workload import questions
-from workers.step_history import StepHistory, TakenStep
+from workers.step_history import StepHistory
 
 NUM_STEPS, STEPS_OF_A_REPORT = 20_000, 5
 WATCHED, BARE = "watched", "bare"
@@ -124,8 +124,15 @@ def step_us() -> float:
     watch, history = WorkerMetrics(Exporter("bench", enabled=True)), StepHistory()
     began_s = time.perf_counter()
     for number in range(NUM_STEPS):
-        report = StepReport(number, 0.0, plan, 0.05, 0.001)
-        step = TakenStep(report, tasks, dict.fromkeys((t.request_id for t in tasks), 1))
+        step = StepReport(
+            step=number,
+            began_s=0.0,
+            plan=plan,
+            tasks=tasks,
+            measured_s=0.05,
+            decided_s=0.001,
+            num_new_tokens=dict.fromkeys((t.request_id for t in tasks), 1),
+        )
         watch.add_step(step)
         history.add(step)
         if number % STEPS_OF_A_REPORT == 0:

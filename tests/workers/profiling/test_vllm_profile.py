@@ -74,12 +74,13 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
     from vllm.v1.serial_utils import MsgpackDecoder
 
-    from workers.engine.vllm_engine import VllmEngine, encoder
+    from workers.engine.vllm_engine import encoder
+    from workers.profiling.vllm_calibrated_engine import make_engine
 
-    engine = VllmEngine(model, config)
+    engine = make_engine(model, config)
     scheduler = engine._core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
-    cost_model = scheduler.cost_model.to_dict()
+    cost_model = scheduler.planner.cost_model.to_dict()
     before = len(scheduler.requests), pool.num_gpu_blocks, pool.get_num_free_blocks()
     encode, decode = encoder(), MsgpackDecoder(EngineCoreOutputs).decode
     client = StreamAddress("tcp://127.0.0.1:1", "client")
