@@ -23,6 +23,7 @@ from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.make import make_drafters
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
+from workers.engine_request import EngineRequest
 from workers.reports import DraftWorkerReport, WorkerReport
 from workers.step_history import TakenStep
 from workers.token_stream import StreamAddress
@@ -128,17 +129,15 @@ class WorkerReplica(Worker):
         self._draft_worker: DraftWorkerAddress | None = None
         super().__init__(context["replica"], config.worker, make_engine, send)
 
-    async def generate(
-        self, request: Request, engine_request: list[bytes], reply_to: StreamAddress
-    ) -> str:
+    async def generate(self, request: EngineRequest, reply_to: StreamAddress) -> str:
         """Run a request, and trace that."""
         began_s, outcome = time.time(), "error"
         try:
-            outcome = await super().generate(request, engine_request, reply_to)
+            outcome = await super().generate(request, reply_to)
             return outcome
         finally:
-            if self._tracing.is_on and request.traceparent:
-                self._trace(request, began_s, outcome)
+            if self._tracing.is_on and request.request.traceparent:
+                self._trace(request.request, began_s, outcome)
 
     def _trace(self, request: Request, began_s: float, outcome: str) -> None:
         steps = self.history.of_request(request.request_id, began_s)

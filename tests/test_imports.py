@@ -57,7 +57,9 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"simulation"}),
     ),
     "workers": (
-        frozenset({"config", "cpus", "errors", "home", "timeline", "token_stream"}),
+        frozenset(
+            {"config", "cpus", "engine_request", "errors", "home", "timeline", "token_stream"}
+        ),
         frozenset({"kernels"}),
         frozenset({"drafts", "plugin", "step_history"}),
         frozenset({"reports"}),

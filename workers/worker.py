@@ -8,12 +8,12 @@ from pathlib import Path
 
 import psutil
 
-from scheduler.request import Request
 from workers.config import WorkerConfig
 from workers.cpus import CpuClaim, claim_cpus
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
 from workers.engine.engine_loop import EngineLoop
+from workers.engine_request import EngineRequest
 from workers.errors import WorkerDraining
 from workers.reports import Peaks, WorkerReport, WorkerStatus, WorkerSteps
 from workers.step_history import RequestStep, StepHistory
@@ -52,9 +52,7 @@ class Worker:
             self._release_cpus()
             raise
 
-    async def generate(
-        self, request: Request, engine_request: list[bytes], reply_to: StreamAddress
-    ) -> str:
+    async def generate(self, request: EngineRequest, reply_to: StreamAddress) -> str:
         """Run `request`, its tokens going to `reply_to`; returns the finish reason at the end.
 
         The call lasts as long as its request, so that the death of either side is noticed by
@@ -66,9 +64,9 @@ class Worker:
             raise WorkerDraining(f"worker {self.worker_id} is draining")
         self.check_health()
         try:
-            return await asyncio.wrap_future(self._loop.add(request, engine_request, reply_to))
+            return await asyncio.wrap_future(self._loop.add(request, reply_to))
         except asyncio.CancelledError:
-            self._loop.abort([request.request_id])
+            self._loop.abort([request.request.request_id])
             raise
 
     async def abort(self, request_ids: list[str]) -> None:

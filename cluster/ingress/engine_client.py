@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.observe.request_history import Attempt, RequestRecord
-from scheduler.request import Request
+from workers.engine_request import EngineRequest
 from workers.errors import EngineDead, WorkerDraining
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
 
@@ -47,7 +46,7 @@ class _Live:
     """A request that was submitted and has not ended."""
 
     record: RequestRecord
-    encode: Callable[[str], list[bytes]]
+    request: EngineRequest
     response: DeploymentResponse[str] | None = None
     task: asyncio.Task[None] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -56,11 +55,11 @@ class _Live:
     def request_id(self) -> str:
         return self.record.request.request_id
 
-    def begin_attempt(self) -> str:
-        """A new id on the worker for each attempt: it fences off a lost worker's outputs."""
+    def begin_attempt(self) -> EngineRequest:
+        """The request under a new id for each attempt: it fences off a lost worker's outputs."""
         attempt_id = f"{self.request_id}.{len(self.record.attempts)}"
         self.record.attempts.append(Attempt(attempt_id, time.time()))
-        return attempt_id
+        return self.request.for_attempt(attempt_id, self.record.output_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +100,12 @@ class EngineClient(Generic[Outputs]):
         self._outputs: asyncio.Queue[Outputs] = asyncio.Queue()
         self._receiving: asyncio.Task[None] | None = None
 
-    def submit(
-        self, request: Request, arrived_s: float, encode: Callable[[str], list[bytes]]
-    ) -> None:
-        """Start a request that arrived at a time by the wall clock.
-
-        `encode` gives it in the engine's encoding under a given id.
-        """
+    def submit(self, request: EngineRequest, arrived_s: float) -> None:
+        """Start a request that arrived at a time by the wall clock."""
         if self._receiving is None:
             self._receiving = asyncio.create_task(self._receive())
-        live = _Live(RequestRecord(request, arrived_s), encode)
-        self._live[request.request_id] = live
+        live = _Live(RequestRecord(request.request, arrived_s), request)
+        self._live[live.request_id] = live
         self._listeners.began(live.record)
         # In a context of its own: Serve names its calls after the HTTP request in the context, and
         # its router keeps only one of two calls of the same name, as n=2 makes.
@@ -146,13 +140,11 @@ class EngineClient(Generic[Outputs]):
         """Keep the request on some worker until it ends."""
         record = live.record
         while True:
-            attempt_id = live.begin_attempt()
+            attempt = live.begin_attempt()
+            attempt_id = attempt.request.request_id
             self._attempts[attempt_id] = live
-            attempt = dataclasses.replace(record.request, request_id=attempt_id)
             try:
-                response: Any = self._workers.generate.remote(
-                    attempt, live.encode(attempt_id), self._receiver.address
-                )
+                response: Any = self._workers.generate.remote(attempt, self._receiver.address)
                 live.response = response
                 if await response == "abort":  # not by this client
                     raise RuntimeError("the request was aborted on its worker")
@@ -163,7 +155,7 @@ class EngineClient(Generic[Outputs]):
                 if live.response is not None:
                     live.response.cancel()  # the worker may only have been out of reach
                 record.attempts[-1].lost = f"{type(error).__name__}: {error}"
-                if record.num_output_tokens or len(record.attempts) == MAX_ATTEMPTS:
+                if record.output_token_ids or len(record.attempts) == MAX_ATTEMPTS:
                     self._fail(live, error)
                     return
                 logger.warning(
@@ -202,7 +194,7 @@ class EngineClient(Generic[Outputs]):
                 if (live := self._attempts.get(output.request_id)) is None:
                     continue  # aborted here, or from a worker that was given up
                 output.request_id = live.request_id
-                live.record.deliver(len(output.new_token_ids), now)
+                live.record.deliver(output.new_token_ids, now)
                 kept.append(output)
                 if output.finish_reason is not None:
                     self._end(live.request_id, str(output.finish_reason))

@@ -15,7 +15,6 @@ from typing import Any
 # would hide the warnings of all other libraries.
 os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "WARNING")
 
-import msgspec
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -47,6 +46,7 @@ from cluster.observe.tracing import current_traceparent
 from cluster.observe.vllm_metrics import STAT_LOGGERS
 from scheduler.request import Request
 from workers.engine.vllm_engine import encoder, engine_args
+from workers.engine_request import EngineRequest
 
 logger = logging.getLogger(__name__)
 
@@ -68,28 +68,27 @@ class WorkersCore(EngineCoreClient):
         return SUPPORTED_TASKS
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Send a request to a worker; returns at once."""
+        """Send a request to a worker; returns at once.
+
+        ValueError, TypeError or OverflowError if it cannot be encoded: huge integers, halves of
+        characters.
+        """
         sampling = request.sampling_params
         if sampling is None:
             raise NotImplementedError("the served model generates text; it has no pooling tasks")
         num_prompt_tokens = len(request.prompt_token_ids or request.prompt_is_token_ids or ())
         assert sampling.max_tokens is not None  # set by vLLM's InputProcessor
         targets = current_targets.get()
-        self._client.submit(
-            Request(
-                request.request_id,
-                num_prompt_tokens,
-                sampling.max_tokens,
-                request.priority,
-                targets.slo,
-                targets.slo_class,
-                current_traceparent(),
-            ),
-            request.arrival_time,
-            lambda attempt_id: self._encode(
-                msgspec.structs.replace(request, request_id=attempt_id)
-            ),
+        ours = Request(
+            request.request_id,
+            num_prompt_tokens,
+            sampling.max_tokens,
+            request.priority,
+            targets.slo,
+            targets.slo_class,
+            current_traceparent(),
         )
+        self._client.submit(EngineRequest(ours, self._encode(request)), request.arrival_time)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Stop requests on their workers."""
@@ -122,17 +121,26 @@ class ClusterLLM(AsyncLLM):
                 stat_loggers=list(stat_loggers),
             )
         self._has_workers = has_workers
-        self._encode = encoder()
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> RequestOutputCollector:
         """Start a request. What cannot be read, or sent to a worker, is the client's error."""
         try:
-            self._encode(params)  # fails for huge integers and halves of characters
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
         except (ValueError, TypeError, OverflowError) as error:
             raise VLLMClientError(str(error)) from error
+
+    async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
+        """Start one sequence; one that was not sent leaves nothing behind, as in a call with n=2.
+
+        vLLM has the output processor expect it before it is sent.
+        """
+        try:
+            await super()._add_request(request, *args)
+        except BaseException:
+            await self.abort(request.request_id, internal=True)
+            raise
 
     async def check_health(self) -> None:
         """Raise EngineDeadError while no worker is there."""

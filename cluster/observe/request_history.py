@@ -1,7 +1,9 @@
 """What became of the latest requests of an ingress, kept so that one can ask."""
 
 import math
+from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from scheduler.request import Request
@@ -32,17 +34,24 @@ class RequestRecord:
     attempts: list[Attempt] = field(default_factory=list)
     first_token_s: float = math.inf
     last_token_s: float = math.inf
-    num_output_tokens: int = 0
+    output_token_ids: "array[int]" = field(default_factory=lambda: array("I"))
+    """Tokens that have come, in 4 bytes each: the history keeps them."""
     outcome: str = ""
     """vLLM's finish reason; empty while it goes on."""
     error: str = ""
 
-    def deliver(self, num_tokens: int, now: float) -> None:
-        """Note that so many more output tokens have come."""
-        if num_tokens:
+    def deliver(self, token_ids: Iterable[int], now: float) -> None:
+        """Take new output tokens, if there are any."""
+        num_before = self.num_output_tokens
+        self.output_token_ids.extend(token_ids)
+        if self.num_output_tokens > num_before:
             self.first_token_s = min(self.first_token_s, now)
             self.last_token_s = now
-            self.num_output_tokens += num_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens that have come."""
+        return len(self.output_token_ids)
 
     @property
     def ttft_s(self) -> float:

@@ -15,6 +15,7 @@ from scheduler.request import Request, Slo
 from scheduler.task import StepReport
 from tests.workers.tiny_models import VOCAB_SIZE
 from workers.config import WorkerConfig
+from workers.engine_request import EngineRequest
 from workers.step_history import RequestStep, StepHistory, TakenStep
 from workers.token_stream import StreamAddress
 
@@ -250,7 +251,7 @@ def add_job(engine: Any, name: str, job: Job) -> None:
         engine._core.add_request(*engine._core.preprocess_add_request(core_request))
         return
     request = Request(name, len(job.prompt), job.max_tokens, job.priority, job.slo, "test")
-    engine.add_request(request, engine._encode(core_request), CLIENT)
+    engine.add_request(EngineRequest(request, engine._encode(core_request)), CLIENT)
 
 
 def write_tokenizer(folder: Path) -> None:

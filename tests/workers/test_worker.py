@@ -13,6 +13,7 @@ from scheduler.request import Request
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.config import WorkerConfig
 from workers.cpus import claim_cpus
+from workers.engine_request import EngineRequest
 from workers.errors import ClientLost, EngineDead, WorkerDraining
 from workers.reports import WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress, StreamReceiver
@@ -52,12 +53,13 @@ class Setup:
         )
 
     def generate(
-        self, request_id: str, max_tokens: int = 3, engine_request: list[bytes] | None = None
+        self, request_id: str, max_tokens: int = 3, core: list[bytes] | None = None
     ) -> asyncio.Task[str]:
         """Call `generate` with a prompt of ten tokens."""
         return asyncio.create_task(
             self.worker.generate(
-                Request(request_id, 10, max_tokens), engine_request or [], self.receiver.address
+                EngineRequest(Request(request_id, 10, max_tokens), core or []),
+                self.receiver.address,
             )
         )
 
@@ -174,7 +176,7 @@ async def test_abort_ends_generate(setup: Setup) -> None:
 
 
 async def test_a_malformed_request_fails_alone(setup: Setup) -> None:
-    good, bad = setup.generate("a"), setup.generate("b", engine_request=MALFORMED)
+    good, bad = setup.generate("a"), setup.generate("b", core=MALFORMED)
 
     with pytest.raises(ValueError, match="malformed"):
         await bad
@@ -221,7 +223,9 @@ async def test_a_client_that_is_lost_fails_its_requests(
     monkeypatch.setattr("workers.token_stream.LOST_AFTER_S", 0.1)
 
     with pytest.raises(ClientLost, match="is it reachable from this node"):
-        await asyncio.wait_for(setup.worker.generate(Request("a", 10, LONG), [], NOBODY), 30)
+        await asyncio.wait_for(
+            setup.worker.generate(EngineRequest(Request("a", 10, LONG), []), NOBODY), 30
+        )
     assert not setup.engine.has_requests()
 
 
@@ -294,7 +298,7 @@ async def test_changes_are_reported_together_once_the_interval_is_over(
 ) -> None:
     await turn(setup.worker)
     await setup.generate("a")
-    await asyncio.gather(setup.generate("b", engine_request=MALFORMED), return_exceptions=True)
+    await asyncio.gather(setup.generate("b", core=MALFORMED), return_exceptions=True)
     setup.engine.go_on.clear()
     call = setup.generate("c", LONG)
     await until(setup.engine.is_stepping.is_set)

@@ -13,6 +13,7 @@ from typing import Any
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
+from workers.engine_request import EngineRequest
 from workers.errors import ClientLost, EngineDead
 from workers.token_stream import StreamAddress, StreamSenders
 
@@ -87,12 +88,10 @@ class EngineLoop:
         self._thread.start()
         made.result()
 
-    def add(
-        self, request: Request, engine_request: list[bytes], client: StreamAddress
-    ) -> concurrent.futures.Future[str]:
+    def add(self, request: EngineRequest, client: StreamAddress) -> concurrent.futures.Future[str]:
         """Start a request; the future gives its finish reason, or fails with its error."""
-        live = LiveRequest(request, client, concurrent.futures.Future())
-        self._call(lambda: self._add(live, engine_request), live.done)
+        live = LiveRequest(request.request, client, concurrent.futures.Future())
+        self._call(lambda: self._add(live, request), live.done)
         return live.done
 
     def abort(self, request_ids: list[str]) -> None:
@@ -251,10 +250,10 @@ class EngineLoop:
             self._streams.tend(now)
             time.sleep(EMPTY_STEP_WAIT_S)
 
-    def _add(self, live: LiveRequest, engine_request: list[bytes]) -> None:
+    def _add(self, live: LiveRequest, request: EngineRequest) -> None:
         request_id = live.request.request_id
         try:
-            self._engine.add_request(live.request, engine_request, live.client)
+            self._engine.add_request(request, live.client)
         except Exception as error:
             logger.warning(
                 "the engine refused a request",

@@ -1,11 +1,11 @@
 """The ledger of requests on an engine: what vLLM does not keep of them."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm.v1.request import Request as VllmRequest
 
-from scheduler.request import Request, RequestState, Slo
+from scheduler.request import Request, RequestState
 
 
 @dataclass(slots=True)
@@ -91,20 +91,17 @@ def _moved(
     )
 
 
-def _initial_state(request: VllmRequest, expected: Request | None, now: float) -> RequestState:
+def _initial_state(request: VllmRequest, ours: Request | None, now: float) -> RequestState:
+    """The state of a request that has just come; `ours` is None if only vLLM knows of it."""
+    if ours is None:
+        ours = Request(request.request_id, 0, 0, request.priority)
+    lengths = request.num_prompt_tokens, request.max_tokens
+    if (ours.num_prompt_tokens, ours.max_tokens) != lengths:  # e.g. a session's next turn
+        num_prompt_tokens, max_tokens = lengths
+        ours = replace(ours, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
     # Its arrival was noted by another process, maybe on another machine, by the wall clock.
     age_s = max(time.time() - request.arrival_time, 0.0)
-    return RequestState(
-        Request(
-            request.request_id,
-            request.num_prompt_tokens,
-            request.max_tokens,
-            request.priority,
-            expected.slo if expected else Slo(),
-            expected.slo_class if expected else "",
-        ),
-        now - age_s,
-    )
+    return RequestState(ours, now - age_s)
 
 
 MAX_HIDDEN_STATES = 256

@@ -22,7 +22,6 @@ from scheduler.cost_model import CostModel
 from scheduler.hybrid import HybridScheduler
 from scheduler.policy import StepPolicy
 from scheduler.record import Recorder
-from scheduler.request import Request
 from scheduler.speculation import Acceptance, num_expected
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepReport, StepScheduler, StepView
 from scheduler.work import ModelWork
@@ -98,7 +97,6 @@ class PlannedScheduler(Scheduler):
         self.acceptance = Acceptance()
         self.work: ModelWork | None = None
         """What a step asks of the device, by the model's shape; None if it is not known."""
-        self._expected: dict[str, Request] = {}
         self._live: dict[str, _Live] = {}
         self._shares: dict[str, int] | None = None
         """Tokens of each request in the step that vLLM is making; None: vLLM decides."""
@@ -121,15 +119,11 @@ class PlannedScheduler(Scheduler):
         self.step_scheduler = policy.make(self.limits, self.cost_model)
         self.recorder = Recorder(file, policy, self.limits, self.cost_model)
 
-    def expect(self, request: Request) -> None:
-        """Announce the targets of a request that is about to be added."""
-        self._expected[request.request_id] = request
-
     def add_request(self, request: VllmRequest) -> None:
         """Queue a request."""
-        expected = self._expected.pop(request.request_id, None)
         if request.request_id not in self.requests:
-            state = _initial_state(request, expected, time.monotonic())
+            ours = getattr(request, "scheduled_as", None)
+            state = _initial_state(request, ours, time.monotonic())
             self._live[request.request_id] = _Live(state)
         super().add_request(request)
 

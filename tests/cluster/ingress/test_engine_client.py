@@ -11,6 +11,7 @@ from ray.serve.exceptions import RequestCancelledError
 
 from cluster.ingress.engine_client import MAX_ATTEMPTS, EngineClient
 from scheduler.request import Request
+from workers.engine_request import EngineRequest
 from workers.errors import ClientLost, EngineDead, WorkerDraining
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
 
@@ -65,8 +66,7 @@ class FakeResponse:
 class Call:
     """One call of `generate`."""
 
-    request: Request
-    engine_request: list[bytes]
+    request: EngineRequest
     response: FakeResponse
 
 
@@ -80,13 +80,11 @@ class FakeWorkers:
         self._senders = StreamSenders()
         self._reply_to: StreamAddress | None = None
 
-    def remote(
-        self, request: Request, engine_request: list[bytes], reply_to: StreamAddress
-    ) -> FakeResponse:
+    def remote(self, request: EngineRequest, reply_to: StreamAddress) -> FakeResponse:
         if self.refusal is not None:
             raise self.refusal
         self._reply_to = reply_to
-        self.calls.append(Call(request, engine_request, FakeResponse()))
+        self.calls.append(Call(request, FakeResponse()))
         return self.calls[-1].response
 
     async def called(self, count: int) -> Call:
@@ -127,11 +125,11 @@ async def client(workers: FakeWorkers) -> AsyncIterator[Client]:
 
 
 def submit(client: Client, request_id: str) -> None:
-    client.submit(
-        Request(request_id, num_prompt_tokens=10, max_tokens=5),
-        time.time(),
-        lambda attempt_id: [f"{attempt_id} encoded".encode()],
-    )
+    client.submit(as_sent(request_id), time.time())
+
+
+def as_sent(request_id: str) -> EngineRequest:
+    return EngineRequest(Request(request_id, num_prompt_tokens=10, max_tokens=5), [b"encoded"])
 
 
 async def next_outputs(client: Client) -> list[FakeOutput]:
@@ -150,7 +148,7 @@ async def test_a_request_is_submitted_to_the_workers_under_the_id_of_its_attempt
     submit(client, "r")
     call = await workers.called(1)
 
-    assert (call.request, call.engine_request) == (Request("r.0", 10, 5), [b"r.0 encoded"])
+    assert call.request == as_sent("r.0")
 
 
 async def test_outputs_come_under_the_id_of_their_request(
@@ -216,8 +214,7 @@ async def test_a_request_that_loses_its_worker_before_its_first_token_is_placed_
     workers.send(FakeOutput("r.0", [666]))  # late, from the worker that was given up
     workers.send(FakeOutput("r.1", [1], "stop"), FakeOutput("r.0", [666], "stop"))
 
-    assert second.request == Request("r.1", 10, 5)
-    assert second.engine_request == [b"r.1 encoded"]
+    assert second.request == as_sent("r.1")
     assert await next_outputs(client) == [FakeOutput("r", [1], "stop")]
     assert client.num_live == 0
 
@@ -273,15 +270,6 @@ async def test_a_request_that_cannot_be_sent_ends_with_an_error(
     assert client.num_live == 0
 
 
-async def test_a_request_that_cannot_be_encoded_ends_with_an_error(client: Client) -> None:
-    def encode(attempt_id: str) -> list[bytes]:
-        raise TypeError("no such field")
-
-    client.submit(Request("r", 10, 5), time.time(), encode)
-
-    assert await next_outputs(client) == [FakeOutput("r", [], "error: no such field")]
-
-
 async def test_abort_cancels_the_call_and_nothing_more_comes(
     client: Client, workers: FakeWorkers
 ) -> None:
@@ -304,7 +292,7 @@ async def test_a_request_aborted_at_once_is_never_sent(
     client.abort(["r"])
     submit(client, "other")
 
-    assert (await workers.called(1)).request == Request("other.0", 10, 5)
+    assert (await workers.called(1)).request == as_sent("other.0")
     assert client.num_live == 1
 
 
@@ -316,7 +304,7 @@ async def test_an_aborted_request_is_not_placed_again(client: Client, workers: F
     submit(client, "other")
     await asyncio.sleep(0.01)
 
-    assert [call.request.request_id for call in workers.calls] == ["r.0", "other.0"]
+    assert [call.request.request.request_id for call in workers.calls] == ["r.0", "other.0"]
 
 
 async def test_outputs_that_cannot_be_read_do_not_stop_those_that_can(

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -18,6 +18,7 @@ from cluster.ingress.calls import Calls
 from cluster.ingress.vllm_frontend import Frontend
 from cluster.models.model import fetch_default_model
 from scheduler.request import Request, Slo
+from workers.engine_request import EngineRequest
 
 CONFIG = parse_args(
     {"slo": {"classes": {"fast": {"ttft_ms": 500, "tpot_ms": 50}}}, "worker": {"kernels": "vllm"}}
@@ -42,11 +43,11 @@ class Workers:
         self.requests: list[Request] = []
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
 
-    def submit(
-        self, request: Request, arrived_s: float, encode: Callable[[str], list[bytes]]
-    ) -> None:
-        self.requests.append(request)
-        output = EngineCoreOutput(request.request_id, [28], finish_reason=FinishReason.LENGTH)
+    def submit(self, request: EngineRequest, arrived_s: float) -> None:
+        self.requests.append(request.request)
+        output = EngineCoreOutput(
+            request.request.request_id, [28], finish_reason=FinishReason.LENGTH
+        )
         self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
 
     def abort(self, request_ids: list[str]) -> None:
@@ -171,6 +172,27 @@ async def test_routes_that_take_no_body_have_no_targets(app: App) -> None:
     answer = await app.http.get("/v1/models", headers={"x-slo-class": "fastest"})
 
     assert (answer.status_code, answer.headers.get("x-slo-class")) == (200, None)
+
+
+UNSENDABLE = [f'"seed": {2**70}', '"stop": "\\ud800"', '"vllm_xargs": {"a": "\\ud800"}']
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("field", UNSENDABLE)
+async def test_what_cannot_be_sent_to_a_worker_is_refused_and_forgotten(
+    app: App, field: str, n: int
+) -> None:
+    answer = await app.http.post(
+        "/v1/completions",
+        content=f'{{"prompt": "Hello", "n": {n}, "temperature": 1, {field}}}',
+        headers={"content-type": "application/json"},
+    )
+
+    assert answer.status_code == 400, answer.text
+    assert app.workers.take_targets() == []
+    processor = app.frontend._llm.output_processor
+    assert (processor.request_states, processor.parent_requests) == ({}, {})
+    assert not processor.external_req_ids
 
 
 # The client handle
