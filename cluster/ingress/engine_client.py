@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import Attempt, RequestRecord
 from workers.engine_request import EngineRequest
 from workers.errors import EngineDead, WorkerDraining
@@ -62,19 +63,6 @@ class _Live:
         return self.request.for_attempt(attempt_id, self.record.output_token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestListeners:
-    """Who is told of requests, in the event loop."""
-
-    began: Callable[[RequestRecord], None] = lambda record: None
-    retried: Callable[[str], None] = lambda reason: None
-    """That a request lost its worker and goes on with another; with the error's name."""
-    ended: Callable[[RequestRecord], None] = lambda record: None
-
-
-NOBODY = RequestListeners()
-
-
 class EngineClient(Generic[Outputs]):
     """A client of all workers; used from one event loop.
 
@@ -88,28 +76,29 @@ class EngineClient(Generic[Outputs]):
         receiver: StreamReceiver,
         decode: Callable[[list[bytes]], Outputs],
         failed: Callable[[str, Exception], Outputs],
-        listeners: RequestListeners = NOBODY,
+        observer: IngressObserver | None = None,
     ) -> None:
         self._workers = workers
         self._receiver = receiver
         self._decode = decode
         self._failed = failed
-        self._listeners = listeners
+        self._observer = observer or IngressObserver()
         self._live: dict[str, _Live] = {}
         self._attempts: dict[str, _Live] = {}
         self._outputs: asyncio.Queue[Outputs] = asyncio.Queue()
         self._receiving: asyncio.Task[None] | None = None
 
-    def submit(self, request: EngineRequest, arrived_s: float) -> None:
-        """Start a request that arrived at a time by the wall clock."""
+    def submit(self, request: EngineRequest, arrived_s: float) -> RequestRecord:
+        """Start a request that arrived at a time by the wall clock; what becomes of it."""
         if self._receiving is None:
             self._receiving = asyncio.create_task(self._receive())
         live = _Live(RequestRecord(request.request, arrived_s), request)
         self._live[live.request_id] = live
-        self._listeners.began(live.record)
+        self._observer.began(live.record)
         # In a context of its own: Serve names its calls after the HTTP request in the context, and
         # its router keeps only one of two calls of the same name, as n=2 makes.
         live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
+        return live.record
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests wherever they are; nothing more comes from them."""
@@ -162,7 +151,7 @@ class EngineClient(Generic[Outputs]):
                     "request lost its worker and is placed again",
                     extra={"request_id": live.request_id, "error": record.attempts[-1].lost},
                 )
-                self._listeners.retried(type(error).__name__)
+                self._observer.retried(record, type(error).__name__)
             except Exception as error:
                 self._fail(live, error)
                 return
@@ -209,5 +198,5 @@ class EngineClient(Generic[Outputs]):
                 self._attempts.pop(record.attempts[-1].attempt_id, None)
             record.outcome, record.error = outcome, error
             live.ended.set()
-            self._listeners.ended(record)
+            self._observer.ended(record)
         return live

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections import defaultdict
@@ -14,9 +13,10 @@ from ray.util import get_node_ip_address
 
 from cluster.config.app_config import AppConfig
 from cluster.errors import RequestFailed
-from cluster.ingress.calls import Calls, current_call
-from cluster.ingress.engine_client import EngineClient, RequestListeners
+from cluster.ingress.calls import Calls
+from cluster.ingress.engine_client import EngineClient
 from cluster.ingress.protocol import Api, AppStatus, Chunk
+from cluster.ingress.telemetry import IngressTelemetry
 from cluster.models.model import resolve_model
 from cluster.observe.explain import AttemptTrace
 from cluster.observe.exporter import Exporter, RequestMetrics
@@ -55,22 +55,22 @@ class Ingress:
         self._workers = workers
         self._scheduler = scheduler
         self._draft_workers = draft_workers
-        self._metrics = RequestMetrics(Exporter(config))
         self._tracing = Tracing(config.tracing, "ingress", context["replica"])
         self._history = RequestHistory()
+        observer = IngressTelemetry(RequestMetrics(Exporter(config)), self._tracing, self._history)
         self._client = EngineClient(
             workers,
             StreamReceiver(get_node_ip_address()),
             decode_outputs(),
             failed_outputs,
-            RequestListeners(self._began, self._metrics.count_retry, self._ended),
+            observer,
         )
         self._frontend = Frontend(
             config,
             resolve_model(config.model),
             self._client,
             self._has_workers,
-            Calls(self._tracing, self._refuse),
+            Calls(config.slo, self._tracing, observer),
         )
         self._senders = StreamSenders()
         self._chunks: defaultdict[StreamAddress, list[Chunk]] = defaultdict(list)
@@ -155,42 +155,6 @@ class Ingress:
             )
             for attempt_id in attempt_ids
         ]
-
-    def _began(self, record: RequestRecord) -> None:
-        self._history.add(record)
-        self._metrics.set_live(self._client.num_live)
-        if (call := current_call.get()) is None or call.admitted:
-            return
-        call.admitted = True
-        self._metrics.count_admission("admitted")
-        self._tracing.add(
-            "admission", record.request.traceparent, call.began_s, time.time(),
-            {"xyserve.slo_class": record.request.slo_class},
-        )  # fmt: skip
-
-    def _ended(self, record: RequestRecord) -> None:
-        self._metrics.set_live(self._client.num_live)
-        self._metrics.count_end(record)
-        for before, attempt in itertools.pairwise(record.attempts):
-            back_s = min(record.first_token_s, time.time())
-            self._tracing.add(
-                "retry", record.request.traceparent, attempt.began_s, back_s,
-                {"xyserve.lost": before.lost, "xyserve.attempt_id": attempt.attempt_id},
-            )  # fmt: skip
-        logger.debug(
-            "request ended",
-            extra={
-                "request_id": record.request.request_id,
-                "outcome": record.outcome,
-                "ttft_s": record.ttft_s,
-                "e2e_s": record.e2e_s,
-                "num_output_tokens": record.num_output_tokens,
-            },
-        )
-
-    def _refuse(self, refusal: Refusal) -> None:
-        self._history.add(refusal)
-        self._metrics.count_admission(refusal.outcome)
 
     def _send(self, reply_to: StreamAddress, chunk: Chunk) -> None:
         # What one step produced for one client leaves as one message: the streams that it

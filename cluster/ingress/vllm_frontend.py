@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -38,11 +37,10 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.config.app_config import AppConfig
 from cluster.errors import RequestFailed
-from cluster.ingress.calls import TRACE_HEADER, Call, Calls
+from cluster.ingress.calls import Call, Calls, current_call
 from cluster.ingress.engine_client import EngineClient
-from cluster.ingress.targets import PARAMETERS, current_targets, read_targets
-from cluster.ingress.vllm_http import error_in, http_app
-from cluster.observe.tracing import current_traceparent
+from cluster.ingress.protocol import PARAMETERS
+from cluster.ingress.vllm_http import VALIDATOR_ERRORS, error_in, http_app
 from cluster.observe.vllm_metrics import STAT_LOGGERS
 from scheduler.request import Request
 from workers.engine.vllm_engine import encoder, engine_args
@@ -78,17 +76,18 @@ class WorkersCore(EngineCoreClient):
             raise NotImplementedError("the served model generates text; it has no pooling tasks")
         num_prompt_tokens = len(request.prompt_token_ids or request.prompt_is_token_ids or ())
         assert sampling.max_tokens is not None  # set by vLLM's InputProcessor
-        targets = current_targets.get()
+        call = current_call.get() or Call(request.request_id)  # of a WebSocket
         ours = Request(
             request.request_id,
             num_prompt_tokens,
             sampling.max_tokens,
             request.priority,
-            targets.slo,
-            targets.slo_class,
-            current_traceparent(),
+            call.targets.slo,
+            call.targets.slo_class,
+            call.traceparent,
         )
-        self._client.submit(EngineRequest(ours, self._encode(request)), request.arrival_time)
+        sent = EngineRequest(ours, self._encode(request))
+        call.records.append(self._client.submit(sent, request.arrival_time))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Stop requests on their workers."""
@@ -184,7 +183,6 @@ class Frontend:
         has_workers: Callable[[], Awaitable[bool]],
         calls: Calls,
     ) -> None:
-        self._slo = config.slo
         self._calls = calls
         self._args = _serve_args(config, model)
         args = engine_args(model, config.worker)
@@ -208,13 +206,13 @@ class Frontend:
 
     async def complete(self, api: str, payload: dict[str, Any]) -> str:
         """Answer one call of `api` ("chat" or "completion") as the JSON of its OpenAI response."""
-        with self._answering(payload) as call:
+        with self._calls.answering(payload, PARAMETERS) as call:
             response = await self._respond(call, api, payload)
             return str(response.model_dump_json())
 
     async def stream(self, api: str, payload: dict[str, Any]) -> Any:
         """The chunks of one streaming call, each as the JSON of its OpenAI chunk."""
-        with self._answering(payload) as call:
+        with self._calls.answering(payload, PARAMETERS) as call:
             async for event in await self._respond(call, api, payload | {"stream": True}):
                 data = event.removeprefix("data: ").strip()
                 if error := error_in(data):
@@ -222,21 +220,15 @@ class Frontend:
                 if data and data != "[DONE]":
                     yield data
 
-    def _answering(self, payload: dict[str, Any]) -> AbstractContextManager[Call]:
-        names = [payload.get(name) for name in ("request_id", TRACE_HEADER)]
-        call_id, traceparent = (name if isinstance(name, str) else None for name in names)
-        return self._calls.answering(call_id, traceparent)
-
     async def _respond(self, call: Call, api: str, payload: dict[str, Any]) -> Any:
         state = self._app.state
-        current_targets.set(read_targets(self._slo, payload, PARAMETERS))
-        ours = (*PARAMETERS, TRACE_HEADER)
-        payload = {"request_id": call.call_id} | {
+        ours = set(PARAMETERS) - {PARAMETERS.call_id}
+        payload = {PARAMETERS.call_id: call.call_id} | {
             name: payload[name] for name in payload if name not in ours
         }
         try:
             request = (ChatCompletionRequest if api == "chat" else CompletionRequest)(**payload)
-        except Exception as error:  # of any kind, see VALIDATOR_ERRORS
+        except (ValueError, TypeError, OverflowError, *VALIDATOR_ERRORS) as error:
             raise RequestFailed(str(error), HTTPStatus.BAD_REQUEST) from None
         try:
             if api == "chat":

@@ -72,7 +72,7 @@ class App:
             str(fetch_default_model()),
             self.workers,  # type: ignore[arg-type]
             lambda: asyncio.sleep(0, True),
-            Calls(),
+            Calls(config.slo),
         )
         transport = httpx.ASGITransport(self.frontend.asgi_app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://app")
