@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.exceptions import RayError
@@ -16,6 +15,7 @@ from cluster.observe.exporter import DraftWorkerMetrics, Exporter, PlacementMetr
 from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.metrics import PEAK_FLOPS, PEAK_MEMORY_BANDWIDTH
 from cluster.observe.phases import phases
+from cluster.observe.telemetry import SchedulerTelemetry
 from cluster.observe.tracing import Tracing
 from cluster.placement.global_scheduler import GlobalScheduler
 from scheduler.request import Request
@@ -46,33 +46,9 @@ class GlobalSchedulerReplica(GlobalScheduler):
         set_up_logs(config.logs, **context)
         metrics = PlacementMetrics(Exporter(config))
         self._tracing = Tracing(config.tracing, "scheduler", context["replica"])
-        super().__init__(
-            on_placement=lambda request, placement: metrics.count_placement(placement),
-            on_collapse=metrics.count_collapse,
-        )
+        super().__init__(observer=SchedulerTelemetry(metrics, self._tracing))
         self._exporting = asyncio.get_running_loop().create_task(self._export(metrics))
         logger.info("GlobalScheduler ready")
-
-    async def place(self, request: Request, worker_ids: Sequence[str]) -> str | None:
-        """Choose a worker, and trace that."""
-        began_s = time.time()
-        chosen = await super().place(request, worker_ids)
-        if self._tracing.is_on and chosen is not None:
-            placement = (await self.placements([request.request_id]))[request.request_id]
-            self._tracing.add(
-                "placement",
-                request.traceparent,
-                began_s,
-                time.time(),
-                {
-                    "xyserve.worker": chosen,
-                    "xyserve.reason": placement.reason,
-                    "xyserve.runner_up": placement.runner_up.worker_id
-                    if placement.runner_up
-                    else "",
-                },
-            )
-        return chosen
 
     def __del__(self) -> None:
         """Serve's hook for the end of a replica, also of one whose constructor failed."""
@@ -129,11 +105,13 @@ class WorkerReplica(Worker):
         self._draft_worker: DraftWorkerAddress | None = None
         super().__init__(context["replica"], config.worker, make_engine, send)
 
-    async def generate(self, request: EngineRequest, reply_to: StreamAddress) -> str:
+    async def generate(
+        self, worker_id: str, request: EngineRequest, reply_to: StreamAddress
+    ) -> str:
         """Run a request, and trace that."""
         began_s, outcome = time.time(), "error"
         try:
-            outcome = await super().generate(request, reply_to)
+            outcome = await super().generate(worker_id, request, reply_to)
             return outcome
         finally:
             if self._tracing.is_on and request.request.traceparent:

@@ -14,7 +14,7 @@ from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
 from workers.engine.engine_loop import EngineLoop
 from workers.engine_request import EngineRequest
-from workers.errors import WorkerDraining
+from workers.errors import WorkerDraining, WrongWorker
 from workers.reports import Peaks, WorkerReport, WorkerStatus, WorkerSteps
 from workers.step_history import RequestStep, StepHistory
 from workers.timeline import Span
@@ -52,14 +52,19 @@ class Worker:
             self._release_cpus()
             raise
 
-    async def generate(self, request: EngineRequest, reply_to: StreamAddress) -> str:
+    async def generate(
+        self, worker_id: str, request: EngineRequest, reply_to: StreamAddress
+    ) -> str:
         """Run `request`, its tokens going to `reply_to`; returns the finish reason at the end.
 
         The call lasts as long as its request, so that the death of either side is noticed by
         the other, and a replica that is asked to stop waits for what it runs. Cancelling the
-        call aborts the request. Raises ValueError for a malformed request, WorkerDraining,
-        EngineDead, and ClientLost when `reply_to` takes nothing any more.
+        call aborts the request. Raises ValueError for a malformed request, WrongWorker if it was
+        placed on another one, WorkerDraining, EngineDead, and ClientLost when the client no longer
+        reads its stream.
         """
+        if worker_id != self.worker_id:
+            raise WrongWorker(f"worker {worker_id} is gone, and this is {self.worker_id}")
         if self._draining:
             raise WorkerDraining(f"worker {self.worker_id} is draining")
         self.check_health()

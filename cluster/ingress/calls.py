@@ -1,6 +1,7 @@
 """Calls of the API: what each brings, which requests become of it, and how it is answered."""
 
 import contextvars
+import math
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.config.slo import SloConfig
-from cluster.errors import RequestFailed
+from cluster.errors import RequestFailed, RequestRefused
 from cluster.ingress.observer import IngressObserver
 from cluster.ingress.protocol import HEADERS, Names
 from cluster.ingress.targets import NO_TARGETS, Targets, read_targets
@@ -42,6 +43,12 @@ class Call:
     status: int = HTTPStatus.OK
     message: str = ""
     """Text of the error that it was answered with."""
+
+    @property
+    def refusal(self) -> RequestRefused | None:
+        """The error to answer it with, if one of its requests was refused a worker."""
+        refused = [record.refused for record in self.records if record.refused]
+        return RequestRefused(max(refused, key=lambda one: one.retry_after_s)) if refused else None
 
 
 current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
@@ -121,7 +128,10 @@ class CallsByHeader:
                 async def watched(message: Message) -> None:
                     if message["type"] == "http.response.start":
                         call.status = message["status"]
-                        MutableHeaders(scope=message)[HEADERS.slo_class] = call.targets.slo_class
+                        headers = MutableHeaders(scope=message)
+                        headers[HEADERS.slo_class] = call.targets.slo_class
+                        if refusal := call.refusal:
+                            headers["retry-after"] = str(math.ceil(refusal.retry_after_s))
                     elif call.status >= HTTPStatus.BAD_REQUEST:
                         text = message.get("body", b"").decode(errors="replace")
                         call.message = (call.message + text)[:MAX_MESSAGE_BYTES]
@@ -133,7 +143,7 @@ class CallsByHeader:
 
 
 def answer_failure(failure: RequestFailed) -> JSONResponse:
-    """The answer to a call that fails before its response begins, in the OpenAI form."""
+    """The answer to a call that does not reach the API, in the OpenAI form."""
     status = HTTPStatus(failure.status)
     kind = "BadRequestError" if status == HTTPStatus.BAD_REQUEST else status.phrase
     error = {"message": str(failure), "type": kind, "param": None, "code": status}

@@ -1,6 +1,7 @@
 """Places requests on workers and gathers what their steps produce."""
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import time
@@ -8,23 +9,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from cluster.errors import RequestRefused
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import Attempt, RequestRecord
+from cluster.placement.router import WorkerDirectory
+from scheduler.placement import Placed
+from scheduler.request import Request
 from workers.engine_request import EngineRequest
-from workers.errors import EngineDead, WorkerDraining
+from workers.errors import EngineDead, WorkerDraining, WrongWorker
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """Workers that may die under a request before its first token."""
+RESTART_S = 0.1
+"""Pause before a GlobalScheduler that died is asked again."""
 
 
 class RequestOutput(Protocol):
-    """What a step added to one request, as far as this file reads it."""
+    """The part of a step's output for one request that this file reads."""
 
     request_id: str
     new_token_ids: list[int]
@@ -42,12 +49,22 @@ class StepOutputs(Protocol):
 Outputs = TypeVar("Outputs", bound=StepOutputs)
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The end of a request by an error."""
+
+    request_id: str
+    error: Exception
+
+
 @dataclass(slots=True)
 class _Live:
     """A request that was submitted and has not ended."""
 
     record: RequestRecord
     request: EngineRequest
+    tried: set[str] = field(default_factory=set)
+    """Workers on which it was placed; it is placed there again only if there is no other."""
     response: DeploymentResponse[str] | None = None
     task: asyncio.Task[None] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -66,26 +83,29 @@ class _Live:
 class EngineClient(Generic[Outputs]):
     """A client of all workers; used from one event loop.
 
-    `decode` turns the frames of a step into its outputs; `failed` makes the outputs that end a
-    request with an error.
+    `decode` turns the frames of a step into its outputs.
     """
 
     def __init__(
         self,
         workers: "DeploymentHandle[Any]",
+        directory: WorkerDirectory,
+        scheduler: "DeploymentHandle[Any]",
         receiver: StreamReceiver,
         decode: Callable[[list[bytes]], Outputs],
-        failed: Callable[[str, Exception], Outputs],
         observer: IngressObserver | None = None,
     ) -> None:
-        self._workers = workers
+        # To name a method is what has Serve make a router, which the directory needs.
+        self._generate = workers.generate
+        self._directory = directory
+        self._place = scheduler.place
+        self._loads = scheduler.loads
         self._receiver = receiver
         self._decode = decode
-        self._failed = failed
         self._observer = observer or IngressObserver()
         self._live: dict[str, _Live] = {}
         self._attempts: dict[str, _Live] = {}
-        self._outputs: asyncio.Queue[Outputs] = asyncio.Queue()
+        self._outputs: asyncio.Queue[Outputs | Failure] = asyncio.Queue()
         self._receiving: asyncio.Task[None] | None = None
 
     def submit(self, request: EngineRequest, arrived_s: float) -> RequestRecord:
@@ -109,9 +129,13 @@ class EngineClient(Generic[Outputs]):
                 if live.task is not None:
                     live.task.cancel()
 
-    async def next_outputs(self) -> Outputs:
-        """What the next step of any worker produced for this client's requests."""
+    async def next_outputs(self) -> Outputs | Failure:
+        """What comes next for this client's requests: a step's outputs, or the end of one."""
         return await self._outputs.get()
+
+    async def has_workers(self) -> bool:
+        """Whether a worker has reported lately."""
+        return any(not load.silent for load in await self._loads.remote())
 
     @property
     def num_live(self) -> int:
@@ -119,7 +143,7 @@ class EngineClient(Generic[Outputs]):
         return len(self._live)
 
     async def close(self) -> None:
-        """Abort what runs and stop listening."""
+        """Abort all requests and stop listening."""
         self.abort(list(self._live))
         if self._receiving is not None:
             self._receiving.cancel()
@@ -127,37 +151,73 @@ class EngineClient(Generic[Outputs]):
 
     async def _run(self, live: _Live) -> None:
         """Keep the request on some worker until it ends."""
-        record = live.record
-        while True:
-            attempt = live.begin_attempt()
-            attempt_id = attempt.request.request_id
-            self._attempts[attempt_id] = live
-            try:
-                response: Any = self._workers.generate.remote(attempt, self._receiver.address)
-                live.response = response
-                if await response == "abort":  # not by this client
-                    raise RuntimeError("the request was aborted on its worker")
-                await self._last_outputs(live)
-                return
-            except (RayActorError, EngineDead, WorkerDraining) as error:
-                self._attempts.pop(attempt_id, None)
-                if live.response is not None:
-                    live.response.cancel()  # the worker may only have been out of reach
-                record.attempts[-1].lost = f"{type(error).__name__}: {error}"
-                if record.output_token_ids or len(record.attempts) == MAX_ATTEMPTS:
-                    self._fail(live, error)
-                    return
+        try:
+            while not await self._attempt(live):
                 logger.warning(
                     "request lost its worker and is placed again",
-                    extra={"request_id": live.request_id, "error": record.attempts[-1].lost},
+                    extra={
+                        "request_id": live.request_id,
+                        "error": live.record.attempts[-1].lost,
+                    },
                 )
-                self._observer.retried(record, type(error).__name__)
-            except Exception as error:
-                self._fail(live, error)
-                return
+        except Exception as error:  # of any kind: nobody else would end the request
+            self._fail(live, error)
+
+    async def _attempt(self, live: _Live) -> bool:
+        """Run the request on one worker; False if it lost that worker and may have another."""
+        attempt = live.begin_attempt()
+        attempt_id = attempt.request.request_id
+        self._attempts[attempt_id] = live
+        try:
+            if await self._result(live, attempt) == "abort":  # not by this client
+                raise RuntimeError("the request was aborted on its worker")
+        except (RayActorError, EngineDead, WorkerDraining) as error:
+            record = live.record
+            self._attempts.pop(attempt_id, None)
+            if live.response is not None:
+                live.response.cancel()  # the worker may only have been out of reach
+            # Ray wraps what a worker raised, and adds its traceback to the text.
+            reason = error.cause if isinstance(error, RayTaskError) else error
+            name = type(reason).__name__
+            record.attempts[-1].lost = f"{name}: {reason}"
+            if record.output_token_ids or len(record.attempts) == MAX_ATTEMPTS:
+                raise
+            self._observer.retried(record, name)
+            return False
+        await self._last_outputs(live)
+        return True
+
+    async def _result(self, live: _Live, attempt: EngineRequest) -> str:
+        """The finish reason of an attempt on the worker that it is placed on."""
+        while True:
+            worker_id = await self._worker_for(live, attempt.request)
+            live.tried.add(worker_id)
+            response: Any = self._generate.remote(worker_id, attempt, self._receiver.address)
+            live.response = response
+            # That worker is gone, and another one took the call: nothing was lost but the way.
+            with contextlib.suppress(WrongWorker):
+                return str(await response)
+
+    async def _worker_for(self, live: _Live, request: Request) -> str:
+        """The worker that the GlobalScheduler chooses, once there is one; or RequestRefused."""
+        while True:
+            alive = self._directory.worker_ids()
+            untried = [worker_id for worker_id in alive if worker_id not in live.tried]
+            try:
+                answer = await self._place.remote(request, untried or alive)
+            except RayActorError as error:
+                logger.warning("the GlobalScheduler restarts", extra={"error": repr(error)})
+                await asyncio.sleep(RESTART_S)
+                continue
+            if isinstance(answer, Placed):
+                return answer.worker_id
+            if answer.is_final:
+                live.record.refused = answer
+                raise RequestRefused(answer)
+            await asyncio.sleep(answer.retry_after_s)
 
     async def _last_outputs(self, live: _Live) -> None:
-        """Wait for what comes by the stream, and so may come after the call's result."""
+        """Wait for the last outputs: they come by the stream, perhaps after the call's result."""
         try:
             await asyncio.wait_for(live.ended.wait(), LOST_AFTER_S)
         except TimeoutError:
@@ -168,7 +228,7 @@ class EngineClient(Generic[Outputs]):
             logger.error(
                 "request failed", extra={"request_id": live.request_id, "error": repr(error)}
             )
-            self._outputs.put_nowait(self._failed(live.request_id, error))
+            self._outputs.put_nowait(Failure(live.request_id, error))
 
     async def _receive(self) -> None:
         while True:

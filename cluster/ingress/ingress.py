@@ -23,6 +23,7 @@ from cluster.observe.exporter import Exporter, RequestMetrics
 from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
 from cluster.observe.tracing import Tracing
+from cluster.placement.router import WorkerDirectory
 from workers.reports import WorkerSteps
 from workers.timeline import Span
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
@@ -30,14 +31,14 @@ from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.2
-"""How often the streams to client handles are looked after."""
+"""Period at which the streams to client handles are polled."""
 
 ASK_TIMEOUT_S = 60.0
-"""A replica that does not answer within this hangs, and the one who asks is told so."""
+"""A replica that does not answer within this time hangs, and is left out of the answer."""
 
 
 class Ingress:
-    """One replica of the front end; stateless but for the requests in flight."""
+    """One replica of the front end; stateless except for the requests in flight."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Ingress:
         context = replica_context()
         set_up_logs(config.logs, **context)
         # vLLM takes long to import; only this process of the cluster package needs it.
-        from cluster.ingress.vllm_frontend import Frontend, decode_outputs, failed_outputs
+        from cluster.ingress.vllm_frontend import Frontend, decode_outputs
 
         self._config = config
         self._workers = workers
@@ -60,16 +61,16 @@ class Ingress:
         observer = IngressTelemetry(RequestMetrics(Exporter(config)), self._tracing, self._history)
         self._client = EngineClient(
             workers,
+            WorkerDirectory(workers),
+            scheduler,
             StreamReceiver(get_node_ip_address()),
             decode_outputs(),
-            failed_outputs,
             observer,
         )
         self._frontend = Frontend(
             config,
             resolve_model(config.model),
             self._client,
-            self._has_workers,
             Calls(config.slo, self._tracing, observer),
         )
         self._senders = StreamSenders()
@@ -117,7 +118,7 @@ class Ingress:
         return None
 
     async def status(self) -> AppStatus:
-        """The state of all workers; of draft workers what they told the GlobalScheduler last."""
+        """The state of all workers, and of draft workers as they last reported it."""
         workers = await _ask_all(self._workers, "status")
         return AppStatus(
             self._config.model_name,
@@ -141,7 +142,7 @@ class Ingress:
         return sorted(found, key=lambda of_worker: of_worker.worker_id)
 
     async def recall(self, query: str) -> list[RequestRecord | Refusal]:
-        """What became of the calls and requests of this ingress whose ids contain `query`."""
+        """The calls and requests of this ingress whose ids contain `query`."""
         return self._history.find(query)
 
     async def attempt_traces(self, attempt_ids: list[str]) -> list[AttemptTrace]:
@@ -172,9 +173,6 @@ class Ingress:
         while True:
             self._senders.tend(time.monotonic())
             await asyncio.sleep(POLL_INTERVAL_S)
-
-    async def _has_workers(self) -> bool:
-        return any(not load.silent for load in await self._scheduler.loads.remote())
 
 
 async def _ask_all(replicas: "DeploymentHandle[Any]", method: str, *args: Any) -> list[Any]:

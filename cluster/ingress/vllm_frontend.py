@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -30,15 +30,15 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerFactory
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.config.app_config import AppConfig
-from cluster.errors import RequestFailed
+from cluster.errors import RequestFailed, RequestRefused
 from cluster.ingress.calls import Call, Calls, current_call
-from cluster.ingress.engine_client import EngineClient
+from cluster.ingress.engine_client import EngineClient, Failure
 from cluster.ingress.protocol import PARAMETERS
 from cluster.ingress.vllm_http import VALIDATOR_ERRORS, error_in, http_app
 from cluster.observe.vllm_metrics import STAT_LOGGERS
@@ -52,17 +52,19 @@ SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
 
 
 class WorkersCore(EngineCoreClient):
-    """All workers together, in the place where vLLM expects the client of one engine core."""
+    """All workers together, where vLLM expects the client of one engine core."""
 
     engine_ranks_managed = (0,)
 
     def __init__(self, client: EngineClient[EngineCoreOutputs]) -> None:
         self._client = client
         self._encode = encoder()
+        self.output_processor: OutputProcessor | None = None
+        """Set by `ClusterLLM`; gives each sequence's outputs to its call."""
         self.resources = SimpleNamespace(engine_dead=False)
 
     async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
-        """What chat and completion models do."""
+        """The tasks of chat and completion models."""
         return SUPPORTED_TASKS
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
@@ -94,11 +96,33 @@ class WorkersCore(EngineCoreClient):
         self._client.abort(request_ids)
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        """What the next step of any worker produced."""
-        return await self._client.next_outputs()
+        """The outputs of the next step of any worker, or those that end a request with status 500.
+
+        A call that was refused a worker ends with its own status, and all its sequences with it.
+        """
+        while True:
+            outputs = await self._client.next_outputs()
+            if not isinstance(outputs, Failure):
+                return outputs
+            if not isinstance(outputs.error, RequestRefused):
+                failed = EngineCoreOutput(outputs.request_id, [], finish_reason=FinishReason.ERROR)
+                return EngineCoreOutputs(outputs=[failed])
+            self._refuse(outputs.request_id, outputs.error)
+
+    def _refuse(self, request_id: str, error: RequestRefused) -> None:
+        assert self.output_processor is not None
+        state = self.output_processor.request_states.get(request_id)
+        if state is None or (queue := state.queue) is None:
+            return  # its client has left
+        queue.put(GracefulHTTPError(str(error), HTTPStatus(error.status)))
+        self._client.abort(self.output_processor.abort_requests([queue.request_id], internal=True))
+
+    async def has_workers(self) -> bool:
+        """Whether a worker has reported lately."""
+        return await self._client.has_workers()
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """The workers live on without this front end."""
+        """Do nothing: the workers live on without this front end."""
 
 
 class ClusterLLM(AsyncLLM):
@@ -108,7 +132,6 @@ class ClusterLLM(AsyncLLM):
         self,
         vllm_config: VllmConfig,
         core: WorkersCore,
-        has_workers: Callable[[], Awaitable[bool]],
         stat_loggers: Sequence[StatLoggerFactory] = (),
     ) -> None:
         with _engine_core(core):
@@ -119,12 +142,13 @@ class ClusterLLM(AsyncLLM):
                 log_requests=False,
                 stat_loggers=list(stat_loggers),
             )
-        self._has_workers = has_workers
+        self._core = core
+        core.output_processor = self.output_processor
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> RequestOutputCollector:
-        """Start a request. What cannot be read, or sent to a worker, is the client's error."""
+        """Start a request; VLLMClientError if it cannot be read or sent to a worker."""
         try:
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
         except (ValueError, TypeError, OverflowError) as error:
@@ -142,9 +166,9 @@ class ClusterLLM(AsyncLLM):
             raise
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError while no worker is there."""
+        """Raise EngineDeadError while there is no worker."""
         await super().check_health()
-        if not await self._has_workers():
+        if not await self._core.has_workers():
             raise EngineDeadError
 
 
@@ -165,13 +189,6 @@ def decode_outputs() -> Callable[[list[bytes]], EngineCoreOutputs]:
     return decode
 
 
-def failed_outputs(request_id: str, error: Exception) -> EngineCoreOutputs:
-    """The outputs that end a request with an error, which vLLM answers with status 500."""
-    return EngineCoreOutputs(
-        outputs=[EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)]
-    )
-
-
 class Frontend:
     """The OpenAI API for one model."""
 
@@ -180,7 +197,6 @@ class Frontend:
         config: AppConfig,
         model: str,
         client: EngineClient[EngineCoreOutputs],
-        has_workers: Callable[[], Awaitable[bool]],
         calls: Calls,
     ) -> None:
         self._calls = calls
@@ -189,7 +205,7 @@ class Frontend:
         args.served_model_name = config.model_name  # in messages and metrics
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         stat_loggers = STAT_LOGGERS if config.metrics else ()
-        self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers, stat_loggers)
+        self._llm = ClusterLLM(vllm_config, WorkersCore(client), stat_loggers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
         self.asgi_app = http_app(self._app, config, calls)
 
@@ -200,7 +216,7 @@ class Frontend:
         self._app.state.server = SimpleNamespace(should_exit=False)
 
     def check_health(self) -> None:
-        """Raise EngineDeadError when nothing reads the workers' outputs any more."""
+        """Raise EngineDeadError when nothing reads the workers' outputs any longer."""
         if self._llm.errored:
             raise EngineDeadError
 
@@ -216,7 +232,7 @@ class Frontend:
             async for event in await self._respond(call, api, payload | {"stream": True}):
                 data = event.removeprefix("data: ").strip()
                 if error := error_in(data):
-                    raise RequestFailed(error.message, error.code)
+                    raise call.refusal or RequestFailed(error.message, error.code)
                 if data and data != "[DONE]":
                     yield data
 
@@ -236,6 +252,8 @@ class Frontend:
             else:
                 response = await state.openai_serving_completion.create_completion(request)
         except Exception as error:  # as in vLLM's handlers for HTTP
+            if refusal := call.refusal:
+                raise refusal from None
             response = create_error_response(error)
             if response.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 logger.exception("a call of a client handle failed", extra={"api": api})

@@ -1,4 +1,4 @@
-"""What became of the latest requests of an ingress, kept so that one can ask."""
+"""What became of the latest requests of an ingress, kept for `explain`."""
 
 import math
 from array import array
@@ -6,12 +6,13 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from scheduler.placement import Refused
 from scheduler.request import Request
 
 MAX_RECORDS = 10_000
-"""Requests and refusals that are kept, some kilobyte each."""
+"""Requests and refusals that are kept, about 1 kB each and 4 bytes per output token."""
 MIN_QUERY = 4
-"""Characters of an id that one may ask for; fewer would fit too many."""
+"""Min length of a query for an id; a shorter one would match too many."""
 
 
 @dataclass(slots=True)
@@ -22,7 +23,7 @@ class Attempt:
     """The request's id there."""
     began_s: float
     lost: str = ""
-    """What ended it before the request had ended."""
+    """The error that ended it before the request had ended."""
 
 
 @dataclass(slots=True)
@@ -37,8 +38,10 @@ class RequestRecord:
     output_token_ids: "array[int]" = field(default_factory=lambda: array("I"))
     """Tokens that have come, in 4 bytes each: the history keeps them."""
     outcome: str = ""
-    """vLLM's finish reason; empty while it goes on."""
+    """vLLM's finish reason; empty while it is in flight."""
     error: str = ""
+    refused: Refused | None = None
+    """The refusal that it failed with, if it was one."""
 
     def deliver(self, token_ids: Iterable[int], now: float) -> None:
         """Take new output tokens, if there are any."""
@@ -71,9 +74,9 @@ class RequestRecord:
         return self.last_token_s - self.arrived_s
 
     def attainment(self) -> dict[str, bool]:
-        """Whether it met each target that it had, and `all` of them; none if the client left.
+        """Whether it met each target that it had, and `all` of them; empty if the client left.
 
-        One that failed met none.
+        A request that failed met none.
         """
         if self.outcome == "abort":
             return {}
@@ -88,11 +91,11 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A call of the API that was answered with an error before anything was computed."""
+    """A call of the API that was answered with an error before any request was made of it."""
 
     call_id: str
     refused_s: float
-    """By the wall clock."""
+    """Time by the wall clock."""
     status: int
     message: str
 
@@ -120,8 +123,8 @@ class RequestHistory:
     def find(self, query: str) -> list[RequestRecord | Refusal]:
         """Those whose id contains `query`, oldest first.
 
-        What clients know of a request is a part of its id: that of their call, which the answer's
-        header x-request-id tells too. A call with n=4 is four requests.
+        The id that a client knows is a part of it: that of the call, which is also in the answer's
+        header x-request-id. A call with n=4 is four requests.
         """
         if len(query) < MIN_QUERY:
             return []

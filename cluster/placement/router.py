@@ -1,38 +1,50 @@
-"""Serve's router for workers: carries out what the GlobalScheduler decides."""
+"""Serve's router for workers: sends a call to the worker that was chosen for it."""
 
-import asyncio
 from typing import Any
 
-from ray import serve
+from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from scheduler.request import Request
+_ROUTERS: dict[str, "PlacementRouter"] = {}
+"""The router of this process for each app; Serve makes it, and gives no way to it."""
 
 
 class PlacementRouter(RequestRouter):
-    """Routes a call that carries a `Request` to the worker on which it is placed."""
+    """Routes a call to the worker whose id is its first argument."""
 
-    def initialize_state(self, *, scheduler_name: str) -> None:
-        """Remember where the GlobalScheduler is; called by Serve with the router's kwargs."""
-        self._scheduler = serve.get_deployment_handle(scheduler_name, self.app_name)
-        self._sending = asyncio.Lock()
+    def initialize_state(self) -> None:
+        """Let `WorkerDirectory` find this router; called by Serve."""
+        _ROUTERS[self.app_name] = self
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """The one replica chosen by the GlobalScheduler; none while all are draining."""
-        request: Any = pending_request.args[0] if pending_request and pending_request.args else None
-        if pending_request is None or not isinstance(request, Request):
+        """The worker that was chosen, then all.
+
+        If it is gone, full, or does not answer Serve, any other one answers `WrongWorker` at once,
+        and the client asks for another placement.
+        """
+        if pending_request is None or not pending_request.args:
             return [candidate_replicas]
-        # Without this Serve asks again without pause as long as every worker drains.
+        # Otherwise Serve tries again without a pause while no worker has room.
         pending_request.routing_context.should_backoff = True
-        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        async with self._sending:
-            # The first use of a handle waits for this event loop, so it must not block it.
-            placing = await asyncio.to_thread(
-                lambda: self._scheduler.place.remote(request, list(replicas))
-            )
-        chosen = await placing
-        return [[replicas[chosen]]] if chosen is not None else []
+        return [named(pending_request.args[0], candidate_replicas), candidate_replicas]
+
+
+def named(worker_id: str, replicas: list[RunningReplica]) -> list[RunningReplica]:
+    """The replica of that id, if it is there."""
+    return [replica for replica in replicas if replica.replica_id.unique_id == worker_id]
+
+
+class WorkerDirectory:
+    """The workers that Serve believes to be alive, as it tells this process's router."""
+
+    def __init__(self, workers: "DeploymentHandle[Any]") -> None:
+        self._app_name = workers.app_name
+
+    def worker_ids(self) -> list[str]:
+        """Their ids; none before Serve has made the router, at the first use of the handle."""
+        router = _ROUTERS.get(self._app_name)
+        return [replica_id.unique_id for replica_id in list(router.curr_replicas)] if router else []

@@ -14,7 +14,7 @@ from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.config import WorkerConfig
 from workers.cpus import claim_cpus
 from workers.engine_request import EngineRequest
-from workers.errors import ClientLost, EngineDead, WorkerDraining
+from workers.errors import ClientLost, EngineDead, WorkerDraining, WrongWorker
 from workers.reports import WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress, StreamReceiver
 from workers.worker import Worker
@@ -58,6 +58,7 @@ class Setup:
         """Call `generate` with a prompt of ten tokens."""
         return asyncio.create_task(
             self.worker.generate(
+                "w",
                 EngineRequest(Request(request_id, 10, max_tokens), core or []),
                 self.receiver.address,
             )
@@ -184,6 +185,14 @@ async def test_a_malformed_request_fails_alone(setup: Setup) -> None:
     setup.worker.check_health()
 
 
+async def test_a_request_that_was_placed_on_another_worker_is_refused(setup: Setup) -> None:
+    request = EngineRequest(Request("a", 10, 3), [])
+
+    with pytest.raises(WrongWorker, match="worker dead is gone, and this is w"):
+        await setup.worker.generate("dead", request, setup.receiver.address)
+    assert not setup.engine.has_requests()
+
+
 async def test_a_failed_engine_fails_every_request_and_the_health_check(setup: Setup) -> None:
     setup.engine.go_on.clear()
     calls = [setup.generate("a"), setup.generate("b")]
@@ -224,7 +233,7 @@ async def test_a_client_that_is_lost_fails_its_requests(
 
     with pytest.raises(ClientLost, match="is it reachable from this node"):
         await asyncio.wait_for(
-            setup.worker.generate(EngineRequest(Request("a", 10, LONG), []), NOBODY), 30
+            setup.worker.generate("w", EngineRequest(Request("a", 10, LONG), []), NOBODY), 30
         )
     assert not setup.engine.has_requests()
 

@@ -1,19 +1,22 @@
 import asyncio
 import time
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import RequestCancelledError
 
-from cluster.ingress.engine_client import MAX_ATTEMPTS, EngineClient
+from cluster.ingress.engine_client import MAX_ATTEMPTS, EngineClient, Failure
+from cluster.ingress.observer import IngressObserver
+from cluster.observe.request_history import RequestRecord
+from scheduler.placement import Placed, RefusalReason, Refused
 from scheduler.request import Request
+from tests.cluster.ingress.fake_cluster import FakeScheduler, FakeWorkers
 from workers.engine_request import EngineRequest
-from workers.errors import ClientLost, EngineDead, WorkerDraining
-from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
+from workers.errors import ClientLost, EngineDead, WorkerDraining, WrongWorker
+from workers.token_stream import StreamReceiver
 
 GARBAGE = [b"garbage"]
 
@@ -38,76 +41,25 @@ def decode(frames: list[bytes]) -> FakeOutputs:
     return FakeOutputs(msgspec.msgpack.decode(frames[0], type=list[FakeOutput]))
 
 
-def failed(request_id: str, error: Exception) -> FakeOutputs:
-    return FakeOutputs([FakeOutput(request_id, [], f"error: {error}")])
-
-
-class FakeResponse:
-    """A call of a worker, awaited and cancelled as Serve's response is."""
-
-    def __init__(self) -> None:
-        self.result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.was_cancelled = False
-
-    def cancel(self) -> None:
-        self.was_cancelled = True
-        self.result.cancel()
-
-    def __await__(self) -> Generator[Any, None, str]:
-        try:
-            return (yield from self.result.__await__())
-        except asyncio.CancelledError:
-            if self.was_cancelled:
-                raise RequestCancelledError("call") from None
-            raise
-
-
-@dataclass
-class Call:
-    """One call of `generate`."""
-
-    request: EngineRequest
-    response: FakeResponse
-
-
-class FakeWorkers:
-    """The handle of the workers, and the stream on which the tokens come from them."""
-
-    def __init__(self) -> None:
-        self.generate = self
-        self.calls: list[Call] = []
-        self.refusal: Exception | None = None
-        self._senders = StreamSenders()
-        self._reply_to: StreamAddress | None = None
-
-    def remote(self, request: EngineRequest, reply_to: StreamAddress) -> FakeResponse:
-        if self.refusal is not None:
-            raise self.refusal
-        self._reply_to = reply_to
-        self.calls.append(Call(request, FakeResponse()))
-        return self.calls[-1].response
-
-    async def called(self, count: int) -> Call:
-        """The last of `count` calls, once it is made."""
-        async with asyncio.timeout(30):
-            while len(self.calls) < count:
-                await asyncio.sleep(0)
-        assert len(self.calls) == count
-        return self.calls[-1]
-
-    def send(self, *outputs: FakeOutput) -> None:
-        """Send what one step produced."""
-        self.send_frames([msgspec.msgpack.encode(outputs)])
-
-    def send_frames(self, frames: list[bytes]) -> None:
-        assert self._reply_to is not None
-        self._senders.send(self._reply_to, frames, now=0.0)
-
-    def close(self) -> None:
-        self._senders.close()
-
-
 Client = EngineClient[FakeOutputs]
+
+
+class Observer(IngressObserver):
+    """Keeps the records of requests, and the reasons of their retries."""
+
+    def __init__(self) -> None:
+        self.records: list[RequestRecord] = []
+        self.retries: list[str] = []
+        self.num_ended = 0
+
+    def began(self, record: RequestRecord) -> None:
+        self.records.append(record)
+
+    def retried(self, record: RequestRecord, reason: str) -> None:
+        self.retries.append(reason)
+
+    def ended(self, record: RequestRecord) -> None:
+        self.num_ended += 1
 
 
 @pytest.fixture
@@ -118,14 +70,31 @@ async def workers() -> AsyncIterator[FakeWorkers]:
 
 
 @pytest.fixture
-async def client(workers: FakeWorkers) -> AsyncIterator[Client]:
-    client: Client = EngineClient(workers, StreamReceiver("127.0.0.1"), decode, failed)
+def scheduler() -> FakeScheduler:
+    return FakeScheduler()
+
+
+@pytest.fixture
+def observer() -> Observer:
+    return Observer()
+
+
+def make_client(workers: Any, scheduler: Any, observer: IngressObserver | None = None) -> Client:
+    receiver = StreamReceiver("127.0.0.1")
+    return EngineClient(workers, scheduler, scheduler, receiver, decode, observer)
+
+
+@pytest.fixture
+async def client(
+    workers: FakeWorkers, scheduler: FakeScheduler, observer: Observer
+) -> AsyncIterator[Client]:
+    client = make_client(workers, scheduler, observer)
     yield client
     await client.close()
 
 
-def submit(client: Client, request_id: str) -> None:
-    client.submit(as_sent(request_id), time.time())
+def submit(client: Client, request_id: str) -> RequestRecord:
+    return client.submit(as_sent(request_id), time.time())
 
 
 def as_sent(request_id: str) -> EngineRequest:
@@ -133,7 +102,11 @@ def as_sent(request_id: str) -> EngineRequest:
 
 
 async def next_outputs(client: Client) -> list[FakeOutput]:
-    return (await asyncio.wait_for(client.next_outputs(), 30)).outputs
+    """The outputs of the next step, or one that tells of a failure."""
+    outputs = await asyncio.wait_for(client.next_outputs(), 30)
+    if isinstance(outputs, Failure):
+        return [FakeOutput(outputs.request_id, [], f"error: {outputs.error}")]
+    return outputs.outputs
 
 
 def as_serve_raises(error: Exception) -> Exception:
@@ -320,7 +293,7 @@ async def test_outputs_that_cannot_be_read_do_not_stop_those_that_can(
 
 async def test_closing_cancels_what_runs_and_leaves_no_task(workers: FakeWorkers) -> None:
     before = asyncio.all_tasks()
-    client: Client = EngineClient(workers, StreamReceiver("127.0.0.1"), decode, failed)
+    client = make_client(workers, FakeScheduler())
     submit(client, "r")
     call = await workers.called(1)
     await client.close()
@@ -329,3 +302,127 @@ async def test_closing_cancels_what_runs_and_leaves_no_task(workers: FakeWorkers
             await asyncio.sleep(0)
 
     assert (call.response.was_cancelled, client.num_live) == (True, 0)
+
+
+# Placement
+
+
+async def test_a_request_goes_to_the_worker_that_the_global_scheduler_chooses(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.answers = [Placed("b")]
+    submit(client, "r")
+
+    assert (await workers.called(1)).worker_id == "b"
+    assert scheduler.asked == [("r.0", ["a", "b", "c"])]
+
+
+async def test_a_request_waits_while_no_worker_takes_new_ones(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler, observer: Observer
+) -> None:
+    scheduler.alive = []
+    submit(client, "r")
+    async with asyncio.timeout(30):
+        while len(scheduler.asked) < 3:
+            await asyncio.sleep(0.001)
+    assert workers.calls == []
+    scheduler.alive = ["new"]
+
+    assert (await workers.called(1)).worker_id == "new"
+    assert (client.num_live, observer.num_ended) == (1, 0)
+
+
+async def test_a_request_that_waits_for_a_worker_can_be_aborted(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.alive = []
+    submit(client, "r")
+    await asyncio.sleep(0.01)
+    client.abort(["r"])
+    scheduler.alive = ["new"]
+    submit(client, "other")
+
+    assert (await workers.called(1)).request == as_sent("other.0")
+    assert client.num_live == 1
+
+
+async def test_a_request_outlives_a_restart_of_the_global_scheduler(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.ingress.engine_client.RESTART_S", 0.001)
+    scheduler.answers = [RayActorError(), RayActorError(), Placed("c")]
+    record = submit(client, "r")
+
+    assert (await workers.called(1)).worker_id == "c"
+    assert [attempt.lost for attempt in record.attempts] == [""]
+
+
+async def test_a_global_scheduler_that_fails_fails_the_request(
+    client: Client, scheduler: FakeScheduler
+) -> None:
+    scheduler.answers = [as_serve_raises(KeyError("worker"))]
+    submit(client, "r")
+    [output] = await next_outputs(client)
+
+    assert output.request_id == "r"
+    assert str(output.finish_reason).startswith("error: ")
+    assert client.num_live == 0
+
+
+async def test_a_final_refusal_ends_the_request_and_is_on_its_record(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    refused = Refused(RefusalReason.QUOTA, retry_after_s=7)
+    scheduler.answers = [refused]
+    record = submit(client, "r")
+
+    assert await next_outputs(client) == [
+        FakeOutput("r", [], "error: the share of this tenant is used up; retry after 7 s")
+    ]
+    assert (record.refused, record.outcome) == (refused, "error")
+    assert (workers.calls, client.num_live) == ([], 0)
+
+
+async def test_a_worker_that_is_gone_costs_no_attempt_and_another_is_asked_for_at_once(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler, observer: Observer
+) -> None:
+    record = submit(client, "r")
+    for number in range(2 * MAX_ATTEMPTS):
+        scheduler.alive = [f"w{number}", f"w{number + 1}"]
+        call = await workers.called(number + 1)
+        if number < 2 * MAX_ATTEMPTS - 1:
+            call.response.result.set_exception(as_serve_raises(WrongWorker("w is gone")))
+
+    assert [(call.request, call.worker_id) for call in workers.calls[1:]] == [
+        (as_sent("r.0"), f"w{number}") for number in range(1, 2 * MAX_ATTEMPTS)
+    ]
+    assert [attempt.lost for attempt in record.attempts] == [""]
+    assert observer.retries == []
+
+
+async def test_a_request_that_lost_a_worker_is_placed_there_again_only_if_there_is_no_other(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler, observer: Observer
+) -> None:
+    scheduler.alive = ["a", "b"]
+    submit(client, "r")
+    for attempt in range(2):
+        call = await workers.called(attempt + 1)
+        call.response.result.set_exception(as_serve_raises(WorkerDraining("draining")))
+    await workers.called(3)
+
+    assert scheduler.asked == [("r.0", ["a", "b"]), ("r.1", ["b"]), ("r.2", ["a", "b"])]
+    assert observer.retries == ["WorkerDraining"] * 2
+
+
+async def test_the_tokens_of_a_request_are_on_its_record(
+    client: Client, workers: FakeWorkers, observer: Observer
+) -> None:
+    record = submit(client, "r")
+    await workers.called(1)
+    workers.send(FakeOutput("r.0", [1, 2]))
+    workers.send(FakeOutput("r.0", [3], "stop"))
+    await next_outputs(client)
+    await next_outputs(client)
+
+    assert (list(record.output_token_ids), record.num_output_tokens) == ([1, 2, 3], 3)
+    assert (observer.records, observer.num_ended) == ([record], 1)
