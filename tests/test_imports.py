@@ -63,7 +63,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"kernels"}),
         frozenset({"drafts", "plugin", "step_history"}),
         frozenset({"reports"}),
-        frozenset({"engine"}),
+        frozenset({"engine", "observer"}),
         frozenset({"drafters", "profiling"}),
         frozenset({"worker"}),
     ),

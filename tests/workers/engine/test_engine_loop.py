@@ -3,6 +3,7 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +19,32 @@ from workers.token_stream import StreamAddress, StreamReceiver
 NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
 
 StartLoop = Callable[[FakeEngine], EngineLoop]
+
+
+class Reports:
+    """Keeps what a loop reports."""
+
+    def __init__(self) -> None:
+        self.states: list[LoopState] = []
+        self.threads: set[str] = set()
+
+    def report_load(self, state: LoopState) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.states.append(state)
+
+
+@dataclass
+class FakeClock:
+    """Time that moves when a test says so."""
+
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_loop(engine: FakeEngine) -> EngineLoop:
+    return EngineLoop(lambda: engine, Reports(), 1.0)
 
 
 class Client:
@@ -63,7 +90,7 @@ async def start(client: Client) -> AsyncIterator[StartLoop]:
     loops: list[tuple[FakeEngine, EngineLoop]] = []
 
     def start(engine: FakeEngine) -> EngineLoop:
-        loops.append((engine, EngineLoop(lambda: engine, lambda _: None)))
+        loops.append((engine, make_loop(engine)))
         return loops[-1][1]
 
     yield start
@@ -88,6 +115,12 @@ async def outcome(future: concurrent.futures.Future[Any]) -> Any:
 
 async def state(loop: EngineLoop) -> LoopState:
     return await asyncio.wait_for(asyncio.wrap_future(loop.state()), 30)
+
+
+async def turn(loop: EngineLoop) -> None:
+    """Wait until the loop has come round, with the report that this may bring."""
+    for _ in range(2):
+        await state(loop)
 
 
 def request(request_id: str, max_tokens: int = 3, core: list[bytes] | None = None) -> EngineRequest:
@@ -266,7 +299,7 @@ def test_the_constructor_raises_what_making_the_engine_raises() -> None:
         raise OSError("no such device")
 
     with pytest.raises(OSError, match="no such device"):
-        EngineLoop(make_engine, lambda _: None)
+        EngineLoop(make_engine, Reports(), 1.0)
     assert "engine" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -322,28 +355,59 @@ async def test_a_client_that_is_lost_loses_its_requests_and_no_other(
     assert not engine.has_requests()
 
 
-async def test_changes_are_told_with_what_is_outstanding_and_what_ended(client: Client) -> None:
-    told: list[tuple[dict[str, int], tuple[str, ...]]] = []
-    engine = FakeEngine()
-    loop = EngineLoop(
-        lambda: engine, lambda loop: told.append((loop.outstanding(), loop.take_finished()))
-    )
-    engine.go_on.clear()
+async def test_a_report_is_due_once_in_an_interval_with_all_that_ended_since(
+    client: Client,
+) -> None:
+    reports, clock, engine = Reports(), FakeClock(), FakeEngine()
+    loop = EngineLoop(lambda: engine, reports, 0.25, clock)
+    await until(lambda: len(reports.states) == 1)
     done = loop.add(request("a", max_tokens=2), client.address)
-    await until(engine.is_stepping.is_set)
-    told.clear()
-    refused = loop.add(request("b", core=MALFORMED), client.address)
-    loop.abort(["never came"])
-    engine.go_on.set()
     await outcome(done)
-    await outcome(refused)
+    await outcome(loop.add(request("b", core=MALFORMED), client.address))
+    loop.abort(["never came"])
+    clock.now += 0.24
+    await turn(loop)
+    num_early = len(reports.states)
+    engine.go_on.clear()
+    engine.is_stepping.clear()
+    running = loop.add(request("c", max_tokens=2), client.address)
+    await until(engine.is_stepping.is_set)
+    clock.now += 0.01
+    engine.go_on.set()
+    await outcome(running)
+    clock.now += 0.25
+    await turn(loop)
     await asyncio.to_thread(loop.stop)
 
-    assert told[:2] == [({"a": 1}, ()), ({}, ("b", "never came", "a"))]
+    assert num_early == 1
+    assert reports.states == [
+        LoopState(EngineStats(0, 0, 0.0), num_steps=0, outstanding={}),
+        LoopState(
+            EngineStats(1, 0, 1 / 8),
+            num_steps=3,
+            outstanding={"c": 1},
+            finished=("a", "b", "never came"),
+        ),
+        LoopState(EngineStats(0, 0, 0.0), num_steps=4, outstanding={}, finished=("c",)),
+    ]
+    assert reports.threads == {"engine"}
+
+
+async def test_asking_for_the_state_takes_nothing_from_the_next_report(client: Client) -> None:
+    reports, clock = Reports(), FakeClock()
+    loop = EngineLoop(FakeEngine, reports, 0.25, clock)
+    await until(lambda: len(reports.states) == 1)
+    await outcome(loop.add(request("a"), client.address))
+    asked = await state(loop)
+    clock.now += 1
+    await turn(loop)
+    await asyncio.to_thread(loop.stop)
+
+    assert (asked.finished, reports.states[-1].finished) == ((), ("a",))
 
 
 async def test_stopping_waits_for_the_last_tokens_to_arrive() -> None:
-    loop = EngineLoop(FakeEngine, lambda _: None)
+    loop = make_loop(FakeEngine())
     receiver = StreamReceiver("127.0.0.1")
     assert await outcome(loop.add(request("a", max_tokens=1), receiver.address)) == "length"
     stopping = asyncio.create_task(asyncio.to_thread(loop.stop))
@@ -360,7 +424,7 @@ async def test_stopping_waits_for_a_client_that_takes_nothing_only_for_a_while(
 ) -> None:
     monkeypatch.setattr("workers.engine.engine_loop.FLUSH_S", 0.05)
     engine = FakeEngine()
-    loop = EngineLoop(lambda: engine, lambda _: None)
+    loop = make_loop(engine)
     assert await outcome(loop.add(request("a", max_tokens=1), NOBODY)) == "length"
     await asyncio.to_thread(loop.stop)
 
@@ -370,7 +434,7 @@ async def test_stopping_waits_for_a_client_that_takes_nothing_only_for_a_while(
 async def test_stopping_leaves_nothing_behind(client: Client) -> None:
     num_files = len(os.listdir("/proc/self/fd"))
     engine = FakeEngine()
-    loop = EngineLoop(lambda: engine, lambda _: None)
+    loop = make_loop(engine)
     finished = loop.add(request("a"), client.address)
     assert await outcome(finished) == "length"
     running = loop.add(request("b", max_tokens=10**9), client.address)
