@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """Workers that may die under a request before its first token."""
+NO_WORKER = ""
+"""Worker id of a call that Serve holds until a worker is there, which then answers `WrongWorker`.
+Serve counts what it holds, and so starts workers where it may."""
 RESTART_S = 0.1
 """Pause before a GlobalScheduler that died is asked again."""
 
@@ -194,12 +197,12 @@ class EngineClient(Generic[Outputs]):
             live.tried.add(worker_id)
             response: Any = self._generate.remote(worker_id, attempt, self._receiver.address)
             live.response = response
-            # That worker is gone, and another one took the call: nothing was lost but the way.
+            # That worker is gone, and another one answered: only the way there was in vain.
             with contextlib.suppress(WrongWorker):
                 return str(await response)
 
     async def _worker_for(self, live: _Live, request: Request) -> str:
-        """The worker that the GlobalScheduler chooses, once there is one; or RequestRefused."""
+        """The worker that the GlobalScheduler chooses; raises RequestRefused if it refuses."""
         while True:
             alive = self._directory.worker_ids()
             untried = [worker_id for worker_id in alive if worker_id not in live.tried]
@@ -214,6 +217,9 @@ class EngineClient(Generic[Outputs]):
             if answer.is_final:
                 live.record.refused = answer
                 raise RequestRefused(answer)
+            if not alive:
+                return NO_WORKER
+            live.tried.clear()
             await asyncio.sleep(answer.retry_after_s)
 
     async def _last_outputs(self, live: _Live) -> None:
@@ -225,9 +231,11 @@ class EngineClient(Generic[Outputs]):
 
     def _fail(self, live: _Live, error: Exception) -> None:
         if self._end(live.request_id, "error", repr(error)):
-            logger.error(
-                "request failed", extra={"request_id": live.request_id, "error": repr(error)}
-            )
+            extra = {"request_id": live.request_id, "error": repr(error)}
+            if isinstance(error, RequestRefused):
+                logger.info("request refused", extra=extra)
+            else:
+                logger.error("request failed", extra=extra)
             self._outputs.put_nowait(Failure(live.request_id, error))
 
     async def _receive(self) -> None:

@@ -104,11 +104,11 @@ class FakeScheduler:
         self.asked.append((request.request_id, worker_ids))
         await asyncio.sleep(0)
         if not self.answers:
-            return Placed(worker_ids[0]) if worker_ids else NO_WORKER
+            return Placed(worker_ids[0]) if worker_ids else DRAINING
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
 
-NO_WORKER = Refused(RefusalReason.NO_WORKER, retry_after_s=0.001)
+DRAINING = Refused(RefusalReason.NO_WORKER, retry_after_s=0.001)

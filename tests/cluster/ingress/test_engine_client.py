@@ -8,12 +8,12 @@ import msgspec
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.ingress.engine_client import MAX_ATTEMPTS, EngineClient, Failure
+from cluster.ingress.engine_client import MAX_ATTEMPTS, NO_WORKER, EngineClient, Failure
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import RequestRecord
 from scheduler.placement import Placed, RefusalReason, Refused
 from scheduler.request import Request
-from tests.cluster.ingress.fake_cluster import FakeScheduler, FakeWorkers
+from tests.cluster.ingress.fake_cluster import DRAINING, FakeScheduler, FakeWorkers
 from workers.engine_request import EngineRequest
 from workers.errors import ClientLost, EngineDead, WorkerDraining, WrongWorker
 from workers.token_stream import StreamReceiver
@@ -320,30 +320,53 @@ async def test_a_request_goes_to_the_worker_that_the_global_scheduler_chooses(
 async def test_a_request_waits_while_no_worker_takes_new_ones(
     client: Client, workers: FakeWorkers, scheduler: FakeScheduler, observer: Observer
 ) -> None:
-    scheduler.alive = []
+    scheduler.answers = [DRAINING] * 3
     submit(client, "r")
-    async with asyncio.timeout(30):
-        while len(scheduler.asked) < 3:
-            await asyncio.sleep(0.001)
-    assert workers.calls == []
-    scheduler.alive = ["new"]
 
-    assert (await workers.called(1)).worker_id == "new"
+    assert (await workers.called(1)).worker_id == "a"
+    assert scheduler.asked == [("r.0", ["a", "b", "c"])] * 4
     assert (client.num_live, observer.num_ended) == (1, 0)
 
 
 async def test_a_request_that_waits_for_a_worker_can_be_aborted(
     client: Client, workers: FakeWorkers, scheduler: FakeScheduler
 ) -> None:
-    scheduler.alive = []
+    scheduler.answers = [DRAINING] * 2
     submit(client, "r")
-    await asyncio.sleep(0.01)
+    while len(scheduler.asked) < 2:
+        await asyncio.sleep(0)
     client.abort(["r"])
-    scheduler.alive = ["new"]
     submit(client, "other")
 
     assert (await workers.called(1)).request == as_sent("other.0")
     assert client.num_live == 1
+
+
+async def test_serve_holds_a_request_while_there_is_no_worker_at_all(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.alive = []
+    record = submit(client, "r")
+    held = await workers.called(1)
+    assert (held.worker_id, scheduler.asked) == (NO_WORKER, [("r.0", [])])
+    scheduler.alive = ["new"]
+    held.response.result.set_exception(as_serve_raises(WrongWorker("this is new")))
+
+    assert (await workers.called(2)).worker_id == "new"
+    assert len(record.attempts) == 1
+
+
+async def test_workers_that_were_tried_are_asked_again_if_no_other_takes_the_request(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.alive = ["a", "b"]
+    scheduler.answers = [Placed("a"), DRAINING]
+    submit(client, "r")
+    call = await workers.called(1)
+    call.response.result.set_exception(as_serve_raises(WrongWorker("a does not answer")))
+
+    assert (await workers.called(2)).worker_id == "a"
+    assert [worker_ids for _, worker_ids in scheduler.asked] == [["a", "b"], ["b"], ["a", "b"]]
 
 
 async def test_a_request_outlives_a_restart_of_the_global_scheduler(
