@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from cluster.errors import RequestRefused
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import Attempt, RequestRecord
-from cluster.placement.router import WorkerDirectory
+from cluster.placement.directory import WorkerDirectory
 from scheduler.placement import Placed
 from scheduler.request import Request
 from workers.engine_request import EngineRequest
@@ -217,7 +217,7 @@ class EngineClient(Generic[Outputs]):
             if answer.is_final:
                 live.record.refused = answer
                 raise RequestRefused(answer)
-            if not alive:
+            if not alive and NO_WORKER not in live.tried:
                 return NO_WORKER
             live.tried.clear()
             await asyncio.sleep(answer.retry_after_s)

@@ -23,7 +23,7 @@ from cluster.observe.exporter import Exporter, RequestMetrics
 from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
 from cluster.observe.tracing import Tracing
-from cluster.placement.router import WorkerDirectory
+from cluster.placement.directory import WorkerDirectory
 from workers.reports import WorkerSteps
 from workers.timeline import Span
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders

@@ -356,6 +356,19 @@ async def test_serve_holds_a_request_while_there_is_no_worker_at_all(
     assert len(record.attempts) == 1
 
 
+async def test_a_worker_that_serve_knows_and_the_directory_does_not_is_waited_for(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.alive = []
+    submit(client, "r")
+    for count in (1, 2):
+        held = await workers.called(count)
+        held.response.result.set_exception(as_serve_raises(WrongWorker("this is new")))
+    await workers.called(3)
+
+    assert len(scheduler.asked) == 5  # each time once more after a pause
+
+
 async def test_workers_that_were_tried_are_asked_again_if_no_other_takes_the_request(
     client: Client, workers: FakeWorkers, scheduler: FakeScheduler
 ) -> None:

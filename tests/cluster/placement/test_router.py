@@ -1,6 +1,8 @@
 """The look-up of the worker that a call names, in Serve's own routing."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,11 @@ from ray.serve._private.common import (
     ReplicaID,
     RequestMetadata,
 )
+from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
-from cluster.placement.router import PlacementRouter, WorkerDirectory
+from cluster.placement.directory import WorkerDirectory
+from cluster.placement.router import PlacementRouter
 
 WORKERS = DeploymentID("Worker", "app")
 MAX_ONGOING = 10
@@ -114,6 +118,34 @@ async def test_the_directory_knows_the_workers_that_serve_knows(router: Placemen
     known += [is_known("b", "c")]
 
     assert known == [True] * 4
+
+
+IN_THE_INGRESS = """
+import sys
+from ray import cloudpickle
+from ray.serve._private.common import DeploymentID, ReplicaID
+from cluster.placement.directory import WorkerDirectory
+
+PlacementRouter = cloudpickle.loads(sys.stdin.buffer.read())
+workers = DeploymentID("Worker", "app")
+router = PlacementRouter.__new__(PlacementRouter)
+router._deployment_id, router._replicas = workers, {ReplicaID("a", workers): None}
+router.initialize_state()
+print(WorkerDirectory(workers).worker_ids())
+"""
+
+
+def test_the_directory_finds_the_router_as_serve_sends_it() -> None:
+    """Its whole module goes with it, so that the receiver has a copy of all that is in there."""
+    sent = RequestRouterConfig(request_router_class=PlacementRouter)
+    found = subprocess.run(
+        [sys.executable, "-c", IN_THE_INGRESS],
+        input=sent.get_serialized_request_router_cls(),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+
+    assert found.stdout.decode().strip() == "['a']"
 
 
 def test_before_the_handle_is_used_no_worker_is_known() -> None:
