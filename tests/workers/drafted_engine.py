@@ -14,6 +14,7 @@ from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafts.draft_client import DraftCounts
 from workers.drafts.draft_stream import DraftWorkerAddress
+from workers.engine_request import EngineRequest
 from workers.token_stream import StreamAddress
 
 NUM_DRAFTS = 6
@@ -213,4 +214,4 @@ def _add(engine: Any, name: str, call: Call) -> None:
         data_parallel_rank=None,
     )
     request = Request(name, len(call.prompt), params.max_tokens or 1)
-    engine.add_request(request, engine._encode(core_request), CLIENT)
+    engine.add_request(EngineRequest(request, engine._encode(core_request)), CLIENT)
