@@ -26,6 +26,7 @@ from workers.drafters.make import make_drafters
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
 from workers.engine_request import EngineRequest
+from workers.errors import WrongWorker
 from workers.plugin.vllm_seams import check_seams
 from workers.reports import (
     DraftWorkerReport,
@@ -119,12 +120,17 @@ class WorkerReplica(Replica):
 
     async def generate(
         self, worker_id: str, request: EngineRequest, reply_to: StreamAddress
-    ) -> str:
-        """Run a request that was placed on the worker of that id, and trace that."""
+    ) -> str | WrongWorker:
+        """Run a request that was placed on the worker of that id, and trace that.
+
+        WrongWorker is returned: Serve would log it as a crash of this replica if it were raised.
+        """
         began_s, outcome = time.time(), "error"
         try:
             outcome = await self._worker.generate(worker_id, request, reply_to)
             return outcome
+        except WrongWorker as wrong:
+            return wrong
         finally:
             if self._tracing.is_on and request.request.traceparent:
                 self._trace(request.request, began_s, outcome)

@@ -1,7 +1,6 @@
 """Places requests on workers and gathers what their steps produce."""
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 import time
@@ -68,7 +67,7 @@ class _Live:
     request: EngineRequest
     tried: set[str] = field(default_factory=set)
     """Workers on which it was placed; it is placed there again only if there is no other."""
-    response: DeploymentResponse[str] | None = None
+    response: DeploymentResponse[str | WrongWorker] | None = None
     task: asyncio.Task[None] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -197,9 +196,9 @@ class EngineClient(Generic[Outputs]):
             live.tried.add(worker_id)
             response: Any = self._generate.remote(worker_id, attempt, self._receiver.address)
             live.response = response
-            # That worker is gone, and another one answered: only the way there was in vain.
-            with contextlib.suppress(WrongWorker):
-                return str(await response)
+            result = await response
+            if not isinstance(result, WrongWorker):  # or it is gone, and another one answered
+                return str(result)
 
     async def _worker_for(self, live: _Live, request: Request) -> str:
         """The worker that the GlobalScheduler chooses; raises RequestRefused if it refuses."""

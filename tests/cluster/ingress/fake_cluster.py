@@ -11,6 +11,7 @@ from ray.serve.exceptions import RequestCancelledError
 from scheduler.placement import Placed, RefusalReason, Refused
 from scheduler.request import Request
 from workers.engine_request import EngineRequest
+from workers.errors import WrongWorker
 from workers.token_stream import StreamAddress, StreamSenders
 
 
@@ -18,14 +19,14 @@ class FakeResponse:
     """A call of a worker, awaited and cancelled as Serve's response is."""
 
     def __init__(self) -> None:
-        self.result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.result: asyncio.Future[str | WrongWorker] = asyncio.get_running_loop().create_future()
         self.was_cancelled = False
 
     def cancel(self) -> None:
         self.was_cancelled = True
         self.result.cancel()
 
-    def __await__(self) -> Generator[Any, None, str]:
+    def __await__(self) -> Generator[Any, None, str | WrongWorker]:
         try:
             return (yield from self.result.__await__())
         except asyncio.CancelledError:

@@ -350,7 +350,7 @@ async def test_serve_holds_a_request_while_there_is_no_worker_at_all(
     held = await workers.called(1)
     assert (held.worker_id, scheduler.asked) == (NO_WORKER, [("r.0", [])])
     scheduler.alive = ["new"]
-    held.response.result.set_exception(as_serve_raises(WrongWorker("this is new")))
+    held.response.result.set_result(WrongWorker("this is new"))
 
     assert (await workers.called(2)).worker_id == "new"
     assert len(record.attempts) == 1
@@ -363,7 +363,7 @@ async def test_a_worker_that_serve_knows_and_the_directory_does_not_is_waited_fo
     submit(client, "r")
     for count in (1, 2):
         held = await workers.called(count)
-        held.response.result.set_exception(as_serve_raises(WrongWorker("this is new")))
+        held.response.result.set_result(WrongWorker("this is new"))
     await workers.called(3)
 
     assert len(scheduler.asked) == 5  # each time once more after a pause
@@ -376,7 +376,7 @@ async def test_workers_that_were_tried_are_asked_again_if_no_other_takes_the_req
     scheduler.answers = [Placed("a"), DRAINING]
     submit(client, "r")
     call = await workers.called(1)
-    call.response.result.set_exception(as_serve_raises(WrongWorker("a does not answer")))
+    call.response.result.set_result(WrongWorker("a does not answer"))
 
     assert (await workers.called(2)).worker_id == "a"
     assert [worker_ids for _, worker_ids in scheduler.asked] == [["a", "b"], ["b"], ["a", "b"]]
@@ -427,7 +427,7 @@ async def test_a_worker_that_is_gone_costs_no_attempt_and_another_is_asked_for_a
         scheduler.alive = [f"w{number}", f"w{number + 1}"]
         call = await workers.called(number + 1)
         if number < 2 * MAX_ATTEMPTS - 1:
-            call.response.result.set_exception(as_serve_raises(WrongWorker("w is gone")))
+            call.response.result.set_result(WrongWorker("w is gone"))
 
     assert [(call.request, call.worker_id) for call in workers.calls[1:]] == [
         (as_sent("r.0"), f"w{number}") for number in range(1, 2 * MAX_ATTEMPTS)
