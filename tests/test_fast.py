@@ -1,0 +1,10 @@
+import subprocess
+import sys
+
+
+def test_no_fast_file_imports_what_is_slow() -> None:
+    """Here the other files have imported it, so that the check takes a process of its own."""
+    collect = [sys.executable, "-m", "pytest", "--fast", "--collect-only", "--quiet"]
+    done = subprocess.run(collect, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 0, done.stdout[-2000:]
