@@ -12,7 +12,7 @@ $(2) && echo "[$(1)] ok, $$(($$(date +%s) - start)) s" || \
 { code=$$?; echo "[$(1)] failed after $$(($$(date +%s) - start)) s"; exit $$code; }
 endef
 
-.PHONY: help install serve lint test dashboards
+.PHONY: help install serve lint test dashboards docs
 
 help:
 	@echo "XY-Serve: large language models served from a Ray cluster."
@@ -23,6 +23,7 @@ help:
 	@echo "                    ARGS='-k placement'       only some of the tests"
 	@echo "  make lint       ruff, clang-format and mypy --strict only"
 	@echo "  make dashboards write deploy/grafana/*.json and deploy/alerts.yml anew, after a change of them"
+	@echo "  make docs       write the config reference in deploy/README.md again, after a change of the config"
 	@echo "  make install    only make .venv; the second time it has nothing to do"
 	@echo "                    PYTHON=python3.12         another Python, 3.11 or newer"
 	@echo
@@ -47,3 +48,7 @@ test: lint
 # What is in git; a test compares it with cluster/dashboards.
 dashboards: install
 	@$(BIN)/python -m cluster.observe.dashboards.grafana
+
+# The config reference; a test compares it with the config's dataclasses.
+docs: install
+	@$(BIN)/python -m cluster.config.reference

@@ -93,7 +93,7 @@ def stamp_key() -> str:
 def kernels_key() -> str:
     """Hash the kernels' sources and their library, which a developer may have built in between."""
     library = KERNELS.glob("libxykernels.so")
-    return digest_of([ROOT / "setup.py", *sorted((KERNELS / "csrc").glob("*.[ch]*")), *library])
+    return digest_of([KERNELS / "build.py", *sorted((KERNELS / "csrc").glob("*.[ch]*")), *library])
 
 
 def digest_of(paths: list[Path]) -> str:
@@ -177,7 +177,7 @@ def create_venv() -> None:
 
 def build_kernels() -> None:
     """Compile what has changed of the kernels, into the source tree."""
-    problem = run_phase("C++ kernels", [str(VENV_PYTHON), "setup.py", "build_ext", "--inplace"])
+    problem = run_phase("C++ kernels", [str(VENV_PYTHON), "-m", "workers.kernels.build"])
     if problem is not None:
         raise SystemExit(problem)
 

@@ -1,4 +1,4 @@
-"""Which scheduler fills the steps, by name and settings."""
+"""Chooses the scheduler that plans the steps, by name and settings."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,14 +16,15 @@ class StepPolicy:
     __pydantic_config__ = {"extra": "forbid"}
 
     name: Literal["hybrid", "static", "decode_first", "prefill_first", "vllm"] = "hybrid"
-    """`hybrid` is ours; `static` is vLLM's own, `decode_first` Sarathi-Serve's, `prefill_first`
-    that of XY-Serve's paper. `vllm` leaves vLLM's scheduler alone; there is none to simulate."""
+    """Step scheduler: `hybrid` is ours, `static` vLLM's policy, `decode_first` Sarathi-Serve's and
+    `prefill_first` that of XY-Serve's paper. `vllm` keeps vLLM's own code, which cannot be
+    simulated."""
     budget: int | None = None
-    """Most tokens of one step, below the engine's own limit; `hybrid` needs none."""
+    """Max tokens in a step, within the engine's own limit; `hybrid` needs none."""
     long_prefill_token_threshold: int = 0
-    """Of `static`: most tokens of one prompt in a step; 0 for no limit."""
+    """Max tokens of one prompt in a step of `static`; 0 means no limit."""
     reserved_slots: int = 64
-    """Of `prefill_first`: decodes that every step has room for."""
+    """Decodes that every step of `prefill_first` has room for."""
 
     def __post_init__(self) -> None:
         for name in ("budget", "reserved_slots"):

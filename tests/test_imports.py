@@ -36,7 +36,7 @@ LAYERS = {
     ),
     "workers/kernels": Layer(
         only=frozenset({"workers.kernels", "workers.home", "numpy"}),
-        only_in={"torch": "triton_*.py", "triton": "triton_*.py"},
+        only_in={"torch": "triton_*.py", "triton": "triton_*.py", "setuptools": "build.py"},
     ),
     "workers": Layer(
         never=frozenset({"cluster", "fastapi", "ray", "triton"}),

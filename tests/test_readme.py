@@ -1,36 +1,192 @@
-import dataclasses
-import typing
+"""The READMEs: what they link to, run and name exists."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer.main
+import yaml
+from typer.core import TyperGroup
 
-from cluster.config.app_config import AppConfig
+from cluster.cli.main import app
+from cluster.config.app_config import AppConfig, parse_args
+from tests.test_imports import FLOORS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [
+    ROOT / "README.md",
+    *(
+        path
+        for folder in ("cluster", "deploy", "scheduler", "tests", "workers")
+        for path in (ROOT / folder).rglob("*.md")
+    ),
+]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in READMES}
+
+FILES = [
+    f"/{path.relative_to(ROOT).as_posix()}"
+    for folder in ("cluster", "deploy", "scheduler", "tests", "workers")
+    for path in (ROOT / folder).rglob("*.*")
+]
+
+NOT_YET = {
+    # A reader is told to make these.
+    "triton_attention.py",
+    "triton_gemm.py",
+    "vllm_cuda_attention.py",
+    "vllm_cuda_linear.py",
+    # These are being built.
+    "scheduler/simulation/trace_files.py",
+    "scheduler/simulation/traces.py",
+    "scheduler/step_planner.py",
+    "step_planner.py",
+    "tests/scheduler/simulation/test_traces.py",
+    "profiling/vllm_calibrated_engine.py",
+    "make fix",
+    "make test-fast",
+    "xyserve trace",
+}
+"""Files, make targets and commands that are named and need not exist."""
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+XYSERVE = typer.main.get_command(app)
+
+each_readme = pytest.mark.parametrize("name", TEXTS)
 
 
-def keys(cls: type, prefix: str = "") -> Iterator[str]:
-    for name, kind in typing.get_type_hints(cls).items():
-        if name in {field.name for field in dataclasses.fields(cls)}:
-            if type(None) in typing.get_args(kind):
-                yield f"{prefix}{name}"
-                kind = typing.get_args(kind)[0]
-                if not dataclasses.is_dataclass(kind):
-                    continue
-            if dataclasses.is_dataclass(kind):
-                yield from keys(kind, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}"
+def blocks(name: str, language: str) -> list[str]:
+    return [text for kind, text in FENCED.findall(TEXTS[name]) if kind == language]
 
 
-@pytest.mark.parametrize("key", list(keys(AppConfig)))
-def test_the_config_reference_has_every_key(key: str) -> None:
-    assert f"| `{key}` |" in README
+def spans(name: str) -> list[str]:
+    """What stands in single backticks."""
+    return re.findall(r"`([^`\n]+)`", FENCED.sub("", TEXTS[name]))
 
 
-def test_the_config_reference_has_no_other_key() -> None:
-    table = README.partition("## Config reference")[2].partition("\n## ")[0]
-    rows = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
+def commands(name: str) -> Iterator[str]:
+    """Lines of shell blocks, continued ones as one, and what stands in backticks."""
+    for block in blocks(name, "bash"):
+        yield from block.replace("\\\n", " ").splitlines()
+    yield from spans(name)
 
-    assert sorted(rows) == sorted(keys(AppConfig))
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(text: str) -> set[str]:
+    return {slug(line.lstrip("#")) for line in FENCED.sub("", text).splitlines() if line[:1] == "#"}
+
+
+def test_a_newcomer_reads_the_readme_in_five_minutes() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 200
+
+
+def test_the_readme_has_no_picture_that_a_package_index_cannot_show() -> None:
+    assert re.findall(r"!\[[^]]*\]\((?!https://)", TEXTS["README.md"]) == []
+
+
+@each_readme
+def test_every_local_link_leads_somewhere(name: str) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            broken.append(link)
+
+    assert broken == []
+
+
+@each_readme
+def test_every_file_that_is_named_exists(name: str) -> None:
+    named = {span for span in spans(name) if re.fullmatch(r"[\w./-]+\.(py|h|yaml|yml)", span)}
+    found = {file for file in named if any(path.endswith(f"/{file}") for path in FILES)}
+
+    assert named - found - NOT_YET == set()
+
+
+@pytest.mark.parametrize("package", ["cluster", "workers"])
+def test_the_floors_are_those_that_the_import_test_holds(package: str) -> None:
+    table = TEXTS[f"{package}/README.md"].partition("| floor |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", table, re.MULTILINE)
+    shown = [
+        (int(floor), re.sub(r"/$|\.py$", "", room))
+        for floor, rooms in rows
+        for room in re.findall(r"`([^`]+)`", rooms)
+    ]
+
+    assert sorted(shown) == sorted(
+        (number, room) for number, floor in enumerate(FLOORS[package]) for room in floor
+    )
+
+
+@each_readme
+def test_every_make_target_exists(name: str) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = {make for line in commands(name) for make in re.findall(r"^make [a-z-]+", line)}
+
+    assert named - {f"make {target}" for target in targets} - NOT_YET == set()
+
+
+@each_readme
+def test_every_xyserve_command_and_option_exists(name: str) -> None:
+    lines = [
+        re.sub(r"^(\$ )?(\.venv/bin/)?", "", line)
+        for line in (*commands(name), *"".join(blocks(name, "")).splitlines())
+    ]
+
+    assert [fault for line in lines if line.startswith("xyserve ") for fault in faults(line)] == []
+
+
+def faults(line: str) -> Iterator[str]:
+    """What a command line names that is not there; `a|b` stands for several commands."""
+    _, *words = shlex.split(line, comments=True)
+    found = [XYSERVE]
+    for word in words:
+        if word.startswith("--"):
+            known = {option for one in found for param in one.params for option in param.opts}
+            if word.partition("=")[0] not in {*known, "--help"}:
+                yield f"{line}: {word}"
+        elif isinstance(found[0], TyperGroup):
+            group = found[0]
+            chosen = [group.commands.get(each) for each in word.split("|")]
+            if None in chosen:
+                if f"xyserve {word}" not in NOT_YET:
+                    yield f"{line}: {word}"
+                return
+            found = [each for each in chosen if each]
+
+
+@each_readme
+def test_every_module_that_is_run_exists(name: str) -> None:
+    modules = {
+        module for line in commands(name) for module in re.findall(r"python -m ([\w.]+)", line)
+    }
+    missing = {module for module in modules if not importlib.util.find_spec(module)}
+
+    assert missing - {"tests.bench.NAME"} == set()
+
+
+@each_readme
+def test_every_python_example_can_be_read(name: str) -> None:
+    for block in blocks(name, "python"):
+        ast.parse(block)
+
+
+@each_readme
+def test_every_piece_of_config_is_accepted(name: str) -> None:
+    for block in blocks(name, "yaml"):
+        args = yaml.safe_load(textwrap.dedent(block))
+        if args.keys() <= AppConfig.__dataclass_fields__.keys():
+            parse_args(args)
+        else:
+            assert args.keys() == {"deployments"}

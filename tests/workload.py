@@ -16,7 +16,7 @@ from scheduler.simulation.trace import read_trace
 
 _COPY = Path(__file__).parent / "data"
 _FULL = Path(os.environ.get("XYSERVE_DATA", Path(__file__).parents[2] / "shared" / "data"))
-"""A checkout of the data sets; see README, "Development"."""
+"""A checkout of the data sets; see tests/README.md, "Data"."""
 
 
 def questions(count: int) -> list[str]:

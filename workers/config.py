@@ -1,4 +1,4 @@
-"""What is configured of workers, their engines and draft workers."""
+"""The config of workers, their engines and draft workers."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,31 +8,34 @@ from scheduler.policy import StepPolicy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Limits and memory of one engine, in vLLM's words."""
+    """Limits and memory of one engine, under vLLM's names."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of weights and activations; `auto` keeps the checkpoint's, and with our CPU kernels
-    is float32."""
+    """Data type of weights and activations. `auto` is the checkpoint's; with our CPU kernels it is
+    float32, the only one they compute in."""
     max_model_len: int | None = None
-    """Longest prompt plus output of one request, in tokens; the model's own limit if not given."""
+    """Maximum length of prompt plus output, in tokens; null: the model's limit."""
     max_num_seqs: int = 128
-    """Requests in one step."""
+    """Maximum number of requests in one step."""
     max_num_batched_tokens: int = 2048
-    """Tokens computed in one step, over all requests."""
+    """Maximum number of tokens in one step, over all requests."""
     kv_cache_gib: float = 1.0
-    """Memory of the KV cache, in GiB."""
+    """Size of the KV cache, in GiB."""
     block_size: int | None = None
-    """Tokens in one block of the KV cache; the platform's choice if not given."""
+    """Tokens per block of the KV cache; null: the platform's choice."""
     enable_prefix_caching: bool = True
+    """Whether prompts that begin alike share the KV cache of their common prefix."""
     enforce_eager: bool | None = None
-    """Run without compiling or capturing graphs; if not given, so on the CPU only."""
+    """Whether to run without compiling or capturing graphs; null: only on the CPU."""
     scheduling_policy: Literal["fcfs", "priority"] = "priority"
-    """`priority` serves lower `priority` values first, equal ones in order of arrival."""
+    """Order of waiting requests: `priority` (lower values first, equal ones by arrival) or `fcfs`
+    (by arrival)."""
     seed: int = 0
+    """Seed for sampling of requests that have none of their own."""
     extra_args: dict[str, Any] = field(default_factory=dict)
-    """Any other engine argument of vLLM, by its name there."""
+    """Further engine arguments of vLLM, under vLLM's names."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_gib"):
@@ -57,23 +60,28 @@ class WorkerConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     device: Literal["cpu", "cuda", "npu"] = "cpu"
+    """Device of one worker: CPU cores, one NVIDIA GPU (`cuda`) or one Ascend NPU (`npu`)."""
     cpus: int = 1
-    """Cores of one worker; on the CPU they are its own, and its number of threads."""
+    """CPU cores of one worker; with `device: cpu` no other worker uses them, and each runs a
+    thread."""
     kernels: Literal["xyserve", "vllm"] = "xyserve"
-    """On the CPU: our GEMM, attention and forward pass, or vLLM's own."""
+    """Kernels on the CPU: our GEMM, attention and forward pass (`xyserve`), or vLLM's own."""
     weight_format: Literal["auto", "int8", "int4"] = "auto"
-    """How our kernels keep weights; `auto` loses nothing: bf16 if the checkpoint is, else fp32."""
+    """Format of the weights in our kernels; `auto` is lossless: bf16 if the checkpoint is, else
+    fp32."""
     calibrate_at_start: bool = True
-    """Measure the engine's steps at its first start on a machine, some ten seconds long, so that
-    their times can be predicted; `xyserve calibrate` does it more exactly."""
+    """Whether an engine times its steps at its first start on a machine, for about ten seconds, so
+    that step times can be predicted; `xyserve calibrate` measures more accurately."""
     step_timeout_s: float = 120.0
-    """A step that runs longer makes the worker unhealthy, and Serve replaces it."""
+    """Maximum duration of a step, in seconds; a longer one makes the worker unhealthy, and Serve
+    replaces it."""
     report_interval_s: float = 0.25
-    """Least time between two reports of load to the GlobalScheduler."""
+    """Minimum time between two load reports to the GlobalScheduler, in seconds."""
     step_policy: StepPolicy = field(default_factory=StepPolicy)
-    """Who decides what each step computes."""
+    """Scheduler that decides what each step computes."""
     record: str | None = None
-    """Write every decision to `<record>.<worker id>.jsonl` on the worker's node, to be replayed."""
+    """Path prefix of the decision record `<record>.<worker id>.jsonl`, written on the worker's node
+    for `xyserve replay`; null: no record."""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
@@ -101,7 +109,7 @@ class WorkerConfig:
 
     @property
     def thread_env(self) -> dict[str, str]:
-        """Environment of the worker's process; it must be there before torch is imported."""
+        """Environment of the worker's process; it must be set before torch is imported."""
         env = {"OMP_NUM_THREADS": str(self.cpus)}
         if self.uses_own_kernels:
             # Torch's idle threads would spin for milliseconds on the cores that our kernels need.
@@ -110,37 +118,38 @@ class WorkerConfig:
 
 
 MAX_DRAFTS = 128
-
+"""Drafts that vLLM verifies at most for a request in one step."""
 
 DrafterName = Literal["suffix", "model", "head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftConfig:
-    """Speculative decoding: draft workers beside the workers, and what drafts."""
+    """Speculative decoding: the draft workers and their drafters."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     drafters: tuple[DrafterName, ...] = ("suffix",)
-    """`suffix` repeats what was written before, `model` asks a smaller model, `head` a light head
-    on the target's last hidden states. With several, each draft worker runs them all, in this
-    order, and of the drafts for a request the most promising are verified."""
+    """Drafters: `suffix` repeats what was written before, `model` runs a smaller model, `head` runs
+    a light head on the target's last hidden states. Each draft worker runs all of them, in this
+    order, and the most promising drafts for a request are verified."""
     num_workers: int = 1
-    """Draft worker replicas."""
+    """Number of draft worker replicas."""
     cpus: int = 0
-    """Cores of one draft worker, its own as those of workers are; 0: those that others leave."""
+    """CPU cores that one draft worker has to itself; 0: none, it runs on any core that is idle."""
     num_speculative_tokens: int = 12
-    """Most drafts that are verified for a request in one step."""
+    """Maximum number of drafts verified for a request in one step."""
     memory_tokens: int = 200_000
-    """Of `suffix`: tokens of output that it remembers, about 0.6 KB each."""
+    """Output tokens that the `suffix` drafter remembers, about 0.6 KB each."""
     model: str | None = None
-    """Of `model`: a local directory or a hub id with the target's vocabulary."""
+    """Model of the `model` drafter: a local directory or a hub id, with the target's vocabulary."""
     model_weight_format: Literal["auto", "int8", "int4"] = "auto"
-    """Of `model`: how our CPU kernels keep its weights."""
+    """Format of the `model` drafter's weights, as `worker.weight_format`."""
     model_kv_cache_gib: float = 0.5
-    """Of `model`: memory of its KV cache, in GiB."""
+    """Size of the `model` drafter's KV cache, in GiB."""
     head: str | None = None
-    """Of `head`: a file that `xyserve draft-head train` made; if not given, the default model's."""
+    """File of the `head` drafter, made by `xyserve draft-head train`; null: the default model's
+    head."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "num_speculative_tokens", "memory_tokens"):

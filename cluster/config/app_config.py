@@ -26,17 +26,17 @@ class IngressConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     max_request_bytes: int = 32 << 20
-    """Largest request body; a larger one is answered with 413."""
+    """Maximum size of a request body; a larger one is answered with 413."""
     max_n: int = 128
-    """Most sequences that one request may ask for."""
+    """Maximum number of sequences (`n`) of one request."""
     tool_call_parser: str | None = "hermes"
-    """vLLM's parser of the model's tool calls; null switches automatic tool choice off."""
+    """vLLM's parser for the model's tool calls; null: no automatic tool choice."""
     reasoning_parser: str | None = None
-    """vLLM's parser of the model's reasoning, for models that show it."""
+    """vLLM's parser for the reasoning of models that show it; null: none."""
     chat_template: str | None = None
-    """A file with a chat template instead of the checkpoint's."""
+    """File with a chat template; null: the checkpoint's own."""
     extra_args: dict[str, Any] = field(default_factory=dict)
-    """Any other argument of vLLM's OpenAI server, by its name there."""
+    """Further arguments of vLLM's OpenAI server, under vLLM's names."""
 
     def __post_init__(self) -> None:
         for name in ("max_request_bytes", "max_n"):
@@ -51,27 +51,30 @@ class AppConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     model: str = DEFAULT_MODEL
-    """The default model's name, a local directory, or a hub id."""
+    """Model to serve: the default model's name, a local directory, or a Hugging Face hub id."""
     served_model_name: str | None = None
-    """The model's name in the API; `model` if not given."""
+    """Name of the model in the API; null: the value of `model`."""
     num_workers: int = 1
+    """Number of worker replicas."""
     autoscaling: dict[str, Any] | None = None
-    """Serve's `autoscaling_config` for the workers, instead of `num_workers`."""
+    """Ray Serve's `autoscaling_config` for the workers; it replaces `num_workers`."""
     num_ingresses: int = 1
+    """Number of ingress replicas."""
     drain_timeout_s: float = 600.0
-    """How long a replica that is to stop may finish its requests."""
+    """Time that a replica which is to stop has for finishing its requests, in seconds."""
     wait_for_device: bool = False
-    """Start even if no node has the device yet, for clusters that grow on demand."""
+    """Whether to start even if no node has the device yet, for clusters that grow on demand."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     draft: DraftConfig | None = None
-    """Draft workers beside the workers; none without it."""
+    """Draft workers in addition to the workers; null: no drafts."""
     ingress: IngressConfig = field(default_factory=IngressConfig)
     slo: SloConfig = field(default_factory=SloConfig)
     metrics: bool = True
-    """Export metrics to Prometheus, and keep the latest steps for those who ask."""
+    """Whether to export metrics to Prometheus and to keep the latest steps, which `xyserve steps`
+    and `xyserve explain` show."""
     logs: LogConfig = field(default_factory=LogConfig)
     tracing: TracingConfig | None = None
-    """Where OpenTelemetry spans go; none are made without it."""
+    """Export of OpenTelemetry spans; null: no spans."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "num_ingresses"):

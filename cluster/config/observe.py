@@ -6,28 +6,30 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
-    """What replicas log, and how."""
+    """The logs of the replicas."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     format: Literal["text", "json"] = "text"
-    """One event a line: for people, or one JSON object for machines."""
+    """Format of the lines, one per event: `key=value` for people, or one JSON object for
+    machines."""
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least important events that are logged; `debug` has each request."""
+    """Minimum level of the events that are logged; `debug` includes every request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracingConfig:
-    """Where spans go, by OTLP."""
+    """The export of OpenTelemetry spans by OTLP."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     endpoint: str
-    """URL of a collector, e.g. `http://127.0.0.1:4318/v1/traces`, or `host:4317` with gRPC."""
+    """URL of a collector, for example `http://127.0.0.1:4318/v1/traces`; with gRPC `host:4317`."""
     protocol: Literal["http", "grpc"] = "http"
-    """OTLP over HTTP with protobuf, or over gRPC."""
+    """Transport of OTLP: protobuf over HTTP, or gRPC."""
     sample_ratio: float = 1.0
-    """Share of the calls that are traced, of those whose client does not decide it."""
+    """Fraction of the calls to trace, from 0 to 1, where the client's `traceparent` does not
+    decide."""
 
     def __post_init__(self) -> None:
         if not self.endpoint:

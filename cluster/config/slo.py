@@ -4,19 +4,19 @@ import re
 from dataclasses import dataclass, field
 
 CLASS_NAME = re.compile(r"[A-Za-z0-9._-]+")
-"""What a class may be called: its name travels in headers."""
+"""Valid names of classes; they are sent in HTTP headers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SloClass:
-    """The targets that the requests of one class share; None where there is none."""
+    """The targets that all requests of one class have."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     ttft_ms: float | None = None
-    """Time to the first token, in milliseconds."""
+    """Target of the time to the first token, in milliseconds; null: none."""
     tpot_ms: float | None = None
-    """Time per output token after the first, in milliseconds."""
+    """Target of the time per output token after the first, in milliseconds; null: none."""
 
     def __post_init__(self) -> None:
         for name in ("ttft_ms", "tpot_ms"):
@@ -30,19 +30,20 @@ BUILT_IN_CLASSES = {
     "standard": SloClass(ttft_ms=10_000, tpot_ms=250),
     "batch": SloClass(),
 }
-"""The classes of every app, unless its config gives the name another meaning."""
+"""The classes that every app has, unless its config redefines them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SloConfig:
-    """The service classes of the app."""
+    """The service classes of the app: targets that requests choose by name."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     default: str = "standard"
-    """Class of the requests that name none."""
+    """Service class of the requests that name none."""
     classes: dict[str, SloClass] = field(default_factory=dict)
-    """Classes by name; they come beside the built-in ones, or replace those of the same name."""
+    """Service classes by name, in addition to the built-in `interactive`, `standard` and `batch`;
+    one of the same name replaces a built-in class as a whole."""
 
     def __post_init__(self) -> None:
         for name in self.classes:

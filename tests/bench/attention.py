@@ -343,7 +343,7 @@ def _uniform_cases(grid: Grid) -> Iterator[Case]:
 def _mixed_cases(grid: Grid, max_kv_tokens: int) -> Iterator[Case]:
     """Mixed steps from each trace, the same in every run; none without the traces."""
     if not has_traces():
-        print("The traces are not at hand (see XYSERVE_DATA in the README): no mixed steps.")
+        print("The traces are not at hand (see XYSERVE_DATA in tests/README.md): no mixed steps.")
         return
     for trace in TRACES:
         lengths = trace_lengths(trace)

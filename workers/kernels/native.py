@@ -199,7 +199,7 @@ def _load() -> Any:
     except OSError as error:
         raise ImportError(
             f"the native kernels cannot be loaded ({error}); build them with `make install`, or "
-            "`python setup.py build_ext --inplace` in a checkout"
+            "`python -m workers.kernels.build` in a checkout"
         ) from None
     library.xy_kernels.restype = POINTER(Kernels)
     library.xy_available_isa.restype = c_char_p

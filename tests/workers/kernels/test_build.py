@@ -1,4 +1,4 @@
-"""setup.py: what it makes of the sources, what it compiles again, how it says that it cannot."""
+"""The build of the kernels: what it makes, what it compiles again, how it says that it cannot."""
 
 import os
 import platform
@@ -23,10 +23,11 @@ def isa() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Make a project with our setup.py and sources that compile in no time."""
+    """Make a project with our build.py and sources that compile in no time."""
     csrc = tmp_path / "workers" / "kernels" / "csrc"
     csrc.mkdir(parents=True)
-    shutil.copy(ROOT / "setup.py", tmp_path)
+    for file in ("workers/__init__.py", "workers/kernels/__init__.py", "workers/kernels/build.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
     (csrc / "answer.h").write_text("int answer();\n")
     (csrc / "abi.cpp").write_text('#include "answer.h"\nint answer() { return 42; }\n')
     (csrc / "kernels.cpp").write_text("namespace XY_ISA { int x() { return 0; } }\n")
@@ -80,6 +81,6 @@ def test_what_does_not_compile_is_shown_and_leaves_no_object(project: Path) -> N
 
 
 def build(project: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    environment = {**os.environ, **environment}
+    command = [sys.executable, "-m", "workers.kernels.build"]
+    environment = {**os.environ, "PYTHONPATH": "", **environment}
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)

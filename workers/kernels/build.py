@@ -1,4 +1,9 @@
-"""Compiles the C++ kernels into one library that ctypes loads; pyproject.toml holds the rest."""
+"""The build of the C++ kernels into one library that ctypes loads, alone or as a part of a wheel.
+
+`python -m workers.kernels.build` builds it in the source tree. For wheels, editable installs and
+source distributions pyproject.toml names the commands below, which need setuptools; nothing that
+runs later does, and nothing here needs an installed package of ours.
+"""
 
 import hashlib
 import os
@@ -10,11 +15,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
+# From the root of a checkout or source distribution, where every build starts.
 SOURCES = Path("workers/kernels/csrc")
+LIBRARY = "workers.kernels.libxykernels"
 KERNELS = "kernels.cpp"
 # Not setuptools' build_temp: an editable install throws that away, and every object with it.
 OBJECTS = Path("build/kernels")
@@ -36,28 +44,59 @@ if platform.machine() == "x86_64":
 NEEDED = "The kernels need GCC 11 or newer: apt install g++, or dnf install gcc-c++"
 
 
+class SourceList(egg_info):
+    """Declares the kernels as an extension, so that a source distribution holds their sources."""
+
+    def initialize_options(self) -> None:
+        """Declare them before setuptools collects the files."""
+        declare_kernels(self)
+        super().initialize_options()
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel for the platform and for every Python 3."""
+
+    def initialize_options(self) -> None:
+        """Declare the kernels before setuptools decides what kind of wheel it makes."""
+        declare_kernels(self)
+        super().initialize_options()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Keep only the platform of the tag."""
+        return ("py3", "none", super().get_tag()[2])
+
+
 class BuildKernels(build_ext):
     """Builds the one extension as a plain shared library: no Python headers, no Python's suffix."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Name the library without the version of Python, which it does not depend on."""
-        return str(Path(*fullname.split(".")).with_suffix(".so"))
+        return str(library_path(fullname))
 
     def build_extension(self, ext: Extension) -> None:
         """Build by our own rules: setuptools compiles each source once, with the same flags."""
         build_library(Path(self.get_ext_fullpath(ext.name)))
 
 
-class PlatformWheel(bdist_wheel):
-    """Tags the wheel for the platform and for every Python 3."""
+def declare_kernels(command: Command) -> None:
+    """Add the extension to the project; in pyproject.toml itself that is still experimental."""
+    command.distribution.ext_modules = [
+        Extension(
+            LIBRARY,
+            # What a source distribution holds.
+            sources=[str(path) for path in source_files("*.cpp")],
+            depends=[str(path) for path in source_files("*.h")],
+        )
+    ]
 
-    def get_tag(self) -> tuple[str, str, str]:
-        """Keep the platform of the tag only."""
-        return ("py3", "none", super().get_tag()[2])
+
+def library_path(name: str) -> Path:
+    """Path of the library of a dotted name, below the root or a build folder."""
+    return Path(*name.split(".")).with_suffix(".so")
 
 
 def build_library(library: Path) -> None:
-    """Compile side by side what has changed since the objects were made, and link."""
+    """Compile in parallel what has changed since the objects were made, and link."""
     compiler = find_compiler()
     commands = compile_commands(compiler)
     OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -129,14 +168,4 @@ def run(command: list[str], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    setup(
-        ext_modules=[
-            Extension(
-                "workers.kernels.libxykernels",
-                # What a source distribution holds.
-                sources=[str(path) for path in source_files("*.cpp")],
-                depends=[str(path) for path in source_files("*.h")],
-            )
-        ],
-        cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
-    )
+    build_library(library_path(LIBRARY))
