@@ -804,7 +804,8 @@ def test_another_draft_worker_is_waited_for_whatever_the_one_before_was(
 def test_a_dead_draft_worker_costs_no_error_and_keeps_nothing(
     client: DraftClient, context: zmq.Context[zmq.Socket[bytes]], listens: bool
 ) -> None:
-    client.assign(ScriptedWorker(context).address if listens else NOBODY)
+    silent = ScriptedWorker(context)
+    client.assign(silent.address if listens else NOBODY)
     num_sent = 0
     for step in range(2000):
         now = step / 10
