@@ -1,5 +1,6 @@
 """One cluster for the whole session: `xyserve up` as a user starts it, on ports of its own."""
 
+import os
 import re
 import signal
 import socket
@@ -94,6 +95,11 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
     write_config(config, free_port(), tracing={"endpoint": collector.endpoint, "sample_ratio": 0.0})
     # Ray's sockets need a short path.
     ray_folder = Path(f"/tmp/xyt{free_port()}")
+    ray_folder.mkdir()
+    # A server of the user's may run on this machine and have claimed its cores: this one claims in
+    # a folder of its own, so both run on the same cores. It starts a Ray of its own as well.
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env["TMPDIR"] = str(ray_folder)
     with log.open("w") as out:
         process = subprocess.Popen(
             [
@@ -107,6 +113,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
             ],
             stdout=out,
             stderr=subprocess.STDOUT,
+            env=env,
         )
     try:
         text = _wait_until_ready(process, log)
@@ -134,7 +141,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
             continue
         break
     process.kill()
-    pytest.fail(f"the server did not come up:\n{log.read_text()}")
+    pytest.fail(f"the server did not come up:\n{log.read_text()}", pytrace=False)
 
 
 def _find(pattern: str, text: str) -> str:
