@@ -23,6 +23,7 @@ from tests.collector import Collector, collecting
 
 READY_TIMEOUT_S = 240
 ANSWER_TIMEOUT_S = 120
+RESTORED_TIMEOUT_S = 120
 MODEL = "smollm2-135m-instruct"
 
 
@@ -172,8 +173,26 @@ def http(server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture
+def restored(handle: XYServe) -> Iterator[None]:
+    """For a test that kills replicas: the next one finds as many as this one did."""
+    num_workers, num_draft_workers = num_serving(handle)
+    yield
+    give_up_s = time.monotonic() + RESTORED_TIMEOUT_S
+    while num_serving(handle) != (num_workers, num_draft_workers):
+        assert time.monotonic() < give_up_s, "Serve has not replaced what the test killed"
+        time.sleep(0.5)
+
+
+def num_serving(handle: XYServe) -> tuple[int, int]:
+    """Live workers and draft workers."""
+    status = handle.status()
+    draft_workers = [worker for worker in status.draft_workers if not worker.silent]
+    return len(status.workers), sum(psutil.pid_exists(worker.pid) for worker in draft_workers)
+
+
 class Load:
-    """How busy the workers are, as one status of the app tells."""
+    """How busy the workers are, by one status of the app."""
 
     def __init__(self, handle: XYServe) -> None:
         workers = handle.status().workers

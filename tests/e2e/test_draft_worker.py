@@ -112,6 +112,7 @@ def test_a_draft_worker_that_goes_on_is_used_again(handle: XYServe) -> None:
     wait_until(is_used)
 
 
+@pytest.mark.usefixtures("restored")
 def test_a_draft_worker_may_die_under_load(
     handle: XYServe, prompts: list[str], expected: list[list[int]]
 ) -> None:
@@ -133,9 +134,4 @@ def test_a_draft_worker_may_die_under_load(
         return num_accepted(handle) > before
 
     wait_until(is_used)
-
-
-def test_answers_are_the_same_with_drafts_of_a_new_draft_worker(
-    handle: XYServe, prompts: list[str], expected: list[list[int]]
-) -> None:
     assert asyncio.run(answers(handle, prompts)) == expected

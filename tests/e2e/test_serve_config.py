@@ -45,7 +45,7 @@ def wait_until(server: Server, status: str, num_workers: int | None = None) -> d
 
 @pytest.fixture
 def original(server: Server) -> Iterator[dict[str, Any]]:
-    """The session's config, which is deployed again after the test."""
+    """The session's config, to be changed; it is deployed again after the test."""
     yield yaml.safe_load(server.config.read_text())
     deploy(server, yaml.safe_load(server.config.read_text()), server.folder / "restored.yaml")
     wait_until(server, "RUNNING", num_workers=2)
@@ -111,15 +111,13 @@ def test_scaling_down_and_up_breaks_no_stream(
 
 
 def test_a_changed_config_is_taken_over_with_streams_in_flight(
-    server: Server, client: openai.OpenAI
+    server: Server, client: openai.OpenAI, original: dict[str, Any]
 ) -> None:
-    # The change stays for the rest of the session: taking it back would start every replica anew.
-    document = yaml.safe_load(server.config.read_text())
-    document["applications"][0]["args"]["ingress"]["max_n"] = 3
+    original["applications"][0]["args"]["ingress"]["max_n"] = 3
     streams = Streams(client, count=2, max_tokens=200)
     streams.wait_until_flowing()
 
-    deploy(server, document, server.config)
+    deploy(server, original, server.folder / "changed.yaml")
     wait_until(server, "RUNNING", num_workers=2)
     streams.join()
 

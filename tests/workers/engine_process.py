@@ -83,6 +83,9 @@ class EngineProcesses:
     """A process that has imported vLLM, and each call in a fork of it, one after another."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_fork_calls, args=(theirs,))
@@ -96,6 +99,7 @@ class EngineProcesses:
         self._pipe.send((function, args, env or {}))
         if not self._pipe.poll(CALL_TIMEOUT_S):
             self._kill()
+            self._start()
             raise EngineFailed(f"{function.__name__} did not end within {CALL_TIMEOUT_S} s")
         result, failure = self._pipe.recv()
         if failure is not None:
@@ -113,6 +117,8 @@ class EngineProcesses:
         self._process.kill()
         for fork in forks:
             fork.kill()
+        self._process.join()
+        self._pipe.close()
 
 
 def _fork_calls(pipe: Connection) -> None:

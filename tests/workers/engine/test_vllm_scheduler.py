@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from tests.workers.planned_engine import (
     play_ahead,
     play_scripts,
     steps,
-    write_tokenizer,
 )
-from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
+from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE
 from workers.config import EngineConfig, WorkerConfig
 
 POLICIES = ("hybrid", "static", "decode_first", "prefill_first")
@@ -72,10 +71,8 @@ GRAMMARS = [
 class Engines:
     """Plays scripts on new engines of the tiny model."""
 
-    def __init__(self, folder: Path) -> None:
-        self._processes = EngineProcesses()
-        self._processes.call(write_checkpoint, "llama", folder)
-        self._processes.call(write_tokenizer, folder)
+    def __init__(self, processes: EngineProcesses, folder: Path) -> None:
+        self._processes = processes
         self._folder = folder
         self.stock = cache(self._stock)
         self.mixed = cache(self._mixed)
@@ -124,15 +121,10 @@ class Engines:
             CROWD, TOO_MANY, CROWD, policy=policy, num_blocks=24, scheduling_policy=order
         )
 
-    def close(self) -> None:
-        self._processes.close()
-
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    engines = Engines(tmp_path_factory.mktemp("tiny"))
-    yield engines
-    engines.close()
+def engines(processes: EngineProcesses, tiny_llama: Path) -> Engines:
+    return Engines(processes, tiny_llama)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,9 @@ SETTINGS = [
 class Engines:
     """Runs of engines on the tiny models; what several tests look at is run once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, processes: EngineProcesses, folder: Path) -> None:
+        self._processes = processes
         self._folder = folder
-        self._processes = EngineProcesses()
         self._checkpoint = cache(self._write_checkpoint)
         self.stock = cache(self._stock)
         self.ours = cache(self._ours)
@@ -106,10 +106,6 @@ class Engines:
         )
         return run
 
-    def close(self) -> None:
-        """End the process that they are forked from."""
-        self._processes.close()
-
     def _write_checkpoint(self, name: str, spoilt: str | None) -> str:
         folder = self._folder / f"{name}-{spoilt}"
         # One has values that bf16 would round.
@@ -132,10 +128,8 @@ class Engines:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    engines = Engines(tmp_path_factory.mktemp("tiny"))
-    yield engines
-    engines.close()
+def engines(processes: EngineProcesses, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    return Engines(processes, tmp_path_factory.mktemp("tiny"))
 
 
 def tokens(outputs: Sequence[Output]) -> list[list[int]]:

@@ -1,7 +1,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,13 +115,6 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
         profile.took_s if profile else None,
         engine.peaks,
     )
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[EngineProcesses]:
-    processes = EngineProcesses()
-    yield processes
-    processes.close()
 
 
 @pytest.fixture(scope="module")
