@@ -107,7 +107,7 @@ def test_a_refused_call_is_explained(server: Server, handle: XYServe, http: http
         [refusal] = handle.explain(name)
         assert isinstance(refusal, Refusal)
         assert refusal.status == 400
-        assert "max_tokens must be at least 1" in refusal.message
+        assert "max_tokens" in refusal.message
         assert "400 (the client's error); no worker was asked" in run(server, "explain", name)
 
 

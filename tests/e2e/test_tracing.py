@@ -81,7 +81,7 @@ def test_of_a_refused_call_the_admission_tells_the_error(
 
     spans = collector.trace(trace_id, lambda found: len(found) >= 2)
     assert names(spans) == {"ingress", "admission"}
-    assert all("max_tokens must be at least 1" in span.error for span in spans)
+    assert all("max_tokens" in span.error for span in spans)
 
 
 def test_what_the_client_does_not_trace_is_not_traced(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.workers.engine_process import EngineProcesses
-from tests.workers.tiny_models import write_checkpoint, write_tokenizer
+from tests.workers.planned_engine import write_tokenizer
+from tests.workers.tiny_models import write_checkpoint
 
 
 @pytest.fixture(scope="session")
