@@ -47,10 +47,16 @@ def assert_error(answer: httpx.Response, status: int, *words: str) -> None:
         assert word in f"{error['param']}: {error['message']}"
 
 
+PROMPTS: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": HELLO},
+    COMPLETION: {"prompt": "Hello"},
+    "/tokenize": {"prompt": "Hello"},
+    "/detokenize": {"tokens": [5]},
+}
+
+
 def post(http: httpx.Client, path: str, params: dict[str, Any]) -> httpx.Response:
-    prompt = {CHAT: {"messages": HELLO}, COMPLETION: {"prompt": "Hello"}}.get(
-        path, {"input": "Hello"}
-    )
+    prompt = PROMPTS.get(path, {"input": "Hello"})
     body = {"model": MODEL, "max_tokens": 4, **prompt} | params
     return http.post(path, json={key: value for key, value in body.items() if value is not MISSING})
 
@@ -199,9 +205,7 @@ def test_a_prompt_that_makes_no_sense_is_refused(
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION, "/tokenize", "/v1/responses"])
 def test_an_unknown_model_is_not_found(http: httpx.Client, path: str) -> None:
-    prompt = {"prompt": "Hello"} if path == "/tokenize" else {}
-
-    answer = post(http, path, {"model": "gpt-17"} | prompt)
+    answer = post(http, path, {"model": "gpt-17"})
 
     assert_error(answer, 404, "gpt-17")
 
@@ -363,12 +367,7 @@ def test_a_route_that_would_rebuild_the_engine_is_not_there(http: httpx.Client, 
 
 
 def valid(path: str) -> dict[str, Any]:
-    return {
-        CHAT: {"messages": HELLO},
-        COMPLETION: {"prompt": "Hello"},
-        "/tokenize": {"prompt": "Hello"},
-        "/detokenize": {"tokens": [5]},
-    }[path] | {"model": MODEL}
+    return PROMPTS[path] | {"model": MODEL}
 
 
 def bounded(body: dict[str, Any]) -> dict[str, Any]:
@@ -402,7 +401,7 @@ def test_no_body_breaks_the_server(
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    def check(case: schemathesis.Case, data: st.DataObject) -> None:
+    def check(case: schemathesis.Case[Any], data: st.DataObject) -> None:
         if isinstance(case.body, dict) and case.body:
             keys = data.draw(st.sets(st.sampled_from(sorted(case.body)), min_size=1, max_size=3))
             case.body = bounded(valid(path) | {key: case.body[key] for key in keys})

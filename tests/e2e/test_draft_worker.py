@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from cluster.client import XYServe
+from tests.bench.answers import token_ids
 from tests.e2e.conftest import ANSWER_TIMEOUT_S
 from tests.workload import questions
 from workers.drafts.draft_client import DraftCounts
@@ -27,7 +28,7 @@ async def answers(handle: XYServe, prompts: list[str]) -> list[list[int]]:
         stream = handle.stream_async(
             prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, return_token_ids=True
         )
-        return [t async for chunk in stream for c in chunk.choices for t in c.token_ids or ()]
+        return [t async for chunk in stream for c in chunk.choices for t in token_ids(c)]
 
     return await asyncio.gather(*(one(prompt) for prompt in prompts))
 

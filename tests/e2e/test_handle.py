@@ -114,6 +114,7 @@ def test_a_tool_is_called(handle: XYServe) -> None:
     )
 
     (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
     assert (call.function.name, json.loads(call.function.arguments)) == (
         "look_up",
         {"city": "Paris"},

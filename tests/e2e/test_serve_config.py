@@ -15,6 +15,7 @@ import yaml
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from cluster.client import XYServe
+from tests.bench.answers import token_ids
 from tests.e2e.conftest import MODEL, Server
 
 SERVE = str(Path(sys.executable).with_name("serve"))
@@ -79,7 +80,7 @@ class Streams:
                 stream=True,
                 extra_body={"ignore_eos": True, "return_token_ids": True},
             ):
-                self.num_tokens[index] += sum(len(c.token_ids or ()) for c in chunk.choices)
+                self.num_tokens[index] += sum(len(token_ids(c)) for c in chunk.choices)
         except Exception as error:
             self.errors.append(error)
 

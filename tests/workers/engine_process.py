@@ -136,7 +136,7 @@ def _fork_calls(pipe: Connection) -> None:
     import workers.engine.vllm_engine  # noqa: F401
 
     # A look at a model class takes vLLM a process of its own. Ours are that already.
-    registry._run_in_subprocess = lambda function: function()
+    registry._run_in_subprocess = lambda fn: fn()
     gc.freeze()  # vLLM collects garbage often, and there is none among what was imported
     context = multiprocessing.get_context("fork")
     while (call := pipe.recv()) is not None:
@@ -151,6 +151,7 @@ def _run_call(
     pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str]
 ) -> None:
     os.environ.update(env)
+    answer: tuple[Any, str | None]
     try:
         answer = function(*args), None
     except BaseException:
@@ -200,7 +201,8 @@ def _run_batch(engine: Any, batch: Batch) -> tuple[list[Output], int]:
     _prepare(engine, batch)
     for index, prompt in enumerate(batch.prompts):
         engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
-    outputs, num_steps = {}, 0
+    outputs: dict[str, Any] = {}
+    num_steps = 0
     while engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in engine.step()}
         num_steps += 1

@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,12 @@ class FakeDrafter:
 
     def shutdown(self) -> None:
         self.is_shut_down = True
+
+
+def hang(stepping: threading.Event, go_on: threading.Event) -> None:
+    """Be in a step until told to go on."""
+    stepping.set()
+    go_on.wait(30)
 
 
 class Setup:
@@ -382,7 +389,7 @@ def test_what_comes_while_it_drafts_is_taken_in_before_the_next_step(
     clock: FakeClock, make_setup: MakeSetup
 ) -> None:
     stepping, go_on = threading.Event(), threading.Event()
-    drafter = FakeDrafter(on_step=lambda: (stepping.set(), go_on.wait(30)))
+    drafter = FakeDrafter(on_step=lambda: hang(stepping, go_on))
     setup = make_setup(fake=drafter)
     one, other = setup.peer("one"), setup.peer("other")
     one.say(delta("a", 0, 1))
@@ -509,7 +516,7 @@ def test_shutdown_does_not_wait_for_ever_for_a_step_that_hangs(
 ) -> None:
     monkeypatch.setattr("workers.drafters.draft_worker.STOP_TIMEOUT_S", 0.01)
     stepping, go_on = threading.Event(), threading.Event()
-    setup = make_setup(fake=FakeDrafter(on_step=lambda: (stepping.set(), go_on.wait(30))))
+    setup = make_setup(fake=FakeDrafter(on_step=lambda: hang(stepping, go_on)))
     setup.peer().say(delta("a", 0, 1))
     stepping.wait(30)
     setup.worker.shutdown()
@@ -569,6 +576,10 @@ def others(clock: FakeClock, make_setup: MakeSetup) -> dict[str, Setup]:
     return setups
 
 
+def has_learnt(setup: Setup) -> bool:
+    return bool(learnt(setup))
+
+
 def learnt(setup: Setup) -> list[list[int]]:
     drafter = setup.worker._drafters["fake"]
     assert isinstance(drafter, FakeDrafter)
@@ -586,7 +597,7 @@ def test_the_output_of_a_request_that_ended_is_told_to_the_other_draft_workers(
     peer.ask(finished=("a",))
     clock.now += REPORT_INTERVAL_S
     for name in ("two", "three"):
-        until(lambda name=name: bool(learnt(others[name])))
+        until(partial(has_learnt, others[name]))
 
     assert [learnt(setup) for setup in others.values()] == [[], [output], [output]]
 

@@ -15,6 +15,7 @@ from tests.workers.engine_process import (
     EngineFailed,
     EngineProcesses,
     Output,
+    Run,
     run_engine,
 )
 from tests.workers.tiny_models import VOCAB_SIZE
@@ -59,7 +60,8 @@ class Tiny:
     def continue_greedily(self, *prompts: Sequence[int]) -> list[Output]:
         """What the target says."""
         batch = Batch(prompts, max_tokens=4 * NUM_SPECULATIVE, prompt_logprobs=False)
-        [outputs] = self._processes.call(run_engine, str(self.folder), CONFIG, [batch]).outputs
+        run: Run = self._processes.call(run_engine, str(self.folder), CONFIG, [batch])
+        [outputs] = run.outputs
         return outputs
 
 

@@ -810,7 +810,9 @@ def test_a_dead_draft_worker_costs_no_error_and_keeps_nothing(
     for step in range(2000):
         now = step / 10
         for life in range(3):
-            num_sent += any(tell(client, now, **{f"{step}": [7] * (life + 1)}))
+            num_sent += any(
+                tell(client, now, num_wanted=NUM_GUESSES, **{f"{step}": [7] * (life + 1)})
+            )
             client.poll(now)
             assert client.paths(f"{step}", [7]) == []
         client.finish(f"{step}")

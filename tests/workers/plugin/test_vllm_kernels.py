@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -78,28 +78,26 @@ class Engines:
         batches: Sequence[Batch] = (Batch(PROMPTS),),
         *,
         env: dict[str, str] | None = None,
-        kernels: str = "xyserve",
-        weight_format: str = "auto",
+        kernels: Literal["xyserve", "vllm"] = "xyserve",
+        weight_format: Literal["auto", "int8", "int4"] = "auto",
         spoilt: str | None = None,
         extra_args: dict[str, Any] | None = None,
         **engine: Any,
     ) -> Run:
         """Run batches on a new engine."""
+        limits: dict[str, Any] = {
+            "dtype": "float32",
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 512,
+            "max_model_len": MAX_MODEL_LEN,
+            "kv_cache_gib": 0.02,
+            "block_size": 32,
+            "extra_args": {"skip_tokenizer_init": True} | (extra_args or {}),
+        }
         config = WorkerConfig(
             kernels=kernels,
             weight_format=weight_format,
-            engine=EngineConfig(
-                **{
-                    "dtype": "float32",
-                    "max_num_seqs": 8,
-                    "max_num_batched_tokens": 512,
-                    "max_model_len": MAX_MODEL_LEN,
-                    "kv_cache_gib": 0.02,
-                    "block_size": 32,
-                    "extra_args": {"skip_tokenizer_init": True} | (extra_args or {}),
-                }
-                | engine
-            ),
+            engine=EngineConfig(**limits | engine),
         )
         run: Run = self._processes.call(
             run_engine, self._checkpoint(name, spoilt), config, batches, env=env
