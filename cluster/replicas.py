@@ -23,6 +23,7 @@ from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.make import make_drafters
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
+from workers.plugin.vllm_seams import check_seams
 from workers.reports import DraftWorkerReport, WorkerReport
 from workers.step_history import TakenStep
 from workers.token_stream import StreamAddress
@@ -97,6 +98,7 @@ class WorkerReplica(Worker):
         self._scheduler_metrics: SchedulerMetrics | None = None
 
         def make_engine() -> Engine:
+            check_seams(config.worker.device)
             # vLLM takes long to import; only this process of the cluster package needs it.
             from cluster.observe.vllm_metrics import SchedulerMetrics
             from workers.engine.vllm_engine import VllmEngine

@@ -57,7 +57,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"simulation"}),
     ),
     "workers": (
-        frozenset({"config", "cpus", "errors", "home", "timeline", "token_stream"}),
+        frozenset({"config", "cpus", "errors", "home", "seams", "timeline", "token_stream"}),
         frozenset({"kernels"}),
         frozenset({"drafts", "plugin", "step_history"}),
         frozenset({"reports"}),

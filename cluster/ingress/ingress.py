@@ -14,6 +14,7 @@ from ray.util import get_node_ip_address
 
 from cluster.config.app_config import AppConfig
 from cluster.errors import RequestFailed
+from cluster.ingress import vllm_seams
 from cluster.ingress.calls import Calls, current_call
 from cluster.ingress.engine_client import EngineClient, RequestListeners
 from cluster.ingress.protocol import Api, AppStatus, Chunk
@@ -23,6 +24,7 @@ from cluster.observe.exporter import Exporter, RequestMetrics
 from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
 from cluster.observe.tracing import Tracing
+from cluster.placement import ray_seams
 from workers.reports import WorkerSteps
 from workers.timeline import Span
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
@@ -48,6 +50,8 @@ class Ingress:
     ) -> None:
         context = replica_context()
         set_up_logs(config.logs, **context)
+        ray_seams.check_seams()
+        vllm_seams.check_seams(config.worker.device)
         # vLLM takes long to import; only this process of the cluster package needs it.
         from cluster.ingress.vllm_frontend import Frontend, decode_outputs, failed_outputs
 

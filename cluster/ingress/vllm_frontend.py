@@ -4,16 +4,15 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
-# One of the libraries below sets the root logger to this level; by default it would be ERROR, which
-# would hide the warnings of all other libraries.
-os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "WARNING")
+from cluster.ingress.vllm_seams import FRONT_END, check_seams  # before vLLM: sets what it reads
+
+# isort: split
 
 import msgspec
 from vllm.config import VllmConfig
@@ -144,12 +143,9 @@ class ClusterLLM(AsyncLLM):
 @contextlib.contextmanager
 def _engine_core(core: WorkersCore) -> Iterator[None]:
     """Let `AsyncLLM` take `core` instead of starting an engine; it offers no parameter for it."""
-    make = EngineCoreClient.make_async_mp_client
-    EngineCoreClient.make_async_mp_client = staticmethod(lambda **_: core)  # type: ignore[method-assign]
-    try:
+    make = staticmethod(lambda **_: core)
+    with FRONT_END.replaced(EngineCoreClient, "make_async_mp_client", make):
         yield
-    finally:
-        EngineCoreClient.make_async_mp_client = make  # type: ignore[method-assign]
 
 
 def decode_outputs() -> Callable[[list[bytes]], EngineCoreOutputs]:
@@ -176,6 +172,7 @@ class Frontend:
         has_workers: Callable[[], Awaitable[bool]],
         calls: Calls,
     ) -> None:
+        check_seams(config.worker.device)
         self._slo = config.slo
         self._calls = calls
         self._args = _serve_args(config, model)

@@ -23,6 +23,7 @@ from cluster.config.slo import SloConfig
 from cluster.errors import RequestFailed
 from cluster.ingress.calls import Calls, CallsByHeader
 from cluster.ingress.targets import HEADERS, current_targets, read_targets
+from cluster.ingress.vllm_seams import FRONT_END
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ def http_app(app: FastAPI, config: AppConfig, calls: Calls) -> ASGIApp:
     app.add_exception_handler(HTTPException, _answer_http_error)
     for error in VALIDATOR_ERRORS:
         app.add_exception_handler(error, _answer_validator_error)
-    app.middleware_stack = None  # was built already, without these handlers
+    # It was built already, without these handlers.
+    FRONT_END.replace(app, "middleware_stack", None)
     sized = RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes)
     return DisconnectByMessage(CallsByHeader(TargetsByHeader(sized, config.slo), calls))
 
@@ -69,9 +71,8 @@ def error_in(data: str) -> ErrorInfo | None:
 
 def _answer_unsupported_routes(app: FastAPI, model_name: str) -> None:
     """Say what the model cannot do instead of a bare 404; drop what no model does here."""
-    app.router.routes = [
-        route for route in app.routes if getattr(route, "path", None) not in ENGINE_ROUTES
-    ]
+    routes = [route for route in app.routes if getattr(route, "path", None) not in ENGINE_ROUTES]
+    FRONT_END.replace(app.router, "routes", routes)
 
     def make_answer(task: str) -> Callable[[], Awaitable[JSONResponse]]:
         async def answer() -> JSONResponse:

@@ -40,6 +40,7 @@ from workers.engine.vllm_sampling import (
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.engine.vllm_speculation import HiddenStates, speculative_config
 from workers.plugin.names import QUANTIZATION
+from workers.plugin.vllm_seams import check_seams
 from workers.profiling.engine_profile import Depth, EngineProfile, Progress
 from workers.profiling.vllm_profile import calibrated_profile, measure
 from workers.profiling.vllm_work import model_work
@@ -100,6 +101,7 @@ class VllmEngine:
         the drafts of the draft worker that it is given later.
         """
         began_s = time.monotonic()
+        check_seams(config.device)
         args = engine_args(model, config)
         if draft:
             args.speculative_config = speculative_config(draft, config.device)

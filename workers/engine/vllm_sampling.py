@@ -16,6 +16,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import gpu_model_runner
 
+from workers.plugin.vllm_seams import VLLM
+
 PLACEHOLDER_TOKEN_ID = -1
 
 # The runner, its samplers and its metadata are vLLM's own affair: looked at, not declared.
@@ -34,19 +36,15 @@ def all_logits_processors() -> Iterator[None]:
     vLLM's verification knows nothing of `min_p`, `logit_bias` and custom processors, and so it
     loads none. But a request without drafts is sampled as ever, and those requests get none.
     """
-    runner: Any = gpu_model_runner
-    build = runner.build_logitsprocs
+    build: Any = gpu_model_runner.build_logitsprocs  # type: ignore[attr-defined]
 
     def build_all(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         plain = copy.copy(vllm_config)
         plain.speculative_config = None
         return build(plain, *args, **kwargs)
 
-    runner.build_logitsprocs = build_all
-    try:
+    with VLLM.replaced(gpu_model_runner, "build_logitsprocs", build_all):
         yield
-    finally:
-        runner.build_logitsprocs = build
 
 
 def sample_cheaply(runner: Runner) -> None:
@@ -69,7 +67,7 @@ def sample_cheaply(runner: Runner) -> None:
             output = verify(metadata, draft_probs, logits, sampling_metadata)
         return output
 
-    runner.rejection_sampler = sample
+    VLLM.replace(runner, "rejection_sampler", sample)
 
 
 def _takes_the_likeliest(sampling: SamplingMetadata) -> bool:
@@ -139,27 +137,28 @@ def keep_seeds_through_chunks(runner: Runner) -> None:
         finally:
             generators.update(rewound)
 
-    runner._sample, runner._bookkeeping_sync = sample_and_rewind, bookkeep_without
+    VLLM.replace(runner, "_sample", sample_and_rewind)
+    VLLM.replace(runner, "_bookkeeping_sync", bookkeep_without)
 
 
 def expand_batch_to_tokens(
-    values: torch.Tensor,
+    x: torch.Tensor,
     cu_num_tokens: torch.Tensor,
     num_tokens: int,
     replace_from: float = 0,
     replace_to: float = 0,
 ) -> torch.Tensor:
-    """Repeat `values [batch_size]` for the draft tokens of each request: `[num_tokens]`.
+    """Repeat `x [batch_size]` for the draft tokens of each request: `[num_tokens]`.
 
     vLLM's own on the CPU takes temperatures for integers and gives back what was in memory, so
     that drafts would be verified against another distribution.
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    replaced = torch.where(values == replace_from, replace_to, values).to(values.dtype)
+    replaced = torch.where(x == replace_from, replace_to, x).to(x.dtype)
     return replaced.repeat_interleave(counts, output_size=num_tokens)
 
 
 def fix_cpu_sampling(runner: Runner) -> None:
     """Mend what of vLLM's sampling goes wrong on a CPU."""
     keep_seeds_through_chunks(runner)
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens  # type: ignore[assignment]
+    VLLM.replace(rejection_sampler, "expand_batch_to_tokens", expand_batch_to_tokens)

@@ -1,6 +1,7 @@
 """The C++ library: its structures, its functions, and its threads."""
 
 import ctypes
+import itertools
 import mmap
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -193,17 +194,53 @@ class Kernels(Structure):
     ]
 
 
+STRUCTS: tuple[type[Structure], ...] = (
+    WeightStruct,
+    GemmPlanStruct,
+    AttentionShapeStruct,
+    AttentionPlanStruct,
+    AttentionDataStruct,
+    LayerStruct,
+    ModelStruct,
+    StepStruct,
+    Kernels,
+)
+"""All of them, in the order of `xy_struct_sizes`."""
+
+REMEDY = "build them with `make install`, or `python -m workers.kernels.build` in a checkout"
+
+
 def _load() -> Any:
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
+        raise ImportError(f"the native kernels cannot be loaded ({error}); {REMEDY}") from None
+    if differences := size_differences(library):
         raise ImportError(
-            f"the native kernels cannot be loaded ({error}); build them with `make install`, or "
-            "`python -m workers.kernels.build` in a checkout"
-        ) from None
+            f"the native kernels in {LIBRARY} were built from other sources ({differences}); "
+            f"{REMEDY}"
+        )
     library.xy_kernels.restype = POINTER(Kernels)
     library.xy_available_isa.restype = c_char_p
     return library
+
+
+def size_differences(library: Any) -> str:
+    """Which structures have another size in a library than here; empty if none.
+
+    A library from before a change of a structure would read and write in the wrong places.
+    """
+    if not hasattr(library, "xy_struct_sizes"):
+        return "it does not export xy_struct_sizes"
+    library.xy_struct_sizes.restype = POINTER(c_int32)
+    in_library = list(itertools.takewhile(lambda size: size >= 0, library.xy_struct_sizes()))
+    if len(in_library) != len(STRUCTS):
+        return f"{len(in_library)} structures, not {len(STRUCTS)}"
+    return ", ".join(
+        f"{struct.__name__}: {size} bytes, not {ctypes.sizeof(struct)}"
+        for struct, size in zip(STRUCTS, in_library, strict=True)
+        if size != ctypes.sizeof(struct)
+    )
 
 
 _library = _load()

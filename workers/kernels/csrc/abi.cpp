@@ -63,6 +63,18 @@ XY_EXPORT int32_t xy_use_isa(const char* name) {
   return 0;
 }
 
+// The sizes of the structures of kernels.h that native.py declares, in its order, and then -1.
+XY_EXPORT const int32_t* xy_struct_sizes() {
+  static const int32_t sizes[] = {
+      sizeof(xy::Weight),         sizeof(xy::GemmPlan),
+      sizeof(xy::AttentionShape), sizeof(xy::AttentionPlan),
+      sizeof(xy::AttentionData),  sizeof(xy::Layer),
+      sizeof(xy::Model),          sizeof(xy::Step),
+      sizeof(xy::Kernels),        -1,
+  };
+  return sizes;
+}
+
 XY_EXPORT const xy::Kernels* xy_kernels() { return in_use; }
 XY_EXPORT void xy_set_num_threads(int32_t n) { xy::set_num_threads(n); }
 XY_EXPORT int32_t xy_num_threads() { return xy::num_threads(); }

@@ -1,5 +1,6 @@
 // What the instruction sets have in common: the values that cross the C ABI, and the table of
-// functions that each instruction set fills. `native.py` declares the same structures.
+// functions that each instruction set fills. `native.py` declares the same structures, and compares
+// their sizes with `xy_struct_sizes` as it loads the library.
 #pragma once
 
 #include <cstdint>

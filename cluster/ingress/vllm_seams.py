@@ -1,0 +1,91 @@
+"""The seams with vLLM's front end, and with the web framework that it stands on."""
+
+import dataclasses
+import os
+from functools import cache
+
+from workers.plugin.vllm_seams import VLLM
+from workers.seams import seams
+
+# Read by a library below vLLM as it is imported, and set as the level of the root logger; by
+# default it would be ERROR, which would hide the warnings of all other libraries.
+os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "WARNING")
+
+SEAMS = seams("""
+# The asynchronous engine, with the workers in the place of its engine core.
+vllm.v1.engine.core_client:EngineCoreClient
+    replaced make_async_mp_client(vllm_config, executor_class, log_stats, client_addresses=None,
+        client_count=1, client_index=0, renderer=None)
+    overridden get_supported_tasks_async(self)
+    overridden add_request_async(self, request)
+    overridden abort_requests_async(self, request_ids)
+    overridden get_output_async(self)
+    overridden shutdown(self, timeout=None)
+vllm.v1.engine.async_llm:AsyncLLM
+    overridden add_request(self, request_id, prompt, params, arrival_time=None,
+        lora_request=None, tokenization_kwargs=None, trace_headers=None, priority=0,
+        data_parallel_rank=None, session_id=None, prompt_text=None, reasoning_ended=None,
+        reasoning_parser_kwargs=None, kv_hints=None)
+    overridden check_health(self)
+    called __init__(self, vllm_config, executor_class, log_stats, usage_context=...,
+        mm_registry=..., log_requests=True, start_engine_loop=True, stat_loggers=None,
+        aggregate_engine_logging=False, client_addresses=None, client_count=1, client_index=0,
+        profiler=None)
+    read errored
+vllm.v1.engine.async_llm
+    named engine_core.engine_ranks_managed
+    named engine_core.resources.engine_dead
+vllm.v1.engine:FinishReason
+    read ERROR
+vllm.v1.metrics.loggers
+    read PrometheusStatLogger
+
+# The OpenAI API: its app, arguments and errors.
+vllm.entrypoints.launchers.app
+    called build_app(args, supported_tasks=None, model_config=None)
+vllm.entrypoints.launchers.api_server.app_state
+    called init_app_state(engine_client, state, args, supported_tasks=None)
+vllm.entrypoints.launchers.cli_args
+    called make_arg_parser(parser)
+    called validate_parsed_serve_args(args)
+    named class BaseFrontendArgs
+    named class FrontendArgs
+vllm.entrypoints.launchers.cli_args:FrontendArgs
+    written chat_template enable_auto_tool_choice enable_prompt_tokens_details tool_call_parser
+vllm.entrypoints.generate.api_router
+    named state.openai_serving_chat
+    named state.openai_serving_completion
+vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat
+    called create_chat_completion(self, request, raw_request=None)
+vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion
+    called create_completion(self, request, raw_request=None)
+vllm.entrypoints.serve.engine.protocol:ErrorResponse
+    read error
+vllm.entrypoints.serve.engine.protocol:ErrorInfo
+    read message: str
+    read code: int
+vllm.entrypoints.serve.exception_handling.error_response
+    called create_error_response(message, err_type='BadRequestError', status_code=...,
+        param=None)
+vllm.entrypoints.serve.exception_handling.handlers.exception
+    called exception_handler(req, exc)
+vllm.entrypoints.serve.exception_handling.handlers.vllm_error
+    named state.server
+starlette.applications:Starlette
+    replaced middleware_stack
+    read state
+starlette.routing:Router
+    replaced routes
+fastapi.dependencies.utils
+    read request_body_to_args(body_fields, received_body, embed_body_fields)
+model_hosting_container_standards.logging_config
+    named SAGEMAKER_CONTAINER_LOG_LEVEL
+""")
+
+FRONT_END = dataclasses.replace(VLLM, seams=SEAMS)
+
+
+@cache
+def check_seams(device: str) -> None:
+    """Raise SeamBroken if vLLM is not the one that the front end of workers on `device` needs."""
+    FRONT_END.check(any_version=device == "npu")

@@ -1,0 +1,62 @@
+"""The seams with Ray, and the version of Ray that they are written for.
+
+No member shows these two: Ray forgets gauges in 20 s, and `broadcast` is meant to be rare, while
+`xyserve steps --follow` calls it twice a second.
+"""
+
+import dataclasses
+from functools import cache
+
+from workers.seams import SeamTable, seams
+
+VERSION = "2.60.0"
+REMEDY = f"install 'ray[serve]=={VERSION}'"
+
+IN_REPLICAS = seams("""
+# The router, which carries out what the GlobalScheduler decides. Its base is alpha.
+ray.serve.request_router:RequestRouter
+    overridden initialize_state(self, **kwargs)
+    overridden choose_replicas(self, candidate_replicas, pending_request=None)
+    read app_name
+ray.serve.request_router:PendingRequest
+    read args routing_context
+ray.serve._private.request_router.common:RequestRoutingContext
+    written should_backoff: bool
+ray.serve.request_router:RunningReplica
+    read replica_id
+ray.serve._private.common:ReplicaID
+    read unique_id: str
+
+# What Serve calls on a replica, and what asks all replicas of a deployment.
+ray.serve
+    called ingress(app=None)
+ray.serve._private.replica
+    named __serve_build_asgi_app__
+    named self._callable.__del__
+ray.serve.handle:DeploymentHandle
+    called broadcast(self, method_name, *args, **kwargs)
+ray.serve.handle:DeploymentBroadcastResponse
+    called results_async(self, *, timeout_s=None, return_exceptions=False)
+""")
+
+# Of the client handle, `xyserve up` and the tests: more than a replica would import.
+IN_COMMANDS = seams("""
+ray._private.authentication.authentication_token_setup
+    called maybe_enable_token_auth_if_token_available(warn_if_disabled=True)
+ray.dashboard.modules.serve.sdk:ServeSubmissionClient
+    called __init__(self, dashboard_head_address, create_cluster_if_needed=False, cookies=None,
+        metadata=None, headers=None)
+    called deploy_applications(self, config)
+ray._private.worker
+    named kwargs.pop("_temp_dir"
+ray._private.ray_constants
+    named "prom_metrics_service_discovery.json"
+""")
+
+RAY = SeamTable("Ray", ("ray",), VERSION, REMEDY, IN_REPLICAS + IN_COMMANDS)
+
+
+@cache
+def check_seams() -> None:
+    """Raise SeamBroken if Ray is not the one that our replicas are written for."""
+    dataclasses.replace(RAY, seams=IN_REPLICAS).check()

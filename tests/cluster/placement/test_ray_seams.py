@@ -1,0 +1,27 @@
+"""Ray as it is installed against the table of seams: the report to read before an upgrade."""
+
+import pytest
+
+from cluster.placement.ray_seams import RAY, check_seams
+from cluster.placement.router import PlacementRouter
+from workers.seams import Seam, Use
+
+
+@pytest.mark.parametrize("seam", RAY.seams, ids=lambda seam: f"{seam.use}-{seam}")
+def test_ray_has_what_we_use_of_it(seam: Seam) -> None:
+    assert seam.fault() is None
+
+
+def test_replicas_may_start() -> None:
+    check_seams()
+
+
+def test_every_member_of_the_router_that_ours_overrides_is_in_the_table() -> None:
+    overridden = {seam.member for seam in RAY.seams if seam.use is Use.OVERRIDDEN}
+
+    assert overridden == {
+        name
+        for name in vars(PlacementRouter)
+        if not name.startswith("_")
+        if any(name in vars(base) for base in PlacementRouter.__mro__[1:])
+    }
