@@ -14,6 +14,7 @@ NEEDS = {
     "e2e": ("e2e/*",),
     "ray": (
         "e2e/*",
+        "*/test_ray_*",
         "cluster/test_*",
         "cluster/ingress/*",
         "cluster/observe/test_chrome_trace.py",
