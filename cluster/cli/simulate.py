@@ -133,7 +133,7 @@ def simulate(
         typer.Option(
             "--list-devices",
             is_eager=True,
-            callback=lambda value: _list_devices(value),
+            callback=_list_devices,
             help="Show the device profiles.",
         ),
     ] = False,

@@ -410,7 +410,7 @@ class SimulatedWorker:
         # For a single request there is no other plan.
         may_change = self._num_with_targets > 0 and len(self._running) > 1
         most = MAX_JUMP if may_change else MAX_JUMP_WITHOUT_TARGETS
-        num_steps = min(most, min(live.num_left for live in self.live.values()))
+        num_steps = min(most, *(live.num_left for live in self.live.values()))
         while num_steps > 1 and self._new_blocks(num_steps) > self.kv.num_free:
             num_steps //= 2
         if num_steps < 2:
