@@ -1,12 +1,13 @@
-"""What each test file needs, a fast run without all of it, and one report of a broken fixture."""
+"""What each test file needs, and a fast run without all of it."""
 
 import fnmatch
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+pytest_plugins = ["tests.broken_fixtures"]
 
 TESTS = Path(__file__).parent
 
@@ -35,9 +36,6 @@ NEEDS = {
 
 SLOW_IMPORTS = ("ray", "torch", "vllm")
 """What no fast test may import into the process of the tests: seconds for each."""
-
-BROKEN = pytest.StashKey[dict[tuple[str, str], str]]()
-"""Shared fixtures that failed, each with the test that reported it."""
 
 
 def needs(path: Path) -> set[str]:
@@ -88,26 +86,3 @@ def _check_imports(node: pytest.Collector | pytest.Item) -> None:
                     f"{node.nodeid} imports {module}: list its file in NEEDS of tests/conftest.py",
                     returncode=pytest.ExitCode.TESTS_FAILED,
                 )
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(
-    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
-) -> Generator[None, object, object]:
-    """Remember a shared fixture that fails; pytest would report it for each test that needs it."""
-    try:
-        return (yield)
-    except (Exception, pytest.fail.Exception):
-        if fixturedef.scope != "function" and not hasattr(request, "param"):
-            test = request._pyfuncitem.nodeid
-            broken = request.session.stash.setdefault(BROKEN, {})
-            broken[fixturedef.baseid, fixturedef.argname] = test
-        raise
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a broken fixture; the run has failed by the one report of it."""
-    for (place, fixture), test in item.session.stash.get(BROKEN, {}).items():
-        if item.nodeid.startswith(place) and fixture in getattr(item, "fixturenames", ()):
-            pytest.skip(f"needs `{fixture}`, which failed: see the error of {test}")
