@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +40,14 @@ class Server:
     ray_folder: Path
 
     def replicas(self) -> dict[int, str]:
-        """The live replicas of the app, by pid; Ray names a log after each."""
+        """The live replicas of the app, by pid; Ray has a log of each, and its title names it."""
         found = {}
         for log in (self.ray_folder / "session_latest" / "logs").glob("worker-*.err"):
-            name = re.search(r"ServeReplica:xyserve:(\w+)", log.read_text(errors="replace"))
-            if name and psutil.pid_exists(pid := int(log.stem.rpartition("-")[2])):
-                found[pid] = name.group(1)
+            with suppress(psutil.NoSuchProcess):
+                pid = int(log.stem.rpartition("-")[2])
+                title = " ".join(psutil.Process(pid).cmdline())
+                if name := re.search(r"ServeReplica:xyserve:(\w+)", title):
+                    found[pid] = name.group(1)
         return found
 
     def tracebacks(self) -> list[str]:
