@@ -202,7 +202,7 @@ def test_leaving_a_stream_cancels_its_call(handle: XYServe, ingress: FakeIngress
     stream = handle.stream(HELLO)
     assert next(stream).id == "chat 0"
 
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
     assert ingress.cancelled.wait(WAIT_S)
 

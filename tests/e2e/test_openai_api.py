@@ -493,9 +493,10 @@ def test_a_tool_call_streams(client: openai.OpenAI) -> None:
     )
 
     deltas = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
-    assert [call.function.name for call in deltas if call.function.name] == ["get_weather"]
+    functions = [call.function for call in deltas if call.function]
+    assert [function.name for function in functions if function.name] == ["get_weather"]
     assert deltas[0].id
-    assert json.loads("".join(call.function.arguments or "" for call in deltas)) == PARIS
+    assert json.loads("".join(function.arguments or "" for function in functions)) == PARIS
     assert len(deltas) >= 3
 
 

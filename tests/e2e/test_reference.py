@@ -1,6 +1,7 @@
 """Greedy output through the whole path equals the reference implementation, token for token."""
 
 import asyncio
+from typing import Any
 
 import openai
 import pytest
@@ -19,7 +20,7 @@ NUM_PROMPTS, NUM_TOKENS = 20, 32
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     """Token ids, so that only what the model computes is compared."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL))
+    tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(MODEL))
     chats = [[{"role": "user", "content": question}] for question in questions(NUM_PROMPTS)]
     token_ids: list[list[int]] = [
         tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)

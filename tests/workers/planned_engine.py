@@ -18,7 +18,7 @@ from workers.config import WorkerConfig
 from workers.step_history import RequestStep, StepHistory, TakenStep
 from workers.token_stream import StreamAddress
 
-CLIENT = StreamAddress("tcp://127.0.0.1:1", "test")
+CLIENT = StreamAddress("tcp://127.0.0.1:1", b"test")
 NO_SLO = Slo()
 MAX_EMPTY_STEPS = 20_000
 """More of them in a row and the engine is stuck."""
@@ -167,7 +167,7 @@ def play_ahead(
     from workers.engine.vllm_scheduler import PlannedAsyncScheduler
 
     engine = VllmEngine(model, config)
-    made = engine._core.scheduler
+    made: Any = engine._core.scheduler
     scheduler = PlannedAsyncScheduler(
         vllm_config=made.vllm_config,
         kv_cache_config=made.kv_cache_config,
@@ -249,7 +249,7 @@ def add_job(engine: Any, name: str, job: Job) -> None:
         engine._clients[:] = [CLIENT]
         engine._core.add_request(*engine._core.preprocess_add_request(core_request))
         return
-    request = Request(name, len(job.prompt), job.max_tokens, job.priority, job.slo, "test")
+    request = Request(name, len(job.prompt), job.max_tokens, job.priority, job.slo, b"test")
     engine.add_request(request, engine._encode(core_request), CLIENT)
 
 

@@ -188,7 +188,7 @@ async def test_a_failed_engine_fails_every_request_and_the_health_check(setup: S
     await until(setup.engine.is_stepping.is_set)
     setup.engine.step_error = OSError("device gone")
     setup.engine.go_on.set()
-    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    outcomes: list[object] = [*await asyncio.gather(*calls, return_exceptions=True)]
     outcomes += await asyncio.gather(setup.generate("too late"), return_exceptions=True)
     outcomes += await asyncio.gather(setup.worker.status(), return_exceptions=True)
 
@@ -346,7 +346,7 @@ def test_a_worker_whose_engine_cannot_be_made_raises_its_error_and_gives_its_cor
 
 @pytest.mark.parametrize("name", ["cpus", "step_timeout_s", "report_interval_s"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_a_config_refuses_what_is_not_positive(name: str, value: int) -> None:
+def test_a_config_refuses_what_is_not_positive(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name} \({value}\) must be positive$"):
         WorkerConfig(**{name: value})
 

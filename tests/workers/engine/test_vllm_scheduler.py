@@ -16,7 +16,6 @@ from scheduler.task import Stage
 from tests.workers.engine_process import EngineProcesses
 from tests.workers.planned_engine import (
     Job,
-    Played,
     play_ahead,
     play_scripts,
     steps,
@@ -81,40 +80,38 @@ class Engines:
     def play(
         self,
         *scripts: Sequence[Job],
-        policy: str = "hybrid",
+        policy: Any = "hybrid",
         num_blocks: int = 600,
         extra_args: dict[str, Any] | None = None,
         player: Callable[..., Any] = play_scripts,
         **engine: Any,
     ) -> Any:
         """Play scripts on one new engine."""
+        limits: dict[str, Any] = {
+            "dtype": "float32",
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 64,
+            "max_model_len": MAX_MODEL_LEN,
+            "kv_cache_gib": num_blocks * BLOCK_BYTES / 2**30,
+            "block_size": BLOCK,
+            "extra_args": extra_args or {},
+        }
         config = WorkerConfig(
             calibrate_at_start=False,
             step_policy=StepPolicy(name=policy),
-            engine=EngineConfig(
-                **{
-                    "dtype": "float32",
-                    "max_num_seqs": 8,
-                    "max_num_batched_tokens": 64,
-                    "max_model_len": MAX_MODEL_LEN,
-                    "kv_cache_gib": num_blocks * BLOCK_BYTES / 2**30,
-                    "block_size": BLOCK,
-                    "extra_args": extra_args or {},
-                }
-                | engine
-            ),
+            engine=EngineConfig(**limits | engine),
         )
         return self._processes.call(player, str(self._folder), config, *scripts)
 
-    def _stock(self) -> list[Played]:
+    def _stock(self) -> Any:
         """vLLM's own scheduler."""
         return self.play(CROWD, TOO_MANY, UNTARGETED, policy="vllm", enable_prefix_caching=False)
 
-    def _mixed(self, policy: str) -> list[Played]:
+    def _mixed(self, policy: str) -> Any:
         """Each step has what it needs and no more."""
         return self.play(CROWD, ABORTED, GRAMMARS, policy=policy, enable_prefix_caching=False)
 
-    def _cached(self, policy: str) -> list[Played]:
+    def _cached(self, policy: str) -> Any:
         """Prefix hits in a KV cache that is too small."""
         order = "fcfs" if policy in ("static", "decode_first") else "priority"
         return self.play(

@@ -119,7 +119,7 @@ class Engines:
         """Our kernels, the layers first in one call if they can be, then by operators."""
         return self.run(name, [Batch(PROMPTS), Batch(PROMPTS, by_operators=True)])
 
-    def _settings(self, weight_format: str) -> Run:
+    def _settings(self, weight_format: Literal["auto", "int8", "int4"]) -> Run:
         """`SETTINGS` in one call, then by operators."""
         by_operators = [dataclasses.replace(batch, by_operators=True) for batch in SETTINGS]
         return self.run("llama", [*SETTINGS, *by_operators], weight_format=weight_format)
@@ -323,7 +323,9 @@ def test_a_checkpoint_with_a_nan_is_refused_by_the_name_of_its_layer(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_our_cpu_kernels_compute_in_float32_only(dtype: str) -> None:
+def test_our_cpu_kernels_compute_in_float32_only(
+    dtype: Literal["bfloat16", "float16"],
+) -> None:
     engine = EngineConfig(dtype=dtype)
 
     with pytest.raises(ValueError, match=rf"engine.dtype \({dtype}\).* set kernels: vllm"):

@@ -76,12 +76,12 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
     from workers.engine.vllm_engine import VllmEngine, encoder
 
     engine = VllmEngine(model, config)
-    scheduler = engine._core.scheduler
+    scheduler: Any = engine._core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     cost_model = scheduler.cost_model.to_dict()
     before = len(scheduler.requests), pool.num_gpu_blocks, pool.get_num_free_blocks()
     encode, decode = encoder(), MsgpackDecoder(EngineCoreOutputs).decode
-    client = StreamAddress("tcp://127.0.0.1:1", "client")
+    client = StreamAddress("tcp://127.0.0.1:1", b"client")
     random = Random(0)
     for index in range(5):
         prompt = random.choices(range(VOCAB_SIZE), k=40 * index + 3)
