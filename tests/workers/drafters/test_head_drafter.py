@@ -187,9 +187,7 @@ def test_the_head_for_the_default_model_guesses_what_it_says() -> None:
 
     folder = fetch_default_model()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    prompt: str = tokenizer.apply_chat_template(
-        QUESTION, add_generation_prompt=True, tokenize=False
-    )
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
     num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
     token_ids = tokenizer(prompt + ANSWER)["input_ids"]
     with torch.no_grad():
