@@ -1,1 +1,2 @@
-"""Decides: which worker serves a request, what a step computes; no clock, no I/O."""
+"""Decides: which worker serves a request, what a step computes. No clock and no I/O, except that
+`scheduler.simulation` reads traces and device profiles from files."""

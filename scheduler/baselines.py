@@ -1,8 +1,10 @@
-"""How others fill a step, behind the same interface as `HybridScheduler`, to be measured against.
+"""Baselines: how others fill a step, behind the same interface as `HybridScheduler`.
 
 None of them reads a target or a clock. Budgets are in tokens, and the step's own limit holds too.
 """
 
+import math
+import sys
 from collections.abc import Iterable, Sequence
 
 from scheduler.cost_model import CostModel
@@ -10,14 +12,15 @@ from scheduler.request import RequestState
 from scheduler.step import Step
 from scheduler.task import BatchPlan, Limits, Reason, StepView
 
-NO_LIMIT_S = float("inf")
+NO_CHUNK = sys.maxsize
+"""A chunk size that cuts no prompt."""
 
 
 class StaticBudget:
-    """vLLM's default: those that run in the order they came, then those that wait, one budget.
+    """vLLM's default: running requests in the order they came, then waiting ones, up to a budget.
 
-    No request takes more than `long_prefill_token_threshold` tokens of a step, if it is not 0 and
-    the request is not alone.
+    If `long_prefill_token_threshold` is not 0, no request takes more tokens than that in a step
+    that it shares with others.
     """
 
     def __init__(
@@ -41,11 +44,11 @@ class StaticBudget:
         chunk = NO_CHUNK if alone else self._threshold or NO_CHUNK
         take_running(step, view.running, chunk)
         admit_in_order(step, view.waiting, chunk)
-        return step.plan(NO_LIMIT_S)
+        return step.plan(math.inf)
 
 
 class DecodeFirst:
-    """Sarathi-Serve: all decodes, then prefills begun, then new ones, until a fixed budget.
+    """Sarathi-Serve: all decodes, then running prefills, then new ones, up to a fixed budget.
 
     A. Agrawal et al., OSDI '24, algorithm 3.
     """
@@ -61,14 +64,14 @@ class DecodeFirst:
         step.num_tokens_left = min(step.num_tokens_left, self._budget)
         take_running(step, sorted(view.running, key=lambda state: not state.is_decoding))
         admit_in_order(step, view.waiting)
-        return step.plan(NO_LIMIT_S)
+        return step.plan(math.inf)
 
 
 class PrefillFirst:
-    """XY-Serve's paper: prefills take the budget but for slots that are reserved for decodes.
+    """XY-Serve's paper: prefills take the budget except for slots that are reserved for decodes.
 
-    The decodes that waited longest for a token take the slots (section 4.1; it does not say how
-    many there are).
+    The decodes that have waited longest for a token take the slots (section 4.1, which gives no
+    number of slots).
     """
 
     def __init__(
@@ -96,22 +99,18 @@ class PrefillFirst:
         admit_in_order(step, view.waiting)
         step.num_tokens_left += num_reserved
         take_running(step, sorted(decodes, key=lambda state: state.last_token_s))
-        return step.plan(NO_LIMIT_S)
-
-
-NO_CHUNK = 1 << 62
-"""A chunk size that cuts no prompt."""
+        return step.plan(math.inf)
 
 
 def take_running(step: Step, states: Iterable[RequestState], chunk: int = NO_CHUNK) -> None:
-    """Take each as far as the step has room, drafts included."""
+    """Take as many tokens of each request as the step has room for, drafts included."""
     for state in states:
         num_drafts = state.num_drafts if state.is_decoding else 0
         step.take_running(state, min(state.num_new_tokens + num_drafts, chunk))
 
 
 def admit_in_order(step: Step, states: Sequence[RequestState], chunk: int = NO_CHUNK) -> None:
-    """Admit one after another until one does not fit; no other may pass it."""
+    """Admit requests in order until one does not fit; none may pass it."""
     for index, state in enumerate(states):
         if step.admit(state, min(state.num_new_tokens, chunk)) is not None:
             step.defer_rest(states[index:], Reason.BEHIND)

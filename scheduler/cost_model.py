@@ -1,4 +1,4 @@
-"""Seconds of a step, predicted from its spans."""
+"""Predicts the seconds of a step from its spans."""
 
 import itertools
 import math
@@ -9,57 +9,60 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from scheduler.task import Stage, StageTask
 
 TOKEN_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-"""Where the slope of the linear part may change: a few tokens are bound by reading the weights,
-many by arithmetic, and between them lie the heights of the kernels' tiles."""
+"""Numbers of tokens at which the slope of the linear part may change: few tokens are bound by
+reading the weights, many by arithmetic, and the heights of the kernels' tiles lie in between."""
 SAMPLE_KNOTS = (0, 1, 4, 16, 64)
-"""The same for the LM head."""
+"""Numbers of logits at which the slope of the LM head may change."""
 
 SPEED_RATE = 0.15
-"""Weight of a new observation in the speed."""
+"""Weight of a new observation in `speed`."""
 SPEED_WINDOW = 5
-"""The median of so many steps is one observation: a single outlier moves nothing."""
+"""Steps whose median is one observation of `speed`, so that a single outlier moves nothing."""
 SPEED_RANGE = 1e-3, 1e3
-"""Times the profile's: beyond it is no machine's doing, but a broken clock's."""
+"""Bounds of `speed` relative to the profile; anything outside is a clock fault."""
 SETTLED = 0.15
-"""While the recent steps are farther from the speed, the machine changes, and not its parts."""
+"""Weights are learnt only while recent steps are this close to `speed`, relative to it; beyond
+that the whole machine has changed."""
 WEIGHT_RATE = 0.02
-"""Share of an error that the weights take over in one step."""
-LARGEST_ERROR = 0.2
-"""A step that is farther off teaches the weights no more than this."""
+"""Share of a step's error by which the weights are corrected."""
+MAX_ERROR = 0.2
+"""Cap on the relative error that one step teaches the weights."""
 FORGET_RATE = 0.0005
-"""Share of the way back to the profile that the weights take in one step: what is seen no more is
-forgotten, and outliers, all of which are too long, do not add up."""
-WEIGHT_LEAST, WEIGHT_MOST = 1 / 3, 3.0
-"""Times the profile's, that online learning may make of a weight."""
+"""Fraction by which the weights decay towards the profile in each step, so that stale and one-sided
+(too long) observations fade."""
+MIN_WEIGHT, MAX_WEIGHT = 1 / 3, 3.0
+"""Bounds of a learnt weight relative to its profiled value."""
 ERROR_WINDOW = 256
-"""Steps over which the model's own error is reported."""
+"""Number of recent steps that `error` and `lateness` are taken over."""
+LATENESS_QUANTILE = 0.9
+"""Quantile of recent steps that `lateness` is; a higher one would leave less time for prefills."""
+
+SPAN_FEATURE = -3
+"""Place of the spans among the features and weights; KV reads and pairs follow."""
 
 
 @dataclass(slots=True)
 class StepShape:
-    """The work of a step, as far as its time depends on it. Grows span by span."""
+    """The amounts of work that a step's time depends on. Grows span by span."""
 
     query_tile: int
-    """Query tokens that read the KV cache together."""
+    """Number of query tokens that read the KV cache together."""
     num_tokens: int = 0
     num_samples: int = 0
-    """Tokens that are followed by a sampled one."""
+    """Number of tokens after which one is sampled."""
     num_logits: int = 0
     """Rows of the LM head: vLLM also computes one for a span that samples nothing."""
     num_spans: int = 0
     num_kv_reads: int = 0
-    """Tokens of KV cache read, once for each query tile."""
+    """Tokens of KV cache read, each counted once per query tile."""
     num_pairs: int = 0
     """Query-key pairs of causal attention."""
 
     def add(self, num_tokens: int, seq_len: int, samples: int) -> None:
-        """Add the last `num_tokens` of `seq_len` tokens, `samples` of which are sampled."""
+        """Add the last `num_tokens` of `seq_len` tokens; after `samples` of them one is sampled."""
         self.num_tokens += num_tokens
         self.num_samples += samples
         self.num_logits += samples or 1
@@ -68,7 +71,7 @@ class StepShape:
         self.num_pairs += num_tokens * seq_len - num_tokens * (num_tokens - 1) // 2
 
     def add_task(self, task: StageTask) -> None:
-        """Add a task: all tokens of a decode or a verify are sampled, of a prefill the last."""
+        """Add a task: a decode or a verify samples after each token, a prefill after its last."""
         samples = task.num_tokens if task.stage is not Stage.PREFILL else int(task.samples)
         self.add(task.num_tokens, task.seq_len, samples)
 
@@ -106,9 +109,9 @@ class CostModel:
                            + a * spans + b * kv_reads + c * pairs)
 
     `linear` and `head` are piecewise linear and never fall; no part is negative. So a prediction is
-    positive, and monotone in the tokens and in their context. `speed` follows the machine from step
-    to step: it doubles soon after another process takes half of it. The parts follow slowly, and
-    never far.
+    positive, and monotone in the tokens and their context. `speed` follows the machine within a few
+    steps: it doubles soon after another process takes half of the machine. The weights follow
+    slowly and within bounds.
     """
 
     def __init__(
@@ -121,20 +124,24 @@ class CostModel:
         query_tile: int = 32,
         speed: float = 1.0,
     ) -> None:
-        """`weights`: fixed, then the slope from each token knot on, then from each sample knot on,
-        then those of spans, KV reads and pairs; all in seconds. Tokens are computed in tiles of
-        `token_tile` rows. ValueError if a weight is negative or not finite, or one is missing, or
-        if knots do not ascend from 0.
+        """`weights`, in seconds: fixed, the slope from each token knot on, the slope from each
+        sample knot on, a span's, a KV read's, a pair's. Tokens are computed in tiles of
+        `token_tile` rows. ValueError if a weight is missing, negative or not finite, or if knots do
+        not ascend from 0.
         """
         for knots in (token_knots, sample_knots):
             if not knots or knots[0] != 0 or any(a >= b for a, b in itertools.pairwise(knots)):
                 raise ValueError(f"knots ({knots}) must ascend from 0")
         num_weights = 1 + len(token_knots) + len(sample_knots) + 3
         if len(weights) != num_weights:
-            raise ValueError(f"a cost model of these knots has {num_weights} weights, not "
-                             f"{len(weights)}")  # fmt: skip
+            raise ValueError(
+                f"a cost model with these knots has {num_weights} weights, not {len(weights)}"
+            )
         if not all(0 <= weight < math.inf for weight in weights) or not 0 < speed < math.inf:
-            raise ValueError(f"weights ({weights}) must be finite and not negative, speed positive")
+            raise ValueError(
+                f"weights ({weights}) must be finite and not negative, and speed ({speed}) finite "
+                "and positive"
+            )
         if token_tile < 1 or query_tile < 1:
             raise ValueError(f"tiles ({token_tile}, {query_tile}) must be at least 1")
         self.token_knots = tuple(token_knots)
@@ -150,7 +157,7 @@ class CostModel:
         self._tabulate()
 
     def shape(self) -> StepShape:
-        """The empty step."""
+        """The shape of an empty step."""
         return StepShape(self.query_tile)
 
     def shape_of(self, tasks: Iterable[StageTask]) -> StepShape:
@@ -161,29 +168,28 @@ class CostModel:
         return shape
 
     def predict(self, shape: StepShape) -> float:
-        """Seconds of a step; 0 for an empty one."""
+        """Seconds of a step of this shape; 0 for an empty one."""
         if shape.num_tokens == 0:
             return 0.0
         seconds: float = self.speed * (
             self._fixed
             + _interpolate(self._linear, -(-shape.num_tokens // self.token_tile) * self.token_tile)
             + _interpolate(self._head, shape.num_logits)
-            + self._of_span * shape.num_spans
-            + self._of_kv_read * shape.num_kv_reads
-            + self._of_pair * shape.num_pairs
+            + self._span_s * shape.num_spans
+            + self._kv_read_s * shape.num_kv_reads
+            + self._pair_s * shape.num_pairs
         )
         return seconds
 
     def longest_chunk(
         self, shape: StepShape, num_computed_tokens: int, num_tokens: int, limit_s: float
     ) -> int:
-        """How many of a request's next `num_tokens` tokens fit into a step besides `shape`.
-
-        The step then takes `limit_s` at most. The last of the tokens is sampled.
+        """How many of a request's next `num_tokens` tokens can be added to `shape` so that the
+        step takes at most `limit_s`. After the last of all `num_tokens` a token is sampled.
         """
         fits, too_many = 0, num_tokens + 1
         while too_many - fits > 1:
-            # Most often all fit or none; after that the middle.
+            # Usually all tokens fit or none, so all are tried first; then by bisection.
             middle = num_tokens if too_many > num_tokens else (fits + too_many) // 2
             seq_len = num_computed_tokens + middle
             if self.predict(shape.plus(middle, seq_len, middle == num_tokens)) <= limit_s:
@@ -194,15 +200,15 @@ class CostModel:
 
     @property
     def error(self) -> float:
-        """Median of the relative error of recent predictions; 0 before there were any."""
+        """Median of the relative errors of recent predictions; 0 before the first."""
         return statistics.median(self._errors) if self._errors else 0.0
 
     @property
     def lateness(self) -> float:
-        """How much longer than predicted recent steps took, relative: one in ten took more."""
+        """Share by which recent steps took longer than predicted; one in ten took even more."""
         if not self._lateness:
             return 0.0
-        return max(0.0, sorted(self._lateness)[int(0.9 * len(self._lateness))])
+        return max(0.0, sorted(self._lateness)[int(LATENESS_QUANTILE * len(self._lateness))])
 
     def observe(self, shape: StepShape, measured_s: float) -> None:
         """Learn from a step that took `measured_s` seconds."""
@@ -219,24 +225,27 @@ class CostModel:
             self._learn(shape, ratio / self.speed - 1)
 
     def _learn(self, shape: StepShape, error: float) -> None:
-        """Let each part take over its share of the error (proportionate LMS); its sign stays."""
-        features = self._features(shape)
+        """Correct each weight in proportion to its share of the predicted time (proportionate LMS).
+
+        No weight changes its sign, as each is scaled.
+        """
+        features = self.features(shape)
         parts = [weight * value for weight, value in zip(self._weights, features, strict=True)]
         base_s = sum(parts)
         shares = [part / base_s for part in parts]
-        error = min(max(error, -LARGEST_ERROR), LARGEST_ERROR)
+        error = min(max(error, -MAX_ERROR), MAX_ERROR)
         rate = WEIGHT_RATE * error / sum(share * share for share in shares)
         self._weights = [
             min(
-                max(weight * (1 + rate * share) + FORGET_RATE * (own - weight), WEIGHT_LEAST * own),
-                WEIGHT_MOST * own,
+                max(weight * (1 + rate * share) + FORGET_RATE * (own - weight), MIN_WEIGHT * own),
+                MAX_WEIGHT * own,
             )
             for weight, share, own in zip(self._weights, shares, self._profiled, strict=True)
         ]
         self._tabulate()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; `CostModel.from_dict` gives it back."""
+        """The model as JSON can hold it; `CostModel.from_dict` restores it."""
         return {
             "weights": list(self._weights),
             "token_knots": list(self.token_knots),
@@ -248,10 +257,11 @@ class CostModel:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "CostModel":
-        """The model that `to_dict` described; ValueError or TypeError if it is malformed."""
+        """The model that `to_dict` described; ValueError or TypeError if malformed."""
         return cls(**state)
 
-    def _features(self, shape: StepShape) -> list[float]:
+    def features(self, shape: StepShape) -> list[float]:
+        """Amounts that the weights are multiplied with, in the order of the weights."""
         num_rows = -(-shape.num_tokens // self.token_tile) * self.token_tile
         return [
             1,
@@ -266,12 +276,12 @@ class CostModel:
         num_token_knots = len(self.token_knots)
         self._fixed = self._weights[0]
         self._linear = _table(self.token_knots, self._weights[1 : 1 + num_token_knots])
-        self._head = _table(self.sample_knots, self._weights[1 + num_token_knots : -3])
-        self._of_span, self._of_kv_read, self._of_pair = self._weights[-3:]
+        self._head = _table(self.sample_knots, self._weights[1 + num_token_knots : SPAN_FEATURE])
+        self._span_s, self._kv_read_s, self._pair_s = self._weights[SPAN_FEATURE:]
 
 
 Table = tuple[tuple[int, ...], list[float], list[float]]
-"""Knots of a piecewise linear function, its values there, and its slopes from there on."""
+"""Knots of a piecewise linear function, its value at each, and its slope from each on."""
 
 
 def _table(knots: tuple[int, ...], slopes: list[float]) -> Table:
@@ -292,9 +302,3 @@ def _segments(x: int, knots: tuple[int, ...]) -> list[int]:
     last = bisect_right(knots, x) - 1
     whole = [end - begin for begin, end in itertools.pairwise(knots[: last + 1])]
     return [*whole, x - knots[last], *(0 for _ in knots[last + 1 :])]
-
-
-SPAN_FEATURE = -3
-
-
-Floats = npt.NDArray[np.float64]

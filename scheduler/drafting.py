@@ -1,4 +1,4 @@
-"""Which draft worker drafts for a worker, and when drafts no longer serve it."""
+"""Which draft worker drafts for a worker, and when and why its drafts are no longer accepted."""
 
 import math
 from collections.abc import Iterable
@@ -6,40 +6,41 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 BUSIER = 0.2
-"""A draft worker is left for another that is busy for a smaller share of its time by this much."""
+"""Difference of their busy shares above which a worker moves to a less busy draft worker."""
 
 LEARN_RATE = 0.02
-"""Weight of a new acceptance rate in the usual one."""
+"""Weight of a new acceptance rate in the usual rate."""
 COLLAPSE_SHARE, COLLAPSE_DROP = 0.5, 0.15
-"""A rate that is below this share of the usual one, and by this much, has collapsed."""
+"""Share of the usual rate, and difference to it, below which a rate has collapsed: below both, as a
+low rate may halve by chance."""
 RECOVER_SHARE = 0.8
-"""It has recovered when it is above this share of it again."""
+"""Share of the usual rate at which a collapse ends."""
 MIN_VERIFIED = 64
-"""A usual rate is known after so many verified drafts."""
+"""Number of verified drafts after which the usual rate counts as known."""
 RESTART_MEMORY_S = 30.0
-"""So long after its restart a draft worker may lack what it knew before."""
+"""Time after its restart in which a draft worker may still lack what it knew before."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftWorkerLoad:
-    """What is known of one draft worker."""
+    """The load of one draft worker, as far as it is known."""
 
     draft_worker_id: str
     num_workers: int
-    """Workers that it drafts for."""
+    """Number of workers that it drafts for."""
     busy_share: float
-    """Of its time, what it spends drafting."""
+    """Fraction of time spent drafting."""
     silent: bool = False
-    """Has not reported for long: perhaps it is stopped."""
+    """Whether it has not reported for long and may be stopped."""
 
 
 def choose_draft_worker(
     current: str | None, draft_workers: Iterable[DraftWorkerLoad]
 ) -> str | None:
-    """The draft worker of a worker that has `current` now: the least busy that is not silent.
+    """The draft worker for a worker that has `current` now: the least busy that is not silent.
 
-    The current one is kept, and with it what it knows of the worker's requests, unless another is
-    much less busy, or it is silent. None if there is none but silent ones.
+    The current one is kept, as it knows the worker's requests, unless it is silent, or serves other
+    workers too while another is less busy by more than `BUSIER`. None if all are silent.
     """
     live = [draft_worker for draft_worker in draft_workers if not draft_worker.silent]
     if not live:
@@ -54,35 +55,35 @@ def choose_draft_worker(
 
 
 class CollapseReason(StrEnum):
-    """Why drafts are no longer accepted as they were."""
+    """Why the acceptance rate of a worker's drafts collapsed."""
 
     SILENT = "silent"
     """The draft worker does not answer."""
     RESTARTED = "restarted"
-    """It is a new one, which has not seen what the old one had."""
+    """The draft worker restarted, and has not seen what it had seen before."""
     LATE = "late"
-    """Most of its drafts come after the tokens that they guess."""
+    """Most drafts arrive after the tokens that they guess."""
     CONTENT = "content"
-    """The text is of another kind, which its draft_workers do not foresee."""
+    """The workload changed to text that the drafters predict badly."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftReport:
-    """What a worker says of its drafts; numbers since its start."""
+    """A worker's report on its drafts; the numbers count from its start."""
 
     acceptance_rate: float
-    """Share of the drafts verified lately that were right."""
+    """Share of recently verified drafts that were accepted."""
     num_proposed: int
     num_verified: int
     num_late: int
     draft_worker: str | None
     """Incarnation of the draft worker."""
     is_answered: bool
-    """Whether the draft worker keeps up with the worker's messages."""
+    """Whether the draft worker answers the worker's messages."""
 
 
 class DraftWatch:
-    """Watches the drafts of one worker."""
+    """Notices when the acceptance rate of one worker's drafts collapses."""
 
     def __init__(self) -> None:
         self._usual: float | None = None
@@ -90,10 +91,10 @@ class DraftWatch:
         self._restarted_s = -math.inf
         self._num_verified = 0
         self.reason: CollapseReason | None = None
-        """Why drafting has collapsed; None while it has not."""
+        """Why the rate is collapsed now; None if it is not."""
 
     def observe(self, report: DraftReport, now: float) -> CollapseReason | None:
-        """Take in a report; the reason if drafting collapses with it."""
+        """Take in a report; returns the reason if a collapse begins with it."""
         last, self._last = self._last, report
         if last is None:
             return None
@@ -122,7 +123,7 @@ class DraftWatch:
                 self.reason = None
         elif rate < COLLAPSE_SHARE * self._usual and rate < self._usual - COLLAPSE_DROP:
             self.reason = self._find_reason(report, last, now)
-        # Slowly also while it is low: what lasts is the new usual.
+        # During a collapse too: a rate that lasts becomes the usual one.
         self._usual += LEARN_RATE * (rate - self._usual)
 
     def _find_reason(self, report: DraftReport, last: DraftReport, now: float) -> CollapseReason:

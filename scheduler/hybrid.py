@@ -1,4 +1,4 @@
-"""One step on one worker, filled by deadlines and predicted time."""
+"""Plans one step of one worker by deadlines and predicted time."""
 
 import heapq
 import math
@@ -10,29 +10,29 @@ from scheduler.step import Step
 from scheduler.task import BatchPlan, Limits, Reason, StepView
 
 TTFT_SHARE = 0.25
-"""A step without decodes lasts at most this share of the tightest time to first token: whoever
-comes meanwhile has to wait for its end."""
+"""Cap on a step without decodes, as a share of the tightest time to first token: requests that
+arrive during a step wait for its end."""
 MARGIN = 0.99
-"""Share of the time that is planned with; the rest is for what happens between two steps."""
+"""Share of the available time that is planned; the rest is for the work between two steps."""
 MAX_LATENESS = 0.5
-"""Steps that are late by more than this share are not planned for: prefills would get nothing."""
+"""Upper bound of the lateness that is planned for; more would leave no time for prefills."""
 TURN = 10
-"""Every so many steps the oldest prefill of those that others went before goes first."""
+"""Every TURN-th step starts with the oldest prefill that was passed over."""
 TURN_TOKENS = 16
-"""What it gets then at least, even if that is too much for a target."""
+"""Minimum chunk of such a prefill, even if a target is missed for it."""
 STARVATION_S = 60.0
-"""One that waited longer has the next free room of the KV cache."""
+"""A request that has waited this long gets the next free KV blocks."""
 MAX_STRETCH = 10.0
-"""Beside decodes, prefills are taken to last at most so many times as long as alone."""
+"""Cap on how much decodes are assumed to slow a prefill down."""
 
 
 class HybridScheduler:
-    """Decodes, then prefills by deadline, then drafts, until the predicted time meets a target.
+    """Takes decodes, then prefills by deadline, then drafts, while the predicted time allows.
 
-    A step lasts until the earliest deadline of those that decode in it. Prefills go in the order
-    that lets most of them be on time. A request that cannot meet its targets any more, or has
-    none, gets what these leave; but it moves on: the oldest decode is in each step, and in every
-    `TURN`-th the oldest prefill goes first. Without any targets the steps are those of
+    A step may last until the earliest deadline of the decodes in it. Prefills go in the order that
+    lets most of them be on time. A request that has no targets, or can no longer meet them, gets
+    what the others leave, but it makes progress: every step has the oldest decode, and every
+    `TURN`-th step starts with the oldest prefill. Without any targets the steps are those of
     `DecodeFirst` with the whole budget.
     """
 
@@ -48,9 +48,9 @@ class HybridScheduler:
 class _Planning:
     """One plan in the making.
 
-    Requests are `on_time` while they have targets and could still meet them. What may not be
-    broken for their sake is `firm_s`, how long this step may last; `soft_s` is what is left of it
-    when the others that decode are spared too, as far as that costs no request its target.
+    A request is `on_time` while it has targets and could still meet them. `firm_s` is how long the
+    step may last without making a decode late that is on time. `soft_s` is at most that, and short
+    enough that late decodes get their next tokens in time too, where that is still possible.
     """
 
     def __init__(self, limits: Limits, cost_model: CostModel, view: StepView, now: float) -> None:
@@ -63,7 +63,7 @@ class _Planning:
         self._prefills = [state for state in view.running if not state.is_decoding]
         self._waiting = {state.request.request_id for state in view.waiting}
         self._prefill_s: dict[str, float] = {}
-        """How long the prefill of a request would take alone, where that was looked at."""
+        """Seconds that a request's prefill would take alone, by id, as far as computed yet."""
         self._on_time = {
             state.request.request_id
             for states in (view.running, view.waiting)
@@ -71,11 +71,11 @@ class _Planning:
             if self._can_be_on_time(state)
         }
         self._closed: Reason | None = None
-        """Why no more requests are admitted."""
+        """Why no more requests are admitted; None while they are."""
         self._filled_s = 0.0
-        """The step has no room for a token more if it may last no longer than this."""
+        """Longest time limit, in seconds, for which the step was found full."""
         self._future: StepShape | None = None
-        """The decodes of those on time that run or were admitted, if all of them decoded."""
+        """Shape of a step in which all requests on time decode, new ones too; None until used."""
         self._future_tpot_s = math.inf
         self._step = Step(view, limits, cost_model, victim_order=self._victim_order)
 
@@ -86,7 +86,7 @@ class _Planning:
             firm_s = TTFT_SHARE * self._tightest_ttft_s()
         urgent, rest = self._by_deadline(firm_s)
         if rest and self._view.step % TURN == 0:
-            self._take_prefill(min(rest, key=_age), firm_s, least=TURN_TOKENS)
+            self._take_prefill(min(rest, key=_arrival), firm_s, min_tokens=TURN_TOKENS)
         if (starved := self._starved(rest)) is not None:
             self._take_prefill(starved, soft_s)
             self._closed = Reason.KV
@@ -96,23 +96,23 @@ class _Planning:
             if self._take_prefill(state, soft_s) is Reason.KV:
                 self._closed = Reason.BEHIND
         if self._step.is_empty:
-            self._closed = None  # nothing runs that room or a turn could be kept for
+            self._closed = None  # nothing runs, so no room or turn needs keeping
         for state in (*urgent, *rest):
             if not self._step.is_empty:
                 break
-            self._take_prefill(state, math.inf)  # too late for its target, but nothing else fits
+            self._take_prefill(state, math.inf)  # misses its target, but an empty step helps nobody
         add_drafts(self._step, self._decodes, self._cost_model, firm_s)
         return self._step.plan(firm_s)
 
     def _can_be_on_time(self, state: RequestState) -> bool:
-        """Whether the request has targets, and would meet them if it were alone from now on."""
+        """Whether the request has targets, and would meet them if it ran alone from now on."""
         slo = state.request.slo
         if slo.ttft_s == slo.tpot_s == math.inf:
             return False
         if state.num_output_tokens == 0:
             due_s = state.arrival_s + slo.ttft_s
             return (
-                self._now < due_s  # most often enough to know, when many wait
+                self._now < due_s  # first, because it settles most cases when many wait
                 and self._token_s <= slo.tpot_s
                 and self._now + self._time_to_prefill(state) <= due_s
             )
@@ -141,7 +141,7 @@ class _Planning:
         return state.request.priority, not self._is_on_time(state), state.arrival_s
 
     def _take_decodes(self) -> float:
-        """Take all decodes that fit with those on time; returns how long the step may last."""
+        """Take all decodes that are on time, and the others that fit; returns `firm_s`."""
         step, cost_model = self._step, self._cost_model
         for state in filter(self._is_on_time, self._decodes):
             step.take_running(state, 1)
@@ -150,10 +150,12 @@ class _Planning:
             (self._slack_s(state, seconds) for state in self._decodes if self._is_on_time(state)),
             default=math.inf,
         )
-        others = sorted((state for state in self._decodes if not self._is_on_time(state)), key=_age)
+        others = sorted(
+            (state for state in self._decodes if not self._is_on_time(state)), key=_arrival
+        )
         for index, state in enumerate(others):
             longer = step.shape.plus(1, state.num_tokens, 1)
-            # The oldest is always taken, so that none starves.
+            # The oldest is always taken, so that no request starves.
             if index > 0 and cost_model.predict(longer) > firm_s:
                 step.defer_rest(others, Reason.OVERDUE)
                 break
@@ -163,13 +165,14 @@ class _Planning:
     def _slack_s(self, state: RequestState, seconds: float) -> float:
         """How long the step may last for a decode, if it lasts `seconds` without prefills.
 
-        One that is late takes half of what its target leaves for prefills until it has caught up.
+        While a decode lags behind its deadline, prefills get half of what its target leaves them,
+        and it catches up by the other half.
         """
         half_way_s = (seconds + max(seconds, state.request.slo.tpot_s)) / 2
         return max(state.due_s - self._now, half_way_s)
 
     def _slack_of_late(self) -> float:
-        """How long the step may last so that late decodes, too, get their tokens in time."""
+        """How long the step may last so that late decodes get their next tokens in time too."""
         seconds = self._cost_model.predict(self._step.shape)
         gaps = (
             self._margin * (state.last_token_s + state.request.slo.tpot_s - self._now)
@@ -190,20 +193,20 @@ class _Planning:
         )
 
     def _by_deadline(self, firm_s: float) -> tuple[list[RequestState], list[RequestState]]:
-        """The prefills that can be on time in their best order, then the others in theirs.
+        """The prefills that can be on time in their best order, and the others in theirs.
 
-        J. M. Moore's and T. J. Hodgson's algorithm (1968), by which the fewest jobs are late: take
+        J. M. Moore's and T. J. Hodgson's algorithm (1968), which makes the fewest jobs late: take
         them by deadline, and whenever one would be late, defer the longest taken so far.
         """
         seconds = self._cost_model.predict(self._step.shape)
-        # Of each step only what the decodes leave goes to prefills.
+        # Prefills get only the part of each step that decodes leave.
         stretch = 1.0
         if firm_s < math.inf and seconds > 0:
             stretch = min(firm_s / max(firm_s - seconds, firm_s / MAX_STRETCH), MAX_STRETCH)
         candidates = [*self._prefills, *self._view.waiting]
         on_time = sorted(filter(self._is_on_time, candidates), key=_deadline)
         taken: list[tuple[int, float, int]] = []
-        put_off: list[tuple[int, float, int]] = []
+        deferred: list[tuple[int, float, int]] = []
         end_s = self._now
         for index, state in enumerate(on_time):
             work_s = self._time_to_prefill(state) * stretch
@@ -211,10 +214,10 @@ class _Planning:
             end_s += work_s
             if state.num_output_tokens == 0 and end_s > state.due_s:
                 longest = heapq.heappop(taken)
-                put_off.append(longest)
+                deferred.append(longest)
                 end_s += longest[1]
         kept = sorted(index for *_, index in taken)
-        late = [index for *_, index in sorted(put_off, reverse=True)]
+        late = [index for *_, index in sorted(deferred, reverse=True)]
         rest = sorted(
             (state for state in candidates if not self._is_on_time(state)),
             key=lambda state: (state.request.request_id in self._waiting, *_rank(state)),
@@ -222,23 +225,23 @@ class _Planning:
         return [on_time[index] for index in (*kept, *late)], rest
 
     def _starved(self, rest: list[RequestState]) -> RequestState | None:
-        """The oldest that waits without end, unless another of its kind is being served."""
+        """The oldest request, if it waited for `STARVATION_S` and none runs that is not on time."""
         waiting = [state for state in rest if state.request.request_id in self._waiting]
         if not waiting or any(not self._is_on_time(state) for state in self._view.running):
             return None
-        oldest = min(waiting, key=_age)
+        oldest = min(waiting, key=_arrival)
         return oldest if self._now - oldest.arrival_s > STARVATION_S else None
 
     def _take_prefill(
-        self, state: RequestState, limit_s: float, *, least: int = 0, keep_tpot: bool = False
+        self, state: RequestState, limit_s: float, *, min_tokens: int = 0, keep_tpot: bool = False
     ) -> Reason | None:
-        """Take as many of the request's tokens as `limit_s` allows, or say why none."""
+        """Take as many of the request's tokens as `limit_s` allows; returns why none were taken."""
         step = self._step
         if state in step:
             return None
         is_waiting = state.request.request_id in self._waiting
         reason: Reason | None = None
-        if limit_s <= self._filled_s and not least:
+        if limit_s <= self._filled_s and not min_tokens:
             reason = Reason.TIME
         elif is_waiting and self._closed:
             reason = self._closed
@@ -249,7 +252,7 @@ class _Planning:
             chunk = self._cost_model.longest_chunk(
                 step.shape, state.num_computed_tokens, num_tokens, limit_s
             )
-            chunk = max(chunk, min(least, num_tokens))
+            chunk = max(chunk, min(min_tokens, num_tokens))
             if num_tokens > 0 and chunk == 0:
                 reason, self._filled_s = Reason.TIME, limit_s
             elif not is_waiting:
@@ -261,7 +264,7 @@ class _Planning:
         return reason
 
     def _keeps_tpot(self, state: RequestState) -> bool:
-        """Whether those on time can all go on decoding in time when this prefill is over."""
+        """Whether all requests on time could decode in time once this prefill is over."""
         if self._future is None:
             self._future = self._cost_model.shape()
             for other in filter(self._is_on_time, self._view.running):
@@ -277,7 +280,7 @@ class _Planning:
             self._future_tpot_s = min(self._future_tpot_s, state.request.slo.tpot_s)
 
 
-def _age(state: RequestState) -> float:
+def _arrival(state: RequestState) -> float:
     return state.arrival_s
 
 
@@ -286,5 +289,5 @@ def _rank(state: RequestState) -> tuple[int, float]:
 
 
 def _deadline(state: RequestState) -> tuple[int, float]:
-    """Sorts by deadline; one that had its first token before it was preempted goes first."""
+    """Sort key: requests preempted after their first token go before all others of a priority."""
     return state.request.priority, state.due_s if state.num_output_tokens == 0 else -math.inf

@@ -1,4 +1,4 @@
-"""A step in the making: takes spans while tokens, seats and KV blocks last."""
+"""A step in the making, which takes spans while tokens, seats and KV blocks last."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,16 +8,16 @@ from scheduler.request import RequestState
 from scheduler.task import BatchPlan, Deferral, Limits, Reason, Stage, StageTask, StepView
 
 VictimOrder = Callable[[RequestState], Any]
-"""Of the running requests the greatest by this key is preempted first."""
+"""Sort key of running requests; the one with the greatest is preempted first."""
 
 
 def latest_of_lowest_priority(state: RequestState) -> tuple[int, float]:
-    """vLLM's choice of whom to preempt."""
+    """vLLM's order of preemption."""
     return state.request.priority, state.arrival_s
 
 
 class Step:
-    """What a plan is built with; every scheduler uses it, so that none can exceed a limit."""
+    """Builds a plan. Every scheduler uses it, so that none can exceed a limit."""
 
     def __init__(
         self,
@@ -45,13 +45,14 @@ class Step:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was taken yet."""
+        """Whether the step has no task yet."""
         return not self._tasks
 
     def take_running(self, state: RequestState, num_tokens: int) -> bool:
-        """Compute up to `num_tokens` more tokens of a request that runs; False if none fits.
+        """Take up to `num_tokens` tokens of a running request; False if none fits.
 
-        Preempts others, or in the end itself, if the KV cache has no room for them.
+        While the KV cache has no room, admissions are undone and requests preempted, if need be
+        this one.
         """
         request_id = state.request.request_id
         if request_id not in self._running:  # preempted
@@ -62,7 +63,7 @@ class Step:
             return False
         while self._new_blocks(state, num_tokens) > self._num_free_blocks:
             if self._admitted:
-                self._send_back(self._admitted.pop())
+                self._undo_admission(self._admitted.pop())
                 continue
             victim = max(self._running.values(), key=self._victim_order)
             self._preempt(victim)
@@ -72,10 +73,10 @@ class Step:
         return True
 
     def admit(self, state: RequestState, num_tokens: int) -> Reason | None:
-        """Compute up to `num_tokens` tokens of a request that waits, or say why not.
+        """Take up to `num_tokens` tokens of a waiting request; returns why not, if not.
 
-        As in vLLM, one is admitted only if all its tokens fit into the KV cache, and none in a step
-        that preempts.
+        As in vLLM, a request is admitted only if all its tokens fit into the KV cache, and none is
+        in a step that preempts.
         """
         reason = None
         if self.num_tokens_left <= 0 or num_tokens <= 0:
@@ -89,13 +90,13 @@ class Step:
             return reason
         self._running[state.request.request_id] = state
         self._admitted.append(state)
-        # A prefix hit may be of blocks that nobody uses: those count as free until now.
+        # Blocks of a prefix hit may be held by nobody and so counted as free until now.
         self._num_free_blocks -= self._limits.num_blocks(state.num_computed_tokens)
         self._add(state, min(num_tokens, self.num_tokens_left))
         return None
 
     def extend(self, state: RequestState, num_drafts: int) -> None:
-        """Have the next `num_drafts` drafts of a request verified that decodes in this step."""
+        """Add the next `num_drafts` drafts of a request that decodes in this step, if they fit."""
         num_tokens = 1 + min(num_drafts, self.num_tokens_left)
         if num_tokens > 1 and self._new_blocks(state, num_tokens) <= self._num_free_blocks + (
             self._new_blocks(state, 1)
@@ -104,17 +105,17 @@ class Step:
             self._add(state, num_tokens)
 
     def defer(self, state: RequestState, reason: Reason) -> None:
-        """Note why a request gets nothing; the first reason is kept."""
+        """Note why a request gets no task; the first reason is kept."""
         self._deferred.setdefault(state.request.request_id, reason)
 
     def defer_rest(self, states: Iterable[RequestState], reason: Reason) -> None:
-        """Note one reason for all of `states` that have no part in the step."""
+        """Note one reason for all of `states` that have no task."""
         for state in states:
             if state not in self:
                 self.defer(state, reason)
 
     def plan(self, limit_s: float) -> BatchPlan:
-        """The finished step."""
+        """The finished plan; `limit_s` is how long the targets let the step last."""
         return BatchPlan(
             tasks=tuple(self._tasks.values()),
             deferred=tuple(
@@ -149,8 +150,7 @@ class Step:
         self._num_free_blocks += self._new_blocks(state, task.num_tokens)
         self.shape = self._cost_model.shape_of(self._tasks.values())
 
-    def _send_back(self, state: RequestState) -> None:
-        """Undo an admission."""
+    def _undo_admission(self, state: RequestState) -> None:
         del self._running[state.request.request_id]
         self._remove(state)
         self._num_free_blocks += self._limits.num_blocks(state.num_computed_tokens)

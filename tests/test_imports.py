@@ -114,7 +114,7 @@ def test_no_import_goes_in_a_circle() -> None:
         ),
         (
             "scheduler.hybrid",
-            "scheduler.simulation.trace",
+            "scheduler.simulation.traces",
             "scheduler/hybrid is on floor 0, scheduler/simulation on 1; move what both need to "
             "floor 0 or below",
         ),

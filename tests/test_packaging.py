@@ -64,7 +64,7 @@ def distribution(module: str) -> str:
 def third_party(path: Path) -> Iterator[str]:
     """The distributions that a file imports from."""
     for _, module in imports(ast.parse(path.read_text())):
-        if module.split(".")[0] not in {*sys.stdlib_module_names, *PACKAGES}:
+        if module.split(".")[0] not in {*sys.stdlib_module_names, "annotationlib", *PACKAGES}:
             yield distribution(module)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from scheduler.simulation.trace import read_trace
+from scheduler.simulation.traces import read_trace
 
 _COPY = Path(__file__).parent / "data"
 _FULL = Path(os.environ.get("XYSERVE_DATA", Path(__file__).parents[2] / "shared" / "data"))

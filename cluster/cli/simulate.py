@@ -18,21 +18,21 @@ from rich.table import Table
 from cluster.errors import XYServeError
 from scheduler.policy import StepPolicy
 from scheduler.request import Slo
-from scheduler.simulation.device import DeviceProfile, device_names, read_device
-from scheduler.simulation.simulated_worker import SimulationError
-from scheduler.simulation.simulator import SimulationResult, Speculation
-from scheduler.simulation.simulator import simulate as run
-from scheduler.simulation.summary import Summary
-from scheduler.simulation.trace import (
+from scheduler.simulation.arrivals import (
     Arrival,
     clip_lengths,
     first_requests,
     first_seconds,
-    read_trace,
     scale_rate,
     with_max_tokens,
     with_slo,
 )
+from scheduler.simulation.device import DeviceProfile, device_names, read_device
+from scheduler.simulation.simulated_worker import SimulationError
+from scheduler.simulation.simulator import SimulationConfig, SimulationResult, Speculation
+from scheduler.simulation.simulator import simulate as run
+from scheduler.simulation.summary import Summary
+from scheduler.simulation.traces import read_trace
 
 POLICIES = tuple(name for name in get_args(get_type_hints(StepPolicy)["name"]) if name != "vllm")
 """The step schedulers of our own; vLLM's decides live only."""
@@ -183,12 +183,14 @@ def simulate(
                     result = run(
                         scaled,
                         profile,
-                        policy=StepPolicy(name=name, budget=budget),  # type: ignore[arg-type]
-                        num_workers=workers,
-                        speculation=speculation,
-                        noise=noise,
-                        seed=seed,
-                        log_steps=plot is not None,
+                        SimulationConfig(
+                            policy=StepPolicy(name=name, budget=budget),  # type: ignore[arg-type]
+                            num_workers=workers,
+                            speculation=speculation,
+                            noise=noise,
+                            seed=seed,
+                            log_steps=plot is not None,
+                        ),
                         on_progress=partial(_update, bars, bar),
                     )
                     bars.update(bar, completed=1.0)

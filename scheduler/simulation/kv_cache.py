@@ -1,4 +1,4 @@
-"""The KV cache of one simulated worker, counted in blocks, with the prefixes it remembers."""
+"""The KV cache of one simulated worker, counted in blocks, with its cached prefixes."""
 
 import math
 from collections import OrderedDict
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 
 
 class KvCacheFull(Exception):
-    """More blocks were asked for than are free or can be freed."""
+    """Too few blocks are free or can be evicted."""
 
 
 @dataclass(slots=True)
 class Holding:
-    """What one request holds of the cache."""
+    """The part of the cache that one request holds."""
 
     keys: Sequence[int] = ()
-    """Of each whole entry of its prompt the id, which stands for all tokens up to its end."""
+    """Ids of the whole entries of its prompt; each stands for all tokens up to the entry's end."""
     entry_tokens: int = 0
-    """Tokens of one entry; a multiple of the block size."""
+    """Tokens in an entry; a multiple of the block size."""
     num_own_blocks: int = 0
-    """Blocks that nobody else can use."""
+    """Blocks that no other request can hit."""
     shared: list[int] = field(default_factory=list)
-    """Keys of the entries that it holds together with others, or that others may come to hold."""
+    """Keys of the entries that it holds and that other requests can hit."""
     num_noted: int = 0
-    """Leading keys whose entries were computed or hit."""
+    """Number of leading keys whose entries were computed or hit."""
 
 
 @dataclass(slots=True)
@@ -33,11 +33,11 @@ class _Entry:
 
 
 class KvCache:
-    """Counts blocks; entries of prefixes that nobody holds are kept until their room is needed.
+    """Counts blocks; entries that no request holds stay cached until their blocks are needed.
 
-    An entry is as many blocks as make up whole hash blocks of the trace. It can be hit as soon as
-    the step that computes it is over. The entry that was let go first is evicted first, of one
-    request the last of its prompt.
+    An entry spans the fewest blocks that make up whole hash blocks of the trace. It can be hit as
+    soon as the step that computes it is over. Entries are evicted in the order of their release,
+    those of one request from the end of its prompt.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -46,19 +46,19 @@ class KvCache:
         self.num_evictions = 0
         self._num_unused = num_blocks
         self._num_idle = 0
-        """Blocks of entries that nobody holds."""
+        """Blocks of entries that no request holds."""
         self._entries: dict[int, _Entry] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
-        """Blocks that are unused or can be."""
+        """Blocks that are unused or can be evicted."""
         return self._num_unused + self._num_idle
 
     def holding(
         self, hash_ids: Sequence[int], hash_block_size: int, num_prompt_tokens: int
     ) -> Holding:
-        """An empty holding for a prompt whose hash blocks of so many tokens have these ids."""
+        """An empty holding for a prompt with these ids of blocks of `hash_block_size` tokens."""
         if not hash_ids or not hash_block_size:
             return Holding()
         entry_tokens = math.lcm(hash_block_size, self.block_size)
@@ -67,19 +67,19 @@ class KvCache:
         return Holding(keys, entry_tokens)
 
     def num_hit_tokens(self, holding: Holding, num_tokens: int) -> int:
-        """Leading tokens of the prompt that are in the cache; one of `num_tokens` is left over."""
+        """Leading cached tokens of the prompt; below `num_tokens`, as one has to be computed."""
         if not holding.keys:
             return 0
-        most = (num_tokens - 1) // holding.entry_tokens
+        max_hits = (num_tokens - 1) // holding.entry_tokens
         num_hits = 0
-        for key in holding.keys[:most]:
+        for key in holding.keys[:max_hits]:
             if key not in self._entries:
                 break
             num_hits += 1
         return num_hits * holding.entry_tokens
 
     def take_hits(self, holding: Holding, num_tokens: int) -> None:
-        """Hold the first `num_tokens` tokens, which were found by `num_hit_tokens`."""
+        """Hold the entries of the first `num_tokens` tokens, as counted by `num_hit_tokens`."""
         if not num_tokens:
             return
         holding.num_noted = num_tokens // holding.entry_tokens
@@ -92,13 +92,13 @@ class KvCache:
             holding.shared.append(key)
 
     def grow(self, holding: Holding, num_blocks: int) -> None:
-        """Add blocks, for which idle entries are evicted; fewer than none gives some back.
+        """Add blocks, evicting idle entries if need be; a negative number gives blocks back.
 
-        KvCacheFull if there are not so many.
+        KvCacheFull if there are too few.
         """
         while self._num_unused < num_blocks:
             if not self._idle:
-                raise KvCacheFull(f"{num_blocks} blocks asked for, {self._num_unused} free")
+                raise KvCacheFull(f"{num_blocks} blocks requested, {self._num_unused} free")
             key, _ = self._idle.popitem(last=False)
             evicted = self._entries.pop(key).num_blocks
             self._num_idle -= evicted
@@ -108,13 +108,13 @@ class KvCache:
         holding.num_own_blocks += num_blocks
 
     def publish(self, holding: Holding, num_computed_tokens: int) -> None:
-        """Let others hit the entries that lie within the first `num_computed_tokens` tokens."""
+        """Let others hit the entries within the first `num_computed_tokens` tokens."""
         if holding.num_noted == len(holding.keys):
             return
         num_whole = num_computed_tokens // holding.entry_tokens
         num_blocks = holding.entry_tokens // self.block_size
         for key in holding.keys[holding.num_noted : num_whole]:
-            # What another has computed meanwhile stays twice, as in vLLM.
+            # An entry that another request computed meanwhile is kept twice, as in vLLM.
             if key not in self._entries:
                 self._entries[key] = _Entry(num_blocks)
                 holding.num_own_blocks -= num_blocks
@@ -122,7 +122,7 @@ class KvCache:
         holding.num_noted = max(holding.num_noted, min(num_whole, len(holding.keys)))
 
     def release(self, holding: Holding) -> None:
-        """Give all back; what can be hit stays until its room is needed."""
+        """Give all blocks back; entries that can be hit stay cached until evicted."""
         self._num_unused += holding.num_own_blocks
         holding.num_own_blocks = 0
         for key in reversed(holding.shared):
@@ -135,6 +135,6 @@ class KvCache:
         holding.num_noted = 0
 
     def num_shared_blocks(self, holding: Holding) -> int:
-        """Blocks of the holding that would not get free with it, because others hold them too."""
+        """Blocks that a release would not free, because other requests hold them too."""
         entries = (self._entries[key] for key in holding.shared)
         return sum(entry.num_blocks for entry in entries if entry.num_holders > 1)

@@ -12,9 +12,9 @@ import numpy as np
 
 from scheduler.cost_model import CostModel, StepShape
 from scheduler.request import RequestState, Slo
+from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
 from scheduler.simulation.kv_cache import Holding, KvCache, KvCacheFull
-from scheduler.simulation.trace import Arrival
 from scheduler.task import BatchPlan, Stage, StageTask, StepScheduler, StepView
 
 MAX_JUMP = 64

@@ -1,12 +1,12 @@
 """A discrete-event simulation of a cluster around the live schedulers.
 
-    result = simulate(arrivals, device, policy=StepPolicy("hybrid"), num_workers=8)
+    result = simulate(arrivals, device, SimulationConfig(num_workers=8))
     result.summary.goodput_rps
 
-`arrivals` come from `scheduler.simulation.trace.read_trace` or are made by hand, `device` from
+`arrivals` come from `scheduler.simulation.traces.read_trace` or are made by hand, `device` from
 `scheduler.simulation.device.read_device`. Requests are placed by `place`, the steps of each worker
-are planned by its own `StepScheduler`, and a step takes as long as the device's cost model says.
-Equal arguments give equal results.
+are planned by its own `StepScheduler`, and a step takes as long as the device's cost model
+predicts. Equal arguments give equal results.
 """
 
 import heapq
@@ -19,6 +19,7 @@ from scheduler.cost_model import CostModel
 from scheduler.placement import WorkerLoad, place
 from scheduler.policy import StepPolicy
 from scheduler.request import RequestState
+from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
 from scheduler.simulation.simulated_worker import (
     LiveRequest,
@@ -28,22 +29,21 @@ from scheduler.simulation.simulated_worker import (
     StepRecord,
 )
 from scheduler.simulation.summary import Outcome, Summary, summarise
-from scheduler.simulation.trace import Arrival
 
 REPORT_INTERVAL_S = 0.25
-"""How often workers report their load to whoever places requests, as they do live."""
+"""Time between two reports of a worker's load to whoever places requests, as live."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
-    """Drafts, and how often they are right."""
+    """How many drafts there are, and how often they are accepted."""
 
     num_drafts: int
-    """Drafts at hand for each next token."""
+    """Drafts at hand in each decode."""
     acceptance_rate: float = 0.7
-    """Mean over the requests of the chance that a draft is accepted if those before it were."""
+    """Mean over the requests of the chance that a draft is accepted if all before it were."""
     spread: float = 0.0
-    """Standard deviation of that chance between requests; normal, clipped to 0 to 1."""
+    """Standard deviation of that chance between requests: normal, clipped to between 0 and 1."""
 
     def __post_init__(self) -> None:
         if self.num_drafts < 0 or self.spread < 0 or not 0 <= self.acceptance_rate <= 1:
@@ -52,20 +52,46 @@ class Speculation:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationConfig:
+    """The cluster that a simulation builds from a device."""
+
+    policy: StepPolicy = field(default_factory=StepPolicy)
+    num_workers: int = 1
+    scheduler_cost_model: CostModel | None = None
+    """What the schedulers predict with; the device's own cost model by default."""
+    learns: bool = False
+    """Whether each worker corrects its copy of that model after each step."""
+    noise: float = 0.0
+    """Standard deviation of the logarithm of a step's seconds."""
+    speculation: Speculation | None = None
+    seed: int = 0
+    """Seed of all that is random: noise, and which drafts are accepted."""
+    fast_forward: bool = True
+    """Whether steady steps are taken together: faster, with the same result."""
+    log_steps: bool = False
+    """Whether the result holds each step."""
+    report_interval_s: float = REPORT_INTERVAL_S
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers ({self.num_workers}) must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationResult:
-    """What came of a simulation."""
+    """How all requests fared."""
 
     policy: str
     outcomes: list[Outcome]
     """Every request, in the order of the arrivals."""
     summary: Summary
-    """Over all requests."""
+    """Figures over all requests."""
     by_class: dict[str, Summary]
-    """The same for each service class, if there is more than one; of the workers' own figures
-    only those that requests bring along."""
+    """The same for each service class, if there are several; figures that belong to workers rather
+    than requests are those of the whole."""
     steps: dict[str, list[StepRecord]]
-    """Of each worker its steps, if they were to be logged."""
+    """Each worker's steps by its id, if they were logged."""
 
     def to_dict(self) -> dict[str, object]:
         """The figures as JSON can hold them, without the steps; infinite ones are None."""
@@ -80,43 +106,18 @@ class SimulationResult:
 def simulate(
     arrivals: Iterable[Arrival],
     device: DeviceProfile,
+    config: SimulationConfig | None = None,
     *,
-    policy: StepPolicy | None = None,
-    num_workers: int = 1,
-    scheduler_cost_model: CostModel | None = None,
-    learns: bool = False,
-    noise: float = 0.0,
-    speculation: Speculation | None = None,
-    seed: int = 0,
-    fast_forward: bool = True,
-    log_steps: bool = False,
-    report_interval_s: float = REPORT_INTERVAL_S,
     on_progress: Callable[[float], None] | None = None,
 ) -> SimulationResult:
-    """Serve `arrivals` on `num_workers` workers that are like `device`, until all have finished.
+    """Serve `arrivals` on workers that are like `device`, until all have finished.
 
-    The schedulers predict with `scheduler_cost_model`, the device's own if there is none; with
-    `learns` each worker corrects its copy after each step. `noise` is the standard deviation of the
-    logarithm of a step's seconds. `fast_forward` takes steady steps at once; without it the same
-    comes out, more slowly. `on_progress` gets the share of requests that are done, now and then.
+    `on_progress` is called with the share of requests that are done, about once for each percent.
     ValueError for arrivals that can never be served.
     """
     listed = list(arrivals)
-    _check(listed, device, num_workers)
-    cluster = _Cluster(
-        listed,
-        device,
-        policy or StepPolicy(),
-        num_workers,
-        believed=scheduler_cost_model or device.cost_model,
-        learns=learns,
-        noise=noise,
-        speculation=speculation,
-        seed=seed,
-        fast_forward=fast_forward,
-        log_steps=log_steps,
-        report_interval_s=report_interval_s,
-    )
+    _check(listed, device)
+    cluster = _Cluster(listed, device, config or SimulationConfig())
     return cluster.run(on_progress or _no_progress)
 
 
@@ -124,22 +125,20 @@ def _no_progress(share: float) -> None:
     pass
 
 
-def _check(arrivals: Sequence[Arrival], device: DeviceProfile, num_workers: int) -> None:
-    if num_workers < 1:
-        raise ValueError(f"num_workers ({num_workers}) must be at least 1")
+def _check(arrivals: Sequence[Arrival], device: DeviceProfile) -> None:
     known = {arrival.request.request_id for arrival in arrivals}
     if len(known) < len(arrivals):
         raise ValueError("two arrivals have the same request id")
     for arrival in arrivals:
         name, request = arrival.request.request_id, arrival.request
         if arrival.after is not None and arrival.after not in known:
-            raise ValueError(f"request {name} follows {arrival.after}, which is not there")
+            raise ValueError(f"request {name} follows {arrival.after}, which is not in the list")
         if request.num_prompt_tokens < 1:
             raise ValueError(f"request {name} has an empty prompt")
         if not 1 <= arrival.num_output_tokens <= request.max_tokens:
             raise ValueError(
-                f"request {name} gives {arrival.num_output_tokens} tokens; it must be 1 to its "
-                f"max_tokens, {request.max_tokens}"
+                f"request {name} generates {arrival.num_output_tokens} tokens; it must be 1 to "
+                f"its max_tokens, {request.max_tokens}"
             )
         num_tokens = request.num_prompt_tokens + arrival.num_output_tokens
         if num_tokens > device.num_kv_tokens:
@@ -149,76 +148,70 @@ def _check(arrivals: Sequence[Arrival], device: DeviceProfile, num_workers: int)
             )
 
 
-STEP_ENDS, REQUEST_COMES, STEP_BEGINS = range(3)
-"""What happens, in the order in which it does at one time."""
+STEP_ENDS, REQUEST_ARRIVES, STEP_BEGINS = range(3)
+"""Kinds of events, in the order in which those of one time happen."""
 
 
 @dataclass(slots=True)
 class _Cluster:
-    """The events of a simulation."""
+    """The workers of a simulation, and the events in the order of their time."""
 
     arrivals: list[Arrival]
     device: DeviceProfile
-    policy: StepPolicy
-    num_workers: int
-    believed: CostModel
-    learns: bool
-    noise: float
-    speculation: Speculation | None
-    seed: int
-    fast_forward: bool
-    log_steps: bool
-    report_interval_s: float
+    config: SimulationConfig
 
     workers: list[SimulatedWorker] = field(init=False)
     loads: list[WorkerLoad] = field(init=False)
     index_of: dict[str, int] = field(init=False)
     events: list[tuple[float, int, int, int]] = field(init=False, default_factory=list)
-    """Time, kind, index of the worker or arrival, version of the worker's step."""
+    """Each has time, kind, index of the worker or arrival, and version of the worker's step."""
     last_report: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
-        self.workers = [self._make_worker(index) for index in range(self.num_workers)]
+        self.workers = [self._make_worker(index) for index in range(self.config.num_workers)]
         for worker in self.workers if self.device.crowded_cost_model else ():
             worker.neighbours = [other for other in self.workers if other is not worker]
         self.loads = [WorkerLoad(worker.worker_id, 0, 0) for worker in self.workers]
         self.index_of = {worker.worker_id: i for i, worker in enumerate(self.workers)}
 
     def _make_worker(self, index: int) -> SimulatedWorker:
-        believed = CostModel.from_dict(self.believed.to_dict()) if self.learns else self.believed
+        config = self.config
+        cost_model = config.scheduler_cost_model or self.device.cost_model
+        if config.learns:
+            cost_model = CostModel.from_dict(cost_model.to_dict())
         return SimulatedWorker(
-            # Padded, because among equals placement takes the smaller id.
-            f"worker-{index:0{len(str(self.num_workers - 1))}}",
+            # Padded, because among equal workers placement takes the smaller id.
+            f"worker-{index:0{len(str(config.num_workers - 1))}}",
             self.device,
-            self.policy.make(self.device.limits, believed),
-            believed if self.learns else None,
-            Noise(self.noise, [self.seed, index]) if self.noise else None,
-            # Each verify advances by another number of tokens.
-            self.fast_forward and self.speculation is None,
-            [] if self.log_steps else None,
+            config.policy.make(self.device.limits, cost_model),
+            cost_model if config.learns else None,
+            Noise(config.noise, [config.seed, index]) if config.noise else None,
+            # With drafts, each step advances by another number of tokens.
+            config.fast_forward and config.speculation is None,
+            [] if config.log_steps else None,
         )
 
     def run(self, on_progress: Callable[[float], None]) -> SimulationResult:
-        """Let all happen."""
+        """Handle all events, those that they cause included."""
         outcomes: list[Outcome | None] = [None] * len(self.arrivals)
         followers: dict[str, list[int]] = {}
-        first_to_come = []
+        first_arrivals = []
         for index, arrival in enumerate(self.arrivals):
             if arrival.after is None:
-                first_to_come.append((arrival.arrival_s, REQUEST_COMES, index, 0))
+                first_arrivals.append((arrival.arrival_s, REQUEST_ARRIVES, index, 0))
             else:
                 followers.setdefault(arrival.after, []).append(index)
-        first_to_come.sort(reverse=True)
+        first_arrivals.sort(reverse=True)
         events = self.events
-        if first_to_come:
-            events.append(first_to_come.pop())
-        num_done, num_told, one_percent = 0, 0, max(1, len(self.arrivals) // 100)
+        if first_arrivals:
+            events.append(first_arrivals.pop())
+        num_done, num_reported, one_percent = 0, 0, max(1, len(self.arrivals) // 100)
         while events:
             now, kind, index, version = heapq.heappop(events)
             self._report_until(now)
-            if kind == REQUEST_COMES:
-                if self.arrivals[index].after is None and first_to_come:
-                    heapq.heappush(events, first_to_come.pop())
+            if kind == REQUEST_ARRIVES:
+                if self.arrivals[index].after is None and first_arrivals:
+                    heapq.heappush(events, first_arrivals.pop())
                 self._place(index, now)
                 continue
             worker = self.workers[index]
@@ -232,20 +225,20 @@ class _Cluster:
                 outcomes[live.index] = _outcome(live, worker.worker_id)
                 num_done += 1
                 for follower in followers.get(live.arrival.request.request_id, ()):
-                    comes_s = now + self.arrivals[follower].arrival_s
-                    heapq.heappush(events, (comes_s, REQUEST_COMES, follower, 0))
+                    arrives_s = now + self.arrivals[follower].arrival_s
+                    heapq.heappush(events, (arrives_s, REQUEST_ARRIVES, follower, 0))
             if events and events[0][0] <= now:
                 self._begin_soon(index, now)
             else:
                 self._begin(index, now)
-            if num_done - num_told >= one_percent:
-                num_told = num_done
+            if num_done - num_reported >= one_percent:
+                num_reported = num_done
                 on_progress(num_done / len(self.arrivals))
         finished = [outcome for outcome in outcomes if outcome is not None]
         if len(finished) < len(self.arrivals):
             raise SimulationError(
                 f"{len(self.arrivals) - len(finished)} of {len(self.arrivals)} requests never "
-                f"finish under {self.policy}"
+                f"finish under {self.config.policy}"
             )
         return self._result(finished)
 
@@ -257,7 +250,7 @@ class _Cluster:
             heapq.heappush(self.events, (end_s, STEP_ENDS, index, worker.version))
 
     def _begin_soon(self, index: int, now: float) -> None:
-        """Begin a step once all that happens at this time has happened."""
+        """Begin a step once all other events of this time were handled."""
         worker = self.workers[index]
         if not worker.begins_soon:
             worker.begins_soon = True
@@ -290,19 +283,20 @@ class _Cluster:
         )
         random: Random | None = None
         draft_chances: tuple[float, ...] = ()
-        if self.speculation is not None:
-            random = Random(f"{self.seed} {arrival.request.request_id}")
-            rate = random.gauss(self.speculation.acceptance_rate, self.speculation.spread)
-            draft_chances = (min(max(rate, 0.0), 1.0),) * self.speculation.num_drafts
+        speculation = self.config.speculation
+        if speculation is not None:
+            random = Random(f"{self.config.seed} {arrival.request.request_id}")
+            rate = random.gauss(speculation.acceptance_rate, speculation.spread)
+            draft_chances = (min(max(rate, 0.0), 1.0),) * speculation.num_drafts
         return LiveRequest(arrival, index, state, holding, random, draft_chances)
 
     def _report_until(self, now: float) -> None:
         """Let the workers report at the last of the regular times before `now`."""
-        report = int(now // self.report_interval_s)
+        report = int(now // self.config.report_interval_s)
         if report == self.last_report:
             return
         self.last_report = report
-        report_s = report * self.report_interval_s
+        report_s = report * self.config.report_interval_s
         for index, worker in enumerate(self.workers):
             load = self.loads[index]
             outstanding = worker.outstanding_at(report_s)
@@ -315,7 +309,7 @@ class _Cluster:
         num_steps = sum(worker.num_steps for worker in workers)
         summary = summarise(
             outcomes,
-            num_workers=self.num_workers,
+            num_workers=len(workers),
             busy_s=math.fsum(worker.busy_s for worker in workers),
             num_steps=num_steps,
             num_spans=sum(worker.num_spans for worker in workers),
@@ -329,7 +323,13 @@ class _Cluster:
                 for name in classes
             }
         steps = {worker.worker_id: worker.log for worker in workers if worker.log is not None}
-        return SimulationResult(self.policy.name, outcomes, summary, by_class, steps)
+        return SimulationResult(
+            policy=self.config.policy.name,
+            outcomes=outcomes,
+            summary=summary,
+            by_class=by_class,
+            steps=steps,
+        )
 
 
 def _outcome(live: LiveRequest, worker_id: str) -> Outcome:

@@ -1,4 +1,4 @@
-"""How requests fared: each by itself, and all together."""
+"""Latencies of simulated requests: each request's, and figures over many."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from scheduler.request import Slo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How one request fared."""
+    """The latencies and counts of one finished request."""
 
     request_id: str
     slo_class: str
@@ -22,13 +22,13 @@ class Outcome:
     ttft_s: float
     """Time to first token, from the arrival."""
     tpot_s: float
-    """Mean time per output token after the first; 0 of a single token."""
+    """Mean time per output token after the first; 0 if there is only one token."""
     finish_s: float
     num_prompt_tokens: int
     num_output_tokens: int
     num_preemptions: int
     num_cached_tokens: int
-    """Prompt tokens that a prefix hit gave it."""
+    """Prompt tokens that were in the KV cache when it was first admitted."""
 
     @property
     def e2e_s(self) -> float:
@@ -37,11 +37,11 @@ class Outcome:
 
     @property
     def met_targets(self) -> bool:
-        """Whether it kept both of its targets."""
+        """Whether it met both of its targets."""
         return self.ttft_s <= self.slo.ttft_s and self.tpot_s <= self.slo.tpot_s
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it: a target that is not there is None."""
+        """The outcome as JSON can hold it; an absent target is None."""
         state = asdict(self)
         state["slo"] = {name: _finite(value) for name, value in state["slo"].items()}
         return state
@@ -49,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """A few figures of many values, in seconds; all 0 of none."""
+    """Mean and percentiles of values in seconds; all 0 if there are none."""
 
     mean: float = 0.0
     p50: float = 0.0
@@ -67,39 +67,39 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """How many requests fared."""
+    """Figures over many requests and the steps that served them."""
 
     num_requests: int
     ttft_s: Distribution
     tpot_s: Distribution
-    """Of the requests with more than one output token."""
+    """Only over requests with more than one output token."""
     e2e_s: Distribution
     makespan_s: float
-    """From the first arrival to the last token."""
+    """Time from the first arrival to the last token."""
     requests_per_s: float
     output_tokens_per_s: float
     tokens_per_s: float
-    """Prompt and output."""
+    """Prompt and output tokens per second."""
     goodput_rps: float
     """Requests per second that met both of their targets."""
     attainment: float
-    """Share of the requests that did."""
+    """Share of the requests that met both of their targets."""
     ttft_attainment: float
     tpot_attainment: float
     num_preemptions: int
     prefix_hit_share: float
     """Share of the prompt tokens that were in the KV cache."""
     utilisation: float
-    """Share of the makespan in which a worker computed, on average."""
+    """Share of the makespan in which a worker computed, mean over the workers."""
     num_steps: int
     mean_batch: float
-    """Requests in a step."""
+    """Mean number of requests in a step."""
     mean_step_tokens: float
-    """Query tokens in a step."""
+    """Mean number of query tokens in a step."""
     mean_step_s: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The summary as JSON can hold it."""
         return asdict(self)
 
 
@@ -113,10 +113,10 @@ def summarise(
     num_query_tokens: int = 0,
     like: Summary | None = None,
 ) -> Summary:
-    """Sum up `outcomes`, and the steps of the workers in which they came about.
+    """Summarise `outcomes` and the workers' steps that they came from.
 
-    `like` is the summary of a whole of which `outcomes` are a part: the makespan and what is known
-    of the steps are taken over from it.
+    `like` is the summary of a larger set that `outcomes` are a part of; the makespan and the
+    figures of steps are copied from it.
     """
     makespan_s = 0.0
     if like is not None:

@@ -37,12 +37,11 @@ from cluster.client import XYServe
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.models.model import resolve_model
 from scheduler.cost_model import CostModel
-from scheduler.policy import StepPolicy
 from scheduler.record import replay
 from scheduler.request import Request, Slo
+from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
-from scheduler.simulation.simulator import simulate
-from scheduler.simulation.trace import Arrival
+from scheduler.simulation.simulator import SimulationConfig, simulate
 from scheduler.task import Limits, StepReport
 from tests.bench.answers import Answer, ask, makespan_s
 from tests.bench.overhead import running_app
@@ -231,7 +230,7 @@ def main() -> None:
             replace(arrival, arrival_s=answer.sent_s - first_s)
             for arrival, answer in zip(arrivals, answers, strict=True)
         ]
-        summary = simulate(sent, around, policy=StepPolicy(), num_workers=2).summary
+        summary = simulate(sent, around, SimulationConfig(num_workers=2)).summary
         simulated = {
             "ttft_s": summary.ttft_s.mean,
             "tpot_s": summary.tpot_s.mean,

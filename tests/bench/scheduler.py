@@ -33,16 +33,16 @@ from typing import Any
 
 from scheduler.policy import StepPolicy
 from scheduler.request import Slo
-from scheduler.simulation.device import DeviceProfile, read_device
-from scheduler.simulation.simulator import simulate
-from scheduler.simulation.trace import (
+from scheduler.simulation.arrivals import (
     Arrival,
     clip_lengths,
-    read_trace,
     scale_rate,
     with_max_tokens,
     with_slo,
 )
+from scheduler.simulation.device import DeviceProfile, read_device
+from scheduler.simulation.simulator import SimulationConfig, simulate
+from scheduler.simulation.traces import read_trace
 from tests.bench.report import publish
 from tests.workload import find_trace, has_traces
 
@@ -81,8 +81,7 @@ class Scene:
         result = simulate(
             scale_rate(self.arrivals, rate),
             self.device,
-            policy=policy,
-            num_workers=self.num_workers,
+            SimulationConfig(policy=policy, num_workers=self.num_workers),
         )
         met = statistics.mean(outcome.met_targets for outcome in result.outcomes)
         return met >= ATTAINMENT

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import pty
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import suppress
 
 import httpx
 import openai
@@ -152,20 +153,28 @@ def test_the_latest_steps_are_shown(server: Server, handle: XYServe, client: ope
 
 
 def test_steps_are_followed_until_one_has_seen_enough(
-    server: Server, client: openai.OpenAI, tmp_path: Path
+    server: Server, client: openai.OpenAI
 ) -> None:
     client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5)
     command = [sys.executable, "-m", "cluster.cli.main", "steps", "--follow"]
-    log = tmp_path / "steps.log"
-    with log.open("w") as out:
-        process = subprocess.Popen([*command, "--address", server.ray_address], stdout=out)
-    give_up_s = time.monotonic() + 60
-    while "measured" not in log.read_text() and time.monotonic() < give_up_s:
-        time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    ours, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "--address", server.ray_address],
+        stdout=terminal,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "200"},
+    )
+    os.close(terminal)
+    with os.fdopen(ours, "rb", buffering=0) as screen:
+        shown = b""
+        while b"measured" not in shown:
+            shown += screen.read(4096)
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # the terminal is gone with the process
+            while more := screen.read(4096):
+                shown += more
 
     assert process.wait(timeout=30) == 0
-    assert log.read_text().count("worker ") >= 2
+    assert shown.count(b"worker ") >= 2
 
 
 @pytest.mark.usefixtures("restored")

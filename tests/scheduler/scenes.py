@@ -7,14 +7,14 @@ from scheduler.request import Request, RequestState, Slo
 from scheduler.task import BatchPlan, Limits, StepView
 
 FIXED_S, TOKEN_S = 0.010, 0.001
-"""A step costs 10 ms and 1 ms for each token, whatever the context."""
+"""A step costs 10 ms plus 1 ms for each token, whatever the context."""
 
 NO_SLO = Slo()
 LIMITS = Limits(max_num_seqs=32, max_num_batched_tokens=2048, kv_block_size=16, num_kv_blocks=1000)
 
 
 def cost_model(attention_s: float = 0.0) -> CostModel:
-    """The machine of this file; `attention_s` for each token of context read."""
+    """The machine of this file; each token of context read costs `attention_s`."""
     weights = [FIXED_S, TOKEN_S, 0.0, 0.0, attention_s, 0.0]
     return CostModel(weights, token_knots=(0,), sample_knots=(0,))
 
@@ -54,7 +54,7 @@ def decoding(
     acceptance_rate: float = 0.7,
     **more: object,
 ) -> RequestState:
-    """A request whose prompt is done."""
+    """A request whose prompt is computed."""
     state = waiting(name, num_prompt_tokens, **more)  # type: ignore[arg-type]
     state.num_output_tokens = num_output_tokens
     state.num_computed_tokens = state.num_tokens - 1
@@ -80,7 +80,7 @@ def tokens(plan: BatchPlan) -> dict[str, int]:
 
 
 def reasons(plan: BatchPlan) -> dict[str, str]:
-    """Why requests were deferred, as plain words."""
+    """Why requests were deferred, as plain strings."""
     return {deferral.request_id: str(deferral.reason) for deferral in plan.deferred}
 
 

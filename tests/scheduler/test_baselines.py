@@ -1,4 +1,4 @@
-"""What each of the others is known for, and that none of them exceeds a limit."""
+"""What characterises each baseline, and that none of them exceeds a limit."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def plan(policy: StepPolicy, of: StepView) -> BatchPlan:
     return policy.make(LIMITS, cost_model()).plan(of, 1.0)
 
 
-def test_static_serves_those_that_run_in_their_order_then_those_that_wait() -> None:
+def test_static_serves_running_requests_in_order_and_then_waiting_ones() -> None:
     scene = view([decoding("a"), prefilling("p", 3000, 1000), decoding("b")], [waiting("w", 300)])
 
     assert tokens(plan(StepPolicy(name="static"), scene)) == {"a": 1, "p": 2000, "b": 1, "w": 46}
@@ -62,7 +62,7 @@ def test_prefill_first_gives_all_decodes_a_slot_when_no_prompt_waits() -> None:
 
 
 @pytest.mark.parametrize("name", ["static", "decode_first", "prefill_first"])
-def test_none_passes_one_that_does_not_fit(name: str) -> None:
+def test_no_request_passes_one_that_does_not_fit(name: str) -> None:
     scene = view([], [waiting("big", 1500), waiting("small")], num_free_kv_blocks=20)
 
     made = plan(StepPolicy(name=name), scene)  # type: ignore[arg-type]

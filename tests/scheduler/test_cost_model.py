@@ -25,7 +25,7 @@ TRUTH = CostModel(
 
 
 def random_shape(random: Random, model: CostModel = TRUTH) -> StepShape:
-    """Up to 32 decodes, and in every other step a chunk of a prompt."""
+    """Up to 32 decodes, and in half of the steps a chunk of a prompt."""
     shape = model.shape()
     for _ in range(random.randint(0, 32)):
         shape.add(1, random.randint(1, 2000), 1)
@@ -93,7 +93,7 @@ def test_a_draft_makes_a_span_longer_by_one_token() -> None:
     assert shape == TRUTH.shape().plus(1, 100, 1)
 
 
-def test_a_fit_gives_back_exact_measurements() -> None:
+def test_a_fit_reproduces_exact_measurements() -> None:
     random = Random(1)
     shapes = [random_shape(random) for _ in range(200)]
 
@@ -107,7 +107,7 @@ def test_a_fit_is_not_led_astray_by_outliers(outliers: float) -> None:
     assert median_error(profile(Random(3), outliers=outliers), Random(2)) < 0.03
 
 
-def test_without_drafts_a_span_is_paid_for_by_its_row_of_the_head(fitted: CostModel) -> None:
+def test_without_drafts_the_cost_of_a_span_is_in_its_row_of_the_head(fitted: CostModel) -> None:
     decode, verify = (fitted.shape().plus(n, 100, n) for n in (1, 5))
 
     assert fitted.predict(verify) - fitted.predict(decode) == pytest.approx(
@@ -135,7 +135,7 @@ def test_knots_between_which_nothing_was_measured_are_left_out() -> None:
         [(StepShape(32), 1.0), (StepShape(32, 2, 1, 1, 1), 1.0)],
     ],
 )
-def test_a_fit_refuses_what_is_no_measurement(steps: list[tuple[StepShape, float]]) -> None:
+def test_a_fit_refuses_malformed_measurements(steps: list[tuple[StepShape, float]]) -> None:
     with pytest.raises(ValueError, match="a fit needs"):
         fit(steps)
 
@@ -175,7 +175,7 @@ def test_the_longest_chunk_is_the_last_that_keeps_the_limit(fitted: CostModel) -
 
 
 @pytest.mark.parametrize("slowdown", [1.3, 2.0, 3.0])
-def test_it_follows_a_machine_that_gets_slower_and_fast_again(
+def test_predictions_follow_a_machine_that_gets_slower_and_fast_again(
     fitted: CostModel, slowdown: float
 ) -> None:
     model, random = copy(fitted), Random(5)
@@ -192,7 +192,7 @@ def test_it_follows_a_machine_that_gets_slower_and_fast_again(
     assert median_error(model, random) < 0.1
 
 
-def test_one_outlier_moves_nothing_much(fitted: CostModel) -> None:
+def test_one_outlier_hardly_changes_a_prediction(fitted: CostModel) -> None:
     model, random = copy(fitted), Random(6)
     for _ in range(20):
         shape = random_shape(random)
@@ -205,7 +205,7 @@ def test_one_outlier_moves_nothing_much(fitted: CostModel) -> None:
     assert model.predict(probe) == pytest.approx(before_s, rel=0.03)
 
 
-def test_it_learns_a_part_that_the_profile_had_wrong(fitted: CostModel) -> None:
+def test_a_wrong_weight_of_the_profile_is_learnt(fitted: CostModel) -> None:
     state = fitted.to_dict()
     state["weights"][-2] *= 2  # of the KV reads
     model, random = CostModel.from_dict(state), Random(7)
@@ -231,7 +231,7 @@ def test_outliers_do_not_add_up_over_a_long_time(fitted: CostModel) -> None:
         assert now <= profiled * 3 * (1 + 1e-9)
 
 
-def test_its_error_is_the_median_of_recent_ones() -> None:
+def test_the_error_is_the_median_of_recent_ones() -> None:
     model = CostModel([1.0, 0, 0, 0, 0, 0], token_knots=(0,), sample_knots=(0,))
     assert model.error == 0
 
@@ -247,7 +247,7 @@ observed = st.lists(st.tuples(spans, st.floats(allow_nan=True, allow_infinity=Tr
 
 @given(weights=weights, steps=observed, span=spans, more=st.integers(1, 500), wide=st.booleans())
 @settings(deadline=None)
-def test_whatever_it_observes_predictions_grow_with_tokens_and_context(
+def test_predictions_grow_with_tokens_and_context_whatever_was_observed(
     weights: list[float],
     steps: list[tuple[tuple[int, int, bool], float]],
     span: tuple[int, int, bool],

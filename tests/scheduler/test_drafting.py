@@ -96,7 +96,7 @@ def test_a_worker_gets_the_least_busy_draft_worker_that_is_not_silent(
         (load("a", 0.5, 2), "a"),
         (load("a", 0.5 + BUSIER - 0.01, 2), "a"),
         (load("a", 0.5 + BUSIER + 0.01, 2), "b"),
-        (load("a", 1.0, 1), "a"),  # as busy would the other be with it
+        (load("a", 1.0, 1), "a"),  # the other would be as busy with it
         (load("a", 0.0, 1, silent=True), "b"),
     ],
 )
@@ -110,11 +110,11 @@ def test_a_worker_whose_draft_worker_is_gone_gets_another() -> None:
     assert choose_draft_worker("gone", [load("a", 0.9), load("b", 0.8)]) == "b"
 
 
-def test_a_worker_with_none_but_a_silent_draft_worker_has_none() -> None:
+def test_a_worker_gets_no_draft_worker_if_all_are_silent() -> None:
     assert choose_draft_worker("a", [load("a", silent=True)]) is None
 
 
-def test_workers_that_choose_in_turn_share_the_draft_workers_and_stay() -> None:
+def test_workers_that_choose_in_turn_share_the_draft_workers_and_keep_them() -> None:
     of_worker: dict[str, str | None] = dict.fromkeys("wxyz")
     history = []
     for _ in range(3):
@@ -127,33 +127,33 @@ def test_workers_that_choose_in_turn_share_the_draft_workers_and_stay() -> None:
     assert history == [["a", "b", "a", "b"]] * 3
 
 
-def test_a_usual_rate_is_no_event() -> None:
+def test_a_rate_near_the_usual_one_is_no_collapse() -> None:
     assert usual().run([0.5, 0.65, 0.55, 0.6] * 20) == []
 
 
-def test_a_rate_that_falls_with_what_is_written_is_of_the_content() -> None:
+def test_a_rate_that_falls_by_itself_is_due_to_the_content() -> None:
     watched = usual()
 
     assert watched.run([0.1]) == [CollapseReason.CONTENT]
     assert watched.watch.reason is CollapseReason.CONTENT
 
 
-def test_a_rate_that_falls_behind_late_drafts_is_of_their_lateness() -> None:
+def test_a_rate_that_falls_while_most_drafts_are_late_is_due_to_lateness() -> None:
     assert usual().report(0.1, num_proposed=20, num_late=11) is CollapseReason.LATE
 
 
-def test_some_late_drafts_are_not_the_cause() -> None:
+def test_late_drafts_are_not_the_reason_unless_they_are_most() -> None:
     assert usual().report(0.1, num_proposed=20, num_late=10) is CollapseReason.CONTENT
 
 
-def test_a_rate_that_falls_with_a_new_draft_worker_is_of_its_restart() -> None:
+def test_a_rate_that_falls_with_a_new_draft_worker_is_due_to_its_restart() -> None:
     watched = usual()
     watched.draft_worker = "d2"
 
     assert watched.run([0.5, 0.4, 0.1]) == [CollapseReason.RESTARTED]
 
 
-def test_late_drafts_of_a_new_draft_worker_are_of_its_restart() -> None:
+def test_late_drafts_of_a_new_draft_worker_are_due_to_its_restart() -> None:
     watched = usual()
     watched.draft_worker = "d2"
 
@@ -168,13 +168,13 @@ def test_a_draft_worker_is_not_new_for_ever() -> None:
     assert (steady, watched.run([0.1])) == ([], [CollapseReason.CONTENT])
 
 
-def test_a_draft_worker_that_does_not_answer_is_the_cause_whatever_the_rate() -> None:
+def test_a_draft_worker_that_does_not_answer_is_the_reason_whatever_the_rate() -> None:
     watched = usual()
 
     assert watched.report(0.6, is_answered=False) is CollapseReason.SILENT
 
 
-def test_a_draft_worker_that_does_not_answer_is_noticed_though_nothing_is_verified() -> None:
+def test_a_draft_worker_that_does_not_answer_is_noticed_even_if_nothing_is_verified() -> None:
     watched = usual()
 
     assert watched.report(0.6, num_verified=0, is_answered=False) is CollapseReason.SILENT
@@ -202,7 +202,7 @@ def test_each_silence_is_an_event_of_its_own() -> None:
     ]
 
 
-def test_what_a_rate_is_during_silence_does_not_become_usual() -> None:
+def test_the_usual_rate_is_not_learnt_during_silence() -> None:
     watched = usual()
     for _ in range(100):
         watched.report(0.0, is_answered=False)
@@ -237,7 +237,7 @@ def test_a_collapse_ends_near_the_usual_rate_and_not_before() -> None:
     assert reasons == [CollapseReason.CONTENT, CollapseReason.CONTENT, None]
 
 
-def test_a_rate_that_wavers_about_the_limit_is_one_event() -> None:
+def test_a_rate_that_crosses_the_limit_again_and_again_is_one_event() -> None:
     assert usual().run([0.28, 0.32] * 5) == [CollapseReason.CONTENT]
 
 
@@ -291,7 +291,7 @@ def test_the_first_rates_make_the_usual_one_quickly() -> None:
     assert watched.run([0.2] * 5) == []
 
 
-def test_without_verified_drafts_a_rate_says_nothing() -> None:
+def test_a_rate_without_verified_drafts_is_ignored() -> None:
     watched = usual()
 
     assert [watched.report(0.0, num_verified=0) for _ in range(5)] == [None] * 5

@@ -86,14 +86,14 @@ def test_a_request_that_missed_its_target_goes_behind_one_that_can_be_saved() ->
     assert "lost" not in tokens(made)
 
 
-def test_a_lost_request_sets_no_limit_for_one_that_can_be_saved() -> None:
+def test_a_lost_decode_does_not_shorten_a_step_for_a_prefill_that_can_be_saved() -> None:
     lost = decoding("lost", slo=Slo(ttft_s=0.001, tpot_s=0.02), arrival_s=-5.0)
     saved = waiting("saved", 400, slo=CHAT, arrival_s=0.9)
 
     assert tokens(plan(view([lost], [saved])))["saved"] == 400
 
 
-def test_the_oldest_prefill_that_was_passed_over_goes_first_every_so_many_steps() -> None:
+def test_the_oldest_prefill_that_was_passed_over_goes_first_at_each_turn() -> None:
     lost = waiting("lost", 80, slo=CHAT, arrival_s=-5.0)
     others = [waiting(f"w{i}", 80, slo=CHAT, arrival_s=0.9) for i in range(5)]
 
@@ -102,7 +102,7 @@ def test_the_oldest_prefill_that_was_passed_over_goes_first_every_so_many_steps(
     assert tokens(made)["lost"] == 80
 
 
-def test_a_turn_moves_on_even_if_decodes_leave_no_time() -> None:
+def test_a_prefill_progresses_at_its_turn_even_if_decodes_leave_no_time() -> None:
     tight = [decoding(f"d{i}", slo=Slo(2.0, 0.043)) for i in range(32)]
     lost = prefilling("lost", 5000, 1000, slo=CHAT, arrival_s=-5.0)
 
@@ -110,7 +110,7 @@ def test_a_turn_moves_on_even_if_decodes_leave_no_time() -> None:
     assert tokens(plan(view([*tight, lost], step=TURN)))["lost"] == TURN_TOKENS
 
 
-def test_late_decodes_are_left_out_when_those_on_time_could_not_go_on_with_them() -> None:
+def test_late_decodes_are_left_out_where_they_would_make_others_late() -> None:
     saved = [decoding(f"s{i}", slo=Slo(2.0, 0.025)) for i in range(10)]
     lost = [decoding(f"l{i}", slo=Slo(0.001, 1.0), arrival_s=-9.0 + i) for i in range(10)]
 
@@ -146,7 +146,7 @@ def test_what_fits_is_taken_when_the_first_does_not_fit_the_kv_cache() -> None:
     assert reasons(made) == {"big": "kv"}
 
 
-def test_without_targets_none_passes_one_that_does_not_fit_the_kv_cache() -> None:
+def test_without_targets_no_request_passes_one_that_does_not_fit_the_kv_cache() -> None:
     made = plan(
         view([decoding("a")], [waiting("big", 1500), waiting("small")], num_free_kv_blocks=20)
     )
@@ -155,7 +155,7 @@ def test_without_targets_none_passes_one_that_does_not_fit_the_kv_cache() -> Non
     assert reasons(made) == {"big": "kv", "small": "behind"}
 
 
-def test_one_that_waited_without_end_has_the_next_room_in_the_kv_cache() -> None:
+def test_a_starved_request_gets_the_next_free_kv_blocks() -> None:
     starved = waiting("starved", 1500, slo=CHAT, arrival_s=-STARVATION_S)
     fresh = waiting("fresh", 80, slo=CHAT, arrival_s=0.9)
     running = [decoding("a", slo=CHAT)]
@@ -195,16 +195,16 @@ def test_a_full_kv_cache_preempts_the_lost_before_the_latest() -> None:
 
 
 def test_a_preempted_request_comes_back_before_new_ones() -> None:
-    resumed = waiting("resumed", 120, slo=CHAT, arrival_s=-1.0)
-    resumed.num_output_tokens, resumed.first_token_s, resumed.last_token_s = 3, 0.0, 0.9
+    preempted = waiting("preempted", 120, slo=CHAT, arrival_s=-1.0)
+    preempted.num_output_tokens, preempted.first_token_s, preempted.last_token_s = 3, 0.0, 0.9
     fresh = waiting("fresh", 120, slo=CHAT, arrival_s=0.9)
 
-    made = plan(view([decoding("a", slo=CHAT)], [fresh, resumed]))
+    made = plan(view([decoding("a", slo=CHAT)], [fresh, preempted]))
 
-    assert list(tokens(made)) == ["a", "resumed"]
+    assert list(tokens(made)) == ["a", "preempted"]
 
 
-def test_a_prefix_hit_counts_as_done() -> None:
+def test_a_prefix_hit_counts_as_computed() -> None:
     made = plan(view([decoding("a", slo=CHAT)], [waiting("w", 1000, slo=CHAT, cached=960)]))
 
     (task,) = (task for task in made.tasks if task.request_id == "w")

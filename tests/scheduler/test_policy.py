@@ -1,4 +1,4 @@
-"""What every scheduler owes in every scene, whatever the machine costs."""
+"""What holds for every scheduler in every scene and on every machine."""
 
 import copy
 import math
@@ -126,10 +126,10 @@ def test_each_request_is_computed_or_has_a_reason(
 
     everyone = {state.request.request_id for state in (*view.running, *view.waiting)}
     computed = {task.request_id for task in plan.tasks}
-    put_off = [deferral.request_id for deferral in plan.deferred]
-    assert len(put_off) == len(set(put_off))
-    assert computed | set(put_off) == everyone
-    assert not computed & set(put_off)
+    deferred = [deferral.request_id for deferral in plan.deferred]
+    assert len(deferred) == len(set(deferred))
+    assert computed | set(deferred) == everyone
+    assert not computed & set(deferred)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)

@@ -37,7 +37,7 @@ def test_likely_drafts_are_verified_where_a_token_costs_less_than_the_step() -> 
     assert made.tasks[0].seq_len == 109
 
 
-def test_unlikely_drafts_are_left() -> None:
+def test_unlikely_drafts_are_not_verified() -> None:
     made = plan(decoding("a", num_drafts=4, acceptance_rate=0.05))
 
     assert tokens(made) == {"a": 1}
@@ -96,7 +96,7 @@ def test_what_is_verified_raises_the_expected_tokens_per_second(
     assert all(made[f"d{i}"] <= 1 + count for i, (count, _) in enumerate(drafts))
 
 
-def test_a_jump_of_the_step_time_is_looked_beyond() -> None:
+def test_drafts_beyond_a_jump_of_the_step_time_are_considered() -> None:
     # Two tokens cost as much as five: the first draft alone would not pay, all four together do.
     stepped = CostModel(
         [0.010, 0.006, 0.0, 0.0, 0.0, 0.0, 0.0], token_knots=(0, 2), sample_knots=(0,)
@@ -108,7 +108,7 @@ def test_a_jump_of_the_step_time_is_looked_beyond() -> None:
     assert tokens(made) == {"a": 5}
 
 
-def test_drafts_at_hand_are_worth_the_product_of_their_chances() -> None:
+def test_expected_drafts_are_the_sum_of_the_products_of_their_chances() -> None:
     assert num_expected(()) == 0
     assert num_expected((0.5, 0.5)) == 0.75
     assert num_expected((1.0, 0.0, 1.0)) == 1.0
@@ -120,7 +120,7 @@ def verify(acceptance: Acceptance, request_id: str, probs: list[float], num_acce
     acceptance.verified(request_id, len(probs), num_accepted)
 
 
-def test_at_first_a_drafter_is_taken_at_its_word() -> None:
+def test_at_first_a_drafters_estimates_are_the_chances() -> None:
     assert Acceptance().chances("a", "suffix", [0.5, 0.25]) == pytest.approx((0.5, 0.25))
 
 
@@ -128,7 +128,7 @@ def test_no_draft_is_sure() -> None:
     assert Acceptance().chances("a", "suffix", [1.0]) == (MAX_CHANCE,)
 
 
-def test_a_drafter_that_boasts_is_believed_less() -> None:
+def test_the_chances_of_an_overconfident_drafter_fall() -> None:
     acceptance = Acceptance()
     for number in range(200):
         verify(acceptance, f"r{number}", [0.9], int(number % 3 == 0))
@@ -139,7 +139,7 @@ def test_a_drafter_that_boasts_is_believed_less() -> None:
     assert acceptance.rate == pytest.approx(1 / 3, abs=0.1)
 
 
-def test_what_a_drafter_says_of_sure_drafts_says_nothing_of_unsure_ones() -> None:
+def test_sure_and_unsure_drafts_are_calibrated_apart() -> None:
     acceptance = Acceptance()
     for number in range(200):
         verify(acceptance, f"r{number}", [0.9], 0)
@@ -148,7 +148,7 @@ def test_what_a_drafter_says_of_sure_drafts_says_nothing_of_unsure_ones() -> Non
     assert acceptance.chances("new", "suffix", [0.3]) > acceptance.chances("new", "suffix", [0.9])
 
 
-def test_a_request_whose_drafts_fail_gets_fewer_than_its_neighbour() -> None:
+def test_a_request_whose_drafts_fail_has_lower_chances_than_others() -> None:
     acceptance = Acceptance()
     for _ in range(20):
         verify(acceptance, "lucky", [0.5], 1)
@@ -168,12 +168,12 @@ def test_a_request_that_has_ended_is_forgotten() -> None:
     acceptance.forget("a")
     acceptance.forget("unknown")
 
-    [anew] = acceptance.chances("a", "suffix", [0.5])
+    [again] = acceptance.chances("a", "suffix", [0.5])
     [other] = acceptance.chances("new", "suffix", [0.5])
-    assert anew == other
+    assert again == other
 
 
-def test_while_nothing_is_verified_one_draft_now_and_then_is() -> None:
+def test_while_no_drafts_are_verified_one_is_probed_now_and_then() -> None:
     acceptance = Acceptance()
     offers = {"a": (0.1, 0.1), "b": (0.2,)}
 
@@ -192,7 +192,7 @@ def test_nothing_is_probed_while_drafts_are_verified() -> None:
     assert not acceptance.is_resting
 
 
-def test_drafts_of_no_use_are_not_asked_for_but_before_a_probe() -> None:
+def test_useless_drafts_are_requested_only_before_a_probe() -> None:
     acceptance = Acceptance()
     rests = []
     for _ in range(4 * PROBE_STEPS):
@@ -220,7 +220,9 @@ def test_a_decode_gives_more_tokens_where_drafts_are_accepted() -> None:
         st.tuples(st.lists(st.floats(0, 1), max_size=6), st.integers(0, 6)), max_size=60
     )
 )
-def test_chances_are_chances_whatever_comes(drafts: list[tuple[list[float], int]]) -> None:
+def test_chances_are_between_0_and_1_whatever_is_verified(
+    drafts: list[tuple[list[float], int]],
+) -> None:
     acceptance = Acceptance()
     for probs, num_accepted in drafts:
         verify(acceptance, "a", probs, min(num_accepted, len(probs)))

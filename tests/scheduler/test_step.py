@@ -4,7 +4,7 @@ from tests.scheduler.scenes import LIMITS, cost_model, decoding, prefilling, rea
 from tests.scheduler.scenes import waiting as new
 
 
-def test_what_was_admitted_goes_back_before_anything_that_runs_is_preempted() -> None:
+def test_admissions_are_undone_before_a_running_request_is_preempted() -> None:
     running = prefilling("p", 64, 0)
     step = Step(view([running], num_free_kv_blocks=4), LIMITS, cost_model())
 
@@ -28,7 +28,7 @@ def test_nothing_is_admitted_in_a_step_that_preempts() -> None:
     assert step.admit(new("w", 16), 16) is Reason.KV
 
 
-def test_a_victim_gives_back_what_it_had_in_the_step() -> None:
+def test_a_preempted_request_loses_its_task_in_the_step() -> None:
     running = [decoding("a", num_prompt_tokens=108), decoding("b", arrival_s=0.5)]
     step = Step(view(running, num_free_kv_blocks=0), LIMITS, cost_model())
 

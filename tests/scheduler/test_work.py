@@ -3,7 +3,7 @@ from random import Random
 import pytest
 
 from scheduler.cost_model import StepShape
-from scheduler.simulation.device import MODELS
+from scheduler.simulation.roofline import MODELS
 from scheduler.work import ModelWork
 
 WORK = ModelWork(
@@ -17,7 +17,7 @@ WORK = ModelWork(
 
 
 def shape_of(*spans: tuple[int, int, int]) -> StepShape:
-    """Spans of so many tokens, up to a length, with so many sampled."""
+    """Spans of (query tokens, length of the sequence, sampled tokens)."""
     shape = StepShape(query_tile=16)
     for span in spans:
         shape.add(*span)
@@ -42,7 +42,7 @@ def test_an_empty_step_takes_nothing() -> None:
     assert WORK.flops(shape_of()) == WORK.memory_bytes(shape_of()) == 0
 
 
-def test_spans_add_up_but_for_the_weights_that_are_read_once() -> None:
+def test_spans_add_up_except_for_the_weights_that_are_read_once() -> None:
     random = Random(0)
     for _ in range(100):
         spans = []

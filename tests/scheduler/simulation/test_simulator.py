@@ -10,10 +10,15 @@ from scheduler.cost_model import CostModel
 from scheduler.policy import StepPolicy
 from scheduler.request import Request, Slo
 from scheduler.simulation import simulated_worker
+from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
 from scheduler.simulation.simulated_worker import SimulationError
-from scheduler.simulation.simulator import SimulationResult, Speculation, simulate
-from scheduler.simulation.trace import Arrival
+from scheduler.simulation.simulator import (
+    SimulationConfig,
+    SimulationResult,
+    Speculation,
+    simulate,
+)
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
 
 FIXED_S, TOKEN_S, CONTEXT_S = 0.010, 0.001, 1e-6
@@ -74,6 +79,10 @@ def workload(
     return found
 
 
+def policy_of(name: str, budget: int | None = None) -> StepPolicy:
+    return StepPolicy(name=name, budget=budget)  # type: ignore[arg-type]
+
+
 def step_s(num_tokens: int, context: int) -> float:
     return FIXED_S + TOKEN_S * num_tokens + CONTEXT_S * context
 
@@ -88,8 +97,7 @@ def test_one_request_takes_the_sum_of_its_steps(policy: str, fast_forward: bool)
     result = simulate(
         [arrival("r", 3.0, num_prompt=30, num_output=10)],
         device(),
-        policy=StepPolicy(name=policy),  # type: ignore[arg-type]
-        fast_forward=fast_forward,
+        SimulationConfig(policy=policy_of(policy), fast_forward=fast_forward),
     )
 
     (outcome,) = result.outcomes
@@ -106,8 +114,7 @@ def test_a_prompt_above_the_budget_takes_several_steps() -> None:
     result = simulate(
         [arrival("r", num_prompt=600, num_output=1)],
         device(),
-        policy=StepPolicy(name="static"),
-        log_steps=True,
+        SimulationConfig(policy=policy_of("static"), log_steps=True),
     )
 
     (steps,) = result.steps.values()
@@ -119,13 +126,9 @@ def test_a_prompt_above_the_budget_takes_several_steps() -> None:
 def test_each_token_is_computed_once(policy: str) -> None:
     arrivals = [replace(a, hash_ids=()) for a in workload(1)]
 
-    result = simulate(
-        arrivals,
-        device(),
-        policy=StepPolicy(name=policy),  # type: ignore[arg-type]
-        num_workers=2,
-        log_steps=True,
-    )
+    config = SimulationConfig(policy=policy_of(policy), num_workers=2, log_steps=True)
+
+    result = simulate(arrivals, device(), config)
 
     steps = [step for log in result.steps.values() for step in log]
     assert result.summary.num_preemptions == 0
@@ -146,8 +149,7 @@ def test_preempted_requests_still_give_all_their_tokens(policy: str) -> None:
     result = simulate(
         arrivals,
         device(num_kv_blocks=24),
-        policy=StepPolicy(name=policy),  # type: ignore[arg-type]
-        log_steps=True,
+        SimulationConfig(policy=policy_of(policy), log_steps=True),
     )
 
     (steps,) = result.steps.values()
@@ -166,11 +168,13 @@ def test_fast_forward_changes_nothing(policy: str, num_kv_blocks: int, noise: fl
         simulate(
             arrivals,
             device(num_kv_blocks),
-            policy=StepPolicy(name=policy),  # type: ignore[arg-type]
-            num_workers=2,
-            noise=noise,
-            fast_forward=fast_forward,
-            log_steps=True,
+            SimulationConfig(
+                policy=policy_of(policy),
+                num_workers=2,
+                noise=noise,
+                fast_forward=fast_forward,
+                log_steps=True,
+            ),
         )
         for fast_forward in (True, False)
     )
@@ -208,7 +212,9 @@ def test_fast_forward_plans_less(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_request_joins_at_the_end_of_the_step_in_which_it_comes(fast_forward: bool) -> None:
     arrivals = [arrival("first", 0.0, 10, 100), arrival("second", 0.5, 10, 1)]
 
-    result = simulate(arrivals, device(), fast_forward=fast_forward, log_steps=True)
+    result = simulate(
+        arrivals, device(), SimulationConfig(fast_forward=fast_forward, log_steps=True)
+    )
 
     (steps,) = result.steps.values()
     joined = next(step for step in steps[1:] if step.num_prefill_tokens)
@@ -226,7 +232,7 @@ def test_a_prefix_that_was_computed_is_not_computed_again() -> None:
         arrival("other", 3.0, 100, 1, hash_ids=(80, 81, 82, 83, 84, 85)),
     ]
 
-    result = simulate(arrivals, device(), log_steps=True)
+    result = simulate(arrivals, device(), SimulationConfig(log_steps=True))
 
     (steps,) = result.steps.values()
     assert [o.num_cached_tokens for o in result.outcomes] == [0, 96, 48, 0]
@@ -234,7 +240,7 @@ def test_a_prefix_that_was_computed_is_not_computed_again() -> None:
     assert result.summary.prefix_hit_share == pytest.approx(144 / 400)
 
 
-def test_one_token_at_least_is_computed() -> None:
+def test_at_least_one_token_is_computed_after_a_prefix_hit() -> None:
     arrivals = [arrival(f"r{i}", float(i), 32, 1, hash_ids=(0, 1)) for i in range(2)]
 
     result = simulate(arrivals, device())
@@ -242,7 +248,7 @@ def test_one_token_at_least_is_computed() -> None:
     assert [outcome.num_cached_tokens for outcome in result.outcomes] == [0, 16]
 
 
-def test_the_prefix_that_was_used_last_stays_longest() -> None:
+def test_the_least_recently_used_prefix_is_evicted_first() -> None:
     a, b = (0, 1, 2), (10, 11, 12)
     arrivals = [
         arrival("a", 0.0, 50, 1, hash_ids=a),
@@ -258,7 +264,7 @@ def test_the_prefix_that_was_used_last_stays_longest() -> None:
     assert [o.num_cached_tokens for o in result.outcomes] == [0, 0, 48, 0, 48, 32]
 
 
-def test_a_session_goes_on_when_its_call_has_ended() -> None:
+def test_the_next_call_of_a_session_follows_the_end_of_the_one_before() -> None:
     arrivals = [
         arrival("call 1", 1.0, 50, 20),
         arrival("call 2", 2.5, 60, 5, after="call 1"),
@@ -274,26 +280,24 @@ def test_a_session_goes_on_when_its_call_has_ended() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_rate_of_acceptance_decides_how_many_tokens_a_verify_gives(policy: str) -> None:
     def steps_at(rate: float) -> int:
-        return simulate(
-            [arrival("r", num_output=101)],
-            device(),
-            policy=StepPolicy(name=policy),  # type: ignore[arg-type]
+        config = SimulationConfig(
+            policy=policy_of(policy),
             speculation=Speculation(num_drafts=4, acceptance_rate=rate),
-        ).summary.num_steps
+        )
+        return simulate([arrival("r", num_output=101)], device(), config).summary.num_steps
 
     assert steps_at(1.0) == 21
     assert 21 < steps_at(0.7) < 101
     assert steps_at(0.0) == 101
 
 
-def test_a_scheduler_that_learns_comes_to_know_the_device() -> None:
+def test_a_scheduler_that_learns_comes_to_predict_the_device() -> None:
     believed = CostModel(
         [FIXED_S / 4, TOKEN_S / 4, 0, 0, 0, 0], token_knots=(0,), sample_knots=(0,)
     )
+    config = SimulationConfig(scheduler_cost_model=believed, learns=True, log_steps=True)
 
-    result = simulate(
-        workload(3, count=100), device(), scheduler_cost_model=believed, learns=True, log_steps=True
-    )
+    result = simulate(workload(3, count=100), device(), config)
 
     (steps,) = result.steps.values()
     errors = [abs(step.predicted_s / step.seconds - 1) for step in steps]
@@ -302,7 +306,7 @@ def test_a_scheduler_that_learns_comes_to_know_the_device() -> None:
     assert believed.speed == 1.0  # each worker has its own
 
 
-def test_classes_are_summed_up_apart() -> None:
+def test_each_class_has_its_own_summary() -> None:
     arrivals = [arrival("a", slo_class="chat", slo=Slo(1e-9)), arrival("b", slo_class="code")]
 
     result = simulate(arrivals, device())
@@ -313,7 +317,7 @@ def test_classes_are_summed_up_apart() -> None:
     assert result.to_dict()["by_class"]["chat"]["num_requests"] == 1  # type: ignore[index]
 
 
-def test_progress_is_told() -> None:
+def test_progress_is_reported() -> None:
     shares: list[float] = []
 
     simulate(workload(4), device(), on_progress=shares.append)
@@ -337,6 +341,11 @@ def test_arrivals_that_can_never_be_served_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         simulate(arrivals, device())
+
+
+def test_a_cluster_has_a_worker() -> None:
+    with pytest.raises(ValueError, match=r"num_workers \(0\) must be at least 1"):
+        SimulationConfig(num_workers=0)
 
 
 def plan_of(*tasks: StageTask, deferred: tuple[()] = ()) -> BatchPlan:
@@ -429,15 +438,14 @@ def test_every_workload_is_served_within_the_limits(
     speculation = Speculation(num_drafts=num_drafts, spread=0.2) if num_drafts else None
 
     def run(fast_forward: bool) -> SimulationResult:
-        return simulate(
-            arrivals,
-            machine,
-            policy=StepPolicy(name=policy, budget=budget),  # type: ignore[arg-type]
+        config = SimulationConfig(
+            policy=policy_of(policy, budget),
             num_workers=num_workers,
             speculation=speculation,
             fast_forward=fast_forward,
             seed=seed,
         )
+        return simulate(arrivals, machine, config)
 
     result = run(True)
 
@@ -455,6 +463,6 @@ def test_preemption_does_not_count_on_blocks_that_others_hold_too() -> None:
         machine = device(random.randint(18, 30), random.randint(2, 12))
         arrivals = workload(seed, count=25, rate=100.0)
 
-        result = simulate(arrivals, machine, policy=StepPolicy(name="decode_first"))
+        result = simulate(arrivals, machine, SimulationConfig(policy=policy_of("decode_first")))
 
         assert len(result.outcomes) == 25

@@ -2,24 +2,15 @@ import gzip
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 
 from scheduler.policy import StepPolicy
 from scheduler.record import Recorder
-from scheduler.request import Slo
-from scheduler.simulation.trace import (
-    Arrival,
-    clip_lengths,
-    first_requests,
-    first_seconds,
-    read_trace,
-    scale_rate,
-    with_max_tokens,
-    with_slo,
-)
+from scheduler.simulation.arrivals import Arrival
+from scheduler.simulation.traces import read_trace
 from scheduler.task import StepReport
 from tests import workload
 from tests.scheduler.scenes import LIMITS, cost_model, decoding, view, waiting
@@ -137,7 +128,7 @@ def test_mooncake_requests_are_spread_inside_their_step(ending: str, tmp_path: P
     assert read_trace(path, seed=2) != arrivals
 
 
-def test_times_that_are_exact_stay(tmp_path: Path) -> None:
+def test_exact_times_are_kept(tmp_path: Path) -> None:
     row = {"input_length": 5, "output_length": 5, "hash_ids": [1]}
     path = write(tmp_path / "m.jsonl", ({"timestamp": 10 * i, **row} for i in range(9)))
 
@@ -174,14 +165,14 @@ def test_servegen_clients_keep_their_shares(family: str, shape: float, tmp_path:
     assert read_trace(path, rate_rps=8.0, duration_s=600) == arrivals
 
 
-def test_servegen_goes_on_with_the_next_window(tmp_path: Path) -> None:
+def test_servegen_continues_with_the_next_window(tmp_path: Path) -> None:
     arrivals = read_trace(servegen(tmp_path), rate_rps=8.0, duration_s=1200)
 
     later = [a for a in arrivals if a.arrival_s >= 600]
     assert len(later) == pytest.approx(8 * 600 * 15 / 40, rel=0.2)
 
 
-def test_a_recorded_run_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_recorded_run_is_read_as_it_was(tmp_path: Path) -> None:
     rows = [
         {"arrival_s": 1.5, "input_length": 10, "output_length": 3, "class": "chat"},
         {"arrival_s": 0.5, "input_length": 20, "output_length": 4, "max_tokens": 9,
@@ -194,74 +185,16 @@ def test_a_recorded_run_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (second.request.slo_class, second.num_output_tokens) == ("chat", 3)
 
 
-def test_a_rate_scales_the_times_but_not_the_gaps_of_sessions(tmp_path: Path) -> None:
-    before = by_id(read_trace(sessions(tmp_path / "s.jsonl")))
-
-    after = by_id(scale_rate(before.values(), 4.0))
-
-    assert after["b-0"].arrival_s == before["b-0"].arrival_s / 4
-    assert after["b-1"].arrival_s == before["b-1"].arrival_s
-
-
-def test_a_cut_keeps_no_call_without_the_one_before_it(tmp_path: Path) -> None:
-    arrivals = read_trace(sessions(tmp_path / "s.jsonl"), rate_rps=0.01)
-    starts = [a.arrival_s for a in arrivals if a.after is None]
-
-    assert [a.request.request_id for a in first_requests(arrivals, 4)] == [
-        "a-0",
-        "a-1",
-        "a-2",
-        "b-0",
-    ]
-    assert len(first_seconds(arrivals, (starts[1] - starts[0]) / 2)) == 3
-    assert first_requests(arrivals[1:], 2) == []
-
-
-def test_seconds_count_from_the_first_arrival(tmp_path: Path) -> None:
-    arrivals = scale_rate(read_trace(mooncake(tmp_path / "m.jsonl")), 0.5)
-
-    kept = first_seconds(arrivals, 10.0)
-
-    assert kept == [a for a in arrivals if a.arrival_s < arrivals[0].arrival_s + 10.0]
-    assert 0 < len(kept) < len(arrivals)
-
-
-def test_targets_are_given_to_all_or_by_a_function(tmp_path: Path) -> None:
-    arrivals = read_trace(mooncake(tmp_path / "m.jsonl"))
-
-    def by_length(arrival: Arrival) -> Slo:
-        return Slo(arrival.request.num_prompt_tokens / 1000)
-
-    assert {a.request.slo for a in with_slo(arrivals, Slo(1.0, 0.1))} == {Slo(1.0, 0.1)}
-    assert [a.request.slo.ttft_s for a in with_slo(arrivals, by_length)] == [
-        a.request.num_prompt_tokens / 1000 for a in arrivals
-    ]
-
-
-def test_max_tokens_hide_how_long_outputs_get(tmp_path: Path) -> None:
-    arrivals = read_trace(mooncake(tmp_path / "m.jsonl"))
-
-    assert {a.request.max_tokens for a in with_max_tokens(arrivals, 500)} == {500}
-    assert {a.request.max_tokens for a in with_max_tokens(arrivals, 5)} == {20}
-
-
-def test_long_requests_are_clipped(tmp_path: Path) -> None:
-    arrivals = read_trace(mooncake(tmp_path / "m.jsonl"))
-
-    for arrival in clip_lengths(arrivals, 610):
-        assert arrival.request.num_prompt_tokens + arrival.num_output_tokens <= 610
-        assert arrival.request.max_tokens == arrival.num_output_tokens >= 1
-    (short,) = {a.hash_ids for a in clip_lengths(arrivals, 100)}
-    assert short == (0,)
-    assert clip_lengths(arrivals, 10**6) == arrivals
-
-
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("x.csv", "", "the file is empty"),
-        ("x.csv", "a,b\n1,2\n", r"x\.csv:1: no trace of a known kind, with a, b"),
-        ("x.jsonl", '{"a": 1}\n', r"x\.jsonl:1: no trace of a known kind, with a"),
+        (
+            "x.csv",
+            "a,b\n1,2\n",
+            r"x\.csv:1: unknown trace format, with a, b; known are agent sessions, ",
+        ),
+        ("x.jsonl", '{"a": 1}\n', r"x\.jsonl:1: unknown trace format, with a"),
         ("x.jsonl", '{"arrival_s": 0, "input_length": 1}\n', "1: 'output_length' is missing"),
         ("x.jsonl", "{\n", r"x\.jsonl:1: .*correct or remove the line"),
         ("x.csv", AZURE + "\nx,1,1", r"x\.csv:5: .*correct or remove the line"),
@@ -272,9 +205,7 @@ def test_long_requests_are_clipped(tmp_path: Path) -> None:
         ("x.jsonl.gz", "plain", "cannot be read"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(
-    name: str, text: str, message: str, tmp_path: Path
-) -> None:
+def test_an_error_names_file_and_line(name: str, text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text)
 
@@ -288,12 +219,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
-@pytest.mark.parametrize(
-    "scale", [scale_rate, lambda _, rate: read_trace("any.csv", rate_rps=rate)]
-)
-def test_a_rate_is_positive(rate: float, scale: Callable[..., object]) -> None:
+def test_a_rate_to_draw_at_is_positive(rate: float) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        scale([], rate)
+        read_trace("any.csv", rate_rps=rate)
 
 
 @pytest.mark.skipif(not workload.has_traces(), reason="needs the full data sets")
