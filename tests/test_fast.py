@@ -1,7 +1,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.skipif("config.getoption('fast')", reason="this run checks it itself")
 def test_no_fast_file_imports_what_is_slow() -> None:
     """Here the other files have imported it, so that the check takes a process of its own."""
     collect = [sys.executable, "-m", "pytest", "--fast", "--collect-only", "--quiet"]
