@@ -249,7 +249,7 @@ def add_job(engine: Any, name: str, job: Job) -> None:
         engine._clients[:] = [CLIENT]
         engine._core.add_request(*engine._core.preprocess_add_request(core_request))
         return
-    request = Request(name, len(job.prompt), job.max_tokens, job.priority, job.slo, b"test")
+    request = Request(name, len(job.prompt), job.max_tokens, job.priority, job.slo, "test")
     engine.add_request(request, engine._encode(core_request), CLIENT)
 
 
