@@ -23,7 +23,7 @@ from ray.util import get_node_ip_address
 
 from cluster.errors import AppNotFound, RequestFailed
 from cluster.ingress.protocol import Api, AppStatus, Chunk
-from cluster.observe.explain import Explanation
+from cluster.observe.explanation import Explanation
 from cluster.observe.request_history import Refusal
 from workers.reports import WorkerSteps
 from workers.timeline import Span

@@ -19,13 +19,13 @@ from cluster.observe.phases import phases
 from cluster.observe.tracing import Tracing
 from cluster.placement.global_scheduler import GlobalScheduler
 from scheduler.request import Request
+from scheduler.task import StepReport
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.make import make_drafters
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
 from workers.plugin.vllm_seams import check_seams
 from workers.reports import DraftWorkerReport, WorkerReport
-from workers.step_history import TakenStep
 from workers.token_stream import StreamAddress
 from workers.worker import Worker
 
@@ -44,7 +44,7 @@ class GlobalSchedulerReplica(GlobalScheduler):
     def __init__(self, config: AppConfig) -> None:
         context = replica_context()
         set_up_logs(config.logs, **context)
-        metrics = PlacementMetrics(Exporter(config))
+        metrics = PlacementMetrics(Exporter(config.model_name, config.metrics))
         self._tracing = Tracing(config.tracing, "scheduler", context["replica"])
         super().__init__(
             on_placement=lambda request, placement: metrics.count_placement(placement),
@@ -92,7 +92,7 @@ class WorkerReplica(Worker):
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
         context = replica_context()
         set_up_logs(config.logs, **context)
-        exporter = Exporter(config)
+        exporter = Exporter(config.model_name, config.metrics)
         metrics = WorkerMetrics(exporter)
         self._tracing = Tracing(config.tracing, "worker", context["replica"])
         self._scheduler_metrics: SchedulerMetrics | None = None
@@ -101,10 +101,12 @@ class WorkerReplica(Worker):
             check_seams(config.worker.device)
             # vLLM takes long to import; only this process of the cluster package needs it.
             from cluster.observe.vllm_metrics import SchedulerMetrics
-            from workers.engine.vllm_engine import VllmEngine
+            from workers.profiling import vllm_calibrated_engine
 
             told = on_step if config.metrics or config.tracing else None
-            engine = VllmEngine(resolve_model(config.model), config.worker, told, config.draft)
+            engine = vllm_calibrated_engine.make_engine(
+                resolve_model(config.model), config.worker, told, config.draft
+            )
             if config.metrics:
                 self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, config.model_name)
                 engine.on_stats = self._scheduler_metrics.add
@@ -114,7 +116,7 @@ class WorkerReplica(Worker):
                 exporter.keep(PEAK_MEMORY_BANDWIDTH, engine.peaks.bytes_per_s)
             return engine
 
-        def on_step(step: TakenStep) -> None:
+        def on_step(step: StepReport) -> None:
             metrics.add_step(step)
             self.history.add(step)
 
@@ -178,7 +180,8 @@ class DraftReplica(DraftWorker):
         assert config.draft
         context = replica_context()
         set_up_logs(config.logs, **context)
-        draft, metrics = config.draft, DraftWorkerMetrics(Exporter(config))
+        draft = config.draft
+        metrics = DraftWorkerMetrics(Exporter(config.model_name, config.metrics))
 
         def send(report: DraftWorkerReport) -> None:
             metrics.export(report.status)
@@ -195,7 +198,7 @@ class DraftReplica(DraftWorker):
         )
 
     async def _follow(self, answer: "DeploymentResponse[list[DraftWorkerAddress]]") -> None:
-        self.meet(await _answered(answer, []))
+        self.set_peers(await _answered(answer, []))
 
     def __del__(self) -> None:
         """Serve's hook for the end of a replica, also of one whose constructor failed."""

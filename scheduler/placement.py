@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 
 from scheduler.request import Request
+from scheduler.worded import Worded
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +28,18 @@ class WorkerLoad:
         return self.num_outstanding_tokens / self.tokens_per_span
 
 
-class PlacementReason(StrEnum):
+class PlacementReason(Worded):
     """Why a request was placed where it was."""
 
-    ONLY = "only"
-    """No other worker takes new requests."""
-    OTHERS_SILENT = "others_silent"
-    """The others have not reported for long."""
-    MIN_TOKENS = "least_tokens"
-    """It has the least to do."""
-    FEWEST_REQUESTS = "fewest_requests"
-    """As little to do as the next one, in fewer requests."""
-    TIE = "tie"
-    """As good as the next one: the order of the ids decided."""
-    ALL_SILENT = "all_silent"
-    """None has reported for long; this one would be the best."""
+    ONLY = "only", "no other worker took new requests"
+    OTHERS_SILENT = "others_silent", "the other workers had stopped reporting"
+    MIN_TOKENS = "least_tokens", "it had the least work outstanding"
+    FEWEST_REQUESTS = (
+        "fewest_requests",
+        "as much work outstanding as the next, in fewer requests",
+    )
+    TIE = "tie", "equal to the next worker; the order of their ids decided"
+    ALL_SILENT = "all_silent", "all workers had stopped reporting; it was the best of them"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Decisions of a worker as lines of JSON: what each was made from, what it was, what came of it.
+"""Decisions of a worker as lines of JSON: what each was made from, what it was, its outcome.
 
 A header line, then one line for each step, and before it one for each request that is new in it;
 one line for each request that ends. Requests are numbered in the order of their lines. Infinite
@@ -8,34 +8,26 @@ numbers are null; all others keep their bits.
 import dataclasses
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from scheduler.cost_model import CostModel
 from scheduler.policy import StepPolicy
 from scheduler.request import Request, RequestState, Slo
-from scheduler.task import (
-    BatchPlan,
-    Deferral,
-    Limits,
-    Reason,
-    Stage,
-    StageTask,
-    StepReport,
-    StepView,
-)
+from scheduler.task import BatchPlan, Deferral, Limits, Reason, Stage, StageTask, StepView
 
 FORMAT = "xyserve decisions 2"
 
 
 class Recorder:
-    """Writes a record as its worker goes on."""
+    """Writes the record of one worker, step by step."""
 
     def __init__(
         self, file: TextIO, policy: StepPolicy, limits: Limits, cost_model: CostModel
     ) -> None:
-        """`cost_model` as it is before the first step."""
-        self.num_steps = 0
+        """Write the header; `cost_model` is as it is before the first step."""
         self._file = file
         self._numbers: dict[str, int] = {}
         self._statics: dict[str, tuple[Request, float]] = {}
@@ -49,46 +41,52 @@ class Recorder:
             }
         )
 
-    def write_step(
+    def decision(
         self,
         view: StepView,
-        report: StepReport,
-        executed: tuple[StageTask, ...],
+        plan: BatchPlan,
+        now: float,
+        *,
+        tasks: tuple[StageTask, ...],
         num_observed: int,
-    ) -> None:
-        """Write a step: its `view`, and the tasks that were computed in it.
+    ) -> dict[str, Any]:
+        """What is known of a step when it begins, for `write_step` to complete.
 
-        The cost model had learnt from `num_observed` of the recorded steps when it was planned.
+        `tasks` are computed in it, and the cost model had learnt from `num_observed` of the
+        recorded steps when it was planned. Requests that are new in it are written here and now,
+        so that nothing that happens to them until the step is over changes it.
         """
         running = [self._state(state) for state in view.running]
         waiting = [self._state(state) for state in view.waiting]
-        plan = report.plan
-        tasks = [self._task(task) for task in plan.tasks]
-        self._write(
-            {
-                "step": view.step,
-                "now": report.began_s,
-                "num_observed": num_observed,
-                "num_free_kv_blocks": view.num_free_kv_blocks,
-                "running": running,
-                "waiting": waiting,
-                "tasks": tasks,
-                "deferred": [[self._numbers[name], reason] for name, reason in plan.deferred],
-                "preempted": [self._numbers[name] for name in plan.preempted],
-                "predicted_s": plan.predicted_s,
-                "limit_s": _finite(plan.limit_s),
-                # Most often it is what was planned.
-                "executed": None
-                if set(executed) == set(plan.tasks)
-                else [self._task(task) for task in executed],
-                "measured_s": report.measured_s,
-                "decided_s": report.decided_s,
-            }
-        )
-        self.num_steps += 1
+        shared = {}
+        if view.num_shared_kv_blocks:  # none are reported live
+            rows = [[self._numbers[name], num] for name, num in view.num_shared_kv_blocks.items()]
+            shared = {"shared_kv_blocks": rows}
+        return {
+            "step": view.step,
+            "now": now,
+            "num_observed": num_observed,
+            "num_free_kv_blocks": view.num_free_kv_blocks,
+            **shared,
+            "running": running,
+            "waiting": waiting,
+            "tasks": [self._task(task) for task in plan.tasks],
+            "deferred": [[self._numbers[name], reason] for name, reason in plan.deferred],
+            "preempted": [self._numbers[name] for name in plan.preempted],
+            "predicted_s": plan.predicted_s,
+            "limit_s": _finite(plan.limit_s),
+            # Nearly always it is what was planned.
+            "executed": None
+            if set(tasks) == set(plan.tasks)
+            else [self._task(task) for task in tasks],
+        }
+
+    def write_step(self, decision: dict[str, Any], measured_s: float, decided_s: float) -> None:
+        """Write a step that is over."""
+        self._write(decision | {"measured_s": measured_s, "decided_s": decided_s})
 
     def write_finish(self, request_id: str, num_output_tokens: int) -> None:
-        """Write that a request has ended, with so many tokens."""
+        """Write that a request has ended with `num_output_tokens` tokens."""
         if request_id in self._numbers:
             number = self._numbers.pop(request_id)
             del self._statics[request_id]
@@ -123,36 +121,53 @@ class Recorder:
         self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
 
 
-def replay(lines: Iterable[str]) -> Iterator[tuple[StepReport, BatchPlan]]:
-    """Decide each step of a record again: what was recorded, and the plan made now.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedStep:
+    """One step as a record holds it."""
 
-    The cost model learns from the recorded times, so it is at each step what it was. ValueError
-    if `lines` are no record.
-    """
+    view: StepView
+    plan: BatchPlan
+    began_s: float
+    tasks: tuple[StageTask, ...]
+    num_observed: int
+    """Recorded steps that the cost model had learnt from when the plan was made."""
+    measured_s: float
+    decided_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a record holds, its steps read one by one."""
+
+    policy: StepPolicy
+    limits: Limits
+    cost_model: CostModel
+    """Its state before the first step."""
+    steps: Iterator[RecordedStep]
+
+
+def read_record(lines: Iterable[str]) -> Record:
+    """The record in `lines`; ValueError if they are no record."""
     documents = _documents(lines)
     header = _header(documents)
-    limits, cost_model = Limits(**header["limits"]), CostModel.from_dict(header["cost_model"])
-    scheduler = StepPolicy(**header["policy"]).make(limits, cost_model)
-    observations: list[tuple[tuple[StageTask, ...], float]] = []
-    num_observed = 0
-    for report, view, executed, num_observed_then in _steps(documents):
-        for tasks, measured_s in observations[num_observed:num_observed_then]:
-            cost_model.observe(cost_model.shape_of(tasks), measured_s)
-        num_observed = num_observed_then
-        yield report, scheduler.plan(view, report.began_s)
-        observations.append((executed, report.measured_s))
+    return Record(
+        policy=StepPolicy(**header["policy"]),
+        limits=Limits(**header["limits"]),
+        cost_model=CostModel.from_dict(header["cost_model"]),
+        steps=_steps(documents),
+    )
 
 
 def arrivals(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The requests of a record in order of arrival: `arrival_s` after the first one,
     `input_length` and `output_length` in tokens, and `class`.
 
-    One whose end is not in the record has the output tokens that were seen of it.
+    A request whose end is not in the record has the output tokens that its steps show.
     """
     documents = _documents(lines)
     _header(documents)
     requests: list[tuple[Request, float]] = []
-    num_output_tokens: dict[int, int] = {}
+    num_output_tokens: defaultdict[int, int] = defaultdict(int)
     for document in documents:
         if "request" in document:
             requests.append(_read_request(document["request"]))
@@ -160,14 +175,15 @@ def arrivals(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             num_output_tokens[document["finished"]] = document["num_output_tokens"]
         else:
             for number, num_tokens, *_ in (*document["running"], *document["waiting"]):
-                num_output_tokens[number] = num_tokens
+                # The step in which a request ends is written after its end.
+                num_output_tokens[number] = max(num_output_tokens[number], num_tokens)
     order = sorted(range(len(requests)), key=lambda number: requests[number][1])
     for number in order:
         request, arrival_s = requests[number]
         yield {
             "arrival_s": arrival_s - requests[order[0]][1],
             "input_length": request.num_prompt_tokens,
-            "output_length": max(num_output_tokens.get(number, 0), 1),
+            "output_length": max(num_output_tokens[number], 1),
             "class": request.slo_class,
         }
 
@@ -180,7 +196,7 @@ def _documents(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
-            # The last line may be cut off, where its worker died.
+            # Only the last line may be: its worker died while it wrote.
             broken = ValueError(f"line {number} of the record is no JSON: {error}")
 
 
@@ -191,9 +207,7 @@ def _header(documents: Iterator[dict[str, Any]]) -> dict[str, Any]:
     return header
 
 
-def _steps(
-    documents: Iterable[dict[str, Any]],
-) -> Iterator[tuple[StepReport, StepView, tuple[StageTask, ...], int]]:
+def _steps(documents: Iterable[dict[str, Any]]) -> Iterator[RecordedStep]:
     requests: list[tuple[Request, float]] = []
     ids: list[str] = []
     for document in documents:
@@ -201,27 +215,37 @@ def _steps(
             requests.append(_read_request(document["request"]))
             ids.append(requests[-1][0].request_id)
         elif "step" in document:
-            plan = BatchPlan(
-                tasks=_read_tasks(document["tasks"], ids),
-                deferred=tuple(
-                    Deferral(ids[number], Reason(reason)) for number, reason in document["deferred"]
-                ),
-                preempted=tuple(ids[number] for number in document["preempted"]),
-                predicted_s=document["predicted_s"],
-                limit_s=_float(document["limit_s"]),
-            )
-            view = StepView(
-                document["step"],
-                [_read_state(row, requests) for row in document["running"]],
-                [_read_state(row, requests) for row in document["waiting"]],
-                document["num_free_kv_blocks"],
-            )
-            report = StepReport(
-                view.step, document["now"], plan, document["measured_s"], document["decided_s"]
-            )
-            executed = document["executed"]
-            tasks = plan.tasks if executed is None else _read_tasks(executed, ids)
-            yield report, view, tasks, document["num_observed"]
+            yield _read_step(document, requests, ids)
+
+
+def _read_step(
+    document: dict[str, Any], requests: list[tuple[Request, float]], ids: list[str]
+) -> RecordedStep:
+    plan = BatchPlan(
+        tasks=_read_tasks(document["tasks"], ids),
+        deferred=tuple(
+            Deferral(ids[number], Reason(reason)) for number, reason in document["deferred"]
+        ),
+        preempted=tuple(ids[number] for number in document["preempted"]),
+        predicted_s=document["predicted_s"],
+        limit_s=_float(document["limit_s"]),
+    )
+    executed = document["executed"]
+    return RecordedStep(
+        view=StepView(
+            document["step"],
+            [_read_state(row, requests) for row in document["running"]],
+            [_read_state(row, requests) for row in document["waiting"]],
+            document["num_free_kv_blocks"],
+            {ids[number]: num for number, num in document.get("shared_kv_blocks", ())},
+        ),
+        plan=plan,
+        began_s=document["now"],
+        tasks=plan.tasks if executed is None else _read_tasks(executed, ids),
+        num_observed=document["num_observed"],
+        measured_s=document["measured_s"],
+        decided_s=document["decided_s"],
+    )
 
 
 def _request_row(request: Request, arrival_s: float) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What a step is made of: spans of tokens by stage, what was deferred, and how long it takes."""
+"""What a step is made of: tasks by stage, deferrals, and how long it takes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from scheduler.request import RequestState
+from scheduler.worded import Worded
 
 
 class Stage(StrEnum):
@@ -28,28 +29,20 @@ class StageTask(NamedTuple):
     seq_len: int
     """Tokens in the KV cache after the step, these included."""
     samples: bool
-    """Whether the span ends at the newest token, so that the step gives the next one."""
+    """Whether the span ends at the newest token, so that the step samples the next one."""
 
 
-class Reason(StrEnum):
+class Reason(Worded):
     """Why a request gets nothing in a step."""
 
-    TIME = "time"
-    """The step would last longer than the tightest target in it allows."""
-    TOKENS = "tokens"
-    """The step has all the tokens it may have."""
-    SEATS = "seats"
-    """As many requests run as may."""
-    KV = "kv"
-    """The KV cache has no room for its tokens."""
-    TPOT = "tpot"
-    """With it, decoding would miss the time per token of those that run."""
-    OVERDUE = "overdue"
-    """It cannot meet its target any more; others that can go first."""
-    BEHIND = "behind"
-    """The one before it in the queue could not be taken, and it may not pass."""
-    PREEMPTED = "preempted"
-    """Its KV cache was taken for others; it starts again later."""
+    TIME = "time", "the step was as long as the tightest target in it allows"
+    TOKENS = "tokens", "the step already had the maximum number of tokens"
+    SEATS = "seats", "the worker already ran max_num_seqs requests"
+    KV = "kv", "the KV cache had no room for its tokens"
+    TPOT = "tpot", "with it, the running requests would have missed their time per token"
+    OVERDUE = "overdue", "it could no longer meet its target; requests that could went first"
+    BEHIND = "behind", "it must not pass a request ahead of it in the queue"
+    PREEMPTED = "preempted", "its KV blocks were freed for other requests"
 
 
 class Deferral(NamedTuple):
@@ -70,38 +63,42 @@ class BatchPlan:
     """Requests whose KV blocks are freed before the step; they wait again, nothing computed."""
     predicted_s: float
     limit_s: float
-    """How long the step may last by the targets of those in it; infinite if they set none."""
+    """Longest duration that the targets of its requests allow; infinite if they set none."""
 
     @property
     def num_tokens(self) -> int:
         """Query tokens of all stages."""
         return sum(task.num_tokens for task in self.tasks)
 
-    @property
-    def is_steady(self) -> bool:
-        """Whether it only decodes, for all requests there are.
 
-        Until a request comes or ends or the KV cache is full, each next plan is the same, one
-        token further.
-        """
-        return not self.deferred and all(task.stage is Stage.DECODE for task in self.tasks)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """A step that was taken."""
+    """A step as it was planned, computed and measured."""
 
     step: int
+    """Number of the step, counted by its worker."""
     began_s: float
     plan: BatchPlan
+    tasks: tuple[StageTask, ...]
+    """What was computed: the plan's tasks, except where vLLM knew better."""
     measured_s: float
     decided_s: float
     """Seconds that making the plan took."""
+    num_new_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Output tokens that the step gave, by request id."""
+    preempted: frozenset[str] = frozenset()
+    """Requests whose KV cache was freed before the step, by the plan or by vLLM."""
+    queued_s: tuple[tuple[str, float], ...] = ()
+    """Service class and queueing time of each request whose first task is in this step."""
+    num_flops: float = 0.0
+    """Floating-point operations that the model's shape asks for; 0 if it is not known."""
+    num_bytes: float = 0.0
+    """Bytes of weights and KV cache that the model's shape moves; 0 if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one step of a worker can hold."""
+    """The bounds of one step of a worker."""
 
     max_num_seqs: int
     """Requests that run at the same time."""
@@ -112,30 +109,30 @@ class Limits:
     num_kv_blocks: int
 
     def num_blocks(self, num_tokens: int) -> int:
-        """KV blocks that hold `num_tokens` tokens."""
+        """KV blocks that `num_tokens` tokens take."""
         return -(-num_tokens // self.kv_block_size)
 
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """A worker between two steps: all that a plan is made from, beside the time."""
+    """A worker between two steps: all that a plan is made from, except the time."""
 
     step: int
-    """Counts the steps of the worker."""
+    """Number of the step to plan, counted by the worker."""
     running: Sequence[RequestState]
-    """Those that hold a seat, in the order they took it."""
+    """Requests that hold a seat, in the order they took it."""
     waiting: Sequence[RequestState]
-    """Those that can take one, by (priority, arrival); preempted ones first."""
+    """Requests that can take one, by (priority, arrival); preempted ones first."""
     num_free_kv_blocks: int
     num_shared_kv_blocks: Mapping[str, int] = field(default_factory=dict)
-    """Of those that run, by id, the blocks that others hold too, so that preemption does not free
-    them; those with none may be left out."""
+    """Blocks of running requests that others hold too, so that preemption does not free them; by
+    request id, which may be left out if there are none."""
 
 
 class StepScheduler(Protocol):
     """Decides what a worker computes in its next step.
 
-    A plan depends on the view, the time and the state of the cost model alone: equal inputs give
+    A plan depends only on the view, the time and the state of the cost model: equal inputs give
     equal plans.
     """
 

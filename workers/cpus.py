@@ -11,8 +11,8 @@ from typing import IO
 class CpuClaim:
     """Cores claimed by this process until it ends or releases them.
 
-    Each core has a lock file on the node. The kernel drops the locks of a process that dies, so
-    a claim outlives neither a crash nor a kill.
+    Each core has a lock file on the node. The kernel drops the locks of a process that dies, so a
+    claim does not outlive a crash or a kill.
     """
 
     def __init__(self, cpus: dict[int, IO[bytes]]) -> None:
@@ -20,11 +20,11 @@ class CpuClaim:
 
     @property
     def cpus(self) -> tuple[int, ...]:
-        """The claimed cores, ascending."""
+        """Claimed cores, ascending."""
         return tuple(sorted(self._locks))
 
     def pin_process(self) -> None:
-        """Run every thread of this process, present and future, on the claimed cores only."""
+        """Restrict all threads of this process, present and future, to the claimed cores."""
         for thread in os.listdir("/proc/self/task"):
             try:
                 os.sched_setaffinity(int(thread), self._locks)
@@ -32,7 +32,7 @@ class CpuClaim:
                 continue  # the thread ended since the listing
 
     def release(self) -> None:
-        """Give the cores back."""
+        """Release the cores."""
         for lock in self._locks.values():
             lock.close()
         self._locks = {}
@@ -43,7 +43,7 @@ def claim_cpus(count: int, *, timeout_s: float = 30.0, directory: Path | None = 
 
     The locks are in `directory`, by default one of the user's in the folder for temporary files
     (TMPDIR): processes with different folders share cores.
-    Waits up to `timeout_s` for cores of workers that are just going; RuntimeError after that.
+    Waits up to `timeout_s` for workers that are shutting down; RuntimeError after that.
     """
     directory = directory or Path(tempfile.gettempdir()) / f"xyserve-cpus-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -66,7 +66,7 @@ def claim_cpus(count: int, *, timeout_s: float = 30.0, directory: Path | None = 
 
 
 def _claim_free(allowed: list[int], count: int, directory: Path) -> dict[int, IO[bytes]]:
-    """Lock up to `count` free cores; one process at a time, so that two never take halves."""
+    """Lock up to `count` free cores; one process at a time, so that two never get half each."""
     locks: dict[int, IO[bytes]] = {}
     with (directory / "claiming").open("wb") as claiming:
         fcntl.flock(claiming, fcntl.LOCK_EX)

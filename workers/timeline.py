@@ -1,24 +1,25 @@
-"""What a process did when, for people to look at: the last spans of its steps."""
+"""The last spans of work of a process, for people to look at."""
 
 import time
 from collections import deque
 from typing import NamedTuple
 
 MAX_SPANS = 20_000
+"""Spans kept: some minutes of steps, in a few megabytes."""
 
 
 class Span(NamedTuple):
-    """Something that took its time."""
+    """A piece of work with its begin and end."""
 
     name: str
     began_s: float
     ended_s: float
     of_requests: dict[str, int]
-    """What of it was each request's: tokens of a step, drafts of a drafting."""
+    """Each request's share: tokens of a step, or drafts of a drafting step."""
 
 
 def wall_clock_ahead_s() -> float:
-    """How far the wall clock is ahead of this machine's monotonic one."""
+    """Seconds that the wall clock is ahead of this machine's monotonic clock."""
     return time.time() - time.monotonic()
 
 
@@ -29,11 +30,11 @@ class Timeline:
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
 
     def add(self, name: str, began_s: float, ended_s: float, of_requests: dict[str, int]) -> None:
-        """Note a span, by the machine's monotonic clock."""
+        """Add a span, by the machine's monotonic clock."""
         self._spans.append(Span(name, began_s, ended_s, of_requests))
 
     def since(self, began_s: float) -> list[Span]:
-        """The spans that ended after a time, by the wall clock, which all machines share."""
+        """Spans that ended after `began_s`; times are of the wall clock, which machines share."""
         ahead_s = wall_clock_ahead_s()
         return [
             span._replace(began_s=span.began_s + ahead_s, ended_s=span.ended_s + ahead_s)

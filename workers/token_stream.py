@@ -1,8 +1,8 @@
-"""Numbered messages from one sender to one receiver, none lost and none twice.
+"""Numbered messages from one sender to one receiver, each delivered once and in order.
 
-Tokens travel here and not as Ray calls: a step's output for one receiver is one message. The
-sender keeps every message until it is acknowledged and sends again what is overdue (go-back-N),
-so that a broken connection misses nothing; a receiver that stays silent is reported as lost.
+Tokens are sent this way instead of by Ray calls: a step's output for one receiver is one message.
+The sender keeps every message until it is acknowledged and resends what is overdue (go-back-N), so
+that a broken connection loses nothing; a receiver that stays silent is reported as lost.
 """
 
 import asyncio
@@ -16,21 +16,25 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from workers import sockets
+
 RESEND_AFTER_S = 1.0
+"""Time without an owed acknowledgement before the first resend: longer than a busy event loop
+delays one, much shorter than LOST_AFTER_S."""
 LOST_AFTER_S = 30.0
-"""A receiver whose acknowledgement is overdue this long is taken to be gone."""
-FORGET_AFTER_S = 300.0
+"""Time without an owed acknowledgement after which a receiver counts as lost."""
+CLOSE_AFTER_S = 300.0
 """A stream unused this long is closed; the next message opens a new one."""
-RESEND_AT_MOST = 64
-"""Messages sent again at once."""
+MAX_RESENT = 64
+"""Max messages resent at once: a slow receiver has them already, and need not read all again."""
 HEARTBEAT_MS = 2000
-"""A connection that is silent for three of these is made anew."""
+"""Interval of heartbeats; a connection that misses three is reopened."""
 ACK_EVERY = 16
 """Messages per acknowledgement while more are waiting to be read."""
 
 
 class StreamAddress(msgspec.Struct, frozen=True):
-    """Where a receiver listens. The token keeps strangers on the network out."""
+    """Where a receiver listens, and the token that its senders have to show."""
 
     endpoint: str
     token: bytes
@@ -51,21 +55,20 @@ class StreamSender:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: StreamAddress) -> None:
         self._token = address.token
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by LOST_AFTER_S, not by dropping
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
-        self._socket.setsockopt(zmq.IPV6, "[" in address.endpoint)
-        self._socket.connect(address.endpoint)
+        options: sockets.Options = {
+            zmq.IDENTITY: uuid.uuid4().bytes,
+            zmq.SNDHWM: 0,  # bounded by LOST_AFTER_S, not by dropping
+            zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
+            zmq.HEARTBEAT_TIMEOUT: 3 * HEARTBEAT_MS,
+        }
+        self._socket = sockets.connect(context, address.endpoint, options)
         self._next_seq = 0
         self._unacked: deque[tuple[int, list[bytes]]] = deque()
-        self._progress_at = 0.0  # the last acknowledgement, or when waiting for one began
+        self._progress_at = 0.0  # last acknowledgement, or when waiting for one began
         self._resend_at = 0.0
 
     def send(self, frames: Sequence[bytes], now: float) -> None:
-        """Queue one message; it leaves at once if the receiver is reachable."""
+        """Queue one message; it is sent at once if the receiver is reachable."""
         message = [_encode(_Header(self._token, self._next_seq)), *frames]
         if not self._unacked:
             self._progress_at, self._resend_at = now, now + RESEND_AFTER_S
@@ -74,20 +77,19 @@ class StreamSender:
         self._socket.send_multipart(message, copy=False)
 
     def poll(self, now: float) -> None:
-        """Read acknowledgements and send again what is overdue; call it now and then."""
+        """Read acknowledgements and resend what is overdue; to be called regularly."""
         while self._socket.poll(0):
             try:
                 acked = _decode_ack(self._socket.recv())
             except msgspec.MsgspecError:
-                continue  # a stranger that took over the port of a receiver that is gone
+                continue  # another program that took over the port of a receiver that is gone
             while self._unacked and self._unacked[0][0] <= acked:
                 self._unacked.popleft()
                 self._progress_at, self._resend_at = now, now + RESEND_AFTER_S
         if self._unacked and now >= self._resend_at:
-            # A slow receiver still has them all: a few are enough to find out.
-            for _, message in itertools.islice(self._unacked, RESEND_AT_MOST):
+            for _, message in itertools.islice(self._unacked, MAX_RESENT):
                 self._socket.send_multipart(message, copy=False)
-            # Wait longer each time: the receiver may only be slow.
+            # Back off: the receiver may only be slow.
             self._resend_at = now + max(RESEND_AFTER_S, now - self._progress_at)
 
     def is_idle(self) -> bool:
@@ -109,25 +111,21 @@ class StreamReceiver:
     def __init__(self, host: str) -> None:
         """Listen on a free port of `host`, an address that the senders can reach."""
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a sender that reconnects keeps its name
-        self._socket.setsockopt(zmq.IPV6, ":" in host)
-        base = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
-        port = self._socket.bind_to_random_port(base)
-        self.address = StreamAddress(f"{base}:{port}", secrets.token_bytes(16))
+        # With the handover a sender that reconnects keeps its identity.
+        options: sockets.Options = {zmq.RCVHWM: 0, zmq.ROUTER_HANDOVER: 1}
+        self._socket, endpoint = sockets.listen(self._context, host, options)
+        self.address = StreamAddress(endpoint, secrets.token_bytes(16))
         self._expected: dict[bytes, int] = {}
 
     async def receive(self) -> list[bytes]:
-        """The frames of the next message; messages of one sender come in order."""
+        """Frames of the next message; messages of one sender arrive in order."""
         while True:
-            await asyncio.sleep(0)  # a backlog must not keep the event loop from other work
+            await asyncio.sleep(0)  # a backlog must not block the event loop
             sender, raw_header, *frames = await self._socket.recv_multipart()
             try:
                 header = _decode_header(raw_header)
             except msgspec.MsgspecError:
-                continue  # a stranger
+                continue  # not a sender of ours
             if header.token != self.address.token:
                 continue
             expected = self._expected.get(sender, 0)
@@ -136,7 +134,7 @@ class StreamReceiver:
                 if header.seq % ACK_EVERY == 0 or not await self._socket.poll(0):
                     await self._acknowledge(sender, header.seq)
                 return frames
-            # A duplicate, or a gap that the sender fills when it sends again.
+            # A duplicate, or a gap that the sender fills when it resends.
             await self._acknowledge(sender, expected - 1)
 
     async def _acknowledge(self, sender: bytes, seq: int) -> None:
@@ -149,7 +147,7 @@ class StreamReceiver:
 
 
 class StreamSenders:
-    """One sender for each address in use; used from one thread only."""
+    """One sender per address in use; used from one thread only."""
 
     def __init__(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -163,15 +161,15 @@ class StreamSenders:
         self._used_at[address] = now
         self._senders[address].send(frames, now)
 
-    def tend(self, now: float) -> list[StreamAddress]:
-        """Do what is due on all streams; returns the receivers that are lost, now forgotten."""
+    def poll(self, now: float) -> list[StreamAddress]:
+        """Poll all streams and close the unused ones; return the lost receivers, also closed."""
         lost = []
         for address, sender in list(self._senders.items()):
             sender.poll(now)
             if sender.is_lost(now):
                 lost.append(address)
             if sender.is_lost(now) or (
-                sender.is_idle() and now - self._used_at[address] > FORGET_AFTER_S
+                sender.is_idle() and now - self._used_at[address] > CLOSE_AFTER_S
             ):
                 self._senders.pop(address).close()
                 self._used_at.pop(address)

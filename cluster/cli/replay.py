@@ -1,4 +1,4 @@
-"""`xyserve replay`: a worker's recorded decisions, taken again."""
+"""`xyserve replay`: plan a worker's recorded steps again, and compare the plans."""
 
 import statistics
 from pathlib import Path
@@ -6,19 +6,20 @@ from typing import Annotated
 
 import typer
 
-from scheduler.record import replay as replay_steps
+from cluster.cli.options import fail
+from scheduler.replay import replay as replay_steps
 from scheduler.task import BatchPlan
 
 
 def replay(
     record: Annotated[
-        Path, typer.Argument(help="A file that `worker.record` had written.", exists=True)
+        Path, typer.Argument(help="A file written by a worker with `worker.record`.", exists=True)
     ],
 ) -> None:
-    """Decide each step of RECORD again and compare the plans.
+    """Plan each step of RECORD again and compare the plans.
 
-    Exits with 1 if a plan differs: then the scheduler's code is not the one that was recorded, or
-    the record was changed.
+    Exits with status 1 if a plan differs: either the scheduler's code is not the code that
+    was recorded, or the record was changed.
 
     Example: xyserve replay decisions.8x1k2.jsonl
     """
@@ -35,14 +36,13 @@ def replay(
                 if plan.tasks and report.measured_s > 0:
                     errors.append(abs(report.plan.predicted_s / report.measured_s - 1))
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        typer.echo(f"Error: {record} is not a record that can be replayed: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise fail(f"{record} is not a record that can be replayed: {error}") from error
     typer.echo(f"steps            {num_steps}\nequal plans      {num_equal}")
     if errors:
         errors.sort()
         typer.echo(
             f"predicted time   off by {statistics.median(errors):.0%} in the median step, "
-            f"by {errors[len(errors) * 9 // 10]:.0%} or more in every tenth"
+            f"by {errors[len(errors) * 9 // 10]:.0%} or more in one step of ten"
         )
     if first_difference is not None:
         step, recorded, replayed = first_difference

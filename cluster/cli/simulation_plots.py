@@ -18,7 +18,7 @@ MAX_BARS = 2000
 
 
 def plot_timeline(steps: Sequence[StepRecord], path: Path, title: str) -> None:
-    """Draw the tokens of each step of one worker by stage, and below how long the steps took."""
+    """Draw the tokens in each step of one worker, by stage, and below them the steps' durations."""
     _, (tokens, seconds) = pyplot.subplots(2, 1, figsize=(10, 6), sharex=True)
     shown = steps[:MAX_BARS]
     begins = [step.began_s for step in shown]
@@ -29,18 +29,18 @@ def plot_timeline(steps: Sequence[StepRecord], path: Path, title: str) -> None:
     }
     stages = {name: counts for name, counts in stages.items() if any(counts)}
     tokens.stackplot(begins, *stages.values(), labels=list(stages), step="post")
-    tokens.set(ylabel="tokens in a step", title=title, yscale="symlog")
+    tokens.set(ylabel="tokens per step", title=title, yscale="symlog")
     tokens.legend(loc="upper right")
-    seconds.step(begins, [step.seconds * 1e3 for step in shown], where="post", label="taken")
+    seconds.step(begins, [step.seconds * 1e3 for step in shown], where="post", label="measured")
     predicted = [step.predicted_s * 1e3 for step in shown]
     seconds.step(begins, predicted, where="post", label="predicted", linestyle=":")
-    seconds.set(ylabel="ms of a step", xlabel="time in s")
+    seconds.set(ylabel="ms per step", xlabel="time in s")
     seconds.legend(loc="upper right")
     _save(path)
 
 
 def plot_latencies(results: Mapping[str, SimulationResult], path: Path) -> None:
-    """Draw for each policy which share of the requests had a latency at most so long."""
+    """Draw the cumulative distribution of the requests' latencies for each policy."""
     _, (ttft, tpot) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     for name, result in results.items():
         _distribution(ttft, [outcome.ttft_s * 1e3 for outcome in result.outcomes], name)
@@ -55,8 +55,8 @@ def plot_latencies(results: Mapping[str, SimulationResult], path: Path) -> None:
 def plot_goodput(goodput: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) -> None:
     """Draw goodput and attainment against load.
 
-    `goodput` holds for each policy (requests per second offered, those that met their targets,
-    share of those that did).
+    `goodput` has for each policy one point per load: requests per second offered, requests per
+    second that met their targets, and their share.
     """
     _, (rate, share) = pyplot.subplots(1, 2, figsize=(10, 4), sharex=True)
     for name, points in goodput.items():

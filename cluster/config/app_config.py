@@ -1,4 +1,4 @@
-"""The app's config: strict, checked before anything starts, and the only reader of YAML."""
+"""The app's config: strict, and checked before anything starts."""
 
 import ast
 import dataclasses
@@ -40,7 +40,7 @@ class IngressConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_request_bytes", "max_n"):
-            if not getattr(self, name) > 0:  # NaN is not either
+            if not getattr(self, name) > 0:  # NaN is not positive either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
 
 
@@ -84,13 +84,13 @@ class AppConfig:
             raise ValueError(f"drain_timeout_s ({self.drain_timeout_s}) must not be negative")
         if self.draft and self.worker.step_policy.name == "vllm":
             raise ValueError(
-                "draft needs a worker.step_policy of ours, which decides how many drafts are "
-                "verified in each step; vllm's own takes none from draft workers"
+                "draft needs one of our worker.step_policy names, which decide how many drafts are "
+                "verified in each step; vllm's scheduler takes none from draft workers"
             )
         if self.draft and "speculative_config" in self.worker.engine.extra_args:
             raise ValueError(
-                "draft and worker.engine.extra_args.speculative_config exclude each other: either "
-                "draft workers make the drafts or vLLM does"
+                "draft and worker.engine.extra_args.speculative_config exclude each other: drafts "
+                "come either from draft workers or from vLLM"
             )
         _check_names(
             "worker.engine.extra_args",
@@ -110,7 +110,7 @@ class AppConfig:
 
 
 def parse_args(args: dict[str, Any]) -> AppConfig:
-    """The config in `args`; ConfigError names each wrong key, its value and the remedy."""
+    """Parse the config in `args`; ConfigError names each wrong key, its value and the remedy."""
     try:
         return pydantic.TypeAdapter(AppConfig).validate_python(args)
     except pydantic.ValidationError as error:
@@ -119,7 +119,7 @@ def parse_args(args: dict[str, Any]) -> AppConfig:
 
 
 def _explain(problem: Any) -> str:
-    """One line for one problem found by pydantic."""
+    """Describe a problem that pydantic found, in one line."""
     *parents, key = problem["loc"] or ("args",)
     where = ".".join(str(part) for part in (*parents, key))
     if problem["type"] == "unexpected_keyword_argument":
@@ -132,7 +132,7 @@ def _explain(problem: Any) -> str:
 
 
 def _config_at(loc: list[str]) -> Any:
-    """The config class at a place of the tree."""
+    """The config class at a location in the tree."""
     cls: Any = AppConfig
     for name in loc:
         is_mapping = typing.get_origin(cls) is dict
@@ -144,7 +144,7 @@ def _config_at(loc: list[str]) -> Any:
 
 def _did_you_mean(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(sorted(known))}"
 
 
 _OWN_KEYS = {
@@ -156,13 +156,13 @@ _OWN_KEYS = {
     "chat_template": "ingress.chat_template",
     **{f.name: f"worker.engine.{f.name}" for f in dataclasses.fields(EngineConfig)},
 }
-"""Where vLLM's arguments are that the config has under its own keys."""
+"""Our own keys for some of vLLM's arguments."""
 
 
 def _check_names(where: str, args: dict[str, Any], known: frozenset[str]) -> None:
     for name in args:
         if name in _OWN_KEYS:
-            raise ValueError(f"{where}.{name}: has a key of its own, {_OWN_KEYS[name]}")
+            raise ValueError(f"{where}.{name}: use {_OWN_KEYS[name]} instead")
         if known and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -171,7 +171,7 @@ def _check_names(where: str, args: dict[str, Any], known: frozenset[str]) -> Non
 
 @functools.cache
 def _vllm_fields(module: str, *classes: str) -> frozenset[str]:
-    """Field names of vLLM's argument classes, read from the source: importing takes 10 s."""
+    """Field names of vLLM's argument classes, read from its source: importing takes 10 s."""
     package = importlib.util.find_spec(module.partition(".")[0])
     if package is None or not package.submodule_search_locations:
         return frozenset()

@@ -22,11 +22,11 @@ class ServeFile:
     port: int
     config: AppConfig
     raw: dict[str, Any]
-    """The file as Serve wants it."""
+    """The file as Serve takes it."""
 
     @property
     def url(self) -> str:
-        """Where the app answers on this machine."""
+        """The app's address on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
@@ -37,7 +37,7 @@ def read_serve_file(path: Path) -> ServeFile:
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; deploy/local.yaml is one to start from") from None
+        raise ConfigError(f"{path}: no such file; deploy/local.yaml is an example") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -53,7 +53,7 @@ def read_serve_file(path: Path) -> ServeFile:
         )
     app, http = ours[0], raw.get("http_options") or {}
     if not isinstance(http, dict):
-        raise ConfigError(f"{path}: http_options should be a mapping, not {http!r}")
+        raise ConfigError(f"{path}: http_options must be a mapping, not {http!r}")
     args = app.get("args")
     try:
         config = parse_args({} if args is None else args)

@@ -21,7 +21,7 @@ class SloClass:
     def __post_init__(self) -> None:
         for name in ("ttft_ms", "tpot_ms"):
             value = getattr(self, name)
-            if value is not None and not value / 1000 > 0:  # NaN is not either
+            if value is not None and not value / 1000 > 0:  # NaN is not positive either
                 raise ValueError(f"{name} ({value}) must be positive, or null for no target")
 
 
@@ -49,15 +49,19 @@ class SloConfig:
         for name in self.classes:
             if not CLASS_NAME.fullmatch(name):
                 raise ValueError(
-                    f"classes: {name!r} cannot be a class's name; use letters, digits and . _ -"
+                    f"classes: {name!r} cannot name a class; use letters, digits and . _ -"
                 )
-        object.__setattr__(self, "classes", BUILT_IN_CLASSES | self.classes)
-        if self.default not in self.classes:
+        if self.default not in self.all_classes:
             raise ValueError(
-                f"default ({self.default}) is no service class; known are {self.known_classes}"
+                f"default ({self.default}) is not a service class; use one of {self.known_classes}"
             )
+
+    @property
+    def all_classes(self) -> dict[str, SloClass]:
+        """The configured classes and the built-in ones they do not replace, by name."""
+        return BUILT_IN_CLASSES | self.classes
 
     @property
     def known_classes(self) -> str:
         """The names of all classes, for messages."""
-        return ", ".join(sorted(self.classes))
+        return ", ".join(sorted(self.all_classes))

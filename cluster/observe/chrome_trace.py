@@ -8,17 +8,17 @@ from typing import Any
 from workers.timeline import Span
 
 NUM_REQUESTS = 64
-"""Requests with tracks of their own, the first that are seen; more would be too many to look at."""
+"""Requests with tracks of their own: the first ones seen. More would be too many to look at."""
 
 Timelines = Mapping[str, Sequence[Span]]
 """Spans by the name of their process."""
 
 
 def chrome_trace(timelines: Timelines) -> str:
-    """JSON that ui.perfetto.dev and chrome://tracing open.
+    """Convert timelines to JSON for ui.perfetto.dev and chrome://tracing.
 
-    A track for each process; and for each request one with its part of the workers' steps and one
-    with its drafts, so that one can see what was drafted while which tokens were computed.
+    There is a track for each process, and two for each request: its part in the workers' steps, and
+    its drafts. They show what was drafted while which tokens were computed.
     """
     spans = sorted(
         ((span, process) for process, own in timelines.items() for span in own),
@@ -35,9 +35,9 @@ def chrome_trace(timelines: Timelines) -> str:
 
 
 def hidden_share(draft_spans: Iterable[Span], worker_spans: Iterable[Span]) -> float:
-    """Share of the drafting time in which some worker computed a step; NaN if nothing was drafted.
+    """Fraction of the drafting time in which a worker computed a step; NaN if nothing was drafted.
 
-    What is not hidden is when no worker had anything to do but, perhaps, to wait for drafts.
+    In the rest no worker had anything to do, except perhaps to wait for drafts.
     """
     busy = _union(worker_spans)
     starts = [began_s for began_s, _ in busy]
@@ -65,12 +65,12 @@ def split(timelines: Timelines) -> tuple[list[Span], list[Span]]:
 
 
 def is_draft_worker(process: str) -> bool:
-    """Tell the two kinds of processes apart by their names."""
+    """Whether the name of a process is a draft worker's, not a worker's."""
     return process.startswith("draft worker ")
 
 
 def _union(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """The times that any of the spans covers, in order, none touching the next."""
+    """The union of the spans' times, as disjoint intervals in order."""
     union: list[tuple[float, float]] = []
     for began_s, ended_s in sorted((span.began_s, span.ended_s) for span in spans):
         if union and began_s <= union[-1][1]:
@@ -83,7 +83,7 @@ def _union(spans: Iterable[Span]) -> list[tuple[float, float]]:
 def _of_requests(
     spans: Sequence[tuple[Span, str]], start_s: float, pid: int
 ) -> list[dict[str, Any]]:
-    """Two tracks for each request: spans that overlap would need one each anyway."""
+    """The events of the requests' tracks: two for each, since steps and drafting overlap."""
     seen = dict.fromkeys(request_id for span, _ in spans for request_id in span.of_requests)
     numbers = {request_id: index for index, request_id in enumerate(list(seen)[:NUM_REQUESTS])}
     events = [_name("process_name", (pid, 0), "requests")] if numbers else []
@@ -109,7 +109,7 @@ def _event(
     pid, tid = track
     return {
         "name": name,
-        "ph": "X",  # complete: with its beginning and its duration
+        "ph": "X",  # a complete event: with start and duration
         "ts": round(1e6 * (span.began_s - start_s), 1),
         "dur": round(1e6 * (span.ended_s - span.began_s), 1),
         "pid": pid,

@@ -9,26 +9,30 @@ from typing import Any
 
 from ray.serve import metrics as serve_metrics
 
-from cluster.config.app_config import AppConfig
 from cluster.observe import metrics
 from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
 from cluster.observe.request_history import RequestRecord
 from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement, WorkerLoad
+from scheduler.task import StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.reports import DraftStats, DraftWorkerStatus
-from workers.step_history import TakenStep
 
 REFRESH_S = 5.0
-"""How often gauges are set again that are to stay."""
+"""How often kept gauges are set again: well within the 20 s after which Ray forgets them."""
 
 
 class _Nowhere:
-    """A metric that is not exported."""
+    """A metric of Ray's that is not exported."""
 
-    def inc(self, *_: object) -> None: ...
+    def inc(self, amount: float, labels: dict[str, str]) -> None:
+        """Drop what a counter is given."""
 
-    set = observe = inc
+    def set(self, value: float, labels: dict[str, str]) -> None:
+        """Drop what a gauge is given."""
+
+    def observe(self, value: float, labels: dict[str, str]) -> None:
+        """Drop what a histogram is given."""
 
 
 _NOWHERE = _Nowhere()
@@ -37,29 +41,30 @@ _NOWHERE = _Nowhere()
 class Exporter:
     """The metrics of one replica."""
 
-    def __init__(self, config: AppConfig) -> None:
-        """With `metrics` off in the config, everything goes nowhere."""
-        self._config = config
+    def __init__(self, model_name: str, enabled: bool) -> None:
+        """`model_name` is a label of every metric; if not `enabled`, nothing is exported."""
+        self._model_name = model_name
+        self._enabled = enabled
         self._made: dict[str, Any] = {}
         self._kept: dict[Metric, float] = {}
         self.keep(metrics.START_TIME, time.time())
         threading.Thread(target=self._refresh, name="metrics", daemon=True).start()
 
     def add(self, counter: Metric, amount: float = 1, **labels: str) -> None:
-        """Add to a counter; a series of it begins with its first amount, not with zero."""
+        """Add to a counter; a new series starts at its first amount, not at zero."""
         self._ray_metric(counter).inc(amount, labels)
 
     def set(self, gauge: Metric, value: float, **labels: str) -> None:
-        """Set a gauge. Ray forgets it in 20 s, as befits a view of others: set it often."""
+        """Set a gauge. Ray forgets it after 20 s, so that stale values vanish: set it often."""
         self._ray_metric(gauge).set(value, labels)
 
     def keep(self, gauge: Metric, value: float) -> None:
-        """Set a gauge that stays until it is set anew, or the replica ends."""
+        """Set a gauge that lasts until it is set again or the replica ends."""
         self._kept[gauge] = value
         self.set(gauge, value)
 
     def observe(self, histogram: Metric, value: float, **labels: str) -> None:
-        """Count one value of a histogram."""
+        """Add one value to a histogram."""
         self._ray_metric(histogram).observe(value, labels)
 
     def _refresh(self) -> None:
@@ -69,7 +74,7 @@ class Exporter:
                 self.set(gauge, value)
 
     def _ray_metric(self, metric: Metric) -> Any:
-        if not self._config.metrics:
+        if not self._enabled:
             return _NOWHERE
         if (made := self._made.get(metric.name)) is None:
             options: dict[str, Any] = {"tag_keys": (*metric.labels, MODEL_LABEL)}
@@ -77,29 +82,29 @@ class Exporter:
                 options["boundaries"] = list(metric.buckets)
             cls = getattr(serve_metrics, metric.kind.capitalize())
             made = cls(metric.name, metric.help, **options)
-            made.set_default_tags({MODEL_LABEL: self._config.model_name})
+            made.set_default_tags({MODEL_LABEL: self._model_name})
             self._made[metric.name] = made
         return made
 
 
 class WorkerMetrics:
-    """What a worker's steps and drafts come to.
+    """Totals over a worker's steps and drafts.
 
-    Steps are added up until they are exported: Ray takes some microseconds for each value.
+    Steps are added up until they are exported: Ray takes a few microseconds for each value.
     """
 
     def __init__(self, exporter: Exporter) -> None:
         self._exporter = exporter
         self._sums: defaultdict[tuple[Metric, str], float] = defaultdict(float)
-        """By metric and the value of its label, if it has one."""
+        """Sums by metric and the value of its label, empty if it has none."""
         self._drafts: dict[str, DraftCounts] = {}
 
-    def add_step(self, step: TakenStep) -> None:
+    def add_step(self, step: StepReport) -> None:
         """Count one step; called in the engine's thread, between two steps."""
-        observe, sums, plan = self._exporter.observe, self._sums, step.report.plan
-        measured_s = step.report.measured_s
+        observe, sums, plan = self._exporter.observe, self._sums, step.plan
+        measured_s = step.measured_s
         observe(metrics.STEP_SECONDS, measured_s)
-        observe(metrics.STEP_DECISION_SECONDS, step.report.decided_s)
+        observe(metrics.STEP_DECISION_SECONDS, step.decided_s)
         observe(metrics.STEP_PREDICTION_ERROR, abs(plan.predicted_s / measured_s - 1))
         if plan.limit_s < math.inf:
             observe(metrics.STEP_BUDGET_USE, plan.predicted_s / max(plan.limit_s, 1e-6))
@@ -115,7 +120,7 @@ class WorkerMetrics:
             sums[metrics.DEFERRALS, deferral.reason] += 1
 
     def export(self, drafts: DraftStats | None) -> None:
-        """Send the sums, and what is new of the drafts."""
+        """Send the sums, and what has been added to the drafts' counts."""
         for (metric, label), amount in self._sums.items():
             if amount:
                 self._exporter.add(metric, amount, **dict.fromkeys(metric.labels, label))
@@ -143,21 +148,21 @@ class WorkerMetrics:
 
 
 class RequestMetrics:
-    """What the clients of one ingress see."""
+    """Metrics of requests as the clients of one ingress see them."""
 
     def __init__(self, exporter: Exporter) -> None:
         self._exporter = exporter
 
     def count_admission(self, outcome: str) -> None:
-        """Count a call of the API: admitted, invalid or unavailable."""
+        """Count a call of the API, by its outcome: admitted, invalid or unavailable."""
         self._exporter.add(metrics.ADMISSIONS, outcome=outcome)
 
     def count_retry(self, reason: str) -> None:
-        """Count a request that lost its worker and goes on with another."""
+        """Count a request that lost its worker and is retried on another."""
         self._exporter.add(metrics.RETRIES, reason=reason)
 
     def set_live(self, num_live: int) -> None:
-        """Note how many requests go on."""
+        """Set the number of requests in flight."""
         self._exporter.keep(metrics.LIVE_REQUESTS, num_live)
 
     def count_end(self, record: RequestRecord) -> None:
@@ -180,7 +185,7 @@ class RequestMetrics:
 
 
 class PlacementMetrics:
-    """What the GlobalScheduler sees and decides."""
+    """Metrics of what the GlobalScheduler sees and decides."""
 
     def __init__(self, exporter: Exporter) -> None:
         self._exporter = exporter
@@ -195,7 +200,7 @@ class PlacementMetrics:
         self._exporter.add(metrics.DRAFT_COLLAPSES, reason=reason)
 
     def set_load(self, load: WorkerLoad, report_age_s: float) -> None:
-        """Note how a worker is seen."""
+        """Set a worker's load as the GlobalScheduler sees it."""
         set_, worker = self._exporter.set, load.worker_id
         set_(metrics.WORKER_OUTSTANDING_TOKENS, load.num_outstanding_tokens, worker=worker)
         set_(metrics.WORKER_REQUESTS, load.num_requests, worker=worker)
@@ -203,12 +208,12 @@ class PlacementMetrics:
 
 
 class DraftWorkerMetrics:
-    """How busy a draft worker is."""
+    """Metrics of how busy a draft worker is."""
 
     def __init__(self, exporter: Exporter) -> None:
         self._exporter = exporter
 
     def export(self, status: DraftWorkerStatus) -> None:
-        """Send the present state."""
+        """Send the current state."""
         self._exporter.set(metrics.DRAFT_WORKER_BUSY, status.busy_share)
         self._exporter.set(metrics.DRAFT_WORKER_CONTEXTS, status.num_contexts)

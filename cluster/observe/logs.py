@@ -1,4 +1,4 @@
-"""The logs of replicas: one line for each event, its fields by name, and no floods.
+"""The logs of replicas: one line per event, with named fields, and limits on repeated events.
 
 An event is a log call with a constant message, its variable parts in `extra`:
 `logger.warning("request lost its worker", extra={"request_id": request_id})`.
@@ -21,20 +21,20 @@ from pythonjsonlogger.json import JsonFormatter
 from cluster.config.observe import LogConfig
 
 PACKAGES = ("cluster", "workers", "scheduler")
-"""Whose events these are. Libraries log beside them in ways of their own."""
+"""Packages whose events are formatted here; libraries configure their own loggers."""
 
 NO_FIELDS = (*RESERVED_ATTRS, "vllm_process_name")
-"""Attributes of every log record; vLLM adds one."""
+"""Attributes that every log record has, and so not fields of an event; vLLM adds one."""
 
 MAX_ALIKE, WINDOW_S = 5, 10.0
-"""So many equal events are logged in so many seconds."""
+"""At most MAX_ALIKE equal events are logged in WINDOW_S seconds."""
 
 
 def set_up_logs(config: LogConfig, **context: str) -> None:
     """Send the events of our packages to stderr, each with the fields of `context`.
 
-    Neither the root logger nor those of libraries are touched, nor do they matter: vLLM and what
-    comes with it set them up as they are imported.
+    The root logger and those of libraries are left alone: vLLM and its dependencies configure
+    them when they are imported.
     """
     formatter: logging.Formatter
     if config.format == "json":
@@ -60,8 +60,8 @@ def set_up_logs(config: LogConfig, **context: str) -> None:
 
 
 def replica_context() -> dict[str, str]:
-    """Which replica of Serve this process is."""
-    # Ray takes long to import, and this module is read wherever a config is.
+    """Fields that identify this process's replica of Serve."""
+    # Importing Ray takes seconds, and the command line sets up logs too.
     from ray import serve
 
     replica = serve.get_replica_context()
@@ -73,7 +73,7 @@ def replica_context() -> dict[str, str]:
 
 
 class _TextFormatter(logging.Formatter):
-    """Time, level and message, then `key=value`, as logfmt has it; a traceback follows."""
+    """Time, level and message, then `key=value` as in logfmt; a traceback follows."""
 
     def __init__(self, context: dict[str, str]) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -88,7 +88,7 @@ class _TextFormatter(logging.Formatter):
 
 class _JsonFormatter(JsonFormatter):
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """The fields of an event as JSON can have them: there is no infinity in it."""
+        """The fields of an event, with what JSON lacks (infinity, NaN) as text."""
         return {
             key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in log_data.items()
@@ -96,7 +96,7 @@ class _JsonFormatter(JsonFormatter):
 
 
 def quoted(value: object) -> str:
-    """A value as it stands in a line of text: in JSON's quotes if it would not be clear bare."""
+    """A value as text, in JSON's quotes if it would be ambiguous without."""
     text = str(value)
     if text.isprintable() and re.fullmatch(r'[^ "=]+', text):
         return text
@@ -105,19 +105,19 @@ def quoted(value: object) -> str:
 
 @dataclass(slots=True)
 class _Kind:
-    """Events that are equal but for their fields."""
+    """Events that are equal except for their fields."""
 
     logged_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_ALIKE))
-    """When the last of them were logged."""
+    """Times at which the last of them were logged."""
     num_left_out: int = 0
-    """Since then."""
+    """Events left out since then."""
 
 
 class FloodFilter(logging.Filter):
-    """Leaves out what repeats too often; the next one that is logged tells how many in `left_out`.
+    """Leaves out events that repeat too often; the next one logged counts them in `left_out`.
 
-    Equal are events of one logger, level and message, whatever their fields. Nothing is left out
-    at level debug, which is for those who want all.
+    Events are equal if they share logger, level and message, whatever their fields. At level
+    debug nothing is left out.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -136,7 +136,7 @@ class FloodFilter(logging.Filter):
             if len(kind.logged_s) == MAX_ALIKE and now - kind.logged_s[0] < WINDOW_S:
                 kind.num_left_out += 1
                 return False
-            kind.logged_s.append(now)  # the oldest of them goes
+            kind.logged_s.append(now)  # drops the oldest
             if kind.num_left_out:
                 record.__dict__["left_out"] = kind.num_left_out
                 kind.num_left_out = 0

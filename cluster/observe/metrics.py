@@ -1,9 +1,10 @@
-"""Every metric of the cluster, once: what dashboards, alerts and the exporter name.
+"""All metrics of the cluster, each defined once for the exporter, the dashboards and the alerts.
 
-Names follow Prometheus: base units, `_total` for counters. All of them leave through Ray's metrics
-endpoint of each node, which puts `ray_` before the name; `deploy/prometheus.yml` takes it off
-again. Beside its own labels each sample has `application`, `deployment` and `replica` from Serve,
-and `model_name`. vLLM's own metrics go the same way and keep their names, `vllm:...`.
+Names follow Prometheus' conventions: base units, `_total` for counters. All are exported through
+Ray's metrics endpoint of each node, which prefixes the names with `ray_`; `deploy/prometheus.yml`
+removes the prefix. In addition to its own labels each sample has `application`, `deployment` and
+`replica` from Serve, and `model_name`. vLLM's own metrics are exported in the same way and keep
+their names, `vllm:...`.
 """
 
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MODEL_LABEL = "model_name"
-"""As vLLM calls it."""
+"""Label of the model's name, as in vLLM's metrics."""
 
 
 class Kind(StrEnum):
-    """Of a metric, in Prometheus' words."""
+    """Type of a metric, by Prometheus' name."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -24,20 +25,21 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric; `buckets` are the upper bounds of a histogram's, in its unit."""
+    """One metric."""
 
     name: str
     kind: Kind
     unit: str
-    """Of its values: seconds, bytes, tokens, requests, ..."""
+    """Unit of its values: seconds, bytes, tokens, requests, ..."""
     help: str
     labels: tuple[str, ...] = ()
-    """Each of few values, known beforehand or bounded by the cluster's size."""
+    """Names of its labels; each has few values, fixed or bounded by the cluster's size."""
     buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets, in its unit."""
 
 
 METRICS: dict[str, Metric] = {}
-"""All of ours by name, in the order of this file."""
+"""All of our own metrics by name, in the order of this file."""
 
 
 def _metric(
@@ -66,6 +68,8 @@ def _histogram(name: str, help: str, buckets: Sequence[float], *labels: str) -> 
     return _metric(name, Kind.HISTOGRAM, unit, help, labels, buckets)
 
 
+# Buckets: a step takes 1 ms (a small model on a GPU) to 10 s (a long prefill on a CPU), a decision
+# a small part of that; latencies are resolved best around the targets of the built-in classes.
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 DECISION_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1)
 TPOT_S = (0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -73,43 +77,43 @@ REQUEST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 RELATIVE_ERROR = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 SHARE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
 
-# What clients see; told by each ingress.
+# What clients see; exported by each ingress.
 ADMISSIONS = _counter(
     "admissions",
     "calls",
-    "Calls of the API that generates: admitted, invalid (the client's error), or unavailable.",
+    "Calls of the generating API, by outcome: admitted, invalid (the client's error), unavailable.",
     "outcome",
 )
 REQUESTS = _counter(
     "requests",
     "requests",
-    "Requests that ended: by stop, length, abort (the client left) or error; n=4 makes four.",
+    "Requests that ended, by outcome: stop, length, abort (the client left), error; n=4 counts 4.",
     "slo_class",
     "outcome",
 )
-LIVE_REQUESTS = _gauge("live_requests", "requests", "Requests that were admitted and go on.")
+LIVE_REQUESTS = _gauge("live_requests", "requests", "Requests in flight.")
 TIME_TO_FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds",
-    "From a request's arrival at the ingress to its first token.",
+    "Time from a request's arrival at the ingress to its first token.",
     REQUEST_S,
     "slo_class",
 )
 TIME_PER_OUTPUT_TOKEN = _histogram(
     "time_per_output_token_seconds",
-    "Mean time of a request's tokens after the first.",
+    "Mean time per output token of a request after the first.",
     TPOT_S,
     "slo_class",
 )
 REQUEST_LATENCY = _histogram(
     "e2e_request_latency_seconds",
-    "From a request's arrival at the ingress to its last token.",
+    "Time from a request's arrival at the ingress to its last token.",
     REQUEST_S,
     "slo_class",
 )
 SLO_REQUESTS = _counter(
     "slo_requests",
     "requests",
-    "Requests that had a target, by whether it was met: ttft, tpot, or all that it had.",
+    "Requests with targets, by target (ttft, tpot, or all of theirs) and whether it was met.",
     "slo_class",
     "target",
     "met",
@@ -117,43 +121,43 @@ SLO_REQUESTS = _counter(
 REQUEST_TOKENS = _counter(
     "request_tokens",
     "tokens",
-    "Tokens of requests that ended, of the prompt and of the output: who uses the cluster.",
+    "Tokens of requests that ended, by kind: prompt or output.",
     "slo_class",
     "kind",
 )
 RETRIES = _counter(
     "request_retries",
     "requests",
-    "Times that a request lost its worker and went on with another, by what happened to the first.",
+    "Times that a request lost its worker and was retried on another, by what happened to it.",
     "reason",
 )
 
-# Steps; told by each worker.
+# Steps; exported by each worker.
 QUEUE_TIME = _histogram(
     "request_queue_seconds",
-    "From a request's arrival at the ingress to the first step that computes some of it.",
+    "Time from a request's arrival at the ingress to the first step that computes part of it.",
     REQUEST_S,
     "slo_class",
 )
-STEP_SECONDS = _histogram("step_seconds", "How long a step took.", STEP_S)
+STEP_SECONDS = _histogram("step_seconds", "Duration of a step.", STEP_S)
 STEP_DECISION_SECONDS = _histogram(
-    "step_decision_seconds", "How long planning a step took, which is part of it.", DECISION_S
+    "step_decision_seconds", "Duration of planning a step, which is part of the step.", DECISION_S
 )
 STEP_PREDICTION_ERROR = _histogram(
     "step_prediction_error_ratio",
-    "Difference between predicted and measured time of a step, over the measured.",
+    "Difference between predicted and measured time of a step, relative to the measured time.",
     RELATIVE_ERROR,
 )
 STEP_BUDGET_USE = _histogram(
     "step_budget_use_ratio",
-    "Predicted time of a step over the time that the targets of its requests leave it.",
+    "Predicted time of a step over the time that the targets of its requests allow.",
     SHARE,
 )
 STEP_MEASURED_SECONDS = _counter(
-    "step_measured_seconds", "seconds", "Time in steps; its rate is the share of time in use."
+    "step_measured_seconds", "seconds", "Time in steps; its rate is the worker's utilisation."
 )
 STEP_PREDICTED_SECONDS = _counter(
-    "step_predicted_seconds", "seconds", "Time that the steps were predicted to take."
+    "step_predicted_seconds", "seconds", "Predicted time of the steps."
 )
 STEP_TOKENS = _counter(
     "step_tokens", "tokens", "Tokens computed in steps, by stage: prefill, decode, verify.", "stage"
@@ -161,93 +165,97 @@ STEP_TOKENS = _counter(
 DEFERRALS = _counter(
     "deferrals",
     "requests",
-    "Requests that got nothing in a step, counted in each such step, by reason.",
+    "Requests deferred in a step, counted once per such step, by reason.",
     "reason",
 )
 STEP_FLOPS = _counter(
-    "step_flops", "operations", "Floating point operations that the model's shape asks for."
+    "step_flops",
+    "operations",
+    "Floating point operations of the steps, computed from the model's shape.",
 )
 STEP_MEMORY_BYTES = _counter(
-    "step_memory_bytes", "bytes", "Weights and KV cache that the model's shape has steps move."
+    "step_memory_bytes",
+    "bytes",
+    "Bytes of weights and KV cache read and written, computed from the model's shape.",
 )
 PEAK_FLOPS = _gauge(
-    "peak_flops_per_second", "operations/s", "Fastest arithmetic measured on the worker's device."
+    "peak_flops_per_second", "operations/s", "Peak arithmetic rate measured on the worker's device."
 )
 PEAK_MEMORY_BANDWIDTH = _gauge(
-    "peak_memory_bytes_per_second", "bytes/s", "Fastest reading measured on the worker's device."
+    "peak_memory_bytes_per_second",
+    "bytes/s",
+    "Peak bandwidth measured on the worker's device.",
 )
 
-# Drafts; told by each worker and by each draft worker.
+# Drafts; exported by each worker and each draft worker.
 DRAFT_TOKENS = _counter(
     "draft_tokens",
     "tokens",
-    "Draft tokens: proposed by draft workers, verified, accepted; late, or dropped as stale.",
+    "Draft tokens by outcome: proposed, verified, accepted, late, or dropped as stale.",
     "drafter",
     "outcome",
 )
 DRAFT_VERIFIED_AT = _counter(
     "draft_verified_tokens",
     "tokens",
-    "Verified draft tokens by their position behind the newest token.",
+    "Verified draft tokens by their position after the newest token.",
     "drafter",
     "position",
 )
 DRAFT_ACCEPTED_AT = _counter(
     "draft_accepted_tokens",
     "tokens",
-    "Accepted draft tokens by their position behind the newest token.",
+    "Accepted draft tokens by their position after the newest token.",
     "drafter",
     "position",
 )
 DRAFT_ACCEPTANCE = _gauge(
-    "draft_acceptance_ratio", "ratio", "Share of the drafts verified lately that were right."
+    "draft_acceptance_ratio", "ratio", "Share of the recently verified drafts that were accepted."
 )
-TOKENS_PER_DECODE = _gauge(
-    "draft_tokens_per_decode", "tokens", "Output tokens that a decode gave lately."
-)
+TOKENS_PER_DECODE = _gauge("draft_tokens_per_decode", "tokens", "Recent output tokens per decode.")
 DRAFT_COLLAPSES = _counter(
     "draft_collapses",
     "collapses",
-    "Times that the drafts for a worker were no longer accepted as they had been, by why.",
+    "Times that the drafts for a worker were no longer accepted as they used to be, by reason.",
     "reason",
 )
 DRAFT_WORKER_BUSY = _gauge(
-    "draft_worker_busy_ratio", "ratio", "Share of its time that a draft worker drafts."
+    "draft_worker_busy_ratio", "ratio", "Share of its time that a draft worker spends drafting."
 )
 DRAFT_WORKER_CONTEXTS = _gauge(
     "draft_worker_contexts", "requests", "Requests that a draft worker follows."
 )
 
-# Placement; told by the GlobalScheduler.
+# Placement; exported by the GlobalScheduler.
 PLACEMENTS = _counter(
     "placements",
     "requests",
-    "Requests placed on each worker, by why it was that one.",
+    "Requests placed on each worker, by the reason for the choice.",
     "worker",
     "reason",
 )
 WORKER_OUTSTANDING_TOKENS = _gauge(
     "worker_outstanding_tokens",
     "tokens",
-    "Tokens that the requests of a worker may still need, as placement sees it.",
+    "Tokens that a worker's requests may still need, as placement sees it.",
     "worker",
 )
 WORKER_REQUESTS = _gauge(
     "worker_requests", "requests", "Requests on a worker, as placement sees it.", "worker"
 )
 WORKER_REPORT_AGE = _gauge(
-    "worker_report_age_seconds", "seconds", "Time since a worker told its load.", "worker"
+    "worker_report_age_seconds", "seconds", "Seconds since the worker's last load report.", "worker"
 )
 START_TIME = _gauge(
     "start_time_seconds",
     "seconds",
-    "When this incarnation of a replica started, since the epoch: a new value is a restart.",
+    "Start time of this incarnation of a replica, since the epoch; a new value is a restart.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class VllmMetric:
-    """One of vLLM's own that dashboards show; its name and help are vLLM's."""
+    """One of vLLM's own metrics that the dashboards show; vLLM defines its name and help."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""What a request's time on a worker went to: queue, prefill and decode, by the steps it saw."""
+"""The phases of a request on one worker: queue, prefill and decode, from the steps it saw."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """How long it was."""
+        """Duration of the phase."""
         return self.ended_s - self.began_s
 
     @property
@@ -30,7 +30,7 @@ class Phase:
 
     @property
     def num_preemptions(self) -> int:
-        """Times that its KV cache was taken for others."""
+        """Times that its KV blocks were freed for other requests."""
         return sum(step.preempted for step in self.steps)
 
     @property
@@ -40,12 +40,12 @@ class Phase:
 
     @property
     def num_accepted(self) -> int:
-        """Drafts that were right."""
+        """Drafts that were accepted."""
         return sum(max(s.num_new_tokens - 1, 0) for s in self.steps if _verifies(s))
 
     @property
     def waited_s(self) -> dict[Reason, float]:
-        """Time in steps that it had no part in, by why, longest first."""
+        """Time in steps that deferred the request, by reason, longest first."""
         waited: defaultdict[Reason, float] = defaultdict(float)
         for step in self.steps:
             if step.reason is not None:
@@ -53,7 +53,7 @@ class Phase:
         return dict(sorted(waited.items(), key=lambda of_reason: -of_reason[1]))
 
     def attributes(self) -> dict[str, float]:
-        """All of it, as a span's attributes."""
+        """All figures of the phase, as attributes of a span."""
         waited = {f"xyserve.waited_s.{reason}": s for reason, s in self.waited_s.items()}
         return waited | {
             "xyserve.num_steps": sum(step.task is not None for step in self.steps),
@@ -65,7 +65,7 @@ class Phase:
 
 
 def phases(steps: Sequence[RequestStep], arrived_s: float) -> list[Phase]:
-    """The phases of a request that arrived at a time and saw these steps, as far as it came."""
+    """The phases that a request has reached, from its arrival and the steps it saw."""
     first = next((i for i, step in enumerate(steps) if step.task), len(steps))
     token = next((i for i, step in enumerate(steps) if step.num_new_tokens), len(steps) - 1)
     found, began_s = [], arrived_s

@@ -1,4 +1,4 @@
-"""What became of the latest requests of an ingress, kept so that one can ask."""
+"""What happened to the latest requests of an ingress, kept for `xyserve explain`."""
 
 import math
 from collections import OrderedDict
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from scheduler.request import Request
 
 MAX_RECORDS = 10_000
-"""Requests and refusals that are kept, some kilobyte each."""
+"""Requests and refusals that are kept, about 1 kB each."""
 MIN_QUERY = 4
-"""Characters of an id that one may ask for; fewer would fit too many."""
+"""Minimum length of a query; fewer characters would match too many ids."""
 
 
 @dataclass(slots=True)
@@ -17,10 +17,10 @@ class Attempt:
     """A request's time on one worker."""
 
     attempt_id: str
-    """The request's id there."""
+    """The request's id on that worker."""
     began_s: float
     lost: str = ""
-    """What ended it before the request had ended."""
+    """Why the attempt ended before the request did; empty if it did not."""
 
 
 @dataclass(slots=True)
@@ -34,11 +34,11 @@ class RequestRecord:
     last_token_s: float = math.inf
     num_output_tokens: int = 0
     outcome: str = ""
-    """vLLM's finish reason; empty while it goes on."""
+    """vLLM's finish reason; empty while the request is in flight."""
     error: str = ""
 
     def deliver(self, num_tokens: int, now: float) -> None:
-        """Note that so many more output tokens have come."""
+        """Record that `num_tokens` more output tokens have arrived."""
         if num_tokens:
             self.first_token_s = min(self.first_token_s, now)
             self.last_token_s = now
@@ -51,7 +51,7 @@ class RequestRecord:
 
     @property
     def tpot_s(self) -> float:
-        """Mean time per output token after the first; 0 of a single token."""
+        """Mean time per output token after the first; 0 if there is only one token."""
         if self.num_output_tokens < 2:
             return 0.0
         return (self.last_token_s - self.first_token_s) / (self.num_output_tokens - 1)
@@ -62,9 +62,9 @@ class RequestRecord:
         return self.last_token_s - self.arrived_s
 
     def attainment(self) -> dict[str, bool]:
-        """Whether it met each target that it had, and `all` of them; none if the client left.
+        """Whether it met each of its targets, and `all` of them; empty if the client left.
 
-        One that failed met none.
+        A request that failed met none.
         """
         if self.outcome == "abort":
             return {}
@@ -83,13 +83,13 @@ class Refusal:
 
     call_id: str
     refused_s: float
-    """By the wall clock."""
+    """Wall-clock time."""
     status: int
     message: str
 
     @property
     def outcome(self) -> str:
-        """Whose fault it was: `invalid` is the client's, `unavailable` is not."""
+        """Whose error it was: `invalid` is the client's, `unavailable` is ours."""
         return "invalid" if self.status < 500 else "unavailable"
 
 
@@ -101,7 +101,7 @@ class RequestHistory:
         self._max_records = max_records
 
     def add(self, record: RequestRecord | Refusal) -> None:
-        """Keep a record, and forget the oldest where there is no room."""
+        """Keep a record, and evict the oldest if there are too many."""
         key = record.call_id if isinstance(record, Refusal) else record.request.request_id
         self._records[key] = record
         self._records.move_to_end(key)
@@ -109,10 +109,10 @@ class RequestHistory:
             self._records.popitem(last=False)
 
     def find(self, query: str) -> list[RequestRecord | Refusal]:
-        """Those whose id contains `query`, oldest first.
+        """The records whose id contains `query`, oldest first.
 
-        What clients know of a request is a part of its id: that of their call, which the answer's
-        header x-request-id tells too. A call with n=4 is four requests.
+        Clients know a part of a request's id: the id of their call, which is also in the answer's
+        header x-request-id. A call with n=4 is four requests.
         """
         if len(query) < MIN_QUERY:
             return []

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of a request: what the ingress, the GlobalScheduler and the worker did."""
+"""OpenTelemetry spans of a request, in the ingress, the GlobalScheduler and the worker."""
 
 import contextvars
 import math
@@ -25,15 +25,15 @@ _traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent"
 
 
 def current_traceparent() -> str:
-    """W3C trace context of the call that is being answered; empty if it is not traced."""
+    """W3C trace context of the current call; empty if it is not traced."""
     return _traceparent.get()
 
 
 class Tracing:
-    """Makes the spans of one replica; without a config it makes none and costs nothing."""
+    """Creates the spans of one replica; without a config it creates none and costs nothing."""
 
     def __init__(self, config: TracingConfig | None, role: str, replica_id: str) -> None:
-        """`role` is the service's name behind `xyserve.`."""
+        """`role` is the part of the service's name after `xyserve.`."""
         self._provider: TracerProvider | None = None
         if config is None:
             return
@@ -47,12 +47,12 @@ class Tracing:
 
     @property
     def is_on(self) -> bool:
-        """Whether there are spans at all."""
+        """Whether spans are created at all."""
         return self._provider is not None
 
     @contextmanager
     def call(self, name: str, traceparent: str, attributes: Attributes) -> Iterator[Span]:
-        """The span of a call that begins now, below the client's; what follows is below it."""
+        """Open the span of a call as a child of the client's; spans inside are its children."""
         if not self.is_on:
             yield trace.INVALID_SPAN
             return
@@ -74,9 +74,9 @@ class Tracing:
         attributes: Attributes,
         error: str = "",
     ) -> None:
-        """A span that is over, below the one of `traceparent`; times by the wall clock.
+        """Create a span that is over, as a child of `traceparent`; wall-clock times.
 
-        Nothing is made for a request that is not traced, or of what never began or ended.
+        Creates none if the request is not traced, or if what it covers never began or ended.
         """
         if not self.is_on or not traceparent or not began_s <= ended_s < math.inf:
             return
@@ -88,13 +88,13 @@ class Tracing:
         span.end(_ns(ended_s))
 
     def shut_down(self) -> None:
-        """Send what is left."""
+        """Send the spans that have not been sent yet."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
 def _exporter(config: TracingConfig) -> SpanExporter:
-    # Both take long to import, and only one is needed if any.
+    # Both are slow to import, and at most one of them is needed.
     if config.protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (
             OTLPSpanExporter as GrpcExporter,

@@ -1,4 +1,4 @@
-"""vLLM's own metrics, sent the way ours go: by Ray's metrics endpoint of each node."""
+"""vLLM's own metrics, exported as ours are: through Ray's metrics endpoint of each node."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
 STAT_LOGGERS = (RayPrometheusStatLogger, PrometheusStatLogger)
-"""Of an ingress: what its requests saw. The second one is for its own page, `/metrics`."""
+"""vLLM's loggers of what an ingress' requests saw; the second one serves its page `/metrics`."""
 
 GAUGES = (
     "num_running_reqs",
@@ -21,12 +21,13 @@ GAUGES = (
     "waiting_lora_adapters",
     "running_lora_adapters",
 )
+"""Fields of vLLM's statistics of a step that describe the moment."""
 SUMS = ("prefix_cache_stats", "connector_prefix_cache_stats", "spec_decoding_stats")
-"""What of vLLM's statistics of a step describes the moment, and what adds up."""
+"""Fields that add up over steps."""
 
 
 class SchedulerMetrics:
-    """What the scheduler of one worker's engine sees: queues, KV cache, prefix hits, drafts."""
+    """Metrics of one worker's vLLM scheduler: queues, KV cache, prefix hits, drafts."""
 
     def __init__(self, vllm_config: VllmConfig, model_name: str) -> None:
         vllm_config.model_config.served_model_name = model_name
@@ -34,21 +35,25 @@ class SchedulerMetrics:
         self._stats = SchedulerStats()
 
     def add(self, stats: SchedulerStats) -> None:
-        """Take what one step saw; cheap, unlike exporting it."""
+        """Add the statistics of one step; cheap, unlike exporting them."""
         for name in SUMS:
             setattr(stats, name, _sum(getattr(self._stats, name), getattr(stats, name)))
         stats.kv_cache_eviction_events[:0] = self._stats.kv_cache_eviction_events
         self._stats = stats
 
     def export(self) -> None:
-        """Send what was seen since the last time, and the gauges, which Ray forgets in 20 s."""
+        """Send what was added since the last export; and the gauges, which Ray forgets in 20 s."""
         stats = self._stats
         self._stats = SchedulerStats(**{name: getattr(stats, name) for name in GAUGES})
         self._logger.record(stats, None)
 
 
 def _sum(old: Any, new: Any) -> Any:
-    """Both of vLLM's counts together; either may be None, and lists add up by their places."""
+    """The sum of two of vLLM's statistics, field by field; either may be None.
+
+    Lists add up by position. Written for any of vLLM's dataclasses of counts, so that a field
+    that vLLM adds is not forgotten.
+    """
     if old is None or new is None:
         return new if old is None else old
     for field in dataclasses.fields(new):

@@ -32,12 +32,6 @@ DRAFT_WORKER_SILENT_AFTER_S = 3.0
 one reports twice a second."""
 MAX_PLACEMENTS = 10_000
 """Placements that are kept for those who ask why."""
-EXPLANATIONS = {
-    CollapseReason.SILENT: "the draft worker does not answer; is it stopped or overloaded?",
-    CollapseReason.RESTARTED: "the draft worker has restarted and must learn again",
-    CollapseReason.LATE: "they arrive after the tokens they guess; is the draft worker overloaded?",
-    CollapseReason.CONTENT: "the drafters do not predict the text that is being written",
-}
 
 
 @dataclass(slots=True)
@@ -205,7 +199,7 @@ class GlobalScheduler:
                 extra={
                     "worker": worker_id,
                     "acceptance_rate": round(stats.acceptance_rate, 2),
-                    "reason": EXPLANATIONS[reason],
+                    "reason": reason.text,
                 },
             )
             self._on_collapse(worker_id, reason)

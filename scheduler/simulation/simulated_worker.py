@@ -1,31 +1,24 @@
-"""A worker in simulation: its scheduler's plans carried out on a KV cache, in predicted time."""
+"""A worker in simulation: its planner's steps carried out on a KV cache, in predicted time."""
 
-import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
 from random import Random
 from typing import NamedTuple
 
-import numpy as np
-
-from scheduler.cost_model import CostModel, StepShape
-from scheduler.request import RequestState, Slo
+from scheduler.cost_model import StepShape
+from scheduler.request import RequestState
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
+from scheduler.simulation.fast_forward import FastForward, Jump, is_steady
 from scheduler.simulation.kv_cache import Holding, KvCache, KvCacheFull
-from scheduler.task import BatchPlan, Stage, StageTask, StepScheduler, StepView
-
-MAX_JUMP = 64
-"""Steps that are taken at once, at most, where a scheduler may change its mind about targets."""
-MAX_JUMP_WITHOUT_TARGETS = 4096
-"""The same where none has any."""
-NO_TARGETS = Slo()
+from scheduler.simulation.noise import Noise
+from scheduler.simulation.plan_check import BrokenPlan, check
+from scheduler.step_planner import StepInFlight, StepPlanner
+from scheduler.task import BatchPlan, Stage, StageTask, StepView
 
 
 class SimulationError(Exception):
-    """A plan broke a limit, or nothing moves any more: a bug of a scheduler, not of its user."""
+    """A plan broke a limit, or no request makes progress: a bug of a scheduler, not of its user."""
 
 
 class StepRecord(NamedTuple):
@@ -46,13 +39,13 @@ class LiveRequest:
 
     arrival: Arrival
     index: int
-    """Place in the list of arrivals."""
+    """Position in the list of arrivals."""
     state: RequestState
     holding: Holding
     random: Random | None
     """Decides which of its drafts are accepted."""
     draft_chances: tuple[float, ...] = ()
-    """Of the drafts that are at hand for each next token."""
+    """Chances of the drafts that are at hand in each decode."""
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     is_admitted: bool = False
@@ -63,91 +56,58 @@ class LiveRequest:
         return self.arrival.num_output_tokens - self.state.num_output_tokens
 
 
-class Noise:
-    """Factors of step times, the same for a step whether it is taken alone or in a jump."""
-
-    def __init__(self, sigma: float, seed: Sequence[int]) -> None:
-        self._sigma = sigma
-        self._generator = np.random.default_rng(seed)
-        self._factors: list[float] = []
-        self._first = 0
-
-    def factors(self, step: int, count: int) -> list[float]:
-        """Those of `count` steps from `step` on; earlier ones are not asked for again."""
-        while self._first + len(self._factors) < step + count:
-            passed = min(step - self._first, len(self._factors))
-            del self._factors[:passed]
-            self._first += passed
-            drawn = self._generator.normal(-(self._sigma**2) / 2, self._sigma, 1024)
-            self._factors += np.exp(drawn).tolist()
-        return self._factors[step - self._first : step - self._first + count]
-
-
-@dataclass(slots=True)
-class _Jump:
-    """Steady steps that are under way: each decodes one token of all that run."""
-
-    began_s: float
-    seconds: list[float]
-    ends: list[float]
-    num_steps: int
-    """How many of them are taken; fewer than were planned once a request came."""
-    predicted: tuple[float, float]
-    """Of the first step, and how much longer each next one is."""
-
-    def num_done(self, now: float) -> int:
-        """Steps that are over before `now`."""
-        return min(bisect_left(self.ends, now), self.num_steps)
-
-
 class SimulatedWorker:
-    """One worker: its scheduler, its requests and its KV cache."""
+    """One worker: its planner, its requests and its KV cache."""
 
     def __init__(
         self,
         worker_id: str,
         device: DeviceProfile,
-        scheduler: StepScheduler,
-        learning: CostModel | None,
-        noise: Noise | None,
-        fast_forward: bool,
-        log: list[StepRecord] | None,
+        planner: StepPlanner,
+        *,
+        noise: Noise | None = None,
+        fast_forward: bool = True,
+        log: list[StepRecord] | None = None,
     ) -> None:
+        """Steps take what `device` says, times `noise`; each is appended to `log`.
+
+        With `fast_forward`, steady steps are taken at once where nobody needs each of them.
+        """
         self.worker_id = worker_id
         self.kv = KvCache(device.limits.num_kv_blocks, device.limits.kv_block_size)
         self.live: dict[str, LiveRequest] = {}
         self.num_outstanding_tokens = 0
         self.begins_soon = False
         self.version = 0
-        """Of the event that ends its step; others are out of date."""
+        """Version of the event that ends its step; events of other versions are out of date."""
         self.num_steps = 0
         self.num_query_tokens = 0
         self.num_spans = 0
         self.busy_s = 0.0
         self.num_preemptions = 0
-        self.jump: _Jump | None = None
-        self.plan: BatchPlan | None = None
-        """The step under way, if it is not a jump."""
+        self.jump: Jump | None = None
+        self.step: tuple[StepInFlight, float] | None = None
+        """The step under way and its seconds, if it is not a jump."""
         self.neighbours: list[SimulatedWorker] = []
         """The others on its machine."""
+        self.log = log
         self._truth = device.cost_model
         self._crowded = device.crowded_cost_model
         self._limits = device.limits
-        self._scheduler = scheduler
-        self._learning = learning
+        self._planner = planner
         self._noise = noise
-        self._fast_forward = fast_forward and learning is None and self._crowded is None
+        self._fast_forward: FastForward | None = None
+        if fast_forward and not planner.needs_each_step and self._crowded is None:
+            self._fast_forward = FastForward(planner, device.cost_model, noise)
         self._num_kv_tokens = device.num_kv_tokens
-        self.log = log
         self._running: list[RequestState] = []
         self._waiting: list[RequestState] = []
         self._waiting_ranks: list[tuple[bool, int, float, int]] = []
-        self._num_with_targets = 0
 
     @property
     def is_busy(self) -> bool:
         """Whether a step is under way."""
-        return self.plan is not None or self.jump is not None
+        return self.step is not None or self.jump is not None
 
     def outstanding_at(self, now: float) -> int:
         """Tokens its requests may still need, by the steps that are over before `now`."""
@@ -159,7 +119,6 @@ class SimulatedWorker:
         """Take a new request."""
         self.live[live.arrival.request.request_id] = live
         self.num_outstanding_tokens += live.state.request.num_outstanding_tokens()
-        self._num_with_targets += live.state.request.slo != NO_TARGETS
         self._wait(live)
 
     def cut_jump(self, now: float) -> float | None:
@@ -167,13 +126,9 @@ class SimulatedWorker:
 
         A request that came `now` is part of the next plan.
         """
-        if self.jump is None:
+        if self.jump is None or not self.jump.cut(now):
             return None
-        num_steps = bisect_left(self.jump.ends, now) + 1
-        if num_steps >= self.jump.num_steps:
-            return None
-        self.jump.num_steps = num_steps
-        return self.jump.ends[num_steps - 1]
+        return self.jump.end_s
 
     def begin(self, now: float) -> float | None:
         """Plan the next step, or the next steps if they are steady; returns when they end.
@@ -193,12 +148,20 @@ class SimulatedWorker:
                 self.kv.num_free,
                 self._num_shared_blocks(),
             )
-            plan = self._scheduler.plan(view, now)
-            if (end_s := self._begin_jump(plan, now)) is not None:
-                return end_s
+            plan = self._planner.plan(view, now)
+            try:
+                check(plan, view, self._limits)
+            except BrokenPlan as error:
+                raise SimulationError(f"{self.worker_id}: {error}") from error
+            if self._fast_forward and is_steady(plan, view):
+                num_left = min(live.num_left for live in self.live.values())
+                if jump := self._fast_forward.jump(view, plan, now, num_left):
+                    self.jump = jump
+                    return jump.end_s
+            step = self._planner.begin(view, plan, now) if plan.tasks else None
             self._apply(plan)
-            if plan.tasks:
-                return self._begin_step(plan, now)
+            if step:
+                return self._begin_step(step)
             if not plan.preempted:
                 return None
         raise SimulationError(f"{self.worker_id} preempts and computes nothing, twice: {plan}")
@@ -207,19 +170,23 @@ class SimulatedWorker:
         """End the step or the jump; returns the requests that got their last token."""
         if self.jump is not None:
             return self._finish_jump()
-        assert self.plan is not None
-        plan, self.plan = self.plan, None
+        assert self.step is not None
+        (step, seconds), self.step = self.step, None
         ended = []
-        for task in plan.tasks:
+        num_new_tokens = {}
+        for task in step.tasks:
             live = self.live[task.request_id]
             num_tokens = self._advance(live, task)
-            if num_tokens and self._emit(live, num_tokens, now):
-                ended.append(live)
+            if num_tokens:
+                num_new_tokens[task.request_id] = num_tokens
+                if self._emit(live, num_tokens, now):
+                    ended.append(live)
+        self._planner.end(step, seconds, num_new_tokens)
         self._remove(ended)
         return ended
 
     def _num_shared_blocks(self) -> dict[str, int]:
-        """What of the running requests' blocks others hold too, if anyone may be preempted."""
+        """Blocks of running requests that others hold too, unless there is room for any step."""
         most = self._limits.num_blocks(self._limits.max_num_batched_tokens) + len(self._running)
         if self.kv.num_free >= most:
             return {}
@@ -237,8 +204,7 @@ class SimulatedWorker:
         self._waiting.insert(place, state)
 
     def _apply(self, plan: BatchPlan) -> None:
-        """Do to seats and KV blocks what the plan says."""
-        self._check(plan)
+        """Take and free seats and KV blocks as the plan says."""
         for request_id in plan.preempted:
             self._preempt(request_id)
         admitted = [
@@ -249,45 +215,9 @@ class SimulatedWorker:
         # Hits are held before room is made, or it might be made of them.
         for task in plan.tasks:
             self._grow(self.live[task.request_id], task.seq_len)
-        if len(self._running) > self._limits.max_num_seqs:
-            raise SimulationError(
-                f"{self.worker_id}: {len(self._running)} requests run; at most "
-                f"{self._limits.max_num_seqs} may"
-            )
-
-    def _check(self, plan: BatchPlan) -> None:
-        """SimulationError for a plan that no worker could carry out."""
-        num_tokens = 0
-        for task in plan.tasks:
-            live = self.live.get(task.request_id)
-            if live is None:
-                raise SimulationError(f"{self.worker_id}: {task} is of an unknown request")
-            state = live.state
-            most = state.num_new_tokens + (state.num_drafts if state.is_decoding else 0)
-            if not 0 < task.num_tokens <= most:
-                raise SimulationError(f"{self.worker_id}: {task}, but {most} tokens are left")
-            if task.seq_len != state.num_computed_tokens + task.num_tokens or (
-                task.samples != (task.seq_len >= state.num_tokens)
-            ):
-                raise SimulationError(f"{self.worker_id}: {task} does not fit to {state}")
-            num_tokens += task.num_tokens
-        if num_tokens > self._limits.max_num_batched_tokens:
-            raise SimulationError(
-                f"{self.worker_id}: {num_tokens} tokens in a step; at most "
-                f"{self._limits.max_num_batched_tokens} may be"
-            )
-        named = {task.request_id for task in plan.tasks}
-        named.update(deferral.request_id for deferral in plan.deferred)
-        if len(named) != len(plan.tasks) + len(plan.deferred) or len(named) != len(self.live):
-            raise SimulationError(
-                f"{self.worker_id}: a plan names each request once, as a task or as deferred; "
-                f"{sorted(self.live.keys() ^ named)} are not or unknown, in {plan}"
-            )
 
     def _preempt(self, request_id: str) -> None:
-        live = self.live.get(request_id)
-        if live is None or not live.is_admitted:
-            raise SimulationError(f"{self.worker_id}: {request_id} is preempted but does not run")
+        live = self.live[request_id]
         self.kv.release(live.holding)
         live.is_admitted = False
         live.num_preemptions += 1
@@ -309,38 +239,30 @@ class SimulatedWorker:
 
     def _grow(self, live: LiveRequest, num_tokens: int) -> None:
         """Hold as many blocks as `num_tokens` tokens need."""
-        num_blocks = self._limits.num_blocks
-        more = num_blocks(num_tokens) - num_blocks(live.state.num_computed_tokens)
+        size = self._limits.kv_block_size
+        more = -(-num_tokens // size) - -(-live.state.num_computed_tokens // size)
         try:
             if more:
                 self.kv.grow(live.holding, more)
         except KvCacheFull as error:
             raise SimulationError(f"{self.worker_id}: the KV cache is full: {error}") from error
 
-    def _begin_step(self, plan: BatchPlan, now: float) -> float:
-        shape = self._truth.shape_of(plan.tasks)
+    def _begin_step(self, step: StepInFlight) -> float:
+        shape = self._truth.shape_of(step.tasks)
         seconds = self._seconds(shape)
         if self._noise is not None:
             seconds *= self._noise.factors(self.num_steps, 1)[0]
-        if self._learning is not None:
-            self._learning.observe(shape, seconds)
         if self.log is not None:
-            tokens = dict.fromkeys(Stage, 0)
-            for task in plan.tasks:
-                tokens[task.stage] += task.num_tokens
-            counts = (tokens[Stage.PREFILL], tokens[Stage.DECODE], tokens[Stage.VERIFY])
-            self.log.append(
-                StepRecord(now, seconds, plan.predicted_s, *counts, num_requests=len(plan.tasks))
-            )
-        self.plan = plan
+            self.log.append(_record(step, seconds))
+        self.step = step, seconds
         self.num_steps += 1
         self.num_query_tokens += shape.num_tokens
         self.num_spans += shape.num_spans
         self.busy_s += seconds
-        return now + seconds
+        return step.began_s + seconds
 
     def _seconds(self, shape: StepShape) -> float:
-        """How long a step takes beside what its neighbours are computing."""
+        """How long a step takes next to what its neighbours are computing."""
         seconds = self._truth.predict(shape)
         if self._crowded is None or not self.neighbours:
             return seconds
@@ -358,7 +280,7 @@ class SimulatedWorker:
                 and live.random.random() < state.draft_chances[num_tokens - 1]
             ):
                 num_tokens += 1
-            # Blocks of drafts that were refused are given back.
+            # Blocks of rejected drafts are given back.
             held = self._limits.num_blocks(task.seq_len)
             state.num_computed_tokens += num_tokens
             self.kv.grow(live.holding, self._limits.num_blocks(state.num_computed_tokens) - held)
@@ -370,17 +292,16 @@ class SimulatedWorker:
     def _emit(self, live: LiveRequest, num_tokens: int, now: float) -> bool:
         """Give a request new tokens; returns whether it ended with them."""
         state = live.state
-        before = state.request.num_outstanding_tokens(state.num_output_tokens)
         if state.num_output_tokens == 0:
             state.first_token_s = now
+            self.num_outstanding_tokens -= state.request.num_prompt_tokens
         state.num_output_tokens += num_tokens
         state.last_token_s = now
         if live.draft_chances:
             num_left = state.request.max_tokens - state.num_output_tokens
             room = self._num_kv_tokens - state.num_tokens
             state.draft_chances = live.draft_chances[: max(0, min(num_left - 1, room))]
-        left = state.request.num_outstanding_tokens(state.num_output_tokens)
-        self.num_outstanding_tokens -= before - left
+        self.num_outstanding_tokens -= num_tokens
         return live.num_left == 0
 
     def _remove(self, ended: list[LiveRequest]) -> None:
@@ -390,125 +311,64 @@ class SimulatedWorker:
             request = live.state.request
             self.kv.release(live.holding)
             del self.live[request.request_id]
-            self._num_with_targets -= request.slo != NO_TARGETS
+            self._planner.finish(request.request_id, live.state.num_output_tokens)
             self.num_outstanding_tokens -= request.num_outstanding_tokens(
                 live.state.num_output_tokens
             )
         gone = {id(live.state) for live in ended}
         self._running = [state for state in self._running if id(state) not in gone]
 
-    def _begin_jump(self, plan: BatchPlan, now: float) -> float | None:
-        """Take many steps at once, if each would be the same plan, one token further.
-
-        Those of a scheduler that reads targets and time are made sure of by having it plan the last
-        one as well.
-        """
-        if not self._fast_forward or self._waiting or plan.deferred or not plan.tasks:
-            return None
-        if len(plan.tasks) != len(self._running) or not self._only_decodes(plan):
-            return None
-        # For a single request there is no other plan.
-        may_change = self._num_with_targets > 0 and len(self._running) > 1
-        most = MAX_JUMP if may_change else MAX_JUMP_WITHOUT_TARGETS
-        num_steps = min(most, *(live.num_left for live in self.live.values()))
-        while num_steps > 1 and self._new_blocks(num_steps) > self.kv.num_free:
-            num_steps //= 2
-        if num_steps < 2:
-            return None
-        self._check(plan)
-        seconds, ends = self._steady_steps(plan, now, num_steps)
-        while may_change and not self._is_steady_at(num_steps - 1, ends):
-            num_steps //= 2
-            if num_steps < 2:
-                return None
-        longer_s = 0.0
-        if self.log is not None:
-            longer_s = self._longer_s(plan)
-        self.jump = _Jump(now, seconds, ends, num_steps, (plan.predicted_s, longer_s))
-        return ends[num_steps - 1]
-
-    @staticmethod
-    def _only_decodes(plan: BatchPlan) -> bool:
-        decode = Stage.DECODE
-        return all(task.stage is decode for task in plan.tasks)
-
-    def _new_blocks(self, num_steps: int) -> int:
-        num_blocks = self._limits.num_blocks
-        return sum(
-            num_blocks(state.num_computed_tokens + num_steps)
-            - num_blocks(state.num_computed_tokens)
-            for state in self._running
-        )
-
-    def _longer_s(self, plan: BatchPlan) -> float:
-        """How much longer a steady step lasts than the one before: each request has one more
-        token of context."""
-        shape = self._truth.shape_of(plan.tasks)
-        seconds = self._truth.predict(shape)
-        shape.num_kv_reads += len(plan.tasks)
-        shape.num_pairs += len(plan.tasks)
-        return self._truth.predict(shape) - seconds
-
-    def _steady_steps(
-        self, plan: BatchPlan, now: float, num_steps: int
-    ) -> tuple[list[float], list[float]]:
-        """Seconds and ends of steps that follow each other."""
-        shape = self._truth.shape_of(plan.tasks)
-        first_s = self._truth.predict(shape)
-        shape.num_kv_reads += len(plan.tasks)
-        shape.num_pairs += len(plan.tasks)
-        longer_s = self._truth.predict(shape) - first_s
-        seconds = [first_s + longer_s * step for step in range(num_steps)]
-        if self._noise is not None:
-            factors = self._noise.factors(self.num_steps, num_steps)
-            seconds = [s * factor for s, factor in zip(seconds, factors, strict=True)]
-        return seconds, list(accumulate(seconds, initial=now))[1:]
-
-    def _is_steady_at(self, num_steps: int, ends: list[float]) -> bool:
-        """Whether the plan after so many steps is the same as now, one token further."""
-        running = self._running
-        num_free = self.kv.num_free - self._new_blocks(num_steps)
-        before = [state.last_token_s for state in running]
-        now = ends[num_steps - 1]
-        for state in running:
-            state.num_output_tokens += num_steps
-            state.num_computed_tokens += num_steps
-            state.last_token_s = now
-        view = StepView(self.num_steps + num_steps, running, self._waiting, num_free)
-        plan = self._scheduler.plan(view, now)
-        for state, last_token_s in zip(running, before, strict=True):
-            state.num_output_tokens -= num_steps
-            state.num_computed_tokens -= num_steps
-            state.last_token_s = last_token_s
-        return not plan.deferred and self._only_decodes(plan)
-
     def _finish_jump(self) -> list[LiveRequest]:
         assert self.jump is not None
         jump, self.jump = self.jump, None
-        num_steps, end_s = jump.num_steps, jump.ends[jump.num_steps - 1]
-        num_running = len(self._running)
+        num_steps, num_running = jump.num_steps, len(self._running)
         if self.log is not None:
-            predicted_s, longer_s = jump.predicted
-            begin_s = jump.began_s
-            for step in range(num_steps):
-                self.log.append(
-                    StepRecord(begin_s, jump.seconds[step], predicted_s + step * longer_s,
-                               0, num_running, 0, num_running)
-                )  # fmt: skip
-                begin_s = jump.ends[step]
+            self.log += _records(jump, num_running)
         self.num_steps += num_steps
         self.num_query_tokens += num_steps * num_running
         self.num_spans += num_steps * num_running
-        self.busy_s += math.fsum(jump.seconds[:num_steps])
+        self.busy_s += jump.busy_s
         self.num_outstanding_tokens -= num_steps * num_running
         ended = []
-        for state in self._running:  # one that came meanwhile waits
+        for state in self._running:  # a request that came meanwhile waits
             live = self.live[state.request.request_id]
             self._grow(live, state.num_computed_tokens + num_steps)
             state.num_computed_tokens += num_steps
             state.num_output_tokens += num_steps
-            state.last_token_s = end_s
+            state.last_token_s = jump.end_s
             if live.num_left == 0:
                 ended.append(live)
         self._remove(ended)
         return ended
+
+
+def _record(step: StepInFlight, seconds: float) -> StepRecord:
+    tokens = dict.fromkeys(Stage, 0)
+    for task in step.tasks:
+        tokens[task.stage] += task.num_tokens
+    return StepRecord(
+        began_s=step.began_s,
+        seconds=seconds,
+        predicted_s=step.plan.predicted_s,
+        num_prefill_tokens=tokens[Stage.PREFILL],
+        num_decode_tokens=tokens[Stage.DECODE],
+        num_verify_tokens=tokens[Stage.VERIFY],
+        num_requests=len(step.tasks),
+    )
+
+
+def _records(jump: Jump, num_running: int) -> list[StepRecord]:
+    """The steps of a jump, one by one."""
+    begins = [jump.began_s, *jump.ends]
+    return [
+        StepRecord(
+            began_s=begins[step],
+            seconds=jump.seconds[step],
+            predicted_s=jump.predicted_s + step * jump.longer_s,
+            num_prefill_tokens=0,
+            num_decode_tokens=num_running,
+            num_verify_tokens=0,
+            num_requests=num_running,
+        )
+        for step in range(jump.num_steps)
+    ]

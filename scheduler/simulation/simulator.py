@@ -5,7 +5,7 @@
 
 `arrivals` come from `scheduler.simulation.traces.read_trace` or are made by hand, `device` from
 `scheduler.simulation.device.read_device`. Requests are placed by `place`, the steps of each worker
-are planned by its own `StepScheduler`, and a step takes as long as the device's cost model
+are planned by its own `StepPlanner`, and a step takes as long as the device's cost model
 predicts. Equal arguments give equal results.
 """
 
@@ -21,14 +21,15 @@ from scheduler.policy import StepPolicy
 from scheduler.request import RequestState
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
+from scheduler.simulation.noise import Noise
 from scheduler.simulation.simulated_worker import (
     LiveRequest,
-    Noise,
     SimulatedWorker,
     SimulationError,
     StepRecord,
 )
 from scheduler.simulation.summary import Outcome, Summary, summarise
+from scheduler.step_planner import StepPlanner
 
 REPORT_INTERVAL_S = 0.25
 """Time between two reports of a worker's load to whoever places requests, as live."""
@@ -183,12 +184,11 @@ class _Cluster:
             # Padded, because among equal workers placement takes the smaller id.
             f"worker-{index:0{len(str(config.num_workers - 1))}}",
             self.device,
-            config.policy.make(self.device.limits, cost_model),
-            cost_model if config.learns else None,
-            Noise(config.noise, [config.seed, index]) if config.noise else None,
+            StepPlanner(self.device.limits, config.policy, cost_model, learns=config.learns),
+            noise=Noise(config.noise, [config.seed, index]) if config.noise else None,
             # With drafts, each step advances by another number of tokens.
-            config.fast_forward and config.speculation is None,
-            [] if config.log_steps else None,
+            fast_forward=config.fast_forward and config.speculation is None,
+            log=[] if config.log_steps else None,
         )
 
     def run(self, on_progress: Callable[[float], None]) -> SimulationResult:

@@ -30,7 +30,8 @@ from tests.bench.report import publish
 from tests.bench.timing import COLD_BYTES, geomeans, interleaved, set_threads
 from tests.workload import TRACES, Span, has_traces, mixed_step, trace_lengths
 from workers.kernels import native
-from workers.kernels.attention import AttentionShape, attend, plan_attention, write_kv
+from workers.kernels.attention import attend, plan_attention, write_kv
+from workers.kernels.shapes import AttentionShape
 from workers.kernels.tiles import cut_spans
 
 BLOCK_SIZE = 128

@@ -58,10 +58,10 @@ def main() -> None:
     )
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     os.environ.update(config.thread_env)
-    from workers.engine.vllm_engine import VllmEngine
+    from workers.profiling.vllm_calibrated_engine import make_engine
 
     reports: list[StepReport] = []
-    engine = VllmEngine(resolve_model(DEFAULT_MODEL), config, reports.append)
+    engine = make_engine(resolve_model(DEFAULT_MODEL), config, reports.append)
     rows = []
     for num_running, num_waiting in CASES:
         reports.clear()

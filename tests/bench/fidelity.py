@@ -37,7 +37,7 @@ from cluster.client import XYServe
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.models.model import resolve_model
 from scheduler.cost_model import CostModel
-from scheduler.record import replay
+from scheduler.replay import replay
 from scheduler.request import Request, Slo
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile

@@ -28,13 +28,13 @@ import ray
 from ray import serve
 
 from cluster.app import build_app
-from cluster.config.app_config import AppConfig, parse_args
+from cluster.config.app_config import parse_args
 from cluster.observe.exporter import Exporter, WorkerMetrics
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from tests.bench.overhead import ROUTE, by_http
 from tests.bench.report import publish
 from tests.workload import questions
-from workers.step_history import StepHistory, TakenStep
+from workers.step_history import StepHistory
 
 NUM_STEPS, STEPS_OF_A_REPORT = 20_000, 5
 WATCHED, BARE = "watched", "bare"
@@ -121,11 +121,18 @@ def step_us() -> float:
     tasks = tuple(StageTask(f"r-{n}", Stage.DECODE, 1, 200 + n, True) for n in range(16))
     waits = tuple(Deferral(f"w-{n}", Reason.TIME) for n in range(4))
     plan = BatchPlan(tasks, waits, (), predicted_s=0.05, limit_s=0.08)
-    watch, history = WorkerMetrics(Exporter(AppConfig())), StepHistory()
+    watch, history = WorkerMetrics(Exporter("bench", enabled=True)), StepHistory()
     began_s = time.perf_counter()
     for number in range(NUM_STEPS):
-        report = StepReport(number, 0.0, plan, 0.05, 0.001)
-        step = TakenStep(report, tasks, dict.fromkeys((t.request_id for t in tasks), 1))
+        step = StepReport(
+            step=number,
+            began_s=0.0,
+            plan=plan,
+            tasks=tasks,
+            measured_s=0.05,
+            decided_s=0.001,
+            num_new_tokens=dict.fromkeys((t.request_id for t in tasks), 1),
+        )
         watch.add_step(step)
         history.add(step)
         if number % STEPS_OF_A_REPORT == 0:

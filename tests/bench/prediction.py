@@ -60,10 +60,10 @@ def main() -> None:
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [core])
     os.environ.update(config.thread_env)
-    from workers.engine.vllm_engine import VllmEngine
+    from workers.profiling.vllm_calibrated_engine import make_engine
 
     reports: list[StepReport] = []
-    engine: Any = VllmEngine(resolve_model(DEFAULT_MODEL), config, reports.append)
+    engine: Any = make_engine(resolve_model(DEFAULT_MODEL), config, reports.append)
     draw = random.Random(0)
     lengths = conversation_lengths()
     names = map(str, itertools.count())

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from cluster.cli.main import app
 from cluster.client import XYServe
 from cluster.errors import RequestFailed
-from cluster.observe.explain import Explanation, tell
+from cluster.observe.explanation import Explanation
+from cluster.observe.explanation_text import describe
 from cluster.observe.request_history import Refusal
 from scheduler.task import Stage
 from tests.collector import Collector
@@ -207,9 +208,9 @@ def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
 
     found = [only(handle.explain(f"retried-{number}")) for number in range(2)]
     [retried] = (one for one in found if len(one.record.attempts) == 2)
-    text = "\n".join(tell(retried))
+    text = "\n".join(describe(retried))
     assert f"placed on {killed.worker_id}" in text.partition("Attempt 2 of 2")[0]
-    assert "it lost that worker: " in text.partition("Attempt 2 of 2")[0]
+    assert "it lost this worker: " in text.partition("Attempt 2 of 2")[0]
     assert f"on {kept.worker_id}, prefill" in text.partition("Attempt 2 of 2")[2]
     assert retried.record.num_output_tokens == 5
     spans = collector.trace(trace_id, lambda found: any(s.name == "retry" for s in found))

@@ -141,8 +141,8 @@ def run_calls(model: str, config: WorkerConfig, *runs: tuple[Sequence[Call], Set
         from workers.engine.vllm_sampling import runner_of
         from workers.engine.vllm_speculation import HiddenStates
 
-        engine._planned.drafts.counts_of.clear()
-        engine._planned.hidden_states = HiddenStates(runner_of(engine._core).model).rows
+        drafts = engine._planned.drafts
+        drafts.connect(drafts.client, HiddenStates(runner_of(engine._core).model).rows)
     return [_run(engine, *run) for run in runs]
 
 
@@ -151,10 +151,10 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
     from vllm.v1.serial_utils import MsgpackDecoder
 
     drafter, worker = None, None
-    drafts = engine._planned.drafts if engine._planned else None
+    drafts = engine._planned.drafts.client if engine._planned else None
     if drafts is not None:
         drafts.counts_of.clear()
-        engine._planned.acceptance = Trust() if setting.is_trusted else Acceptance()
+        engine._planned.planner.acceptance = Trust() if setting.is_trusted else Acceptance()
         engine.assign_draft_worker(DEAD if setting.is_dead else None)
     if setting.drafts is not None and not setting.is_dead:
         drafter = OracleDrafter(calls, setting)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scheduler.record import replay
+from scheduler.replay import replay
 from scheduler.request import Request, Slo
-from scheduler.task import StepReport
+from scheduler.simulation.plan_check import check
+from scheduler.step_planner import StepPlanner
+from scheduler.task import BatchPlan, StepReport, StepView
 from tests.workers.tiny_models import VOCAB_SIZE
 from workers.config import WorkerConfig
-from workers.step_history import RequestStep, StepHistory, TakenStep
+from workers.step_history import RequestStep, StepHistory
 from workers.token_stream import StreamAddress
 
 CLIENT = StreamAddress("tcp://127.0.0.1:1", b"test")
@@ -81,6 +83,15 @@ class Played:
         return list(replay(self.record))
 
 
+class CheckedPlanner(StepPlanner):
+    """Makes sure that each plan is one that the engine can carry out."""
+
+    def plan(self, view: StepView, now: float) -> BatchPlan:
+        plan = super().plan(view, now)
+        check(plan, view, self.limits)
+        return plan
+
+
 def steps(record: Sequence[str]) -> list[dict[str, Any]]:
     """The lines of a record that are steps."""
     return [line for line in map(json.loads, record) if "step" in line]
@@ -102,13 +113,14 @@ def _play(engine: Any, config: WorkerConfig, jobs: Sequence[Job], script: int) -
     record, history = io.StringIO(), StepHistory()
     queued_s: list[tuple[str, float]] = []
 
-    def on_step(step: TakenStep) -> None:
+    def on_step(step: StepReport) -> None:
         history.add(step)
         queued_s.extend(step.queued_s)
 
-    scheduler.on_step = on_step
     if config.step_policy.name != "vllm":
-        scheduler.record(record, config.step_policy)
+        planner = CheckedPlanner(scheduler.limits, config.step_policy, on_step=on_step)
+        planner.record(record)
+        scheduler.planner = planner
     decoder = MsgpackDecoder(EngineCoreOutputs)
     ids = [f"{script}-{index}" for index in range(len(jobs))]
     tokens: dict[str, list[int]] = {name: [] for name in ids}
@@ -180,7 +192,8 @@ def play_ahead(
         scheduler.lora_config = LoRAConfig(max_loras=1)
     engine._core.scheduler = engine._planned = scheduler
     record = io.StringIO()
-    scheduler.record(record, config.step_policy)
+    scheduler.planner = CheckedPlanner(scheduler.limits, config.step_policy)
+    scheduler.planner.record(record)
     draw = random.Random(0)
     ids = [str(index) for index in range(len(jobs))]
     num_tokens = dict.fromkeys(ids, 0)

@@ -4,7 +4,7 @@ from math import inf
 import pytest
 
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
-from workers.step_history import StepHistory, TakenStep
+from workers.step_history import StepHistory
 
 NOW = 1_000.0
 WALL_AHEAD_S = 500.0
@@ -23,18 +23,28 @@ def taken(
     deferred: dict[str, Reason] | None = None,
     new: dict[str, int] | None = None,
     preempted: tuple[str, ...] = (),
-) -> TakenStep:
+) -> StepReport:
     """The step `number`, which begins as many seconds after 0 and takes half a second."""
     spans = tuple(
         StageTask(name, stage, num_tokens, 100, True) for name, (stage, num_tokens) in tasks.items()
     )
     deferrals = tuple(Deferral(name, reason) for name, reason in (deferred or {}).items())
     plan = BatchPlan(spans, deferrals, preempted, predicted_s=0.4, limit_s=inf)
-    report = StepReport(number, float(number), plan, measured_s=0.5, decided_s=0.001)
-    return TakenStep(report, spans, new or {}, frozenset(preempted), num_flops=6.0, num_bytes=8.0)
+    return StepReport(
+        step=number,
+        began_s=float(number),
+        plan=plan,
+        tasks=spans,
+        measured_s=0.5,
+        decided_s=0.001,
+        num_new_tokens=new or {},
+        preempted=frozenset(preempted),
+        num_flops=6.0,
+        num_bytes=8.0,
+    )
 
 
-def history(*steps: TakenStep, max_entries: int = 1000) -> StepHistory:
+def history(*steps: StepReport, max_entries: int = 1000) -> StepHistory:
     history = StepHistory(max_entries)
     for step in steps:
         history.add(step)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.token_stream import (
-    FORGET_AFTER_S,
+    CLOSE_AFTER_S,
     LOST_AFTER_S,
     StreamAddress,
     StreamReceiver,
@@ -357,14 +357,14 @@ def test_a_receiver_that_stays_silent_is_lost_once(senders: StreamSenders) -> No
     senders.send(NOBODY, [b"hello"], now=100.0)
     times = (100.0, 100.0 + LOST_AFTER_S, 100.1 + LOST_AFTER_S, 100.2 + LOST_AFTER_S)
 
-    assert [senders.tend(now) for now in times] == [[], [], [NOBODY], []]
+    assert [senders.poll(now) for now in times] == [[], [], [NOBODY], []]
 
 
 def test_more_messages_do_not_put_off_the_loss_of_a_silent_receiver(senders: StreamSenders) -> None:
     lost = []
     for second in range(100, 100 + int(LOST_AFTER_S) + 2):
         senders.send(NOBODY, [b"hello"], now=float(second))
-        lost += senders.tend(float(second))
+        lost += senders.poll(float(second))
 
     assert lost == [NOBODY]
 
@@ -392,15 +392,15 @@ async def test_an_idle_stream_is_closed_and_opened_again_when_needed(
         senders.send(proxy.address, [b"one"], now=0.0)
         assert await receiver.receive() == [b"one"]
         while not senders.is_idle():
-            senders.tend(0.0)
+            senders.poll(0.0)
             await asyncio.sleep(0.01)
 
-        assert senders.tend(FORGET_AFTER_S) == []
+        assert senders.poll(CLOSE_AFTER_S) == []
         assert proxy.num_connections == 1
-        assert senders.tend(FORGET_AFTER_S + 0.1) == []
+        assert senders.poll(CLOSE_AFTER_S + 0.1) == []
         while proxy.num_connections:
             await asyncio.sleep(0.01)
-        senders.send(proxy.address, [b"two"], now=FORGET_AFTER_S + 1)
+        senders.send(proxy.address, [b"two"], now=CLOSE_AFTER_S + 1)
         assert await receiver.receive() == [b"two"]
 
 

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from tests.workers.tiny_models import VOCAB_SIZE
 from workers.drafters.draft_head import metadata
-from workers.drafters.training.vllm_head_training import HeadModule, head_config
+from workers.drafters.training.config import head_config
+from workers.drafters.training.vllm_head_module import HeadModule
 
 TEMPERATURE = 1.5
 NUM_GUESSED = VOCAB_SIZE // 2

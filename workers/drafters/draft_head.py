@@ -1,8 +1,8 @@
-"""A draft head: one decoder layer that guesses what the target model says after its next token.
+"""A draft head: one decoder layer that predicts the target model's next hidden state.
 
-A row of work is a token and the target's final state before it; what comes out stands for the
-target's final state at the token, so that a guess can be the next row's token. Embeddings and LM
-head are the target's own. `vllm_head_training` trains heads, and holds the same forward in torch.
+Its input, a row, is a token and the target's final state before it; its output approximates the
+target's final state at that token. So it predicts the next token, and with it forms the next row.
+Embeddings and LM head are the target's. `training/vllm_head_module.py` is the same in torch.
 """
 
 import json
@@ -17,23 +17,25 @@ from numpy.typing import NDArray
 from workers.kernels.gemm import Floats, Weight, linear
 
 DEFAULT_HEAD = Path(__file__).parent / "data" / "smollm2-135m-instruct.head.safetensors"
-"""The one that comes with this package, for its default model."""
+"""The head of the default model, which comes with this package."""
 
 METADATA_KEY = "draft_head"
 EMBEDDING = "model.embed_tokens.weight"
 FINGERPRINT_ROWS = 512
+"""Rows of the embedding that identify a model: enough to differ after any training, and quick to
+read from a large file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadConfig:
-    """Sizes of a head, and the model that it was trained for."""
+    """Sizes of a head, and its target model."""
 
     target: str
-    """Fingerprint of the target's checkpoint."""
+    """Fingerprint of the checkpoint that it was trained for."""
     vocab_size: int
-    """Of the target."""
+    """Vocabulary of the target."""
     num_guessed: int
-    """Tokens that the head guesses among: the most frequent ones."""
+    """Number of tokens that the head can guess, the most frequent ones."""
     hidden_size: int
     intermediate_size: int
     num_heads: int
@@ -42,13 +44,13 @@ class HeadConfig:
     rms_norm_eps: float
     rope_theta: float
     window: int
-    """Newest rows that a row attends to, its own included."""
+    """Newest rows that a row attends to, itself included."""
     temperature: float = 1.0
-    """What logits are divided by, so that probabilities are the chances of being right."""
+    """Divisor of the logits that calibrates the probabilities."""
 
 
 class Rows(NamedTuple):
-    """Rows on their way into the layer."""
+    """Rows, projected for the attention of the layer."""
 
     residual: Floats
     """`[num_rows, hidden_size]`."""
@@ -60,17 +62,17 @@ class Rows(NamedTuple):
 
 
 class DraftHead:
-    """The forward of a head; the caller keeps keys and values, and attends."""
+    """The forward pass of a head, except the attention: the caller keeps keys and values."""
 
     def __init__(self, file: Path, model: Path, lm_head_format: str = "auto") -> None:
-        """Read a head and the embeddings of the target in the folder `model`.
+        """Load a head, and the embeddings of its target from the folder `model`.
 
-        ValueError: the head is of another model, or the file is no head.
+        ValueError if the head was trained for another model, or the file is not a head.
         """
         self.config = config = read_config(file)
         if (found := fingerprint(model)) != config.target:
             raise ValueError(
-                f"draft head {file} was trained for the model {config.target}, and {model} is "
+                f"draft head {file} was trained for model {config.target}, but {model} is "
                 f"{found}; train one for it with: xyserve draft-head train"
             )
         self._embedding = _open_tensor(model, EMBEDDING)
@@ -91,7 +93,7 @@ class DraftHead:
         self._inverse_frequency = (config.rope_theta**-half).astype(np.float32)
 
     def project(self, token_ids: list[int], states: Floats, positions: list[int]) -> Rows:
-        """Rows of tokens and of the states before them, `[num_rows, hidden_size]`."""
+        """Project tokens and the states before them, `[num_rows, hidden_size]`."""
         config = self.config
         embedded = self._norm(_floats(self._embedding[token_ids]), "embed_norm")
         residual = linear(np.concatenate([embedded, states], axis=1), self._fc)
@@ -108,9 +110,9 @@ class DraftHead:
         return Rows(residual, query, key, value)
 
     def finish(self, residual: Floats, attended: Floats) -> tuple[Floats, Floats]:
-        """States that follow the rows, and logits over the vocabulary of the head.
+        """The rows' output states, and logits over the head's vocabulary.
 
-        `attended` is `[num_rows, num_heads * head_dim]`; `residual` is written to.
+        `attended` is `[num_rows, num_heads * head_dim]`; `residual` is overwritten.
         """
         linear(attended, self._o, out=residual, add=True)
         gated = linear(self._norm(residual, "post_attention_norm"), self._gate_up)
@@ -127,7 +129,7 @@ class DraftHead:
 def attend(
     query: Floats, keys: Floats, values: Floats, visible: NDArray[np.bool_] | None = None
 ) -> Floats:
-    """Attention of the rows of one request, `[num_rows, num_heads * head_dim]`.
+    """Attention of rows of one request, `[num_rows, num_heads * head_dim]`.
 
     `query` is `[num_rows, num_heads, head_dim]`, `keys` and `values` are
     `[num_kv_heads, num_keys, head_dim]`, and `visible`, all if None, is `[num_rows, num_keys]`.
@@ -148,7 +150,7 @@ def attend(
 
 
 def read_config(file: Path) -> HeadConfig:
-    """What a file says about its head; ValueError: it is no head."""
+    """Config of the head in a file; ValueError if it holds none."""
     metadata = _read_header(file)[0].get("__metadata__", {})
     if METADATA_KEY not in metadata:
         raise ValueError(f"{file} holds no draft head; make one with: xyserve draft-head train")
@@ -156,12 +158,12 @@ def read_config(file: Path) -> HeadConfig:
 
 
 def metadata(config: HeadConfig) -> dict[str, str]:
-    """What `read_config` reads, for the header of a safetensors file."""
+    """Metadata for the header of a safetensors file, from which `read_config` reads the config."""
     return {METADATA_KEY: json.dumps(asdict(config))}
 
 
 def fingerprint(model: Path) -> str:
-    """Short name of a checkpoint by its values: two models have two, whatever their folders."""
+    """Short hash of a checkpoint's values, independent of its folder."""
     embedding, norm = _open_tensor(model, EMBEDDING), read_tensor(model, "model.norm.weight")
     digest = sha256(repr(embedding.shape).encode())
     digest.update(_floats(embedding[:FINGERPRINT_ROWS]).tobytes() + norm.tobytes())
@@ -169,19 +171,21 @@ def fingerprint(model: Path) -> str:
 
 
 def lm_head_name(model: Path) -> str:
-    """The tensor that makes a checkpoint's logits: often there is only the embedding."""
+    """Name of the LM head's tensor, which in many checkpoints is the embedding."""
     return "lm_head.weight" if _find_tensor(model, "lm_head.weight") else EMBEDDING
 
 
 def read_tensor(path: Path, name: str) -> Floats:
-    """A tensor of a safetensors file, or of those in a folder, as float32."""
+    """A tensor of a safetensors file, or of a folder of them, as float32."""
     return _floats(_open_tensor(path, name))
 
 
 def _open_tensor(path: Path, name: str) -> NDArray[Any]:
-    """Map a tensor into memory; bf16, which numpy does not know, as uint16."""
+    """Map a tensor into memory; bf16, which numpy lacks, becomes uint16."""
     if (found := _find_tensor(path, name)) is None:
-        raise ValueError(f"{path} has no tensor {name}; a llama-like checkpoint in safetensors has")
+        raise ValueError(
+            f"{path} has no tensor {name}; it must be a llama-like checkpoint in safetensors"
+        )
     file, tensor, start = found
     dtype = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I32": "<i4"}[tensor["dtype"]]
     return np.memmap(file, dtype, "r", start + tensor["data_offsets"][0], tuple(tensor["shape"]))
@@ -196,11 +200,11 @@ def _find_tensor(path: Path, name: str) -> tuple[Path, dict[str, Any], int] | No
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Tensors of a safetensors file by name, and where their data begin."""
+    """Tensors of a safetensors file by name, and the offset of their data."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         if size > file.stat().st_size:
-            raise ValueError(f"{file} is no safetensors file")
+            raise ValueError(f"{file} is not a safetensors file")
         return json.loads(opened.read(size)), 8 + size
 
 

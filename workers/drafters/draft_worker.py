@@ -1,4 +1,4 @@
-"""The draft worker actor: guesses, for workers elsewhere, what their requests' next tokens are."""
+"""The draft worker actor: guesses the next tokens of the requests of workers."""
 
 import contextlib
 import logging
@@ -9,20 +9,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import psutil
 import zmq
 
+from workers import sockets
 from workers.config import DraftConfig
 from workers.cpus import CpuClaim, claim_cpus
-from workers.drafters.drafter import ContextKey, Draft, Drafter, HiddenStates
+from workers.drafters.draft_contexts import DraftContexts
+from workers.drafters.drafter import ContextKey, Draft, Drafter
 from workers.drafts.draft_stream import (
-    ContextDelta,
     ContextsMessage,
     DraftsMessage,
     DraftTree,
     DraftWorkerAddress,
-    connect,
     decode_contexts,
     encode,
 )
@@ -33,45 +32,36 @@ from workers.token_stream import StreamAddress
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.2
-"""How long an idle thread sleeps before it looks whether it is to end."""
+"""How long an idle thread waits for messages before it checks whether to stop or report."""
 STOP_TIMEOUT_S = 10.0
+"""How long a shutdown waits for the current step of a drafter, which takes a fraction of a second
+unless it hangs."""
 FORGET_AFTER_S = 120.0
-"""A request of which nothing was said for so long is forgotten, and so is a worker: perhaps it is
-dead, or the message of its end was lost. If not, the request is sent whole again."""
+"""Workers and requests not heard of for this long are forgotten: the worker may be dead, or the
+message that ended the request lost. If not, the request is sent again from its beginning."""
 REPORT_INTERVAL_S = 0.5
-MIN_MEMORY = 16
-"""Shorter outputs are not worth telling other draft workers."""
-QUEUE_LIMIT = 1024
-"""Messages for one worker that it does not read; more are dropped, as later ones replace them."""
-
-
-@dataclass(slots=True)
-class _Context:
-    """What is known of a request, and how much of it each drafter has been told."""
-
-    token_ids: list[int] = field(default_factory=list)
-    num_wanted: int = 0
-    num_told: list[int] = field(default_factory=list)
-    num_prompt_tokens: int = 0
-    heard_s: float = 0.0
+"""Interval of reports: the GlobalScheduler assigns draft workers by the load in them."""
+MAX_UNREAD = 1024
+"""Max messages waiting for one peer that does not read them; more are dropped, as later messages
+replace them."""
 
 
 @dataclass(slots=True)
 class _Peer:
-    """A worker that speaks to this draft worker."""
+    """A worker that sends requests to this draft worker."""
 
     identity: bytes
     seq: int = 0
-    """Of the last message."""
+    """Number of its last message."""
     answered: int = 0
-    """Of the last message that was answered."""
+    """Number of the last message that was answered."""
     heard_s: float = 0.0
     unknown: list[str] = field(default_factory=list)
-    """Requests of which tokens are missing."""
+    """Requests with missing tokens."""
 
 
 class DraftWorker:
-    """Runs its drafters in one thread. `report` is called there."""
+    """Runs its drafters in one thread, which also calls `report`."""
 
     def __init__(
         self,
@@ -83,38 +73,30 @@ class DraftWorker:
     ) -> None:
         """Listen on a free port of `host`, an address that the workers can reach."""
         began_s = time.monotonic()
-        self._config = config
         self._report = report
         self._cpus: CpuClaim | None = None
         if config.cpus:
             self._cpus = claim_cpus(config.cpus)
             self._cpus.pin_process()
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._zmq.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, QUEUE_LIMIT)
-        self._socket.setsockopt(zmq.IPV6, ":" in host)
-        base = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
-        port = self._socket.bind_to_random_port(base)
+        self._socket, endpoint = sockets.listen(self._zmq, host, {zmq.SNDHWM: MAX_UNREAD})
         self.address = DraftWorkerAddress(
             draft_worker_id,
             secrets.token_hex(8),
-            StreamAddress(f"{base}:{port}", secrets.token_bytes(16)),
+            StreamAddress(endpoint, secrets.token_bytes(16)),
         )
         self.timeline = Timeline()
         self._drafters = make_drafters()
-        self._contexts: dict[ContextKey, _Context] = {}
-        self._peers: dict[str, _Peer] = {}
-        self._others: list[DraftWorkerAddress] = []
-        self._to_others: dict[DraftWorkerAddress, zmq.Socket[bytes]] = {}
-        self._memories: list[list[int]] = []
-        """Outputs that the other draft workers have not been told."""
+        self._contexts = DraftContexts(self._drafters)
+        self._workers: dict[str, _Peer] = {}
+        self._peers: list[DraftWorkerAddress] = []
+        self._to_peers: dict[DraftWorkerAddress, zmq.Socket[bytes]] = {}
         self._num_drafts = 0
         self._busy_s = 0.0
         self._reported_s = time.monotonic()
         self._stopping = False
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="drafter", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="drafting", daemon=True)
         self._thread.start()
         logger.info(
             "draft worker ready",
@@ -125,46 +107,46 @@ class DraftWorker:
         )
 
     def check_health(self) -> None:
-        """Raise RuntimeError when the drafting thread has ended."""
+        """Raise RuntimeError if the drafting thread has ended."""
         if not self._thread.is_alive():
-            raise RuntimeError(f"the drafter failed: {self._failure!r}")
+            raise RuntimeError(f"drafting failed: {self._failure!r}")
 
-    def meet(self, others: list[DraftWorkerAddress]) -> None:
-        """Share what is written here with these draft workers from now on."""
-        self._others = others
+    def set_peers(self, peers: list[DraftWorkerAddress]) -> None:
+        """Share outputs with these other draft workers from now on."""
+        self._peers = peers
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
-        """Its id, and its drafting that ended after a time, by the wall clock."""
+        """Its id, and its drafting steps that ended after a time of the wall clock."""
         return self.address.draft_worker_id, self.timeline.since(since_s)
 
     def shutdown(self) -> None:
-        """End the thread and give the cores back."""
+        """End the thread and release the cores."""
         self._stopping = True
         self._thread.join(STOP_TIMEOUT_S)
         if self._cpus:
             self._cpus.release()
 
-    # What follows runs in the drafting thread.
+    # The rest runs in the drafting thread.
 
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._take_messages()
+                self._receive()
                 self._draft()
                 self._report_load()
         except Exception as error:
-            logger.exception("the drafter failed; its draft worker must be replaced")
+            logger.exception("drafting failed; the draft worker must be replaced")
             self._failure = error
         finally:
             for drafter in self._drafters.values():
                 drafter.shutdown()
-            for socket in (self._socket, *self._to_others.values()):
+            for socket in (self._socket, *self._to_peers.values()):
                 socket.close()
             self._zmq.term()
             logger.info("draft worker stopped")
 
-    def _take_messages(self) -> None:
-        """Take in all that has come before anything is drafted: only the newest state counts."""
+    def _receive(self) -> None:
+        """Read all messages before anything is drafted: only the newest state counts."""
         is_busy = any(drafter.has_work() for drafter in self._drafters.values())
         wait_ms = 0 if is_busy else int(1000 * IDLE_WAIT_S)
         while self._socket.poll(wait_ms):
@@ -173,64 +155,27 @@ class DraftWorker:
             try:
                 message = decode_contexts(body)
             except (ValueError, RecursionError):
-                continue  # a stranger
+                continue  # not a worker of ours
             if message.token == self.address.stream.token:
                 self._take(identity, message)
 
     def _take(self, identity: bytes, message: ContextsMessage) -> None:
-        peer = self._peers.get(message.worker)
-        if peer is None or peer.identity != identity:  # a new connection may count anew
-            peer = self._peers[message.worker] = _Peer(identity)
-        peer.seq, peer.heard_s = message.seq, time.monotonic()
+        now = time.monotonic()
+        worker = self._workers.get(message.worker)
+        if worker is None or worker.identity != identity:  # a new connection may count from 1 again
+            worker = self._workers[message.worker] = _Peer(identity)
+        worker.seq, worker.heard_s = message.seq, now
         for output in message.memories:
             for drafter in self._drafters.values():
                 drafter.learn(output)
         for request_id in message.finished:
-            self._forget(ContextKey(message.worker, request_id))
+            self._contexts.forget(ContextKey(message.worker, request_id))
         for delta in message.contexts:
-            if not self._extend(ContextKey(message.worker, delta.request_id), delta):
-                peer.unknown.append(delta.request_id)
-
-    def _extend(self, key: ContextKey, delta: ContextDelta) -> bool:
-        """Take in new tokens of a request; False if some before them are missing."""
-        context = self._contexts.get(key)
-        if delta.position == 0 or context is None:
-            context = self._contexts[key] = _Context(
-                num_told=[0] * len(self._drafters), num_prompt_tokens=len(delta.token_ids)
-            )
-        if delta.position != len(context.token_ids):
-            self._forget(key)
-            return False
-        context.token_ids += delta.token_ids
-        context.num_wanted = delta.num_wanted
-        context.heard_s = time.monotonic()
-        if not delta.num_wanted:
-            return True  # the drafters hear of it when it is of use
-        for index, drafter in enumerate(self._drafters.values()):
-            num_told = context.num_told[index]
-            drafter.extend(
-                key,
-                num_told,
-                context.token_ids[num_told:],
-                self._hidden_states(drafter, delta.hidden_states),
-            )
-            context.num_told[index] = len(context.token_ids)
-        return True
-
-    def _hidden_states(self, drafter: Drafter, raw: bytes) -> HiddenStates | None:
-        if not drafter.hidden_size or not raw:
-            return None
-        return np.frombuffer(raw, np.float16).reshape(-1, drafter.hidden_size)
-
-    def _forget(self, key: ContextKey) -> None:
-        if (context := self._contexts.pop(key, None)) is not None:
-            if len(output := context.token_ids[context.num_prompt_tokens :]) >= MIN_MEMORY:
-                self._memories.append(output)
-            for drafter in self._drafters.values():
-                drafter.forget(key)
+            if not self._contexts.extend(ContextKey(message.worker, delta.request_id), delta, now):
+                worker.unknown.append(delta.request_id)
 
     def _draft(self) -> None:
-        """One step of each drafter, its drafts sent at once; every worker heard gets an answer."""
+        """One step of each drafter, its drafts sent at once; then answer all other messages."""
         for name, drafter in self._drafters.items():
             if not drafter.has_work():
                 continue
@@ -242,7 +187,7 @@ class DraftWorker:
                 name,
                 began_s,
                 ended_s,
-                {key.request_id: len(d.token_ids) for key, d in drafts.items()},
+                {key.request_id: len(draft.token_ids) for key, draft in drafts.items()},
             )
             self._send(name, drafts)
         self._answer()
@@ -261,22 +206,22 @@ class DraftWorker:
                 )
                 by_worker.setdefault(key.worker, []).append(tree)
                 self._num_drafts += len(draft.token_ids)
-        for worker, trees in by_worker.items():
-            if peer := self._peers.get(worker):
-                self._send_to(peer, trees)
+        for name_of_worker, trees in by_worker.items():
+            if worker := self._workers.get(name_of_worker):
+                self._send_to(worker, trees)
 
     def _answer(self) -> None:
-        """Tell the workers whose messages were taken in and brought no drafts."""
-        for peer in self._peers.values():
-            if peer.answered != peer.seq:
-                self._send_to(peer, [])
+        """Answer the workers whose last message got no drafts."""
+        for worker in self._workers.values():
+            if worker.answered != worker.seq:
+                self._send_to(worker, [])
 
-    def _send_to(self, peer: _Peer, trees: Sequence[DraftTree]) -> None:
-        message = DraftsMessage(self.address.incarnation, peer.seq, list(trees), peer.unknown)
-        peer.unknown = []
-        peer.answered = peer.seq
-        # A ROUTER drops what a peer that is gone or does not read has no room for.
-        self._socket.send_multipart([peer.identity, encode(message)], zmq.DONTWAIT)
+    def _send_to(self, worker: _Peer, trees: Sequence[DraftTree]) -> None:
+        message = DraftsMessage(self.address.incarnation, worker.seq, list(trees), worker.unknown)
+        worker.unknown = []
+        worker.answered = worker.seq
+        # A ROUTER socket drops messages to a peer that is gone or whose queue is full.
+        self._socket.send_multipart([worker.identity, encode(message)], zmq.DONTWAIT)
 
     def _report_load(self) -> None:
         now = time.monotonic()
@@ -284,7 +229,7 @@ class DraftWorker:
         if past_s < REPORT_INTERVAL_S:
             return
         self._forget_silent(now)
-        self._share_memories()
+        self._share_outputs()
         self._report(DraftWorkerReport(self.address, self._status(self._busy_s / past_s)))
         self._reported_s, self._busy_s = now, 0.0
 
@@ -299,26 +244,24 @@ class DraftWorker:
             psutil.Process().memory_info().rss,
         )
 
-    def _share_memories(self) -> None:
-        """Tell the other draft workers what was written here."""
-        peers, memories, self._memories = self._others, self._memories, []
-        for gone in self._to_others.keys() - set(peers):
-            self._to_others.pop(gone).close()
-        for peer in peers if memories else ():
-            if peer not in self._to_others:
-                self._to_others[peer] = connect(  # the answers are not read
-                    self._zmq, peer, send_limit=QUEUE_LIMIT, receive_limit=1
-                )
+    def _share_outputs(self) -> None:
+        """Send the outputs of requests that ended to the other draft workers."""
+        peers, outputs = self._peers, self._contexts.take_outputs()
+        for gone in self._to_peers.keys() - set(peers):
+            self._to_peers.pop(gone).close()
+        for peer in peers if outputs else ():
+            if peer not in self._to_peers:
+                # The answers are not read.
+                options: sockets.Options = {zmq.SNDHWM: MAX_UNREAD, zmq.RCVHWM: 1}
+                self._to_peers[peer] = sockets.connect(self._zmq, peer.stream.endpoint, options)
             message = ContextsMessage(
-                peer.stream.token, self.address.incarnation, 0, [], [], memories
+                peer.stream.token, self.address.incarnation, 0, [], [], memories=outputs
             )
-            with contextlib.suppress(zmq.Again):  # it is gone; the next report may say so
-                self._to_others[peer].send(encode(message), zmq.DONTWAIT)
+            with contextlib.suppress(zmq.Again):  # it is gone, as later reports may show
+                self._to_peers[peer].send(encode(message), zmq.DONTWAIT)
 
     def _forget_silent(self, now: float) -> None:
-        for worker, peer in list(self._peers.items()):
-            if now - peer.heard_s > FORGET_AFTER_S:
-                del self._peers[worker]
-        for key, context in list(self._contexts.items()):
-            if now - context.heard_s > FORGET_AFTER_S:
-                self._forget(key)
+        for name, worker in list(self._workers.items()):
+            if now - worker.heard_s > FORGET_AFTER_S:
+                del self._workers[name]
+        self._contexts.forget_unchanged(now - FORGET_AFTER_S)

@@ -1,4 +1,4 @@
-"""What a draft worker asks of a drafter: guesses at the next tokens of others' requests."""
+"""The interface of drafters, which guess the next tokens of workers' requests."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -18,14 +18,15 @@ class ContextKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Guesses at the tokens of a request from `position` on, as a tree.
+    """A tree of guesses at the tokens of a request from `position` on.
 
-    Node i holds `token_ids[i]`; it follows node `parents[i] < i`, or the context if that is -1.
-    `probs[i]` is the drafter's own estimate of the chance that node i is right if its parent is.
+    Node i holds `token_ids[i]` and follows node `parents[i] < i`, or the context if that is -1.
+    `probs[i]` is the drafter's own estimate of the probability that node i is right if its parent
+    is.
     """
 
     position: int
-    """How many tokens of the request, prompt and output, come before the first guess."""
+    """Number of tokens of the request, prompt and output, before the first guess."""
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
     probs: tuple[float, ...]
@@ -35,7 +36,7 @@ class Drafter(Protocol):
     """Guesses for any number of requests; used from one thread only."""
 
     hidden_size: int
-    """Width of the hidden states that it wants with each context; 0 if it needs none."""
+    """Width of the hidden states that it needs; 0 if it needs none."""
 
     def extend(
         self,
@@ -44,28 +45,28 @@ class Drafter(Protocol):
         token_ids: list[int],
         hidden_states: HiddenStates | None = None,
     ) -> None:
-        """Take in that the request's tokens from `position` on are `token_ids`.
+        """Append `token_ids`, the request's tokens from `position` on.
 
-        `position` is 0 for a new request, or one that starts again, and else the number of tokens
-        known so far. `hidden_states [n, hidden_size]` are the target model's final ones (after the
-        last norm) at the n tokens before the last; n can be anything from 0 on.
+        `position` is 0 for a request that is new or starts again, else the number of tokens known
+        so far. `hidden_states [n, hidden_size]` are the target model's states after the final norm
+        at the n tokens before the last one; n may be any number, 0 included.
         """
 
     def learn(self, token_ids: list[int]) -> None:
-        """Take in an output that another draft worker has seen, if it is of use."""
+        """Learn from an output that another draft worker has seen."""
 
     def forget(self, key: ContextKey) -> None:
-        """The request has ended; unknown keys are ignored."""
+        """Drop a request that has ended; unknown keys are ignored."""
 
     def has_work(self) -> bool:
-        """Whether `step` would find something to do."""
+        """Whether there is something for `step` to do."""
 
     def step(self) -> dict[ContextKey, Draft]:
-        """Do a short piece of work, and give the drafts that are new or better than before.
+        """Do a short piece of work and return the drafts that are new or better than before.
 
-        It is called again and again while there is work, and between two calls the contexts that
-        have come are taken in: a step should last no longer than a fraction of the target's.
+        Called repeatedly while there is work. Messages are read between two calls, so a step should
+        take only a fraction of a step of the target.
         """
 
     def shutdown(self) -> None:
-        """Release everything."""
+        """Release all resources."""

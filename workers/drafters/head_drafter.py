@@ -1,20 +1,51 @@
-"""A drafter that grows trees of guesses with a draft head, the likeliest guesses first."""
+"""A drafter that grows trees of guesses with a draft head, likeliest guesses first."""
 
 import heapq
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from typing_extensions import override
 
 from workers.drafters.draft_head import DraftHead, attend
-from workers.drafters.drafter import ContextKey, Draft, HiddenStates
+from workers.drafters.drafter import ContextKey, Draft, Drafter, HiddenStates
 from workers.kernels.gemm import Floats
 
 Hints = dict[int, tuple[float, "Hints"]]
-"""Guesses by token, each with its probability and those that follow it."""
+"""Guesses by token, each with its probability and the guesses that follow it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeLimits:
+    """How large trees grow, and how much of them one step computes.
+
+    New tokens are read between two steps, so a step has to be short: it runs few rows, those of the
+    likeliest guesses.
+    """
+
+    max_nodes: int = 32
+    """Max guesses of a draft: several times what the worker verifies, so that a branch is at hand
+    if the request takes another path."""
+    max_depth: int = 12
+    """Max guesses in a row, as many as a worker verifies by default."""
+    num_children: int = 6
+    """Guesses computed after each row; later ones are seldom among the likeliest of the tree."""
+    min_path_prob: float = 0.01
+    """Guesses with a less likely path are not followed: they would seldom be used."""
+    max_rows: int = 16
+    """Max guesses that one step follows, over all requests."""
+    max_rows_per_request: int = 8
+    """Max guesses that one step follows for one request: deeper guesses need another step anyway,
+    and other requests their turn."""
+    max_requests: int = 256
+    """Max requests with a cache; beyond it the one that has not grown for longest is forgotten."""
+
+
+DEFAULT_LIMITS = TreeLimits()
 
 
 class _Row(NamedTuple):
-    """A token, and the target's state before it: its own, or as the head guesses it."""
+    """A token, and the state before it: the target's, or the head's guess at that."""
 
     token_id: int
     state: Floats
@@ -35,8 +66,8 @@ class _Node(NamedTuple):
 class _Cache:
     """Keys and values of one request: a ring of its newest rows, and the nodes of its tree.
 
-    They lie side by side, so that both are one slice: the tree grows down from the ring's first
-    row. Keys are rotated to their position, so that their order does not matter.
+    Both are contiguous, and so one slice: the tree grows down from the first row of the ring. Keys
+    are rotated to their positions, so that their order does not matter.
     """
 
     def __init__(self, window: int, max_nodes: int, num_heads: int, head_dim: int) -> None:
@@ -46,35 +77,35 @@ class _Cache:
         self._num_rows = 0
 
     def append(self, key: Floats, value: Floats) -> None:
-        """Add a row of the context, in place of the oldest if the ring is full."""
+        """Add a row of the context, replacing the oldest if the ring is full."""
         self._put(self._max_nodes + self._num_rows % self._window, key, value)
         self._num_rows += 1
 
     def put_node(self, number: int, key: Floats, value: Floats) -> None:
-        """Set a node of the tree."""
+        """Write a node of the tree."""
         self._put(self._max_nodes - 1 - number, key, value)
 
     def _put(self, slot: int, key: Floats, value: Floats) -> None:
         self.keys[:, slot], self.values[:, slot] = key, value
 
     def slots(self, num_nodes: int) -> slice:
-        """What a tree of so many nodes, the last one first, and its context fill."""
+        """Slots of a tree of `num_nodes` nodes, newest first, followed by those of its context."""
         end = self._max_nodes + min(self._num_rows, self._window)
         return slice(self._max_nodes - num_nodes, end)
 
 
 class _Tree:
-    """The guesses of one request; a node is expanded once its row was run and it has children."""
+    """Guesses of one request; a node is expanded when its row has been run and it has children."""
 
     def __init__(self, hints: Hints) -> None:
         self.nodes: list[_Node] = []
         self.expanded: dict[int, int] = {}
-        """Nodes with children, and their numbers in the cache."""
+        """Numbers in the cache of the nodes that have children."""
         self.hints = hints
-        """What an older tree guesses from here: better than nothing where this one ends."""
+        """Guesses of the previous tree from here on, used where this one ends."""
 
     def ancestors(self, node: int) -> list[int]:
-        """Numbers in the cache of a node that is expanded and of those before it."""
+        """Numbers in the cache of an expanded node and its ancestors."""
         numbers = []
         while node >= 0:
             numbers.append(self.expanded[node])
@@ -82,7 +113,7 @@ class _Tree:
         return numbers
 
     def best(self, num_nodes: int) -> list[int]:
-        """The likeliest nodes, parents before their children."""
+        """The likeliest nodes, parents before children."""
         return heapq.nlargest(num_nodes, range(len(self.nodes)), self._path_prob)
 
     def _path_prob(self, node: int) -> float:
@@ -91,7 +122,7 @@ class _Tree:
     def add_children(
         self, parent: int, state: Floats, position: int, guesses: list[tuple[int, float]]
     ) -> None:
-        """Expand a node, or the context if that is -1."""
+        """Expand a node; -1 is the context."""
         depth, path_prob, hints = 1, 1.0, self.hints
         if parent >= 0:
             depth, path_prob = self.nodes[parent].depth + 1, self.nodes[parent].path_prob
@@ -102,53 +133,34 @@ class _Tree:
             self.nodes.append(_Node(row, parent, depth, prob, path_prob * prob, known))
 
 
-class _Context:
-    """What is known of one request."""
+class _HeadContext:
+    """A request: rows to run, and the tree grown so far."""
 
     def __init__(self, num_tokens: int, cache: _Cache) -> None:
         self.num_tokens = num_tokens
         self.cache = cache
         self.pending: list[_Row] = []
-        """Rows that are not in the cache yet; the last one is the root of the tree."""
+        """Rows that are not in the cache yet; the last is the root of the tree."""
         self.tree = _Tree({})
         self.to_run: list[int] = []
-        """Nodes of the tree to be run next, the likeliest first; -1 is the root."""
+        """Nodes of the tree to run next, likeliest first; -1 is the root."""
         self.hints: Hints = {}
-        """The last draft."""
+        """Guesses of the last draft."""
 
 
-class HeadDrafter:
+class HeadDrafter(Drafter):
     """A `Drafter` on a draft head.
 
-    Each step runs the likeliest guesses that have not been run, of all requests at once; a request
-    whose tokens have just come goes first, since they are certain. A tree starts anew from the
-    target's own states, and where it ends it goes on with what is left of the tree before.
+    Each step runs the likeliest guesses not run yet, over all requests; new tokens of a request
+    come first, since they are certain. They start a new tree from the target's own states; where it
+    ends, the rest of the previous tree continues it.
     """
 
-    def __init__(
-        self,
-        head: DraftHead,
-        *,
-        max_nodes: int = 32,
-        max_depth: int = 12,
-        num_children: int = 6,
-        min_path_prob: float = 0.01,
-        max_rows: int = 16,
-        max_rows_per_request: int = 8,
-        max_requests: int = 256,
-    ) -> None:
-        """`max_nodes` guesses in a tree, and `max_rows` in a step.
-
-        Guesses less likely than `min_path_prob` are not followed. Of more than `max_requests`
-        requests the one that has waited longest for news is forgotten.
-        """
+    def __init__(self, head: DraftHead, limits: TreeLimits = DEFAULT_LIMITS) -> None:
         self.hidden_size = head.config.hidden_size
         self._head = head
-        self._max_nodes, self._max_depth = max_nodes, max_depth
-        self._num_children, self._min_path_prob = num_children, min_path_prob
-        self._max_rows, self._max_rows_per_request = max_rows, max_rows_per_request
-        self._max_requests = max_requests
-        self._contexts: dict[ContextKey, _Context] = {}
+        self._limits = limits
+        self._contexts: dict[ContextKey, _HeadContext] = {}
 
     def extend(
         self,
@@ -157,12 +169,12 @@ class HeadDrafter:
         token_ids: list[int],
         hidden_states: HiddenStates | None = None,
     ) -> None:
-        """Take in that the request's tokens from `position` on are `token_ids`."""
+        """Append tokens and start a new tree, unless the state before the last token is missing."""
         context = self._contexts.pop(key, None)
         if context is None or position != context.num_tokens:
-            context = _Context(position, self._new_cache())
+            context = _HeadContext(position, self._new_cache())
         self._contexts[key] = context
-        if len(self._contexts) > self._max_requests:
+        if len(self._contexts) > self._limits.max_requests:
             del self._contexts[next(iter(self._contexts))]
         for token_id in token_ids:
             context.hints = context.hints.get(token_id, (0.0, {}))[1]
@@ -184,37 +196,40 @@ class HeadDrafter:
 
     def _new_cache(self) -> _Cache:
         config = self._head.config
-        return _Cache(config.window, 2 * self._max_nodes, config.num_kv_heads, config.head_dim)
+        return _Cache(
+            config.window, 2 * self._limits.max_nodes, config.num_kv_heads, config.head_dim
+        )
 
+    @override
     def learn(self, token_ids: list[int]) -> None:
-        """What others have written says nothing to it."""
+        pass  # it drafts from hidden states, not from text
 
+    @override
     def forget(self, key: ContextKey) -> None:
-        """The request has ended; unknown keys are ignored."""
         self._contexts.pop(key, None)
 
+    @override
     def shutdown(self) -> None:
-        """Forget every request."""
         self._contexts.clear()
 
+    @override
     def has_work(self) -> bool:
-        """Whether some tree can grow."""
         return any(context.to_run for context in self._contexts.values())
 
     def _to_run(self, tree: _Tree) -> list[int]:
-        """The likeliest nodes that have not been run and are worth it."""
+        """The likeliest nodes that have not been run and are worth running."""
         nodes = [
             node
-            for node in tree.best(self._max_nodes)
+            for node in tree.best(self._limits.max_nodes)
             if node not in tree.expanded
-            and tree.nodes[node].depth < self._max_depth
-            and tree.nodes[node].path_prob >= self._min_path_prob
+            and tree.nodes[node].depth < self._limits.max_depth
+            and tree.nodes[node].path_prob >= self._limits.min_path_prob
         ]
-        room = 2 * self._max_nodes - len(tree.expanded)
-        return nodes[: min(room, self._max_rows_per_request)]
+        room = 2 * self._limits.max_nodes - len(tree.expanded)
+        return nodes[: min(room, self._limits.max_rows_per_request)]
 
     def step(self) -> dict[ContextKey, Draft]:
-        """Run the likeliest guesses of all requests once."""
+        """Run the likeliest guesses of all requests."""
         chosen = self._choose()
         rows: list[_Row] = []
         for context, nodes in chosen.values():
@@ -243,19 +258,21 @@ class HeadDrafter:
             drafts[key] = self._draft(context)
         return drafts
 
-    def _choose(self) -> dict[ContextKey, tuple[_Context, list[int]]]:
-        """The nodes of the next step, by request."""
+    def _choose(self) -> dict[ContextKey, tuple[_HeadContext, list[int]]]:
+        """Nodes to run in this step, by request."""
         candidates = [
             (1.0 if node < 0 else context.tree.nodes[node].path_prob, key, node)
             for key, context in self._contexts.items()
             for node in context.to_run
         ]
-        chosen: dict[ContextKey, tuple[_Context, list[int]]] = {}
-        for _, key, node in heapq.nlargest(self._max_rows, candidates, lambda item: item[0]):
+        chosen: dict[ContextKey, tuple[_HeadContext, list[int]]] = {}
+        for _, key, node in heapq.nlargest(self._limits.max_rows, candidates, lambda item: item[0]):
             chosen.setdefault(key, (self._contexts[key], []))[1].append(node)
         return chosen
 
-    def _cache_rows(self, context: _Context, nodes: list[int], key: Floats, value: Floats) -> None:
+    def _cache_rows(
+        self, context: _HeadContext, nodes: list[int], key: Floats, value: Floats
+    ) -> None:
         tree, cache = context.tree, context.cache
         if nodes == [-1]:
             for row in range(len(context.pending)):
@@ -266,7 +283,7 @@ class HeadDrafter:
             tree.expanded[node] = len(tree.expanded)
             cache.put_node(tree.expanded[node], key[row], value[row])
 
-    def _attend(self, context: _Context, nodes: list[int], query: Floats) -> Floats:
+    def _attend(self, context: _HeadContext, nodes: list[int], query: Floats) -> Floats:
         tree, cache = context.tree, context.cache
         num_nodes = len(tree.expanded)
         slots = cache.slots(num_nodes)
@@ -282,8 +299,8 @@ class HeadDrafter:
         largest = logits.max(axis=1, keepdims=True)
         total = np.exp(logits - largest).sum(axis=1)
         found = []
-        # A few times the largest is much faster than sorting thousands.
-        for _ in range(min(self._num_children, logits.shape[1])):
+        # Finding the largest a few times is much faster than sorting thousands.
+        for _ in range(min(self._limits.num_children, logits.shape[1])):
             column = logits.argmax(axis=1)
             found.append((column, np.exp(logits[rows, column] - largest[:, 0]) / total))
             logits[rows, column] = -np.inf
@@ -292,17 +309,17 @@ class HeadDrafter:
             for row in rows
         ]
 
-    def _draft(self, context: _Context) -> Draft:
-        """The likeliest guesses of the tree, and of the older one where this one ends."""
+    def _draft(self, context: _HeadContext) -> Draft:
+        """The likeliest guesses of the tree, continued by the previous tree where it ends."""
         tree = context.tree
         # Path probability, token, parent and probability.
         guesses = [(n.path_prob, n.row.token_id, n.parent, n.prob) for n in tree.nodes]
         ends = [(i, n.hints) for i, n in enumerate(tree.nodes) if i not in tree.expanded]
-        for parent, hints in ends:  # grows meanwhile
+        for parent, hints in ends:  # it grows while it is read
             for token_id, (prob, after) in hints.items():
                 ends.append((len(guesses), after))
                 guesses.append((guesses[parent][0] * prob, token_id, parent, prob))
-        best = heapq.nlargest(self._max_nodes, range(len(guesses)), lambda i: guesses[i][0])
+        best = heapq.nlargest(self._limits.max_nodes, range(len(guesses)), lambda i: guesses[i][0])
         number = {-1: -1} | {node: i for i, node in enumerate(sorted(best))}
         kept = [guesses[node] for node in sorted(best)]
         draft = Draft(

@@ -1,4 +1,4 @@
-"""The drafters of a draft worker, by its config."""
+"""Makes the drafters that a config names."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,26 +11,26 @@ from workers.drafters.suffix_drafter import SuffixDrafter
 def make_drafters(
     config: DraftConfig, target: str, resolve: Callable[[str], str]
 ) -> dict[str, Drafter]:
-    """The drafters of a config by their names, for the target model at the path `target`.
+    """Drafters by name, for the target model at the path `target`.
 
-    `resolve` gives the path, or hub id, of a model by its name.
+    `resolve` returns the path or hub id of a model by its name.
     """
     drafters: dict[str, Drafter] = {}
     for name in config.drafters:
         if name == "suffix":
             drafters[name] = SuffixDrafter(config.memory_tokens)
         elif name == "head":
-            # The kernels below it must have been built; the config of an app must not need them.
+            # It needs the compiled kernels, which a draft worker without a head does not.
             from workers.drafters.draft_head import DEFAULT_HEAD, DraftHead
             from workers.drafters.head_drafter import HeadDrafter
 
             head = Path(config.head) if config.head else DEFAULT_HEAD
             drafters[name] = HeadDrafter(DraftHead(head, Path(target)))
         else:
-            # vLLM takes long to import.
+            # Importing vLLM takes about ten seconds.
             from workers.drafters.vllm_model_drafter import ModelDrafter
 
-            assert config.model  # as DraftConfig has checked
+            assert config.model  # checked by DraftConfig
             worker = WorkerConfig(
                 cpus=max(config.cpus, 1),
                 weight_format=config.model_weight_format,

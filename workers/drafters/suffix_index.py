@@ -1,48 +1,49 @@
-"""Where the last tokens of a context occurred before: the matches that a suffix tree would find."""
+"""Finds earlier occurrences of the last tokens of a context, as a suffix tree would."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 ORDERS = (8, 4, 2, 1)
-"""Lengths of the suffixes that are looked up, the longest first; matches are then compared token by
+"""Lengths of the suffixes that are looked up, longest first; matches are then compared token by
 token to their full length."""
 MAX_MATCHES = 16
-"""Of each suffix the latest places are kept, so many to twice as many."""
+"""Occurrences kept per suffix: between MAX_MATCHES and twice that."""
 MAX_MATCH_LEN = 32
+"""Tokens that a match is compared over: longer ones are practically certain, and no more so."""
 
 
 class Match(NamedTuple):
-    """A place that the context's last `length` tokens precede."""
+    """An earlier occurrence of the context's last `length` tokens."""
 
     length: int
     token_ids: list[int]
-    """The sequence it is in."""
+    """The sequence that contains it."""
     end: int
-    """Index in it of what came next."""
+    """Index of the token that followed it there."""
 
 
 class SuffixIndex:
-    """Sequences of tokens that grow, and every place of each of their suffixes of a few lengths.
+    """Growing sequences of tokens, indexed by their n-grams of a few lengths.
 
-    A hash table of n-grams in place of a tree: a token costs the same wherever it is, a sequence
-    can be taken out again, and the longest matches are the same. Beyond `max_tokens` the sequences
-    that have not grown for longest are dropped.
+    Compared to a suffix tree, each token costs the same wherever it is, sequences can be removed,
+    and the longest matches are the same. Beyond `max_tokens`, the sequences that have not grown for
+    longest are dropped.
     """
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int | None = None) -> None:
         self.num_tokens = 0
         self._max_tokens = max_tokens
         self._sequences: OrderedDict[Hashable, list[int]] = OrderedDict()
         self._places: dict[tuple[int, ...], list[tuple[Hashable, int]]] = {}
         self._num_indexed: dict[Hashable, int] = {}
-        """Of each sequence that has grown since, the tokens whose places are known."""
+        """Tokens already indexed, per sequence that has grown since."""
 
     def extend(self, key: Hashable, token_ids: Sequence[int]) -> None:
-        """Append tokens to the sequence `key`, which begins if there is none.
+        """Append tokens to the sequence `key`, creating it if there is none.
 
-        What matches before can go on with them at once; that they match themselves is left to
-        `catch_up`, so that who is waited for need not wait for that too.
+        Existing matches can continue with the new tokens at once. Matches of these tokens are found
+        only after `catch_up`, so that indexing does not delay the draft being waited for.
         """
         sequence = self._sequences.setdefault(key, [])
         self._sequences.move_to_end(key)
@@ -51,7 +52,7 @@ class SuffixIndex:
         self.num_tokens += len(token_ids)
 
     def catch_up(self) -> None:
-        """Find the places of all that has come, and drop what is too much."""
+        """Index all new tokens, then drop sequences beyond `max_tokens`."""
         for key, num_indexed in self._num_indexed.items():
             sequence = self._sequences[key]
             for end in range(num_indexed + 1, len(sequence) + 1):
@@ -63,11 +64,14 @@ class SuffixIndex:
                     if len(places) > 2 * MAX_MATCHES:
                         del places[:MAX_MATCHES]
         self._num_indexed.clear()
-        while self.num_tokens > self._max_tokens and len(self._sequences) > 1:
+        while self._is_full() and len(self._sequences) > 1:
             self.drop(next(iter(self._sequences)))
 
+    def _is_full(self) -> bool:
+        return self._max_tokens is not None and self.num_tokens > self._max_tokens
+
     def drop(self, key: Hashable) -> None:
-        """Forget a sequence; an unknown one is ignored."""
+        """Remove a sequence; unknown keys are ignored."""
         sequence = self._sequences.pop(key, None)
         if sequence is None:
             return
@@ -82,10 +86,10 @@ class SuffixIndex:
                 else:
                     self._places.pop(gram, None)
 
-    def matches(self, context: Sequence[int], but: Hashable = None) -> list[Match]:
-        """The latest places that the longest indexed suffix of `context` precedes, latest first.
+    def matches(self, context: Sequence[int], exclude: Hashable = None) -> list[Match]:
+        """Latest occurrences of the longest indexed suffix of `context`, latest first.
 
-        Those in the sequence `but` are left out.
+        Those in the sequence `exclude` are left out.
         """
         for order in ORDERS:
             if order > len(context):
@@ -94,7 +98,7 @@ class SuffixIndex:
             found = []
             for key, end in reversed(places[-MAX_MATCHES - 1 :]):
                 sequence = self._sequences[key]
-                if key != but and end < len(sequence):
+                if key != exclude and end < len(sequence):
                     length = _common_suffix(context, sequence, end, order)
                     found.append(Match(length, sequence, end))
             if found:
@@ -103,9 +107,9 @@ class SuffixIndex:
 
 
 def _common_suffix(context: Sequence[int], sequence: list[int], end: int, known: int) -> int:
-    """How many of the last tokens of `context` precede `end`, at most MAX_MATCH_LEN."""
-    most = min(len(context), end, MAX_MATCH_LEN)
+    """How many of the last tokens of `context` also precede `end`, at most MAX_MATCH_LEN."""
+    max_len = min(len(context), end, MAX_MATCH_LEN)
     length = known
-    while length < most and context[-1 - length] == sequence[end - 1 - length]:
+    while length < max_len and context[-1 - length] == sequence[end - 1 - length]:
         length += 1
     return length

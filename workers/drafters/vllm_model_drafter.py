@@ -1,4 +1,4 @@
-"""A drafter that is a smaller language model, on an engine of its own in the caller's process."""
+"""A drafter that runs a smaller language model on its own engine, in the caller's process."""
 
 import dataclasses
 import itertools
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from typing_extensions import override
 from vllm import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -19,26 +20,26 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from workers.config import WorkerConfig
-from workers.drafters.drafter import ContextKey, Draft, HiddenStates
+from workers.drafters.drafter import ContextKey, Draft, Drafter, HiddenStates
 from workers.engine.vllm_engine import VllmEngine, encoder
 from workers.token_stream import StreamAddress
 
 BLOCK_SIZE = 32
-"""Tokens in one block of the KV cache: contexts share whole blocks only. Smaller ones our kernels
-serve on some processors only."""
+"""Tokens in one block of the KV cache. Contexts share whole blocks only, so small ones are better;
+but smaller ones our kernels do not support on every processor."""
 NOWHERE = StreamAddress("", b"")
 """The client of every request: outputs stay in this process."""
 
 
 class RewindingScheduler(Scheduler):
-    """vLLM's scheduler with requests that halt, and go on from other tokens than they had.
+    """vLLM's scheduler with requests that can be halted and continued from other tokens.
 
-    If a new request took over with the right tokens, those after the last full block would be
-    computed again, which takes several times as long as a guess.
+    A new request with the right tokens would compute those after its last full block again, which
+    takes several times as long as a guess.
     """
 
     def halt(self, request_id: str) -> None:
-        """Take a request out of the steps; it keeps its KV cache."""
+        """Stop scheduling a request, which keeps its KV cache."""
         request = self.requests[request_id]
         if request.status == RequestStatus.RUNNING:
             self.running.remove(request)
@@ -47,22 +48,22 @@ class RewindingScheduler(Scheduler):
             self.kv_holding_waiting.remove_requests([request])
         request.status = RequestStatus.PREEMPTED
 
-    def go_on(self, request_id: str, token_ids: list[int], max_tokens: int) -> bool:
-        """Have a halted request continue `token_ids`; tell whether its KV cache is of any use."""
+    def continue_from(self, request_id: str, token_ids: list[int], max_tokens: int) -> bool:
+        """Continue a halted request from `token_ids`; False if its KV cache cannot be reused."""
         request = self.requests[request_id]
         [manager, *others] = self.kv_cache_manager.coordinator.single_type_managers
         num_kept = min(
             _num_equal(request._all_token_ids, token_ids),
             request.num_computed_tokens,
-            len(token_ids) - 1,  # the last one gives the next
+            len(token_ids) - 1,  # the last token has to be computed for the next one
         )
         num_full_blocks = num_kept // self.block_size
         written = manager.req_to_blocks[request_id][num_full_blocks:]
         if (
             num_kept == 0
             or others
-            or type(manager) is not FullAttentionManager  # others may have let go of old tokens
-            or any(block.ref_cnt > 1 for block in written)  # someone else reads it
+            or type(manager) is not FullAttentionManager  # others may have freed old tokens
+            or any(block.ref_cnt > 1 for block in written)  # shared with another request
         ):
             return False
         for block in written:
@@ -88,19 +89,19 @@ def _num_equal(some: list[int], others: list[int]) -> int:
 
 
 @dataclass(slots=True)
-class _Context:
-    """A request as far as it is known, and what the model guesses to follow."""
+class _ModelContext:
+    """Known tokens of a request, and the model's guesses at those that follow."""
 
     tokens: list[int] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
     request_id: str | None = None
-    """Of the engine's request that has its KV cache."""
+    """Id of the engine's request that holds its KV cache."""
     is_running: bool = False
-    """Whether that request is adding guesses."""
+    """Whether that request is being scheduled, to add guesses."""
 
     def append(self, token_ids: list[int]) -> bool:
-        """Append true tokens; tell whether all of them were guessed, or else drop the guesses."""
+        """Append true tokens; return whether they were guessed. If not, drop the guesses."""
         self.tokens += token_ids
         was_guessed = self.guesses[: len(token_ids)] == token_ids
         num_past = len(token_ids) if was_guessed else len(self.guesses)
@@ -113,11 +114,11 @@ class _Context:
         return Draft(len(self.tokens), tuple(self.guesses), parents, tuple(self.probs))
 
 
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """A `Drafter` that continues each context greedily with a model of the target's vocabulary.
 
-    It runs ahead: while the target checks `num_speculative_tokens` guesses, the model makes up to
-    as many more, and what the target then says the model need not compute if it was guessed.
+    It runs ahead: while the target verifies `num_speculative_tokens` guesses, the model makes up to
+    as many more. Tokens of the target that were guessed need not be computed again.
     """
 
     hidden_size = 0
@@ -125,9 +126,9 @@ class ModelDrafter:
     def __init__(
         self, model: str, config: WorkerConfig, target: str, num_speculative_tokens: int
     ) -> None:
-        """Load the checkpoint `model`; ValueError if its tokens are not those of `target`.
+        """Load the checkpoint `model`; ValueError if its vocabulary is not that of `target`.
 
-        How the engine plans its steps is not up to `config`: the drafter needs nothing of ours.
+        Steps are planned by vLLM's own scheduler, whatever `config` says.
         """
         check_same_vocabulary(Path(model), Path(target))
         engine = dataclasses.replace(
@@ -148,7 +149,7 @@ class ModelDrafter:
         assert isinstance(self._engine.scheduler, RewindingScheduler)
         self._scheduler = self._engine.scheduler
         self._num_speculative_tokens = num_speculative_tokens
-        self._contexts: dict[ContextKey, _Context] = {}
+        self._contexts: dict[ContextKey, _ModelContext] = {}
         self._keys: dict[str, ContextKey] = {}
         self._changed: set[ContextKey] = set()
         self._request_ids = map(str, itertools.count())
@@ -163,10 +164,10 @@ class ModelDrafter:
         token_ids: list[int],
         hidden_states: HiddenStates | None = None,
     ) -> None:
-        """Append true tokens; the engine goes on if it has guessed them, else it starts again."""
+        """Append true tokens; the engine continues if it guessed them, else starts again."""
         if position == 0:
             self.forget(key)
-            self._contexts[key] = _Context()
+            self._contexts[key] = _ModelContext()
         context = self._contexts[key]
         assert position == len(context.tokens), (position, len(context.tokens))
         if context.append(token_ids):
@@ -175,29 +176,30 @@ class ModelDrafter:
             self._halt(context)
         self._keep_ahead(key)
 
+    @override
     def learn(self, token_ids: list[int]) -> None:
-        """What others have written says nothing to it."""
+        pass  # the model is fixed
 
+    @override
     def forget(self, key: ContextKey) -> None:
-        """Stop drafting for a request."""
         if context := self._contexts.pop(key, None):
             self._end(context)
             self._changed.discard(key)
 
+    @override
     def has_work(self) -> bool:
-        """Whether there are guesses to make or to give."""
         return bool(self._changed) or self._engine.has_requests()
 
     def step(self) -> dict[ContextKey, Draft]:
-        """Give what the target left of the guesses, or else make one more for each context."""
+        """Return the guesses that remain after new tokens, or else make one more per request."""
         if not self._changed:
             self._make_guesses()
         drafts = {key: self._contexts[key].draft() for key in self._changed}
         self._changed.clear()
         return {key: draft for key, draft in drafts.items() if draft.token_ids}
 
+    @override
     def shutdown(self) -> None:
-        """Release the engine."""
         self._engine.shutdown()
 
     def _make_guesses(self) -> None:
@@ -217,13 +219,13 @@ class ModelDrafter:
                 self._keep_ahead(key)
 
     def _make_room(self) -> None:
-        """Free the KV cache of all that is halted; what no one else takes is found there again."""
+        """Free the KV cache of halted requests; what is not evicted is found by prefix caching."""
         for context in self._contexts.values():
             if not context.is_running:
                 self._end(context)
 
     def _keep_ahead(self, key: ContextKey) -> None:
-        """Run the engine when fewer guesses are left than the target checks, to twice as many."""
+        """Run the engine when fewer guesses are left than the target verifies, up to twice that."""
         context = self._contexts[key]
         num_ahead = len(context.guesses)
         if num_ahead >= 2 * self._num_speculative_tokens:
@@ -231,13 +233,13 @@ class ModelDrafter:
         elif num_ahead < self._num_speculative_tokens and not context.is_running:
             self._start(key, context)
 
-    def _start(self, key: ContextKey, context: _Context) -> None:
+    def _start(self, key: ContextKey, context: _ModelContext) -> None:
         token_ids = context.tokens + context.guesses
         max_tokens = self._scheduler.max_model_len - len(token_ids)
         if not token_ids or max_tokens < 1:
             return
         if context.request_id is not None:
-            if self._scheduler.go_on(context.request_id, token_ids, max_tokens):
+            if self._scheduler.continue_from(context.request_id, token_ids, max_tokens):
                 context.is_running = True
                 return
             self._end(context)
@@ -251,7 +253,7 @@ class ModelDrafter:
                 max_tokens=max_tokens,
                 ignore_eos=True,
                 detokenize=False,
-                logprobs=0,  # that of the sampled token alone
+                logprobs=0,  # of the sampled token only
             ),
             pooling_params=None,
             arrival_time=time.time(),
@@ -264,19 +266,19 @@ class ModelDrafter:
         self._keys[request_id] = key
         context.request_id, context.is_running = request_id, True
 
-    def _halt(self, context: _Context) -> None:
+    def _halt(self, context: _ModelContext) -> None:
         if context.request_id is not None and context.is_running:
             self._scheduler.halt(context.request_id)
         context.is_running = False
 
-    def _end(self, context: _Context) -> None:
+    def _end(self, context: _ModelContext) -> None:
         if context.request_id is not None:
             self._engine.abort_requests([context.request_id])
             del self._keys[context.request_id]
         context.request_id, context.is_running = None, False
 
     def _warm_up(self) -> None:
-        """Draft once: vLLM then compiles how it ranks tokens, which takes seconds."""
+        """Draft once: at first vLLM compiles how it ranks tokens, which takes seconds."""
         key = ContextKey("", "")
         self.extend(key, 0, [0])
         while self._contexts[key].is_running:
@@ -285,20 +287,23 @@ class ModelDrafter:
 
 
 def check_same_vocabulary(model: Path, target: Path) -> None:
-    """ValueError unless the checkpoints have as many tokens, under the same ids if both tell."""
+    """ValueError unless both checkpoints have the same number of tokens, with the same ids.
+
+    Ids are compared only if both have a `tokenizer.json`.
+    """
     remedy = "choose a draft model of the target's family"
     size, target_size = _vocab_size(model), _vocab_size(target)
     if size != target_size:
         raise ValueError(
-            f"the vocabulary of the draft model {model} ({size} tokens) must be that of its target "
+            f"the draft model {model} ({size} tokens) must have the vocabulary of its target "
             f"{target} ({target_size} tokens); {remedy}"
         )
     ids, target_ids = _token_ids(model), _token_ids(target)
     if ids and target_ids and (different := ids.items() ^ target_ids.items()):
         token = min(token for token, _ in different)
         raise ValueError(
-            f"token {token!r} is number {ids.get(token)} for the draft model {model}, and "
-            f"{target_ids.get(token)} for its target {target}; {remedy}"
+            f"token {token!r} has the id {ids.get(token)} in the draft model {model} and "
+            f"{target_ids.get(token)} in its target {target}; {remedy}"
         )
 
 
@@ -308,6 +313,6 @@ def _vocab_size(checkpoint: Path) -> int:
 
 
 def _token_ids(checkpoint: Path) -> dict[str, int]:
-    """Ids by token; empty if the checkpoint has no tokenizer of this kind."""
+    """Ids by token; empty if the checkpoint has no `tokenizer.json`."""
     path = checkpoint / "tokenizer.json"
     return Tokenizer.from_file(str(path)).get_vocab() if path.exists() else {}

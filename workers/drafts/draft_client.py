@@ -1,62 +1,61 @@
-"""A worker's side of drafting: tells a draft worker of new tokens, and keeps what it answers."""
+"""The worker's side of drafting: sends new tokens to a draft worker and keeps its drafts."""
 
-import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import zmq
 
+from workers import sockets
 from workers.drafts.draft_stream import (
     ContextDelta,
     ContextsMessage,
     DraftTree,
     DraftWorkerAddress,
-    connect,
     decode_drafts,
     encode,
 )
 
 MAX_UNANSWERED = 4
-"""Messages on their way to a draft worker; with so many, it is left alone until it answers. What it
-has missed goes with the next message."""
+"""Max messages in flight to a draft worker. With more it is behind: what it misses goes with the
+first message after an answer."""
 RETRY_S = 1.0
-"""One that owes answers for so long gets a message more now and then: they may have been lost."""
+"""Interval of messages to a draft worker that is behind: its answers may have been lost."""
 HOLD_MS = 1
-"""An answer that is about to come is given so long before a step begins without it."""
+"""How long a step is held for an answer that is about to arrive."""
 MIN_STEP_S = 0.012
-"""Of shorter steps that would be too great a share."""
-PUNCTUAL = 0.5
-"""A draft worker is given that time if so large a share of its answers came within it lately."""
+"""Steps shorter than this are never held: 1 ms would be too large a share."""
+MIN_PUNCTUALITY = 0.5
+"""Steps are held only while at least this fraction of recent answers arrived within HOLD_MS."""
 PUNCTUALITY_RATE = 1 / 16
-"""Weight of one answer in that share."""
-RETRY_ANSWERS = 32
-"""One that is not punctual is given a chance in so many steps."""
-QUEUE_LIMIT = 64
-"""Drafts messages that wait to be read; more are dropped by the sender."""
+"""Weight of the newest answer in that fraction."""
+RETRY_STEPS = 32
+"""A late draft worker is waited for again once in this many steps."""
+MAX_UNREAD = 64
+"""Max drafts messages waiting to be read; the sender drops more. A step reads all that are there,
+so this is reached only while steps take very long."""
 
 
 @dataclass(slots=True)
 class DraftCounts:
-    """What came of drafts since the worker's start, in draft tokens."""
+    """Draft tokens since the worker's start, by what became of them."""
 
     proposed: int = 0
-    """That came from draft workers."""
+    """Received from draft workers."""
     verified: int = 0
     accepted: int = 0
     late: int = 0
-    """Whose place in the request was taken when they came; if they were right, the drafts behind
-    them are used."""
+    """Arrived when the request already had a token at their position; if they match it, the drafts
+    that follow them are used."""
     stale: int = 0
-    """That did not continue the tokens that had come meanwhile, or were another incarnation's."""
-    accepted_at: list[int] = dataclasses.field(default_factory=list)
-    """Accepted drafts by their position behind the newest token, from the first on."""
-    verified_at: list[int] = dataclasses.field(default_factory=list)
+    """Contradicted by tokens that had come meanwhile, or sent by a former draft worker."""
+    accepted_at: list[int] = field(default_factory=list)
+    """Accepted drafts by their distance from the newest token; index 0 is the next one."""
+    verified_at: list[int] = field(default_factory=list)
 
     def count(self, num_drafts: int, num_accepted: int) -> None:
-        """Count the drafts of one request that a step has verified."""
+        """Count the drafts that a step verified for one request."""
         self.verified += num_drafts
         self.accepted += num_accepted
         for counts, number in ((self.verified_at, num_drafts), (self.accepted_at, num_accepted)):
@@ -65,20 +64,25 @@ class DraftCounts:
                 counts[position] += 1
 
     def __add__(self, other: "DraftCounts") -> "DraftCounts":
-        """Both together."""
+        """Sum of both."""
+        return DraftCounts(
+            proposed=self.proposed + other.proposed,
+            verified=self.verified + other.verified,
+            accepted=self.accepted + other.accepted,
+            late=self.late + other.late,
+            stale=self.stale + other.stale,
+            accepted_at=_sums(self.accepted_at, other.accepted_at),
+            verified_at=_sums(self.verified_at, other.verified_at),
+        )
 
-        def added(name: str) -> Any:
-            mine, its = getattr(self, name), getattr(other, name)
-            if isinstance(mine, int):
-                return mine + its
-            return [sum(pair) for pair in itertools.zip_longest(mine, its, fillvalue=0)]
 
-        return DraftCounts(**{field.name: added(field.name) for field in dataclasses.fields(self)})
+def _sums(some: list[int], others: list[int]) -> list[int]:
+    return [sum(pair) for pair in itertools.zip_longest(some, others, fillvalue=0)]
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPath:
-    """The likeliest guesses of one drafter at the next tokens of a request."""
+    """One drafter's likeliest guesses at the next tokens of a request."""
 
     drafter: str
     token_ids: list[int]
@@ -86,54 +90,53 @@ class DraftPath:
 
 
 @dataclass(slots=True)
-class _Context:
+class _SentContext:
+    """A request, as far as the draft worker has been sent it, and its drafts."""
+
     num_sent: int = 0
-    """Tokens that the draft worker has been told."""
-    trees: dict[str, DraftTree] = dataclasses.field(default_factory=dict)
-    """The last of each drafter."""
+    """Number of tokens sent."""
+    trees: dict[str, DraftTree] = field(default_factory=dict)
+    """Latest drafts by drafter."""
 
 
 class DraftClient:
-    """Used from the engine's thread only. Nothing here waits: what has not come is not used."""
+    """Connection to the assigned draft worker; used from the engine's thread only.
+
+    Nothing but `await_answer` waits: a step uses the drafts that have arrived.
+    """
 
     def __init__(self, incarnation: str) -> None:
-        """`incarnation` names this life of the worker."""
+        """`incarnation` names this run of the worker."""
         self.counts_of: defaultdict[str, DraftCounts] = defaultdict(DraftCounts)
-        """By drafter."""
-        self.num_held_back = 0
-        """Steps whose new tokens were not sent at once, as the draft worker owed answers."""
+        """Counts by drafter."""
         self._incarnation = incarnation
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._draft_worker: DraftWorkerAddress | None = None
-        self._contexts: dict[str, _Context] = {}
+        self._contexts: dict[str, _SentContext] = {}
         self._deltas: list[ContextDelta] = []
         self._finished: list[str] = []
         self._seq = self._answered = 0
         self._punctuality = 1.0
         self._num_unwaited = 0
         self._sent_s = self._heard_s = 0.0
-        """When a message was last tried to be sent, and since when the oldest answer is owed."""
-
-    @property
-    def counts(self) -> DraftCounts:
-        """What came of all drafters' drafts."""
-        return sum(self.counts_of.values(), DraftCounts())
+        """Times of the last attempt to send, and of the last answer, or of the first message that
+        owes one if that is later."""
 
     @property
     def draft_worker(self) -> DraftWorkerAddress | None:
-        """The draft worker that it speaks to."""
+        """The assigned draft worker."""
         return self._draft_worker
 
     def silent_s(self, now: float) -> float:
-        """How long the draft worker has owed an answer and given none; 0 if it owes none."""
+        """Seconds that the draft worker has owed an answer and sent none; 0 if it owes none."""
         return now - self._heard_s if self._seq > self._answered else 0.0
 
     def _is_behind(self, now: float) -> bool:
         return self._seq - self._answered >= MAX_UNANSWERED and now - self._sent_s < RETRY_S
 
     def assign(self, draft_worker: DraftWorkerAddress | None) -> None:
-        """Speak to this draft worker from now on; it is told all requests from their beginning."""
+        """Switch to this draft worker, which is sent all requests from their beginning."""
         if draft_worker == self._draft_worker:
             return
         if self._socket is not None:
@@ -147,8 +150,10 @@ class DraftClient:
         for context in self._contexts.values():
             context.num_sent = 0
         if draft_worker is not None:
-            self._socket = connect(
-                self._zmq, draft_worker, send_limit=2 * MAX_UNANSWERED, receive_limit=QUEUE_LIMIT
+            self._socket = sockets.connect(
+                self._zmq,
+                draft_worker.stream.endpoint,
+                {zmq.SNDHWM: 2 * MAX_UNANSWERED, zmq.RCVHWM: MAX_UNREAD},
             )
 
     def update(
@@ -159,12 +164,12 @@ class DraftClient:
         hidden_states: bytes,
         now: float,
     ) -> bool:
-        """Have the draft worker know `token_ids`, all of the request; whether `flush` sends it."""
+        """Queue what is new in `token_ids`, all of the request; return whether `flush` sends it."""
         if self._draft_worker is None or self._is_behind(now):
             return False
-        context = self._contexts.setdefault(request_id, _Context())
+        context = self._contexts.setdefault(request_id, _SentContext())
         if context.num_sent > len(token_ids):
-            context.num_sent = 0  # it is another one under the same id
+            context.num_sent = 0  # a new request under the same id
         new = list(token_ids[context.num_sent :])
         if not new:
             return False
@@ -180,13 +185,10 @@ class DraftClient:
             self._finished.append(request_id)
 
     def flush(self, now: float) -> None:
-        """Send what is new, unless the draft worker is behind."""
+        """Send what is queued, unless the draft worker is behind."""
         if self._socket is None or self._draft_worker is None:
             return
-        if self._is_behind(now):
-            self.num_held_back += 1
-            return
-        if not (self._deltas or self._finished):
+        if self._is_behind(now) or not (self._deltas or self._finished):
             return
         message = ContextsMessage(
             self._draft_worker.stream.token,
@@ -198,8 +200,7 @@ class DraftClient:
         self._sent_s = now
         try:
             self._socket.send(encode(message), zmq.DONTWAIT)
-        except zmq.Again:  # no connection, and no room to wait for one
-            self.num_held_back += 1
+        except zmq.Again:  # no connection, and the queue is full
             for delta in self._deltas:
                 context = self._contexts[delta.request_id]
                 context.num_sent = min(context.num_sent, delta.position)
@@ -212,16 +213,16 @@ class DraftClient:
         self._deltas, self._finished = [], []
 
     def await_answer(self, step_s: float, now: float) -> None:
-        """Before a step of about `step_s` seconds: give an answer that is about to come a moment.
+        """Hold a step of about `step_s` seconds for up to HOLD_MS, if an answer is about to arrive.
 
-        It takes a fraction of a millisecond, of which the worker's own work after a step leaves
-        little to be waited for; what would not come within HOLD_MS is not waited for again.
+        An answer usually takes a fraction of a millisecond, and the worker's own work after a step
+        much of that. A draft worker that usually takes longer is not waited for.
         """
         self.poll(now)
         if self._socket is None or self._seq == self._answered or step_s < MIN_STEP_S:
             return
         self._num_unwaited += 1
-        if self._punctuality < PUNCTUAL and self._num_unwaited < RETRY_ANSWERS:
+        if self._punctuality < MIN_PUNCTUALITY and self._num_unwaited < RETRY_STEPS:
             return
         self._num_unwaited = 0
         self._socket.poll(HOLD_MS)
@@ -230,12 +231,12 @@ class DraftClient:
         self._punctuality += PUNCTUALITY_RATE * (came - self._punctuality)
 
     def poll(self, now: float) -> None:
-        """Take in what has come."""
+        """Read the messages that have arrived."""
         while self._socket is not None and self._socket.poll(0):
             try:
                 message = decode_drafts(self._socket.recv())
             except (ValueError, RecursionError):
-                continue  # a stranger that took over the port of a draft worker that is gone
+                continue  # another program that took over the port of a draft worker that is gone
             if self._draft_worker is None or message.incarnation != self._draft_worker.incarnation:
                 for tree in message.drafts:
                     self.counts_of[tree.drafter].stale += len(tree.token_ids)
@@ -255,9 +256,9 @@ class DraftClient:
                     counts.stale += len(tree.token_ids)
 
     def paths(self, request_id: str, token_ids: Sequence[int]) -> list[DraftPath]:
-        """Of each drafter, the likeliest path of guesses behind `token_ids`, all of the request.
+        """Each drafter's likeliest path of guesses after `token_ids`, all of the request.
 
-        A tree that was made for fewer tokens is followed along those that came meanwhile.
+        A tree that was made for fewer tokens is first followed along the tokens since.
         """
         context = self._contexts.get(request_id)
         if context is None:
@@ -279,7 +280,7 @@ class DraftClient:
     def _follow(
         self, tree: DraftTree, children: dict[int, list[int]], token_ids: Sequence[int]
     ) -> int | None:
-        """The node of the newest token, -1 if the tree begins behind it; None if it strays."""
+        """Node of the newest token, -1 if the tree begins after it; None if no branch matches."""
         node = -1
         if tree.position > len(token_ids):
             return None
@@ -299,7 +300,7 @@ class DraftClient:
 
 
 def _children(tree: DraftTree) -> dict[int, list[int]]:
-    """Nodes by their parent."""
+    """Children of each node; those of the root are at -1."""
     children: dict[int, list[int]] = {}
     for node, parent in enumerate(tree.parents):
         children.setdefault(parent, []).append(node)
@@ -307,7 +308,7 @@ def _children(tree: DraftTree) -> dict[int, list[int]]:
 
 
 def _num_above(tree: DraftTree, depth: int) -> int:
-    """Nodes with fewer than `depth` others above them."""
+    """Number of nodes with fewer than `depth` ancestors."""
     if depth <= 0:
         return 0
     depths: list[int] = []
@@ -317,7 +318,7 @@ def _num_above(tree: DraftTree, depth: int) -> int:
 
 
 def _likeliest(tree: DraftTree, children: dict[int, list[int]], node: int) -> list[int]:
-    """The path below `node` on which each node is the likeliest of its siblings."""
+    """The path below `node` that always takes the likeliest child."""
     path = []
     while below := children.get(node):
         node = max(below, key=lambda child: tree.probs[child])

@@ -1,52 +1,51 @@
-"""What a worker and a draft worker say to each other, as ZeroMQ messages.
+"""The messages between workers and draft workers, sent over ZeroMQ.
 
-Unlike tokens, drafts may be lost: each side counts what the other knows by positions, says when it
-lacks something, and speaks of its present state, never of a history. Both name their incarnation,
-so that what a restarted peer does not know, or what an old one still says, is noticed.
+Unlike tokens, drafts may be lost: positions say what each side knows, missing tokens are reported,
+and every message describes the current state, not changes to an earlier one. Both sides name their
+incarnation, so that a restarted peer, or a late message of the one before, is recognised.
 """
 
 import msgspec
-import zmq
 
 from workers.token_stream import StreamAddress
 
 
 class DraftWorkerAddress(msgspec.Struct, frozen=True):
-    """Where a draft worker listens."""
+    """Identity and endpoint of a draft worker."""
 
     draft_worker_id: str
     incarnation: str
-    """New at each start of its process."""
+    """Changes with each start of its process."""
     stream: StreamAddress
 
 
 class ContextDelta(msgspec.Struct, array_like=True):
-    """Tokens of a request that the draft worker does not know yet."""
+    """New tokens of a request."""
 
     request_id: str
     position: int
-    """Tokens of the request before these; 0 begins it anew."""
+    """Number of tokens of the request before these; 0 starts it again."""
     token_ids: list[int]
     num_wanted: int
-    """Drafts that would be of use; 0: only keep up."""
+    """Number of drafts that the worker could use; 0: none now, but the request goes on."""
     hidden_states: bytes = b""
-    """float16 `[n, hidden_size]`: the target's states at the n tokens before the last."""
+    """float16 `[n, hidden_size]`: the target's hidden states at the n tokens before the last."""
 
 
 class ContextsMessage(msgspec.Struct, array_like=True):
-    """From a worker, after a step that gave tokens."""
+    """Sent by a worker after a step that produced tokens."""
 
     token: bytes
-    """The draft worker's, which keeps strangers on the network out."""
+    """Token of the draft worker's address, without which messages are ignored."""
     worker: str
-    """The worker's incarnation."""
+    """Incarnation of the worker."""
     seq: int
-    """Counts the messages to this draft worker."""
+    """Number of the message, counted per draft worker."""
     contexts: list[ContextDelta]
     finished: list[str]
-    """Requests that ended."""
+    """Requests that have ended."""
     memories: list[list[int]] = []
-    """Outputs that the sender, another draft worker, has seen."""
+    """Outputs that the sender has seen, if it is another draft worker."""
 
 
 class DraftTree(msgspec.Struct, array_like=True):
@@ -61,31 +60,14 @@ class DraftTree(msgspec.Struct, array_like=True):
 
 
 class DraftsMessage(msgspec.Struct, array_like=True):
-    """From a draft worker: the answer to all messages up to `seq`, or better drafts later."""
+    """Sent by a draft worker: the answer to all messages up to `seq`, or later, better drafts."""
 
     incarnation: str
     seq: int
-    """Of the last message that was taken in."""
+    """Number of the last message received."""
     drafts: list[DraftTree]
     unknown: list[str]
-    """Requests of which tokens are missing: to be sent whole."""
-
-
-def connect(
-    context: "zmq.Context[zmq.Socket[bytes]]",
-    draft_worker: DraftWorkerAddress,
-    *,
-    send_limit: int,
-    receive_limit: int,
-) -> "zmq.Socket[bytes]":
-    """A socket to a draft worker; at most so many messages wait on each way, and more are lost."""
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, send_limit)
-    socket.setsockopt(zmq.RCVHWM, receive_limit)
-    socket.setsockopt(zmq.IPV6, "[" in draft_worker.stream.endpoint)
-    socket.connect(draft_worker.stream.endpoint)
-    return socket
+    """Requests with missing tokens, to be sent from their beginning."""
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -235,7 +235,7 @@ class EngineLoop:
             time.sleep(EMPTY_STEP_WAIT_S)
 
     def _tend_streams(self) -> None:
-        for client in self._streams.tend(time.monotonic()):
+        for client in self._streams.poll(time.monotonic()):
             error = ClientLost(f"{client.endpoint} took nothing; is it reachable from this node?")
             gone = [r for r, live in self._live.items() if live.client == client]
             logger.warning(
@@ -249,7 +249,7 @@ class EngineLoop:
     def _flush_streams(self) -> None:
         give_up_s = time.monotonic() + FLUSH_S
         while not self._streams.is_idle() and (now := time.monotonic()) < give_up_s:
-            self._streams.tend(now)
+            self._streams.poll(now)
             time.sleep(EMPTY_STEP_WAIT_S)
 
     def _add(self, live: LiveRequest, engine_request: list[bytes]) -> None:

@@ -25,12 +25,14 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from scheduler.cost_model import CostModel
 from scheduler.request import Request
+from scheduler.step_planner import StepPlanner
+from scheduler.task import StepReport
 from workers.config import DraftConfig, WorkerConfig
 from workers.drafts.draft_client import DraftClient
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
+from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_sampling import (
     all_logits_processors,
     fix_cpu_sampling,
@@ -41,11 +43,7 @@ from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedSchedule
 from workers.engine.vllm_speculation import HiddenStates, speculative_config
 from workers.plugin.names import QUANTIZATION
 from workers.plugin.vllm_seams import check_seams
-from workers.profiling.engine_profile import Depth, EngineProfile, Progress
-from workers.profiling.vllm_profile import calibrated_profile, measure
-from workers.profiling.vllm_work import model_work
 from workers.reports import DraftStats, Peaks
-from workers.step_history import TakenStep
 from workers.token_stream import StreamAddress
 
 logger = logging.getLogger(__name__)
@@ -56,8 +54,8 @@ GIB = 1 << 30
 def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
     """vLLM's arguments for `config`; the ingress and the workers must use the same.
 
-    But for drafts: those are the workers' affair, and an ingress that knew of them would refuse
-    parameters that vLLM cannot verify drafts under.
+    Except for drafts, which only workers know of: an ingress that did would refuse parameters
+    that vLLM cannot verify drafts under.
     """
     args: dict[str, Any] = {
         field.name: value
@@ -92,50 +90,33 @@ class VllmEngine:
         self,
         model: str,
         config: WorkerConfig,
-        on_step: Callable[[TakenStep], None] | None = None,
+        on_step: Callable[[StepReport], object] | None = None,
         draft: DraftConfig | None = None,
     ) -> None:
-        """Load `model`; takes seconds, and for the life of the process no second engine fits.
+        """Load `model`; takes seconds, and no second engine fits the process until its end.
 
-        `on_step` is told of each step that a scheduler of ours decided. With `draft` it verifies
-        the drafts of the draft worker that it is given later.
+        `on_step` is called with the report of each step that our scheduler decided. With `draft`
+        the engine verifies the drafts of the draft worker that it is assigned later.
         """
         began_s = time.monotonic()
         check_seams(config.device)
-        args = engine_args(model, config)
-        if draft:
-            args.speculative_config = speculative_config(draft, config.device)
-        vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        scheduler_config = vllm_config.scheduler_config
-        if config.step_policy.name != "vllm" and scheduler_config.scheduler_cls is None:
-            scheduler_config.scheduler_cls = (
-                PlannedAsyncScheduler if scheduler_config.async_scheduling else PlannedScheduler
-            )
+        vllm_config = _vllm_config(model, config, draft)
         with all_logits_processors() if draft else contextlib.nullcontext():
             self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
-        self._is_cpu = config.device == "cpu"
-        if self._is_cpu:
+        if config.device == "cpu":
             fix_cpu_sampling(runner_of(self._core))
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
-        self._policy = config.step_policy
         self.peaks: Peaks | None = None
-        """Of its device; None if it was not measured."""
+        """Peaks of its device; None if they were not measured."""
         self._planned: PlannedScheduler | None = None
         if isinstance(scheduler := self._core.scheduler, PlannedScheduler):
-            if config.calibrate_at_start and (
-                profile := calibrated_profile(self._core, model, config)
-            ):
-                scheduler.cost_model = CostModel.from_dict(profile.cost_model)
-                self.peaks = profile.peaks
-            scheduler.work = model_work(self._core)
-            scheduler.step_scheduler = self._policy.make(scheduler.limits, scheduler.cost_model)
-            scheduler.on_step = on_step
+            scheduler.planner = StepPlanner(scheduler.limits, config.step_policy, on_step=on_step)
             self._planned = scheduler
             if draft:
-                self._expect_drafts(scheduler, draft)
+                self._connect(scheduler.drafts, draft, is_cpu=config.device == "cpu")
         self.on_stats: Callable[[SchedulerStats], None] | None = None
-        """Told what vLLM's scheduler saw in each step."""
+        """Called with the statistics of vLLM's scheduler after each step."""
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._encode = encoder()
         self._clients: list[StreamAddress] = []
@@ -149,13 +130,18 @@ class VllmEngine:
         )
 
     @property
+    def core(self) -> EngineCore:
+        """vLLM's engine core; touched between two steps only."""
+        return self._core
+
+    @property
     def vllm_config(self) -> VllmConfig:
-        """That of vLLM's core."""
+        """The whole config of vLLM."""
         return self._core.vllm_config
 
     @property
     def scheduler(self) -> SchedulerInterface:
-        """That of vLLM's core; touched between two steps only."""
+        """vLLM's scheduler, or ours in its place; touched between two steps only."""
         return self._core.scheduler
 
     def add_request(
@@ -185,7 +171,7 @@ class VllmEngine:
         outputs, model_ran = self._core.step_fn()
         self._core.post_step(model_executed=model_ran)
         for of_client in (outputs or {}).values():
-            # They are of this engine; what a client sees of all workers is not theirs to sum up.
+            # They describe this engine alone; a client would take them for all workers'.
             stats, of_client.scheduler_stats = of_client.scheduler_stats, None
             if stats is not None and self.on_stats is not None:
                 self.on_stats(stats)
@@ -204,53 +190,69 @@ class VllmEngine:
         }, model_ran
 
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
-        """Have this draft worker make the drafts from now on."""
-        if self._planned and self._planned.drafts:
-            self._planned.drafts.assign(draft_worker)
+        """Take drafts from this draft worker from now on."""
+        if client := self._draft_client:
+            client.assign(draft_worker)
 
     def stats(self) -> EngineStats:
-        """Count what runs and waits."""
+        """Count running and waiting requests."""
         running, waiting = self._core.scheduler.get_request_counts()
         usage = self._core.scheduler.get_kv_cache_usage()
         return EngineStats(running, waiting, usage, self.draft_stats())
 
     def draft_stats(self) -> DraftStats | None:
-        """What came of drafts; None without speculation."""
-        if self._planned is None or (drafts := self._planned.drafts) is None:
+        """Counts and acceptance of drafts; None without speculation."""
+        if self._planned is None or (client := self._draft_client) is None:
             return None
         now = time.monotonic()
-        drafts.poll(now)
+        client.poll(now)
+        acceptance = self._planned.planner.acceptance
         return DraftStats(
-            copy.deepcopy(dict(drafts.counts_of)),
-            self._planned.acceptance.rate,
-            self._planned.acceptance.tokens_per_span,
-            drafts.draft_worker.incarnation if drafts.draft_worker else None,
-            drafts.silent_s(now),
+            copy.deepcopy(dict(client.counts_of)),
+            acceptance.rate,
+            acceptance.tokens_per_span,
+            client.draft_worker.incarnation if client.draft_worker else None,
+            client.silent_s(now),
         )
 
     def record(self, path: Path) -> None:
-        """Write every decision to `path`; ValueError if another scheduler takes them."""
+        """Write every decision to `path`; ValueError if vLLM's own scheduler decides."""
         if self._planned is None:
             raise ValueError(f"{type(self._core.scheduler).__name__} keeps no record: {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._planned.record(path.open("w", buffering=1), self._policy)
-
-    def measure(self, depth: Depth, progress: Progress) -> EngineProfile:
-        """Measure its steps, seconds or minutes; it must be idle and have a scheduler of ours."""
-        return measure(self._core, depth, progress)
+        self._planned.planner.record(path.open("w", buffering=1))
 
     def shutdown(self) -> None:
-        """Release vLLM's resources."""
-        if self._planned and self._planned.recorder:
-            self._planned.recorder.close()
-        if self._planned and self._planned.drafts:
-            self._planned.drafts.close()
+        """Release vLLM's resources, and end the record."""
+        if self._planned:
+            self._planned.planner.close()
+        if client := self._draft_client:
+            client.close()
         self._core.shutdown()
 
-    def _expect_drafts(self, scheduler: PlannedScheduler, draft: DraftConfig) -> None:
-        scheduler.drafts = DraftClient(secrets.token_hex(8))
+    @property
+    def _draft_client(self) -> DraftClient | None:
+        return self._planned.drafts.client if self._planned else None
+
+    def _connect(self, drafts: DraftOffers, draft: DraftConfig, *, is_cpu: bool) -> None:
         runner = runner_of(self._core)
-        if self._is_cpu:
+        if is_cpu:
             sample_cheaply(runner)
-        if "head" in draft.drafters:
-            scheduler.hidden_states = HiddenStates(runner.model).rows
+        wants_states = "head" in draft.drafters
+        drafts.connect(
+            DraftClient(secrets.token_hex(8)),
+            HiddenStates(runner.model).rows if wants_states else None,
+        )
+
+
+def _vllm_config(model: str, config: WorkerConfig, draft: DraftConfig | None) -> VllmConfig:
+    args = engine_args(model, config)
+    if draft:
+        args.speculative_config = speculative_config(draft, config.device)
+    vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    scheduler_config = vllm_config.scheduler_config
+    if config.step_policy.name != "vllm" and scheduler_config.scheduler_cls is None:
+        scheduler_config.scheduler_cls = (
+            PlannedAsyncScheduler if scheduler_config.async_scheduling else PlannedScheduler
+        )
+    return vllm_config

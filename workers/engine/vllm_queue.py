@@ -1,4 +1,4 @@
-"""vLLM's waiting queue, of which a step's selection can be shown."""
+"""vLLM's waiting queue, able to show only the requests that a step admits."""
 
 from bisect import insort
 from collections import deque
@@ -10,9 +10,9 @@ from vllm.v1.request import Request as VllmRequest
 
 
 class PlannedQueue(RequestQueue):
-    """A waiting queue in vLLM's order, but for while it shows a selection in another one.
+    """vLLM's waiting queue; inside `showing(...)`, only the given requests can be popped.
 
-    A selection is what vLLM can peek at and pop; who counts or walks the queue sees all of it.
+    `len` and iteration always cover the whole queue, in vLLM's order.
     """
 
     def __init__(self, policy: SchedulingPolicy) -> None:
@@ -22,7 +22,7 @@ class PlannedQueue(RequestQueue):
 
     @contextmanager
     def showing(self, requests: Iterable[VllmRequest]) -> Iterator[None]:
-        """Show only these of its requests, in this order."""
+        """Show only these of its requests, in the given order."""
         self._selection = deque(requests)
         try:
             yield
@@ -65,7 +65,7 @@ class PlannedQueue(RequestQueue):
         self._requests.remove(request)
 
     def remove_requests(self, requests: Iterable[VllmRequest]) -> None:
-        """Remove those of `requests` that are there."""
+        """Remove each of `requests` that is there."""
         leaving = set(requests)
         self._requests = [request for request in self._requests if request not in leaving]
 

@@ -1,77 +1,145 @@
 """The ledger of requests on an engine: what vLLM does not keep of them."""
 
-import time
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-from vllm.v1.request import Request as VllmRequest
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from scheduler.request import Request, RequestState, Slo
 
+if TYPE_CHECKING:  # its tests need not import vLLM
+    from vllm.v1.request import Request as VllmRequest
+
+LOOKUP_STEPS = 16
+"""Steps between prefix-cache look-ups for a waiting request."""
+MAX_LOOKUPS = 8
+"""Maximum in one step, of first look-ups as well as of repeated ones."""
+
 
 @dataclass(slots=True)
-class _Live:
-    """A request on the engine: what vLLM does not keep of it."""
+class RequestNotes:
+    """What is noted of one request, in addition to what vLLM keeps."""
 
     state: RequestState
     num_delivered: int = 0
-    """Output tokens that have come; under async scheduling more are on their way."""
+    """Output tokens that have arrived; under async scheduling more are in flight."""
     draft_chances: tuple[float, ...] = ()
-    """Of the drafts at hand."""
-    hidden_states: list[bytes] = field(default_factory=list)
-    """Of each token that was computed since the draft worker was told last."""
-    has_begun: bool = False
-    """Whether a step has computed some of it."""
+    """Chances of the drafts at hand."""
     looked_up: int | None = None
     """Step of the last look-up of its prefix since it waits."""
     num_cached: int = 0
-    """What the look-up found."""
+    """Tokens that the look-up found."""
+
+
+class LiveRequests:
+    """The notes on each request from its arrival to its end, by its id.
+
+    A state that it returns never changes afterwards, so that views can be kept.
+    """
+
+    def __init__(self) -> None:
+        self._notes: dict[str, RequestNotes] = {}
+        self._ended_tokens: dict[str, int] = {}
+        """Undelivered output tokens of requests that ended since the last delivery."""
+
+    def __len__(self) -> int:
+        return len(self._notes)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._notes
+
+    def __getitem__(self, request_id: str) -> RequestNotes:
+        return self._notes[request_id]
+
+    def add(self, state: RequestState) -> None:
+        """Take a request that has arrived."""
+        self._notes[state.request.request_id] = RequestNotes(state)
 
     def run(self, request: VllmRequest, now: float) -> RequestState:
-        """Its state as it runs. A new object each time: views are kept."""
-        self._renew(request, now)
-        self.looked_up, self.num_cached = None, 0
-        return self._update(request, request.num_computed_tokens, now)
+        """The state of a running request."""
+        notes = self._renewed(request, now)
+        notes.looked_up, notes.num_cached = None, 0
+        return _update(notes, request, request.num_computed_tokens, now)
 
     def wait(self, request: VllmRequest, now: float) -> RequestState:
-        """Its state as it waits."""
-        self._renew(request, now)
-        num_computed = request.num_computed_tokens or self.num_cached
-        state = self.state
-        unchanged = (
+        """The state of a waiting request."""
+        notes = self._renewed(request, now)
+        num_computed = request.num_computed_tokens or notes.num_cached
+        state = notes.state
+        is_unchanged = (
             state.num_computed_tokens == num_computed
             and state.num_output_tokens == request.num_output_tokens
             and not state.draft_chances
         )
-        return state if unchanged else self._update(request, num_computed, now)
+        return state if is_unchanged else _update(notes, request, num_computed, now)
 
-    def deliver(self, num_output_tokens: int, now: float) -> int:
-        """Note that there are so many output tokens now; how many of them are new."""
-        num_new_tokens = num_output_tokens - self.num_delivered
-        if num_new_tokens > 0:
-            state = self.state
-            first_token_s = state.first_token_s if self.num_delivered else now
-            self.state = _moved(
-                state, state.num_output_tokens, state.num_computed_tokens, first_token_s, now
-            )
-            self.num_delivered = num_output_tokens
+    def look_up(
+        self, requests: Iterable[VllmRequest], step: int, prefix_hit: Callable[[VllmRequest], int]
+    ) -> None:
+        """Note how many tokens of waiting requests the prefix cache holds, where that is due."""
+        num_left = {True: MAX_LOOKUPS, False: MAX_LOOKUPS}  # first ones and repeated ones
+        for request in requests:
+            notes = self._notes[request.request_id]
+            is_first = notes.looked_up is None
+            is_due = notes.looked_up is None or step - notes.looked_up >= LOOKUP_STEPS
+            if request.num_computed_tokens == 0 and is_due and num_left[is_first]:
+                num_left[is_first] -= 1
+                notes.looked_up = step
+                notes.num_cached = prefix_hit(request)
+
+    def deliver(self, requests: Iterable[VllmRequest], now: float) -> dict[str, int]:
+        """Note that the output of a step with `requests` is here.
+
+        Returns how many output tokens it gave each request, those that ended with it included.
+        """
+        num_new_tokens, self._ended_tokens = self._ended_tokens, {}
+        for request in requests:
+            if notes := self._notes.get(request.request_id):
+                num_new_tokens[request.request_id] = _deliver(notes, request, now)
         return num_new_tokens
 
-    def _renew(self, request: VllmRequest, now: float) -> None:
-        # The next turn of a streaming-input session comes under the same id.
-        if request.num_prompt_tokens != self.state.request.num_prompt_tokens:
-            self.state = _initial_state(request, self.state.request, now)
-            self.num_delivered = 0
+    def finish(self, request: VllmRequest) -> None:
+        """Drop a request that has ended."""
+        notes = self._notes.pop(request.request_id, None)
+        if notes and request.num_output_tokens > notes.num_delivered:
+            num_new_tokens = request.num_output_tokens - notes.num_delivered
+            self._ended_tokens[request.request_id] = num_new_tokens
 
-    def _update(self, request: VllmRequest, num_computed: int, now: float) -> RequestState:
-        state = self.state
-        # Placeholders are tokens that steps in flight are sampling.
-        num_output = request.num_output_tokens + request.num_output_placeholders
-        first_token_s, last_token_s = state.first_token_s, state.last_token_s
-        if num_output and not self.num_delivered:
-            first_token_s = last_token_s = now
-        self.state = _moved(state, num_output, num_computed, first_token_s, last_token_s)
-        self.state.draft_chances = self.draft_chances[: len(request.spec_token_ids)]
-        return self.state
+    def _renewed(self, request: VllmRequest, now: float) -> RequestNotes:
+        notes = self._notes[request.request_id]
+        # The next turn of a streaming-input session comes under the same id.
+        if request.num_prompt_tokens != notes.state.request.num_prompt_tokens:
+            notes.state = _initial_state(request, notes.state.request, now)
+            notes.num_delivered = 0
+        return notes
+
+
+def _update(
+    notes: RequestNotes, request: VllmRequest, num_computed: int, now: float
+) -> RequestState:
+    state = notes.state
+    # Placeholders are tokens that steps in flight are sampling.
+    num_output = request.num_output_tokens + request.num_output_placeholders
+    first_token_s, last_token_s = state.first_token_s, state.last_token_s
+    if num_output and not notes.num_delivered:
+        first_token_s = last_token_s = now
+    notes.state = _moved(state, num_output, num_computed, first_token_s, last_token_s)
+    notes.state.draft_chances = notes.draft_chances[: len(request.spec_token_ids)]
+    return notes.state
+
+
+def _deliver(notes: RequestNotes, request: VllmRequest, now: float) -> int:
+    num_new_tokens = request.num_output_tokens - notes.num_delivered
+    if num_new_tokens > 0:
+        state = notes.state
+        first_token_s = state.first_token_s if notes.num_delivered else now
+        notes.state = _moved(
+            state, state.num_output_tokens, state.num_computed_tokens, first_token_s, now
+        )
+        notes.num_delivered = request.num_output_tokens
+    return num_new_tokens
 
 
 def _moved(
@@ -105,7 +173,3 @@ def _initial_state(request: VllmRequest, expected: Request | None, now: float) -
         ),
         now - age_s,
     )
-
-
-MAX_HIDDEN_STATES = 256
-"""The hidden states of so many of a request's last tokens go to the draft worker at most."""

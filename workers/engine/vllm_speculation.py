@@ -6,11 +6,14 @@ import torch
 from vllm.config import VllmConfig
 
 from workers.config import DraftConfig
-from workers.engine.vllm_requests import MAX_HIDDEN_STATES
+
+MAX_HIDDEN_STATES = 256
+"""Hidden states of a request's last tokens that go to the draft worker at most: twice the window
+that draft heads are trained with, while all those of a long prompt would be megabytes."""
 
 
 class NoDrafts:
-    """What vLLM asks for drafts after each step; ours come through the scheduler."""
+    """The drafter that vLLM asks after each step; ours come through the scheduler."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         """Nothing to set up."""
@@ -24,9 +27,9 @@ class NoDrafts:
 
 
 def speculative_config(config: DraftConfig, device: str) -> dict[str, Any]:
-    """vLLM's argument of this name."""
+    """vLLM's argument of this name: drafts are verified, and vLLM makes none."""
     args: dict[str, Any] = {"num_speculative_tokens": config.num_speculative_tokens}
-    if device == "npu":  # whose runner knows no class of one's own; its drafts are ignored
+    if device == "npu":  # its runner takes no custom class; the drafts it makes are ignored
         return args | {"method": "ngram", "prompt_lookup_max": 2}
     return args | {"method": "custom_class", "model": f"{__name__}.{NoDrafts.__name__}"}
 
@@ -43,7 +46,10 @@ class HiddenStates:
         self._states = output[0] if isinstance(output, tuple) else output
 
     def rows(self, begin: int, end: int) -> list[bytes]:
-        """Those of the last tokens in `[begin, end)` of the step, as float16 `[hidden_size]`."""
+        """One float16 `[hidden_size]` for each of the step's tokens in `[begin, end)`.
+
+        Only the last MAX_HIDDEN_STATES of them.
+        """
         if self._states is None:
             return []
         begin = max(begin, end - MAX_HIDDEN_STATES)

@@ -1,1 +1,1 @@
-"""The GEMM and the attention kernel: planned once a step in Python, run per layer in C++."""
+"""The GEMM and the attention kernel: planned once per step in Python, run per layer in C++."""

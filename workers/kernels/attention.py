@@ -1,6 +1,7 @@
-"""The attention meta-kernel: one call for the prefill, decode and verify spans of a step."""
+"""The attention meta-kernel on CPUs: one call for a step's prefill, decode and verify spans."""
 
 import ctypes
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,66 +9,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.kernels import native
+from workers.kernels import native, shapes
+from workers.kernels.shapes import AttentionShape
 from workers.kernels.tile_table import tile_costs
-from workers.kernels.tiles import Int32s, QueryTiles, plan_query_tiles
+from workers.kernels.tiles import Int32s, QueryTiles, SpanCut, plan_query_tiles
 
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionShape:
-    """One attention layer.
-
-    Its KV cache is `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    block_size: int
-    scale: float
-    sliding_window: int | None = None
-    """Newest keys that a query sees, its own included."""
-    soft_cap: float | None = None
-    """Scores become `soft_cap * tanh(score / soft_cap)`."""
-
-    def __post_init__(self) -> None:
-        problem = unsupported(self.num_heads, self.num_kv_heads, self.head_size, self.block_size)
-        if problem:
-            raise ValueError(problem)
-        for name in ("sliding_window", "soft_cap"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} ({value}) must be positive, or None")
-
-    def struct(self) -> native.AttentionShapeStruct:
-        """The shape as C++ sees it, for a contiguous KV cache."""
-        head_stride = 2 * self.block_size * self.head_size
-        return native.AttentionShapeStruct(
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_size,
-            self.block_size,
-            self.scale,
-            self.soft_cap or 0.0,
-            self.sliding_window or 0,
-            head_stride * self.num_kv_heads,
-            head_stride,
-        )
-
-
 def unsupported(num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> str | None:
     """Why the kernel cannot serve a layer of these sizes; None if it can."""
-    kernels = native.kernels()
-    panel = 2 * kernels.lanes
-    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
-        return f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})"
-    if head_size < panel or head_size % panel:
-        return f"head_size ({head_size}) must be a multiple of {panel}"
-    if block_size < panel or block_size % panel:
-        return f"block_size ({block_size}) must be a multiple of {panel}"
-    return None
+    panel = 2 * native.kernels().lanes
+    return shapes.unsupported(num_heads, num_kv_heads, head_size, block_size, multiple=panel)
+
+
+def shape_struct(shape: AttentionShape) -> native.AttentionShapeStruct:
+    """The shape as C++ sees it, for a contiguous KV cache; ValueError if C++ has no such kernel."""
+    return _shape_struct(shape, native.kernels().lanes)
+
+
+@functools.lru_cache(maxsize=256)
+def _shape_struct(shape: AttentionShape, lanes: int) -> native.AttentionShapeStruct:
+    """`shape_struct` for an instruction set with vectors of `lanes` floats."""
+    sizes = (shape.num_heads, shape.num_kv_heads, shape.head_size, shape.block_size)
+    if problem := shapes.unsupported(*sizes, multiple=2 * lanes):
+        raise ValueError(problem)
+    head_stride = 2 * shape.block_size * shape.head_size
+    return native.AttentionShapeStruct(
+        *sizes,
+        shape.scale,
+        shape.soft_cap or 0.0,
+        shape.sliding_window or 0,
+        head_stride * shape.num_kv_heads,
+        head_stride,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +51,12 @@ class AttentionPlan:
 
     shape: AttentionShape
     num_tokens: int
-    max_seq_lens: Int32s
-    """Per span, the keys its queries see."""
+    seq_lens: Int32s
+    """`[num_spans]`."""
     tiles: QueryTiles
     struct: native.AttentionPlanStruct
     arrays: tuple[NDArray[Any] | None, ...]
-    """What `struct` points into."""
+    """Memory that `struct` points into, kept alive here."""
 
 
 def plan_attention(
@@ -90,12 +65,13 @@ def plan_attention(
     seq_lens: Int32s,
     tree_masks: Mapping[int, NDArray[np.bool_]] | None = None,
 ) -> AttentionPlan:
-    """Plan one step.
+    """Plan one step; ValueError if the kernel cannot serve the shape or a span is malformed.
 
     Span r has the query tokens `query_start_loc[r]` to `query_start_loc[r + 1]`, the last of its
-    `seq_lens[r]` tokens; each sees the keys up to its own position. In a span r of `tree_masks`
-    token i sees token j of the span where `tree_masks[r][i, j]`, and all that is before the span.
+    `seq_lens[r]` tokens; each sees the keys up to its own position. If span r has a tree mask, its
+    token i sees all keys before the span, and token j of the span where `tree_masks[r][i, j]`.
     """
+    shape_struct(shape)  # refuses before anything is planned
     for name, array in (("query_start_loc", query_start_loc), ("seq_lens", seq_lens)):
         if not np.issubdtype(array.dtype, np.integer):
             raise ValueError(f"{name} is {array.dtype}; it must be int32")
@@ -107,13 +83,15 @@ def plan_attention(
     tiles = plan_query_tiles(
         query_lens,
         seq_lens,
-        group=shape.num_heads // shape.num_kv_heads,
-        num_kv_heads=shape.num_kv_heads,
-        kv_chunk=native.kernels().kv_chunk,
-        sliding_window=shape.sliding_window or 0,
-        sees_all=np.zeros(len(seq_lens), bool) if mask_start is None else mask_start >= 0,
-        num_threads=native.num_threads(),
-        costs=tile_costs(),
+        np.zeros(len(seq_lens), bool) if mask_start is None else mask_start >= 0,
+        SpanCut(
+            group=shape.num_heads // shape.num_kv_heads,
+            num_kv_heads=shape.num_kv_heads,
+            kv_chunk=native.kernels().kv_chunk,
+            sliding_window=shape.sliding_window or 0,
+            num_threads=native.num_threads(),
+            costs=tile_costs(),
+        ),
     )
     arrays = (
         query_start_loc, seq_lens, mask_start, masks, tiles.heights, tiles.tasks, tiles.merges
@@ -133,13 +111,13 @@ def plan_attention(
 def _check_spans(query_start_loc: Int32s, query_lens: Int32s, seq_lens: Int32s) -> None:
     if len(query_start_loc) != len(seq_lens) + 1 or query_start_loc[0] != 0:
         raise ValueError(
-            f"query_start_loc {query_start_loc.tolist()} must begin with 0 and have one entry more "
+            f"query_start_loc {query_start_loc.tolist()} must begin with 0 and have one more entry "
             f"than seq_lens {seq_lens.tolist()}"
         )
     if (wrong := np.flatnonzero((query_lens < 0) | (query_lens > seq_lens))).size:
         raise ValueError(
             f"span {wrong[0]} has {query_lens[wrong[0]]} query tokens and a seq_len of "
-            f"{seq_lens[wrong[0]]}, which counts them too"
+            f"{seq_lens[wrong[0]]}, which must include them"
         )
 
 
@@ -152,12 +130,12 @@ def _flatten(
     parts, length = [], 0
     for span, mask in tree_masks.items():
         if not 0 <= span < len(query_lens):
-            raise ValueError(f"tree_masks[{span}] is of no span; there are {len(query_lens)}")
+            raise ValueError(f"tree_masks[{span}] belongs to no span; there are {len(query_lens)}")
         size = query_lens[span]
         if mask.shape != (size, size) or mask.dtype != np.bool_:
             raise ValueError(
-                f"tree_masks[{span}] is {mask.dtype} of the shape {mask.shape}; "
-                f"it must be bool of the shape ({size}, {size})"
+                f"tree_masks[{span}] is {mask.dtype} with shape {mask.shape}; "
+                f"it must be bool with shape ({size}, {size})"
             )
         start[span] = length
         parts.append(mask.astype(np.uint8).ravel())
@@ -172,9 +150,9 @@ def write_kv(
     value: Floats,
     slot_mapping: NDArray[np.int64],
 ) -> None:
-    """Store keys and values `[num_tokens, num_kv_heads, head_size]` at their slots; -1 is no slot.
+    """Store keys and values `[num_tokens, num_kv_heads, head_size]` in their slots.
 
-    The order inside a block of `kv_cache` is the kernel's own.
+    Tokens with slot -1 are skipped. The layout inside a block of `kv_cache` is the kernel's own.
     """
     _check_cache(shape, kv_cache)
     expected = (len(slot_mapping), shape.num_kv_heads, shape.head_size)
@@ -185,7 +163,7 @@ def write_kv(
     if slot_mapping.size and slot_mapping.max() >= slots:
         raise ValueError(f"slot_mapping holds {slot_mapping.max()}; the cache has {slots} slots")
     native.kernels().write_kv(
-        ctypes.byref(shape.struct()),
+        ctypes.byref(shape_struct(shape)),
         kv_cache.ctypes.data,
         len(slot_mapping),
         key.ctypes.data,
@@ -203,10 +181,10 @@ def attend(
     block_table: Int32s,
     out: Floats,
 ) -> Floats:
-    """Write attention of `query [num_tokens, num_heads, head_size]` to `out`, of the same shape.
+    """Attend from `query [num_tokens, num_heads, head_size]` into `out`, which has its shape.
 
     `block_table [num_spans, max_blocks]` holds each span's blocks in `kv_cache`. A row's bits
-    depend on nothing but its query, its keys and the block size.
+    depend on its query, its keys and the block size only.
     """
     shape = plan.shape
     _check_cache(shape, kv_cache)
@@ -215,11 +193,11 @@ def attend(
     _check("out", out, np.float32, expected)
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    spans = len(plan.max_seq_lens)
+    spans = len(plan.seq_lens)
     _check("block_table", block_table, np.int32, (spans, *block_table.shape[1:2]))
-    needed = -(-int(plan.max_seq_lens.max(initial=0)) // shape.block_size)
+    needed = -(-int(plan.seq_lens.max(initial=0)) // shape.block_size)
     if spans and block_table.shape[1] < needed:
-        raise ValueError(f"block_table has {block_table.shape[1]} columns, the spans need {needed}")
+        raise ValueError(f"block_table has {block_table.shape[1]} columns; the spans need {needed}")
     data = native.AttentionDataStruct(
         query.ctypes.data,
         query.strides[0] // 4,
@@ -230,7 +208,7 @@ def attend(
         out.strides[0] // 4,
     )
     native.kernels().attend(
-        ctypes.byref(shape.struct()), ctypes.byref(plan.struct), ctypes.byref(data)
+        ctypes.byref(shape_struct(shape)), ctypes.byref(plan.struct), ctypes.byref(data)
     )
     return out
 
@@ -244,11 +222,11 @@ def _check_cache(shape: AttentionShape, kv_cache: Floats) -> None:
 
 
 def _check(name: str, array: NDArray[Any], dtype: type, expected: tuple[int, ...]) -> None:
-    """Refuse what C++ would misread; the first dimension alone may have a stride of its own."""
+    """Refuse what C++ would misread; only the first dimension may have any stride."""
     if array.dtype != dtype:
         raise ValueError(f"{name} is {array.dtype}; it must be {np.dtype(dtype)}")
     if array.shape != expected:
-        raise ValueError(f"{name} has the shape {array.shape}; it must be {expected}")
+        raise ValueError(f"{name} has shape {array.shape}; it must be {expected}")
     rows = array[0] if array.ndim > 1 and array.size else array
     if not rows.flags.c_contiguous:
         raise ValueError(f"{name} has strides {array.strides}; each row must be contiguous")

@@ -1,7 +1,6 @@
-"""What was measured on this machine: the table that row tiles are chosen from."""
+"""Measures the costs of row tiles on this machine."""
 
 import ctypes
-import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -10,31 +9,27 @@ import numpy as np
 
 from workers.kernels import native
 from workers.kernels.gemm import Epilogue, Weight, plan_struct
-from workers.kernels.tile_table import (
-    SHAPE,
-)
+from workers.kernels.tile_table import SHAPE
 from workers.kernels.tiles import GemmPlan, TileCosts
 
-logger = logging.getLogger(__name__)
-
-
 ROWS = 48
-"""About so many rows of each product: several tiles share a panel, as in a step."""
+"""Approximate rows of each product: several tiles share a panel, as in a real step."""
 
 MIN_ROUNDS, MAX_ROUNDS = 30, 200
-"""Each height once a round; as many rounds as fit the time, within these."""
+"""Bounds of the rounds, each of which times every height once: fewer would make the quartiles
+noisy, and more would not change them."""
 
 BUDGET_S = 4.0
-
+"""Time for all rounds: `xyserve calibrate` is meant to take seconds."""
 
 Progress = Callable[[float], None]
-"""Told the share that is done, 0 to 1."""
+"""Called with the fraction done, 0 to 1."""
 
 
 def measure(progress: Progress = lambda share: None) -> TileCosts:
-    """Time tiles of each height in turn, on one thread, in `UNIT`; takes seconds.
+    """Time tiles of each height in turn, on one thread, in `tile_table.UNIT`; takes seconds.
 
-    Lower quartiles: on a busy machine more than half of the times may be too long.
+    The result is the lower quartile: on a busy machine more than half of the times may be too long.
     """
     num_threads = native.num_threads()
     native.set_num_threads(1)
@@ -46,7 +41,7 @@ def measure(progress: Progress = lambda share: None) -> TileCosts:
 
 
 def _products() -> list[Callable[[], float]]:
-    """For each height, what multiplies with such tiles only and gives the seconds of one."""
+    """Per height, a product that uses only such tiles and returns the seconds of one."""
     random = np.random.default_rng(0)
     n, k = SHAPE
     values = random.standard_normal((n, k), dtype=np.float32)
@@ -67,7 +62,7 @@ def _products() -> list[Callable[[], float]]:
 
         def tile_s() -> float:
             weight_struct, plan_of_call = ctypes.byref(weight.struct), plan_struct(plan)
-            began_s = time.thread_time()  # not counting what other processes take
+            began_s = time.thread_time()  # excludes the time of other processes
             linear(
                 weight_struct, ctypes.byref(plan_of_call), x.ctypes.data, k,
                 None, Epilogue.STORE, out.ctypes.data, n,
@@ -81,9 +76,9 @@ def _products() -> list[Callable[[], float]]:
 
 
 def _interleaved(products: list[Callable[[], float]], progress: Progress) -> list[list[float]]:
-    """Let them take turns, so that whatever else slows the machine down slows all of them."""
-    times_s: list[list[float]] = [[product()] for product in products]  # touches its memory
-    # In an order that keeps no step with what comes at intervals.
+    """Time the products in turn, so that anything that slows the machine down slows all of them."""
+    times_s: list[list[float]] = [[product()] for product in products]  # touches the memory
+    # A random order, so that periodic disturbances do not always hit the same height.
     turns = np.random.default_rng(0)
     began_s = time.perf_counter()
     for done in range(1, MAX_ROUNDS + 1):

@@ -1,4 +1,4 @@
-"""The virtual-padding GEMM: `y = x W^T + b` for any number of rows, on weights packed once."""
+"""The virtual-padding GEMM on CPUs: `y = x W^T + b` for any number of rows, weights packed once."""
 
 import ctypes
 from enum import IntEnum
@@ -15,16 +15,16 @@ Floats = NDArray[np.float32]
 
 
 class Format(IntEnum):
-    """How weights lie in memory: `xy::Format`."""
+    """How weights are stored: `xy::Format`."""
 
     FP32 = 0
-    BF16 = 1  # exact for weights that are bf16 in the checkpoint
-    INT8 = 2  # one scale for each output feature
-    INT4 = 3  # groups of 32 input features, a bf16 scale and minimum each
+    BF16 = 1  # lossless for weights that are bf16 in the checkpoint
+    INT8 = 2  # one scale per output feature
+    INT4 = 3  # a bf16 scale and minimum per group of 32 input features
 
 
 class Epilogue(IntEnum):
-    """What becomes of the product: `xy::Epilogue`."""
+    """What is done with the product: `xy::Epilogue`."""
 
     STORE = 0
     ADD = 1
@@ -35,7 +35,7 @@ class Weight:
     """A weight matrix `[n, k]`, packed for the instruction set in use."""
 
     def __init__(self, n: int, k: int, format: Format, gate_up: bool) -> None:
-        """Room for the packed weight; `pack` fills it."""
+        """Allocate a packed weight, for `pack` to fill."""
         kernels = native.kernels()
         self.n, self.k, self.gate_up = n, k, gate_up
         self._format = format
@@ -53,17 +53,17 @@ class Weight:
     def pack(cls, weight: Floats, format: str = "auto", *, gate_up: bool = False) -> Self:
         """Pack a float32 weight `[n, k]`.
 
-        `format` is fp32, bf16, int8 or int4; auto is bf16 if that loses nothing, else fp32. With
-        `gate_up` the rows are those of the gate and then those of the up projection, and `linear`
-        gives silu(gate) * up. ValueError names what cannot be packed.
+        `format` is fp32, bf16, int8, int4 or auto: bf16 if that is lossless, else fp32. With
+        `gate_up` the first half of the rows is the gate and the second the up projection, and
+        `linear` returns silu(gate) * up. ValueError names what cannot be packed.
         """
         _check_array("weight", weight, 2)
         n, k = weight.shape
         if not weight.size:
-            raise ValueError(f"weight has the shape {weight.shape}; it must have elements")
+            raise ValueError(f"weight has shape {weight.shape}; it must not be empty")
         weight = np.ascontiguousarray(weight)
         if gate_up and n % 2:
-            raise ValueError(f"weight has {n} rows; gate and up need an even number")
+            raise ValueError(f"weight has {n} rows; gate and up together need an even number")
         names = ["auto", *(known.name.lower() for known in Format)]
         if format not in names:
             raise ValueError(f"format ({format!r}) must be one of {', '.join(names)}")
@@ -90,27 +90,27 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the packed weight."""
+        """Bytes of the packed weight."""
         return self._panels.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
     @property
     def out_features(self) -> int:
-        """Width of what `linear` gives."""
+        """Columns of what `linear` returns."""
         return self.n // 2 if self.gate_up else self.n
 
     def unpacked(self) -> Floats:
-        """The values that the packed weight stands for, `[n, k]`."""
+        """The values that the packed weight represents, `[n, k]`."""
         rows = np.empty((self.n, self.k), np.float32)
         native.kernels().unpack(ctypes.byref(self.struct), native.pointer(rows))
         return rows
 
     def plan(self, num_rows: int) -> GemmPlan:
-        """How a product with `num_rows` rows is cut."""
+        """How a product with `num_rows` rows is cut into tiles and tasks."""
         return plan_gemm(num_rows, self.num_panels, native.num_threads(), tile_costs())
 
 
 def is_bf16(values: Floats) -> bool:
-    """Whether bf16 holds every value exactly: the lower halves of all floats are zero."""
+    """Whether bf16 holds every value exactly: the lower half of each float is zero."""
     return not (values.view(np.uint32) & 0xFFFF).any()
 
 
@@ -122,14 +122,14 @@ def linear(
     *,
     add: bool = False,
 ) -> Floats:
-    """`x W^T + bias`: `[m, k]` to `[m, out_features]`, added to `out` if `add`.
+    """Multiply: `x W^T + bias`, from `[m, k]` to `[m, out_features]`, added to `out` if `add`.
 
-    Rows of `x` and `out` may lie apart. A row's bits do not depend on the other rows.
+    Rows of `x` and `out` may have any stride. A row's bits do not depend on the other rows.
     """
     _check_array("x", x, 2, columns=weight.k)
     num_rows = x.shape[0]
     if add and weight.gate_up:
-        raise ValueError("add is not for a gate_up weight: its two halves are multiplied")
+        raise ValueError("add does not work with a gate_up weight, whose halves are multiplied")
     if out is None:
         if add:
             raise ValueError("add needs an `out` to add to")
@@ -164,7 +164,7 @@ def run(
     out_stride: int,
     epilogue: Epilogue = Epilogue.STORE,
 ) -> None:
-    """`linear` on addresses of floats that the caller has checked; strides in floats."""
+    """`linear` on addresses of float32 rows that the caller has checked; strides in floats."""
     if num_rows:
         plan = plan_struct(weight.plan(num_rows))
         native.kernels().linear(
@@ -180,7 +180,7 @@ def run(
 
 
 def plan_struct(plan: GemmPlan) -> native.GemmPlanStruct:
-    """The plan as C++ sees it; valid while `plan` lives."""
+    """The plan as C++ sees it; it points into `plan`, which the caller keeps alive."""
     return native.GemmPlanStruct(
         plan.num_rows,
         len(plan.heights),
@@ -194,12 +194,10 @@ def _check_array(name: str, array: NDArray[Any], ndim: int, columns: int | None 
     if array.dtype != np.float32:
         raise ValueError(f"{name} is {array.dtype}; it must be float32")
     if array.ndim != ndim:
-        raise ValueError(f"{name} has the shape {array.shape}; it must have {ndim} dimensions")
+        raise ValueError(f"{name} has shape {array.shape}; it must have {ndim} dimensions")
     if array.size and array.strides[-1] != 4:
         raise ValueError(
             f"{name} has strides {array.strides}; the last dimension must be contiguous"
         )
     if columns is not None and array.shape[-1] != columns:
-        raise ValueError(
-            f"{name} has the shape {array.shape}; its last dimension must be {columns}"
-        )
+        raise ValueError(f"{name} has shape {array.shape}; its last dimension must be {columns}")

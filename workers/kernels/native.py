@@ -1,6 +1,7 @@
-"""The C++ library: its structures, its functions, and its threads."""
+"""The C++ library, loaded at its first use: its structures, functions and threads."""
 
 import ctypes
+import functools
 import itertools
 import mmap
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
@@ -210,7 +211,8 @@ STRUCTS: tuple[type[Structure], ...] = (
 REMEDY = "build them with `make install`, or `python -m workers.kernels.build` in a checkout"
 
 
-def _load() -> Any:
+@functools.cache
+def _library() -> Any:
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
@@ -243,70 +245,68 @@ def size_differences(library: Any) -> str:
     )
 
 
-_library = _load()
-
-
 def kernels() -> Kernels:
-    """The functions of the instruction set in use."""
-    table: Kernels = _library.xy_kernels().contents
+    """The functions of the instruction set in use; ImportError if the library cannot be loaded."""
+    table: Kernels = _library().xy_kernels().contents
     return table
 
 
 def available_isas() -> tuple[str, ...]:
-    """The instruction sets that this CPU has and the library was built for, the best one first."""
+    """The instruction sets that both this CPU and the library have, best first."""
     found: list[str] = []
-    while (name := _library.xy_available_isa(len(found))) is not None:
+    while (name := _library().xy_available_isa(len(found))) is not None:
         found.append(name.decode())
     return tuple(found)
 
 
 def isa() -> str:
-    """The instruction set in use; at first the best one."""
+    """The instruction set in use: the best one, until `use_isa` chooses another."""
     name: bytes = kernels().isa
     return name.decode()
 
 
 def use_isa(name: str) -> None:
-    """Use an instruction set from now on; a `Weight` packed before must not be used any more."""
-    if not _library.xy_use_isa(name.encode()):
+    """Switch to an instruction set; a `Weight` packed for another one must not be used with it."""
+    if not _library().xy_use_isa(name.encode()):
         raise ValueError(f"isa ({name!r}) must be one of {', '.join(available_isas())}")
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Share the work of each call among this many threads, the caller's own included."""
+    """Share the work of each call among this many threads, including the caller's."""
     if num_threads < 1:
         raise ValueError(f"num_threads ({num_threads}) must be at least 1")
-    if num_threads != _library.xy_num_threads():
-        _library.xy_set_num_threads(num_threads)
+    if num_threads != _library().xy_num_threads():
+        _library().xy_set_num_threads(num_threads)
 
 
 def num_threads() -> int:
     """Threads that share the work of a call."""
-    count: int = _library.xy_num_threads()
+    count: int = _library().xy_num_threads()
     return count
 
 
 def pointer(array: NDArray[Any] | None) -> int | None:
-    """Where an array begins; the caller keeps it alive."""
+    """Address of an array, which the caller keeps alive."""
     return None if array is None else array.ctypes.data
 
 
 ARENA_BYTES = 64 << 20
+"""Memory that is mapped at once: 32 huge pages of 2 MiB, so that little is left over at the end."""
 
 
 class Arena:
-    """Memory in huge pages for what is read from end to end at each step.
+    """Huge pages for weights, which every step reads from end to end.
 
-    Weights of a few hundred kilobytes share a page, so that reading them misses neither the
-    translation buffer nor the prefetcher's stride at every fourth kilobyte.
+    Weights of a few hundred kilobytes share a huge page. On 4 KiB pages reading them would miss the
+    translation buffer, and stop the prefetcher, at each page.
     """
 
     def __init__(self) -> None:
-        """Nothing is allocated yet."""
+        """Map nothing until memory is asked for."""
         self._free: NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def empty(self, num_bytes: int) -> NDArray[np.uint8]:
-        """Memory that begins at a cache line; given back when nothing of its arena is in use."""
+        """Memory aligned to a cache line; a mapping is freed once none of its memory is in use."""
         needed = -(-num_bytes // 64) * 64
         if needed > self._free.size:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory gets no huge pages

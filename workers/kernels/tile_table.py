@@ -1,4 +1,4 @@
-"""The measured costs of row tiles that this machine's plans are chosen from."""
+"""The costs of row tiles on this machine, measured or built in, by which plans choose tiles."""
 
 import functools
 import json
@@ -15,20 +15,19 @@ from workers.kernels.tiles import TileCosts, default_costs, parse_costs
 logger = logging.getLogger(__name__)
 
 SHAPE = (512, 768)
-"""N and K of the weight that is measured on: in bf16 it stays in the caches."""
-
+"""N and K of the weight to measure with: in bf16 (768 KiB) it stays in the caches."""
 
 UNIT = f"ns of one row tile on one panel of {SHAPE[1]} input features"
 
 
 def path() -> Path:
-    """Where this machine's figures lie: a file for each CPU and instruction set."""
+    """File of this machine's costs: one per CPU and instruction set."""
     name = "-".join([*cpu().split(), native.isa()]).replace("/", "-")
     return home() / "calibration" / f"{name}.json"
 
 
 def cpu() -> str:
-    """The processor's name."""
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:
@@ -38,7 +37,7 @@ def cpu() -> str:
 
 
 def tile_costs() -> TileCosts:
-    """The measured costs of row tiles, or the built-in ones where none were measured."""
+    """Measured costs of row tiles, or the built-in ones if none were measured."""
     return _in_use(native.isa())[0]
 
 
@@ -49,7 +48,7 @@ def is_measured() -> bool:
 
 @functools.cache
 def _in_use(isa: str) -> tuple[TileCosts, bool]:
-    """The costs, and whether they are what `save` wrote: the log says why a file is left out."""
+    """The costs, and whether `save` wrote them; why a file cannot be used is logged."""
     file = path()
     try:
         return _parse(json.loads(file.read_text())), True
@@ -57,16 +56,16 @@ def _in_use(isa: str) -> tuple[TileCosts, bool]:
         pass
     except (OSError, ValueError) as error:
         logger.warning(
-            "measured row tiles are not used but built-in ones; to measure anew: xyserve calibrate",
+            "measured row tiles cannot be used, only built-in ones; to measure: xyserve calibrate",
             extra={"file": str(file), "error": str(error)},
         )
     return default_costs(native.kernels().max_height), False
 
 
 def _parse(document: object) -> TileCosts:
-    """The costs in a file; ValueError says why they are not for this machine's tiles."""
+    """The costs in a file; ValueError says why they do not fit this machine."""
     if not isinstance(document, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     for key, own in (("cpu", cpu()), ("isa", native.isa())):
         if document.get(key) != own:
             raise ValueError(f"its {key} is {document.get(key)!r}, this machine's is {own!r}")
@@ -81,7 +80,7 @@ def _parse(document: object) -> TileCosts:
 
 
 def save(costs: TileCosts) -> None:
-    """Keep the costs for this and later processes on this machine."""
+    """Write the costs for this and later processes on this machine."""
     document = {
         "tile_costs": [round(cost, 2) for cost in costs.of_height],
         "unit": UNIT,

@@ -12,24 +12,26 @@ Int32s = NDArray[np.int32]
 Ints = NDArray[np.integer[Any]]
 
 ROWS_PER_BLOCK = 120
-"""Rows of one GEMM task: with a chunk of their inputs they stay in the second-level cache."""
+"""Rows of one GEMM task: they stay in the second-level cache with one chunk of their inputs."""
 
 QUERY_ROWS = 96
-"""Most rows (tokens times query heads per KV head) of one query tile."""
+"""Max rows (tokens times query heads per KV head) of one query tile: with more rows, keys and
+values are read less often, but the scores of a chunk (96 KiB now) have to stay in a cache."""
 
 TASKS_PER_THREAD = 4
-"""So many that a thread which was taken off its core for a while leaves no long tail."""
+"""Tasks that work is cut into for each thread: with several, a thread that loses its core for a
+while leaves tasks to the others."""
 
 TASK_COST = 1 << 11
-"""What a query tile costs beside its products, in products of one row with one key."""
+"""Fixed cost of a query tile, in products of one row with one key."""
 
 MIN_ROWS = 4
-"""A tile of fewer rows takes no less time: it waits for keys and values to come from memory."""
+"""Fewer rows than this take no less time: the tile waits for keys and values from memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class TileCosts:
-    """Time of one row tile on one panel by its height (index 0 is height 1), in any unit."""
+    """Time of one row tile on one panel, by height (index 0 is height 1), in any unit."""
 
     of_height: tuple[float, ...]
 
@@ -40,21 +42,26 @@ class TileCosts:
 
 
 def default_costs(max_height: int) -> TileCosts:
-    """What tiles cost where nothing was measured: a low one waits for its sums."""
+    """Costs of tiles on a machine where none were measured, in cycles per input feature.
+
+    A row takes two multiply-adds, of which a core starts two per cycle. Tiles of fewer than four
+    rows wait for their own sums: a multiply-add takes about four cycles. The slope of a tenth makes
+    the lower of two such tiles the cheaper one.
+    """
     heights = range(1, max_height + 1)
     return TileCosts(tuple(max(3.7 + 0.1 * height, float(height)) for height in heights))
 
 
 @lru_cache(maxsize=1 << 14)
 def row_tiles(num_rows: int, costs: TileCosts) -> tuple[int, ...]:
-    """Heights of the row tiles that cover `num_rows` rows exactly in the least time, tallest first.
+    """Heights of the row tiles that cover exactly `num_rows` rows in the least time, tallest first.
 
-    Rows that fit one tile take one, since each tile reads the weights anew.
+    Rows that fit one tile get one, since each tile reads the weights again.
     """
     tallest = costs.max_height
     if num_rows <= tallest:
         return (num_rows,) if num_rows else ()
-    # All but the last few tiles are of the height that costs least per row.
+    # All but the last few tiles have the height that costs least per row.
     of_row = [cost / height for height, cost in enumerate(costs.of_height, 1)]
     best = max(height for height, cost in enumerate(of_row, 1) if cost == min(of_row))
     whole = max(0, num_rows // best - tallest)
@@ -73,7 +80,7 @@ def row_tiles(num_rows: int, costs: TileCosts) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class GemmPlan:
-    """How a GEMM is cut: one task is `row_block` tiles by `panel_block` panels."""
+    """How a GEMM is cut: a task is `row_block` tiles by `panel_block` panels."""
 
     num_rows: int
     heights: Int32s
@@ -88,8 +95,12 @@ def plan_gemm(num_rows: int, num_panels: int, num_threads: int, costs: TileCosts
     num_blocks = max(1, -(-num_rows // ROWS_PER_BLOCK))
     row_block = max(1, -(-len(heights) // num_blocks))
     wanted = num_panels * num_blocks // (num_threads * TASKS_PER_THREAD)
-    # Even, for the pairs of a gated weight; a multiple of the panels one low tile takes at once.
-    panel_block = min(16 if num_blocks == 1 else 8, max(4, wanted // 4 * 4))
+    # Large tasks pack and hand out less; but if other row blocks read the same panels next, these
+    # have to be in a cache still.
+    max_panels = 16 if num_blocks == 1 else 8
+    # A multiple of the panels that a tile of one row takes at once, and so even, as the pairs of a
+    # gated weight need.
+    panel_block = min(max_panels, max(4, wanted // 4 * 4))
     return GemmPlan(num_rows, np.array(heights, np.int32), row_block, panel_block)
 
 
@@ -97,134 +108,140 @@ def plan_gemm(num_rows: int, num_panels: int, num_threads: int, costs: TileCosts
 class QueryTiles:
     """The tasks of one step's attention, costliest first, and how their results are merged.
 
-    `tasks` rows: span, first_token, num_tokens, kv_head, first_chunk, end_chunk, partial (-1:
-    none), start in `heights`, number of heights. `merges` rows: span, first_token, num_tokens,
-    kv_head, partial, num_partials.
+    `tasks` rows: span, first_token, num_tokens, kv_head, first_chunk, end_chunk, partial (-1 if the
+    tile is not split), start in `heights`, number of heights. `merges` rows: span, first_token,
+    num_tokens, kv_head, partial, num_partials.
     """
 
     tasks: Int32s
     merges: Int32s
     heights: Int32s
     num_partials: int
+    """Results of single chunks that the tasks leave for the merges."""
     max_rows: int
 
 
-def plan_query_tiles(
-    query_lens: Int32s,
-    seq_lens: Int32s,
-    *,
-    group: int,
-    num_kv_heads: int,
-    kv_chunk: int,
-    sliding_window: int,
-    sees_all: NDArray[np.bool_],
-    num_threads: int,
-    costs: TileCosts,
-) -> QueryTiles:
-    """Cut spans into query tiles, weigh them, split what would keep one thread busy alone.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanCut:
+    """What besides its spans decides how a step's attention is cut."""
 
-    Lengths are `[num_spans]`, in tokens; `group` is query heads per KV head; tokens of a span in
-    `sees_all` may see the whole span (a mask decides); `sliding_window` 0 is none.
+    group: int
+    """Query heads per KV head."""
+    num_kv_heads: int
+    kv_chunk: int
+    """Keys of one chunk."""
+    sliding_window: int
+    """0 if there is none."""
+    num_threads: int
+    costs: TileCosts
+
+
+def plan_query_tiles(
+    query_lens: Int32s, seq_lens: Int32s, sees_all: NDArray[np.bool_], cut: SpanCut
+) -> QueryTiles:
+    """Cut spans into query tiles, weigh them, and split those that would leave other threads idle.
+
+    Lengths are `[num_spans]`, in tokens. Tokens of a span in `sees_all` may see the whole span (a
+    mask decides).
     """
-    if not sliding_window and query_lens.max(initial=0) <= 1:
-        # So the tasks of decode steps change only when a request enters its next chunk of keys.
-        seq_lens = -(-seq_lens // kv_chunk) * kv_chunk
-    return cut_spans(
-        *(lens.astype(np.int32).tobytes() for lens in (query_lens, seq_lens)),
-        sees_all.tobytes(),
-        group,
-        num_kv_heads,
-        kv_chunk,
-        sliding_window,
-        num_threads,
-        costs,
-    )
+    if not cut.sliding_window and query_lens.max(initial=0) <= 1:
+        # Then the plan of decode steps changes only when a request enters its next chunk of keys.
+        seq_lens = -(-seq_lens // cut.kv_chunk) * cut.kv_chunk
+    lens = (array.astype(np.int32).tobytes() for array in (query_lens, seq_lens))
+    return cut_spans(*lens, sees_all.tobytes(), cut)
 
 
 @lru_cache(maxsize=256)
 def cut_spans(
-    query_bytes: bytes,
-    seq_bytes: bytes,
-    sees_all_bytes: bytes,
-    group: int,
-    num_kv_heads: int,
-    kv_chunk: int,
-    sliding_window: int,
-    num_threads: int,
-    costs: TileCosts,
+    query_bytes: bytes, seq_bytes: bytes, sees_all_bytes: bytes, cut: SpanCut
 ) -> QueryTiles:
-    """`plan_query_tiles` of spans whose lengths come as the bytes of int32 arrays."""
+    """`plan_query_tiles` on the bytes of its arrays, which a cache can compare.
+
+    `reference.cut_spans` does the same by loops, which take two to six times as long:
+
+        for each span, for each QUERY_ROWS rows of its queries:  # a tile
+            cost = rows * keys + TASK_COST
+            pieces = 1, or enough for the costs of all pieces to be about even
+            for each piece of its chunks of keys, for each KV head: a task
+            if pieces > 1, for each KV head: a merge of the results of its chunks
+        sort the tasks by cost
+    """
     query_lens, seq_lens = np.frombuffer(query_bytes, np.int32), np.frombuffer(seq_bytes, np.int32)
-    span, first, count = _cut_queries(query_lens, max(1, QUERY_ROWS // group))
+    span, first, count = _cut_queries(query_lens, max(1, QUERY_ROWS // cut.group))
     context = (seq_lens - query_lens)[span]
     sees_all = np.frombuffer(sees_all_bytes, np.bool_)[span]
     end_key = np.where(sees_all, seq_lens[span], context + first + count)
-    first_key = np.maximum(0, context + first + 1 - (sliding_window or 1 << 30))
-    first_chunk, end_chunk = first_key // kv_chunk, -(-end_key // kv_chunk)
+    first_key = np.zeros_like(context)
+    if cut.sliding_window:
+        first_key = np.maximum(0, context + first + 1 - cut.sliding_window)
+    first_chunk, end_chunk = first_key // cut.kv_chunk, -(-end_key // cut.kv_chunk)
 
-    # The paper's load, tile size times KV length, with what it leaves out: a fixed part, and that
+    # The paper's load, tile size times KV length, and what it leaves out: a fixed part, and that
     # few rows are no cheaper.
-    cost = np.maximum(count * group, MIN_ROWS) * (end_key - first_key) + TASK_COST
+    cost = np.maximum(count * cut.group, MIN_ROWS) * (end_key - first_key) + TASK_COST
     chunks = end_chunk - first_chunk
     pieces = np.ones_like(chunks)
-    if num_threads > 1 and len(cost):
-        limit = cost.sum() * num_kv_heads / (num_threads * TASKS_PER_THREAD)
-        pieces = np.minimum(chunks, np.ceil(cost / limit).astype(int))
+    if cut.num_threads > 1 and len(cost):
+        max_cost = cost.sum() * cut.num_kv_heads / (cut.num_threads * TASKS_PER_THREAD)
+        pieces = np.minimum(chunks, np.ceil(cost / max_cost).astype(int))
 
-    # Each chunk of a tile that is split has a place for its result, in each KV head.
+    # Each chunk of a split tile has a place for its result, in each KV head.
     is_split = pieces > 1
     places = np.cumsum(chunks * is_split)
     num_places = int(places[-1]) if len(places) else 0
     first_place = np.where(is_split, places - chunks, -1)
-    tile = np.repeat(np.arange(len(span)), pieces)
-    piece = np.arange(len(tile)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begin, end = (
-        first_chunk[tile] + at * chunks[tile] // pieces[tile] for at in (piece, piece + 1)
-    )
+    tile = np.repeat(np.arange(len(span)), pieces)  # of each piece
+    piece = _index_in_run(pieces)
+    begin, end = (first_chunk[tile] + i * chunks[tile] // pieces[tile] for i in (piece, piece + 1))
 
     sizes, size_of_tile = np.unique(count, return_inverse=True)
-    heights = [row_tiles(int(size) * group, costs) for size in sizes]
+    heights = [row_tiles(int(size) * cut.group, cut.costs) for size in sizes]
     num_heights = np.array([len(of_size) for of_size in heights], int)
     first_height = np.cumsum(num_heights) - num_heights
 
-    order, head = _times_heads(np.argsort(-(cost / pieces)[tile], kind="stable"), num_kv_heads)
-    at = tile[order]
-    place = first_place[at] + begin[order] - first_chunk[at] + head * num_places
+    order, head = _times_heads(np.argsort(-(cost / pieces)[tile], kind="stable"), cut.num_kv_heads)
+    of_task = tile[order]
+    place = first_place[of_task] + begin[order] - first_chunk[of_task] + head * num_places
     tasks = [
-        span[at], first[at], count[at], head, begin[order], end[order],
-        np.where(is_split[at], place, -1),
-        first_height[size_of_tile[at]], num_heights[size_of_tile[at]],
+        span[of_task], first[of_task], count[of_task], head, begin[order], end[order],
+        np.where(is_split[of_task], place, -1),
+        first_height[size_of_tile[of_task]], num_heights[size_of_tile[of_task]],
     ]  # fmt: skip
-    at, head = _times_heads(np.flatnonzero(is_split), num_kv_heads)
+    split, head = _times_heads(np.flatnonzero(is_split), cut.num_kv_heads)
     merges = [
-        span[at], first[at], count[at], head, first_place[at] + head * num_places, chunks[at]
+        span[split], first[split], count[split], head,
+        first_place[split] + head * num_places, chunks[split],
     ]  # fmt: skip
     return QueryTiles(
         np.ascontiguousarray(np.stack(tasks, axis=1), np.int32),
         np.ascontiguousarray(np.stack(merges, axis=1), np.int32),
         np.array([height for of_size in heights for height in of_size], np.int32),
-        num_places * num_kv_heads,
-        int(count.max(initial=0)) * group,
+        num_places * cut.num_kv_heads,
+        int(count.max(initial=0)) * cut.group,
     )
 
 
-def _cut_queries(query_lens: Int32s, most_tokens: int) -> tuple[Ints, Ints, Ints]:
+def _cut_queries(query_lens: Int32s, max_tokens: int) -> tuple[Ints, Ints, Ints]:
     """Span, first token and number of tokens of each query tile."""
-    tokens = np.minimum(np.maximum(query_lens, 1), most_tokens)
+    tokens = np.minimum(np.maximum(query_lens, 1), max_tokens)
     num_tiles = -(-query_lens // tokens)
     span = np.repeat(np.arange(len(query_lens)), num_tiles)
-    index = np.arange(len(span)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
-    first = index * tokens[span]
+    first = _index_in_run(num_tiles) * tokens[span]
     return span, first, np.minimum(tokens[span], query_lens[span] - first)
 
 
+def _index_in_run(lengths: Ints) -> Ints:
+    """For runs of these lengths, one after the other: each item's index in its own run."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
 def _times_heads(items: Ints, num_kv_heads: int) -> tuple[Ints, Ints]:
-    """Each item once for each KV head, and the heads."""
+    """Each item once per KV head, and the heads."""
     return np.repeat(items, num_kv_heads), np.tile(np.arange(num_kv_heads), len(items))
 
 
 def parse_costs(document: Mapping[str, object], max_height: int) -> TileCosts | None:
-    """The costs in what `xyserve calibrate` wrote; None if they are of other tiles."""
+    """The costs in a file of `xyserve calibrate`; None if they belong to other tiles."""
     costs = document.get("tile_costs")
     if not isinstance(costs, list) or len(costs) != max_height:
         return None

@@ -1,3 +1,4 @@
-"""Names that our plugin and who asks vLLM for it share."""
+"""Names shared by the plugin and the engines that ask for it."""
 
 QUANTIZATION = "xyserve"
+"""vLLM's name of our quantization method."""

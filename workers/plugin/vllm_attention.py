@@ -1,9 +1,10 @@
-"""The attention meta-kernel in vLLM: the CPU's attention backend."""
+"""The attention meta-kernel in vLLM, as its attention backend on CPUs."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from typing_extensions import override
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.config.vllm import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -22,37 +23,37 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from workers.kernels.attention import (
     AttentionPlan,
-    AttentionShape,
     attend,
     plan_attention,
     unsupported,
     write_kv,
 )
+from workers.kernels.shapes import AttentionShape
 from workers.plugin.names import QUANTIZATION
 
 
 class MetaAttentionBackend(CPUAttentionBackend):
-    """vLLM's CPU backend, each layer on the meta-kernel if it can be."""
+    """vLLM's CPU backend, with the meta-kernel for each layer that it supports."""
 
     @staticmethod
+    @override
     def get_impl_cls() -> type["MetaAttentionImpl"]:
-        """What runs one layer."""
         return MetaAttentionImpl
 
     @staticmethod
+    @override
     def get_builder_cls() -> type["MetaAttentionMetadataBuilder"]:
-        """What describes one step."""
         return MetaAttentionMetadataBuilder
 
 
 @dataclass
 class MetaAttentionMetadata(CPUAttentionMetadata):
-    """One step; layers of the same shape share its plan."""
+    """A step; layers of the same shape share a plan."""
 
     plans: dict[AttentionShape, AttentionPlan] = field(default_factory=dict)
 
     def plan(self, shape: AttentionShape) -> AttentionPlan:
-        """The plan for layers of this shape, made when the first of them asks."""
+        """The plan for layers of this shape, made when the first of them needs it."""
         if shape not in self.plans:
             self.plans[shape] = plan_attention(
                 shape, self.query_start_loc.numpy(), self.seq_lens.numpy()
@@ -61,7 +62,7 @@ class MetaAttentionMetadata(CPUAttentionMetadata):
 
 
 class MetaAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Builds vLLM's own work plan only if a layer needs it."""
+    """Builds vLLM's own work plan only if some layer needs it."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class MetaAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
-        """Ask each layer who will serve it."""
+        """Collect the reasons why layers cannot use the kernel; None for those that can."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         self._refusals = {
@@ -85,12 +86,12 @@ class MetaAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
-        """Describe one step."""
+        """The metadata of one step; NotImplementedError if it is not causal."""
         if None not in self._refusals:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         if common_attn_metadata.causal is not True:
             raise NotImplementedError(
-                "the attention kernel is causal and this model's step is not; "
+                "the attention kernel is causal only, and this model's attention is not; "
                 "set `kernels: vllm` in the worker's config"
             )
         if len(self._refusals) > 1:
@@ -110,10 +111,10 @@ class MetaAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class MetaAttentionImpl(CPUAttentionBackendImpl):
-    """One layer on the meta-kernel, or on vLLM's own if `refusal` says why not."""
+    """One layer, on the meta-kernel or, for the reason in `refusal`, on vLLM's own kernel."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take vLLM's arguments, and see whether the kernel can serve such a layer."""
+        """Take vLLM's arguments and check whether the kernel supports the layer."""
         super().__init__(*args, **kwargs)
         self.refusal = self._refusal(get_current_vllm_config())
 
@@ -128,11 +129,12 @@ class MetaAttentionImpl(CPUAttentionBackendImpl):
             return "it has ALiBi slopes or attention sinks"
         if self.is_fp8_kv_cache:
             return f"its KV cache is {self.kv_cache_dtype}"
-        block_size = config.cache_config.block_size or 32  # vLLM's own on the CPU is 128
+        # The size may be unset yet. vLLM's default on CPUs is 128, a multiple of 32 too.
+        block_size = config.cache_config.block_size or 32
         return unsupported(self.num_heads, self.num_kv_heads, self.head_size, block_size)
 
     def shape(self, block_size: int) -> AttentionShape:
-        """The layer as the kernel sees it."""
+        """The layer's shape, as the kernel takes it."""
         return AttentionShape(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -155,7 +157,7 @@ class MetaAttentionImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of `query [num_tokens, num_heads, head_size]`, into `output`."""
+        """Attend from `query [num_tokens, num_heads, head_size]` into `output`."""
         if self.refusal is not None or attn_metadata is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,
@@ -180,7 +182,7 @@ class MetaAttentionImpl(CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write keys and values, each `[num_tokens, num_kv_heads, head_size]`, to their slots."""
+        """Write keys and values, `[num_tokens, num_kv_heads, head_size]` each, to their slots."""
         if self.refusal is not None:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return

@@ -1,4 +1,4 @@
-"""The whole forward pass of llama-like models as one native call."""
+"""The forward pass of llama-like models as one call of the native library."""
 
 import ctypes
 import logging
@@ -13,15 +13,16 @@ from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 from vllm.sequence import IntermediateTensors
 
 from workers.kernels import native
+from workers.kernels.attention import shape_struct
 from workers.kernels.gemm import Weight, plan_struct
 from workers.plugin.vllm_attention import MetaAttentionMetadata
 
 logger = logging.getLogger(__name__)
 
-# torch does not say what a module of a model holds: the classes below are looked up, not declared.
+# torch does not declare what the modules of a model contain.
 Module = Any
 
-# Layers whose forward is what `DecoderStack` runs. A class derived from one of these may do more.
+# Layers that do exactly what `DecoderStack` runs. A class derived from one of these may do more.
 LAYERS = {
     llama.LlamaDecoderLayer,
     mistral.MistralDecoderLayer,
@@ -37,15 +38,15 @@ ATTENTIONS = {
 
 
 class DecoderStack:
-    """The decoder layers and the final norm of one loaded model, as C++ sees them."""
+    """Decoder layers and final norm of a loaded model, as C++ sees them."""
 
     def __init__(self, model: Module) -> None:
-        """Gather what the layers hold; `refusal(model, ...)` must have been None."""
+        """Collect pointers to the layers' weights; `refusal(model, ...)` must be None."""
         first = model.layers[0].self_attn
         self._layer_name = first.attn.layer_name
         self._kv_cache = first.attn.kv_cache
         self.shape = first.attn.impl.shape(self._kv_cache.shape[2])
-        self._tensors: list[torch.Tensor] = []  # what the structures point into
+        self._tensors: list[torch.Tensor] = []  # memory that the structures point into
         layers = [self._layer(layer) for layer in model.layers]
         self._weights: tuple[Weight, ...] = tuple(
             linear.packed
@@ -66,7 +67,7 @@ class DecoderStack:
             self._pointer(cos_sin),
             self._pointer(model.norm.weight),
             ctypes.addressof(self._layers),
-            self.shape.struct(),
+            shape_struct(self.shape),
         )
 
     def _pointer(self, tensor: torch.Tensor | None) -> int | None:
@@ -91,11 +92,11 @@ class DecoderStack:
         )
 
     def is_current(self, model: Module) -> bool:
-        """Whether the KV cache is still where it was."""
+        """Whether the model still uses the same KV cache."""
         return self._kv_cache is model.layers[0].self_attn.attn.kv_cache
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Turn embeddings `[num_tokens, hidden_size]` in place into normed final states."""
+        """Replace embeddings `[num_tokens, hidden_size]` by the final, normed states."""
         of_layers = get_forward_context().attn_metadata
         assert isinstance(of_layers, dict)
         metadata = of_layers[self._layer_name]
@@ -122,16 +123,16 @@ def refusal(model: Module, config: VllmConfig) -> str | None:
     if config.parallel_config.world_size > 1:
         return "the model is split over several processes"
     if config.lora_config is not None or config.kv_transfer_config is not None:
-        return "LoRA and KV connectors act layer by layer"
+        return "LoRA and KV connectors need each layer run by itself"
     if getattr(model, "aux_hidden_state_layers", ()):
-        return "the drafter reads hidden states between layers"
+        return "a drafter reads hidden states between layers"
     shapes = set()
     for layer in model.layers:
         attention = layer.self_attn.attn
         if problem := attention.impl.refusal or _layer_refusal(layer):
             return str(problem)
         shapes.add(attention.impl.shape(attention.kv_cache.shape[2]))
-    return "its layers differ in their attention" if len(shapes) > 1 else None
+    return "its layers differ in the shape of their attention" if len(shapes) > 1 else None
 
 
 def _layer_refusal(layer: Module) -> str | None:
@@ -141,11 +142,11 @@ def _layer_refusal(layer: Module) -> str | None:
     rotary = attention.rotary_emb
     same_rotation = type(rotary).forward_native is RotaryEmbedding.forward_native
     if not same_rotation or not rotary.is_neox_style:
-        return f"{type(rotary).__name__} turns queries and keys in another way"
+        return f"{type(rotary).__name__} rotates queries and keys in another way"
     if getattr(attention, "do_llama_4_scaling", False):
         return "queries are scaled by their position"
     if getattr(attention, "dual_chunk_attention_config", None):
-        return "dual chunk attention is another kind of attention"
+        return "it uses dual chunk attention"
     if getattr(layer, "ada_rms_norm_t_cond", None) is not None:
         return "its norms are conditioned"
     if type(mlp.act_fn) is not SiluAndMul:
@@ -157,7 +158,7 @@ def _layer_refusal(layer: Module) -> str | None:
 
 
 class NativeForward(torch.nn.Module):
-    """A mixin before vLLM's own class of a model: one call for all layers, if it can be."""
+    """A mixin for vLLM's class of a model: one call for all layers if they are supported."""
 
     model: Any
 
@@ -169,7 +170,7 @@ class NativeForward(torch.nn.Module):
         self._refusal: str | None = None
 
     def _find_stack(self) -> DecoderStack | None:
-        """The stack over the present KV cache, made at the first step."""
+        """The stack for the current KV cache, made at the first step; None if not supported."""
         if self._refusal is None and (
             self._stack is None or not self._stack.is_current(self.model)
         ):
@@ -188,7 +189,7 @@ class NativeForward(torch.nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> Any:
         """Final hidden states `[num_tokens, hidden_size]`."""
-        if get_forward_context().attn_metadata is not None:  # else vLLM only warms up
+        if get_forward_context().attn_metadata is not None:  # else vLLM is only warming up
             stack = self._find_stack()
             if stack is not None:
                 if inputs_embeds is None:
@@ -198,7 +199,7 @@ class NativeForward(torch.nn.Module):
 
 
 class NativeLlamaForCausalLM(NativeForward, llama.LlamaForCausalLM):
-    """Llama, SmolLM and their like."""
+    """Llama, SmolLM and similar models."""
 
 
 class NativeMistralForCausalLM(NativeForward, mistral.MistralForCausalLM):
@@ -206,8 +207,8 @@ class NativeMistralForCausalLM(NativeForward, mistral.MistralForCausalLM):
 
 
 class NativeQwen2ForCausalLM(NativeForward, qwen2.Qwen2ForCausalLM):
-    """Qwen2 and Qwen2.5: biases in the projection of queries, keys and values."""
+    """Qwen2 and Qwen2.5, which have a bias in the QKV projection."""
 
 
 class NativeQwen3ForCausalLM(NativeForward, qwen3.Qwen3ForCausalLM):
-    """Qwen3: queries and keys are normed per head."""
+    """Qwen3, which norms queries and keys per head."""

@@ -5,6 +5,7 @@ import weakref
 from typing import Any
 
 import torch
+from typing_extensions import override
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -28,7 +29,7 @@ from workers.kernels import gemm, native
 from workers.kernels.gemm import Weight
 from workers.plugin.names import QUANTIZATION
 
-# A torch operator takes numbers and tensors only: a weight goes by its number.
+# A torch operator takes numbers and tensors only, so a packed weight is passed by its number.
 _numbers = itertools.count()
 _weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
 
@@ -66,31 +67,31 @@ class KernelConfig(QuantizationConfig):
     `num_threads`.
     """
 
+    @override
     def get_name(self) -> str:  # type: ignore[override]
-        """The name vLLM's `quantization` argument knows it by."""
         return QUANTIZATION
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Weights may be narrower; activations are float32, so that results are exact."""
+        """Only float32, so that results are exact; weights may be narrower."""
         return [torch.float32]
 
     @classmethod
+    @override
     def get_min_capability(cls) -> int:
-        """No CUDA device is needed."""
-        return -1
+        return -1  # no CUDA device is needed
 
     @staticmethod
+    @override
     def get_config_filenames() -> list[str]:
-        """Nothing is read from the checkpoint."""
-        return []
+        return []  # nothing is read from the checkpoint
 
     @classmethod
+    @override
     def from_config(cls, config: dict[str, Any]) -> "KernelConfig":
-        """vLLM's constructor for checkpoints that carry a config; nothing in it is ours."""
-        return cls()
+        return cls()  # a checkpoint's config holds nothing of ours
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Our GEMM for what multiplies with a weight; vLLM's own for the rest."""
+        """Our GEMM for linear layers and the LM head; None, which is vLLM's own, for the rest."""
         config = get_current_vllm_config().additional_config
         options = config.get(QUANTIZATION, {}) if isinstance(config, dict) else {}
         native.set_num_threads(options.get("num_threads", torch.get_num_threads()))
@@ -119,15 +120,15 @@ def pack(layer: Any, weight_format: str, prefix: str) -> None:
 
 @register_weight_loader_v2_supported_method
 class KernelLinearMethod(UnquantizedLinearMethod):
-    """A linear layer on the virtual-padding GEMM."""
+    """A linear layer that uses the virtual-padding GEMM."""
 
     def __init__(self, weight_format: str, prefix: str) -> None:
-        """Remember how to pack, until the weights are loaded."""
+        """Keep the format for when the weights are loaded."""
         super().__init__()
         self._weight_format, self._prefix = weight_format, prefix
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Pack the weight and let go of the loaded one."""
+        """Pack the weight and free the loaded one."""
         if layer.weight.is_meta or getattr(layer, "_cpu_skip_gemm_dispatch", False):
             super().process_weights_after_loading(layer)
             return
@@ -137,7 +138,7 @@ class KernelLinearMethod(UnquantizedLinearMethod):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`x W^T + bias`."""
+        """Compute `x W^T + bias`."""
         if not hasattr(layer, "packed"):
             return super().apply(layer, x, bias)
         out: torch.Tensor = torch.ops.vllm.xyserve_linear(x, layer.packed_number, bias)
@@ -145,10 +146,10 @@ class KernelLinearMethod(UnquantizedLinearMethod):
 
 
 class KernelEmbeddingMethod(UnquantizedEmbeddingMethod):
-    """An embedding, packed only if it also makes logits; the plain weight stays for the gather."""
+    """An embedding, packed only if it is also an LM head; look-ups use the plain weight."""
 
     def __init__(self, weight_format: str, prefix: str) -> None:
-        """Keep the LM head at eight bits or more: its errors go straight into the logits."""
+        """Keep the LM head at 8 bits or more: its errors go straight into the logits."""
         super().__init__()
         self._weight_format = "int8" if weight_format == "int4" else weight_format
         self._prefix = prefix
@@ -161,8 +162,8 @@ class KernelEmbeddingMethod(UnquantizedEmbeddingMethod):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`x W^T + bias`."""
-        if not hasattr(layer, "packed"):  # a model that uses its embedding as its LM head
+        """Compute `x W^T + bias`."""
+        if not hasattr(layer, "packed"):  # the model uses its embedding as LM head
             pack(layer, self._weight_format, self._prefix)
         out: torch.Tensor = torch.ops.vllm.xyserve_linear(x, layer.packed_number, bias)
         return out

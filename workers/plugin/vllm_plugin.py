@@ -1,12 +1,12 @@
-"""What vLLM loads into each of its processes: our kernels, for engines that ask for them.
+"""The vLLM plugin: makes our kernels available in every process of vLLM.
 
-An engine asks with `quantization="xyserve"`. In every other engine of the environment, and for
-each layer that the kernels cannot serve, what is registered here steps aside for vLLM's own.
+An engine asks for them with `quantization="xyserve"`. All other engines of the environment, and
+layers that the kernels do not support, use vLLM's own code.
 """
 
 
 def register() -> None:
-    """The entry point of the group `vllm.general_plugins`; may be called any number of times."""
+    """Entry point of the group `vllm.general_plugins`; vLLM may call it repeatedly."""
     from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

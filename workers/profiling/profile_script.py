@@ -1,4 +1,4 @@
-"""The steps by which an engine is measured, as spans of tokens on its seats."""
+"""The steps that an engine is measured with, as spans of tokens on its seats."""
 
 import itertools
 from dataclasses import dataclass
@@ -16,26 +16,26 @@ class SeatSpan(NamedTuple):
 
     seat: int
     num_computed_tokens: int
-    """In the KV cache before the step."""
+    """Tokens in the KV cache before the step."""
     num_tokens: int
 
 
-Step = tuple[SeatSpan, ...]
+ScriptStep = tuple[SeatSpan, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Seats:
-    """Requests that stand for those of clients, each with its share of the KV cache."""
+    """Requests that stand in for clients' requests, each with its share of the KV cache."""
 
     lens: tuple[int, ...]
-    """Tokens that each one has room for, most first."""
+    """Tokens that each one has room for, in descending order."""
     max_num_batched_tokens: int
 
     @classmethod
     def within(cls, limits: Limits, num_free_blocks: int, max_model_len: int) -> "Seats":
-        """As many as may run; seat `i` gets a share of `1 / (i + 1)` of the first one's.
+        """As many as may run; seat `i` gets `1 / (i + 1)` of the first seat's share.
 
-        So there are long contexts, and every batch's contexts fill much of the KV cache.
+        So there are long contexts, and the contexts of every batch fill much of the KV cache.
         """
         block_size = limits.kv_block_size
         count = max(1, min(limits.max_num_seqs, num_free_blocks // 2))
@@ -51,23 +51,23 @@ class Seats:
         )
 
     def span(self, seat: int, num_tokens: int, share: float) -> SeatSpan:
-        """Tokens of a seat with `share` of the context that it has room for before them."""
+        """Tokens of a seat, after `share` of the context that it has room for."""
         return SeatSpan(seat, int(share * (self.lens[seat] - num_tokens)), num_tokens)
 
-    def decodes(self, count: int, share: float) -> Step:
-        """One token each of the first `count` seats."""
+    def decodes(self, count: int, share: float) -> ScriptStep:
+        """One token of each of the first `count` seats."""
         return tuple(self.span(seat, 1, share) for seat in range(count))
 
-    def prefill(self, num_tokens: int, share: float) -> Step:
+    def prefill(self, num_tokens: int, share: float) -> ScriptStep:
         """Tokens of one prompt."""
         return (self.span(0, num_tokens, share),)
 
-    def prompts(self, count: int, num_tokens: int) -> Step:
+    def prompts(self, count: int, num_tokens: int) -> ScriptStep:
         """The first tokens of several prompts."""
         return tuple(self.span(seat, num_tokens, 0) for seat in range(count))
 
-    def mixed(self, random: Random, max_chunk: int) -> Step:
-        """Decodes at random contexts, most often with a chunk of a prompt or two."""
+    def mixed(self, random: Random, max_chunk: int) -> ScriptStep:
+        """Decodes at random contexts, usually with chunks of one or two prompts."""
         free = random.sample(range(len(self.lens)), random.randint(1, len(self.lens)))
         left = self.max_num_batched_tokens
         chunks = []
@@ -82,8 +82,8 @@ class Seats:
         return (*decodes, *chunks)
 
 
-def script(seats: Seats, depth: str) -> list[list[Step]]:
-    """Series of steps to fit, each from short to long ones, so that it can be broken off."""
+def script(seats: Seats, depth: str) -> list[list[ScriptStep]]:
+    """Series of steps to fit, each from short to long, so that it can be broken off."""
     full = depth == "full"
     most = min(seats.max_num_batched_tokens, seats.lens[0])
     batches = _sizes(min(len(seats.lens), seats.max_num_batched_tokens), between=full)
@@ -102,18 +102,21 @@ def script(seats: Seats, depth: str) -> list[list[Step]]:
         series.append([seats.prompts(count, size) for count in counts])
     mixed = (seats.mixed(random, 256 if full else 64) for _ in range(48 if full else 10))
     series.append(sorted(mixed, key=num_tokens))
-    # A step may belong to several series.
-    seen = set[Step]()
-    return [[s for s in steps if not (s in seen or seen.add(s))] for steps in series]  # type: ignore[func-returns-value]
+    # A step that belongs to several series is measured once.
+    seen: set[ScriptStep] = set()
+    for index, steps in enumerate(series):
+        series[index] = [step for step in dict.fromkeys(steps) if step not in seen]
+        seen.update(steps)
+    return series
 
 
-def num_tokens(step: Step) -> int:
+def num_tokens(step: ScriptStep) -> int:
     """Query tokens of the step."""
     return sum(span.num_tokens for span in step)
 
 
 def _sizes(most: int, *, between: bool = False) -> list[int]:
-    """1, 2, 4 and so on to `most`, which is the last; also those half way `between`."""
+    """Powers of two up to `most`, and `most` itself; also the sizes half way `between` them."""
     powers = [1 << power for power in range(most.bit_length())]
     halves = [size * 3 // 2 for size in powers[1:]] if between else []
     return sorted({size for size in itertools.chain(powers, halves) if size < most} | {most})

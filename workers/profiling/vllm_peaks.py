@@ -10,22 +10,25 @@ import torch
 from workers.reports import Peaks
 
 BUDGET_S = 0.15
-"""Of each product and of the reading."""
+"""Time for each product and for the reading: all together are to take less than a second."""
 MIN_CALLS = 5
+"""Calls of which the fastest counts, even if the budget is over."""
 
 CPU_SIZE, ACCELERATOR_SIZE = 1024, 8192
-"""Rows and columns of the matrices that are multiplied."""
+"""Rows and columns of the matrices to multiply: large enough for full speed, small enough for
+several calls in the budget."""
 CPU_BYTES, ACCELERATOR_BYTES = 256 << 20, 512 << 20
-"""Memory that is read: much more than all caches hold."""
+"""Memory to read: much more than all caches hold."""
 GEMM_ROWS = 480
+"""Rows to multiply by our GEMM: four full blocks of rows."""
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype, *, own_kernels: bool) -> Peaks:
-    """Measure the device with this process's threads, for a second.
+    """Measure the device with this process's threads; takes about a second.
 
-    Arithmetic is a large product of torch in `dtype`, or, with `own_kernels`, one of our GEMM if
-    that is faster; memory is summing up more than the caches hold. The fastest call counts: what
-    else the machine does only makes them slower.
+    Arithmetic is measured on a large product in `dtype`, by torch or, with `own_kernels`, by our
+    GEMM if that is faster; memory, on a sum over more than the caches hold. The fastest call
+    counts: other load on the machine can only slow a call down.
     """
     products = [_torch_flops_per_s(device, dtype)]
     if own_kernels:
@@ -41,8 +44,8 @@ def _torch_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _gemm_flops_per_s() -> float:
-    """With float32 weights, which need not be widened."""
-    from workers.kernels import gemm  # other devices need no library of ours
+    """Speed of our GEMM with float32 weights, which need no conversion."""
+    from workers.kernels import gemm  # other devices do not need our library
 
     weight = gemm.Weight.pack(np.ones((CPU_SIZE, CPU_SIZE), np.float32), "fp32")
     rows = np.ones((GEMM_ROWS, CPU_SIZE), np.float32)
@@ -58,7 +61,7 @@ def _bytes_per_s(device: torch.device) -> float:
 
 
 def _best_s(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of some calls."""
+    """Seconds of the fastest of several calls."""
 
     def call_s() -> float:
         began_s = time.perf_counter()
@@ -67,7 +70,7 @@ def _best_s(call: Callable[[], object], device: torch.device) -> float:
             torch.accelerator.synchronize(device)
         return time.perf_counter() - began_s
 
-    call_s()  # it may set things up
+    call_s()  # the first call may include set-up
     times: list[float] = []
     ends_s = time.perf_counter() + BUDGET_S
     while len(times) < MIN_CALLS or time.perf_counter() < ends_s:

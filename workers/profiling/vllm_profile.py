@@ -1,4 +1,4 @@
-"""Measures an engine's steps before it takes requests, and fits its cost model to them."""
+"""Measures the steps of an idle engine, and fits a cost model to them."""
 
 import logging
 import statistics
@@ -17,7 +17,18 @@ from vllm.v1.request import RequestStatus
 
 from scheduler.cost_fit import fit
 from scheduler.cost_model import StepShape
-from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepView
+from scheduler.policy import StepPolicy
+from scheduler.step_planner import StepPlanner
+from scheduler.task import (
+    BatchPlan,
+    Deferral,
+    Limits,
+    Reason,
+    Stage,
+    StageTask,
+    StepReport,
+    StepView,
+)
 from workers.config import WorkerConfig
 from workers.engine.vllm_sampling import runner_of
 from workers.engine.vllm_scheduler import PlannedScheduler
@@ -31,9 +42,8 @@ from workers.profiling.engine_profile import (
     load_or_measure,
     profile_key,
 )
-from workers.profiling.profile_script import Seats, Step, num_tokens, script
+from workers.profiling.profile_script import ScriptStep, Seats, num_tokens, script
 from workers.profiling.vllm_peaks import measure_peaks
-from workers.step_history import TakenStep
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +51,13 @@ ORDER_SEED, CHECK_SEED, TOKEN_SEED = 1, 2, 3
 
 SETTLE_TOKENS = 64
 """A step of fewer tokens is taken twice, and the second one counts: in the first, vLLM sets up the
-batch anew, which a batch that decodes on never does."""
+batch again, which a batch that goes on decoding never does."""
 
 NUM_CHECKED = 40
+"""Steps that a full profile predicts to check itself: enough for a median within a few percent."""
 
 MIN_MODEL_LEN = 16
+"""A shorter context leaves too little room for the seats of the script."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +65,7 @@ class Effort:
     """How long a profile may take."""
 
     budget_s: float
-    """Shared evenly by the steps: one that has had its share is measured no more."""
+    """Time shared evenly by the steps; one that has had its share is not measured again."""
     max_step_s: float
     """A series of steps ends with the first one that takes longer."""
     min_rounds: int
@@ -67,7 +79,7 @@ EFFORTS: dict[Depth, Effort] = {
 
 
 def calibrated_profile(core: EngineCore, model: str, config: WorkerConfig) -> EngineProfile | None:
-    """The profile of an engine of `model`: as kept, or else measured now, which takes seconds.
+    """The profile of an engine of `model`: read, or else measured now, which takes seconds.
 
     None for an engine that cannot be measured.
     """
@@ -93,7 +105,10 @@ def _refusal(core: EngineCore) -> str | None:
 def measure(
     core: EngineCore, depth: Depth, progress: Progress = lambda share: None
 ) -> EngineProfile:
-    """Measure an idle engine and fit its cost model; the engine is left as it was found."""
+    """Measure an idle engine with a scheduler of ours, and fit its cost model.
+
+    Takes seconds or minutes; the engine is left as it was found.
+    """
     began_s = time.perf_counter()
     runner = runner_of(core)
     own_kernels = core.vllm_config.model_config.quantization == QUANTIZATION
@@ -123,14 +138,14 @@ def measure(
 
 
 def _in_rounds(
-    engine: "SeatedEngine", series: list[list[Step]], effort: Effort, progress: Progress
-) -> dict[Step, list[float]]:
-    """Seconds of each step, once a round: first from short to long, then in random orders.
+    engine: "SeatedEngine", series: list[list[ScriptStep]], effort: Effort, progress: Progress
+) -> dict[ScriptStep, list[float]]:
+    """Seconds of each step, once a round: first from short to long, then in random order.
 
-    So a drift of the machine does not look like a slope.
+    A drift of the machine then does not look like a slope.
     """
     began_s = time.perf_counter()
-    times: dict[Step, list[float]] = {}
+    times: dict[ScriptStep, list[float]] = {}
     num_steps = sum(map(len, series))
     for steps in series:
         for step in steps:
@@ -141,11 +156,11 @@ def _in_rounds(
     random = Random(ORDER_SEED)
     share_s = effort.budget_s / len(times)
     first_s = time.perf_counter() - began_s
-    for done in range(1, effort.max_rounds):
+    for num_rounds in range(1, effort.max_rounds):
         for step in random.sample(list(times), len(times)):
             spent_s = time.perf_counter() - began_s
             of_step = times[step]
-            if done >= effort.min_rounds and (
+            if num_rounds >= effort.min_rounds and (
                 sum(of_step) + of_step[-1] > share_s or spent_s > effort.budget_s
             ):
                 continue
@@ -162,7 +177,7 @@ def _typical_s(times_s: list[float]) -> float:
     return statistics.quantiles(times_s, method="inclusive")[0]
 
 
-def _checked(step: Step, predicted_s: float, measured_s: float) -> Checked:
+def _checked(step: ScriptStep, predicted_s: float, measured_s: float) -> Checked:
     decodes = [span for span in step if span.num_tokens == 1]
     return Checked(
         num_decodes=len(decodes),
@@ -173,36 +188,44 @@ def _checked(step: Step, predicted_s: float, measured_s: float) -> Checked:
     )
 
 
-class _ScriptedSteps:
-    """A `StepScheduler` that plays what it is given."""
+class ScriptedPlanner(StepPlanner):
+    """Plans the tasks it was given last, and keeps the time they took."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits, StepPolicy(), learns=False, on_step=self._note)
         self.tasks: tuple[StageTask, ...] = ()
+        self.measured_s = 0.0
 
     def plan(self, view: StepView, now: float) -> BatchPlan:
         """The plan of the tasks given last."""
         taken = {task.request_id for task in self.tasks}
         ids = [state.request.request_id for state in (*view.running, *view.waiting)]
-        deferred = (Deferral(name, Reason.TIME) for name in ids if name not in taken)
-        return BatchPlan(self.tasks, tuple(deferred), (), 0.0, float("inf"))
+        return BatchPlan(
+            tasks=self.tasks,
+            deferred=tuple(Deferral(name, Reason.TIME) for name in ids if name not in taken),
+            preempted=(),
+            predicted_s=0.0,
+            limit_s=float("inf"),
+        )
+
+    def _note(self, report: StepReport) -> None:
+        self.measured_s = report.measured_s
 
 
 class SeatedEngine:
-    """An engine with a request on each seat, whose place in its prompt can be set at will.
+    """An idle engine filled with dummy requests whose position in their prompt can be set freely.
 
-    The prompts are longer than any step goes, so nothing is ever sampled for good. Timing needs
-    no keys and values that mean anything: a place is set by its number, and nothing is computed
-    to come there.
+    The prompts are longer than any step reaches, so nothing is sampled for good. Timing needs no
+    meaningful keys and values: a position is set by its number, without computing anything up to
+    it.
     """
 
-    def __init__(self, core: EngineCore, script: _ScriptedSteps) -> None:
+    def __init__(self, core: EngineCore, planner: ScriptedPlanner) -> None:
+        """`planner` is that of the engine's scheduler."""
         self._core = core
-        self._script = script
-        self._measured_s = 0.0
+        self._planner = planner
         self._scheduler = planned_scheduler(core)
-        self._scheduler.step_scheduler = script
-        self._scheduler.on_step = self._note
-        self.limits = self._scheduler.limits
+        self.limits = planner.limits
         model_config = core.vllm_config.model_config
         parallel_config = core.vllm_config.parallel_config
         self.seats = Seats.within(
@@ -216,8 +239,8 @@ class SeatedEngine:
         self._query_tile = max(1, QUERY_ROWS // max(1, group))
         self._ids = [f"xyserve-profile-{seat}" for seat in range(len(self.seats.lens))]
 
-    def sit(self) -> None:
-        """Bring the requests in, each with its first token."""
+    def fill(self) -> None:
+        """Add the requests and compute the first token of each."""
         random = Random(TOKEN_SEED)
         vocabulary = range(self._core.vllm_config.model_config.get_vocab_size())
         for request_id, seat_len in zip(self._ids, self.seats.lens, strict=True):
@@ -239,77 +262,75 @@ class SeatedEngine:
         for first in range(0, len(self._ids), width):
             self._play(self.seats.decodes(len(self._ids), 0.0)[first : first + width])
 
-    def shape(self, step: Step) -> StepShape:
+    def shape(self, step: ScriptStep) -> StepShape:
         """The shape of a step, in this engine's query tiles."""
         shape = StepShape(self._query_tile)
         for task in self._tasks(step):
             shape.add_task(task)
         return shape
 
-    def take(self, step: Step) -> float:
-        """Take a step; returns its seconds."""
+    def take(self, step: ScriptStep) -> float:
+        """Take a step; returns how many seconds it took."""
         if num_tokens(step) < SETTLE_TOKENS:
             self._play(step)
         self._play(step)
-        return self._measured_s
+        return self._planner.measured_s
 
-    def leave(self) -> None:
-        """Send the requests away, and forget what they left in the prefix cache."""
+    def clear(self) -> None:
+        """End the requests, and drop what they left in the prefix cache."""
         self._scheduler.finish_requests(self._ids, RequestStatus.FINISHED_ABORTED)
-        self._script.tasks = ()
+        self._planner.tasks = ()
         while self._scheduler.has_requests():
             self._core.step()
         self._core.reset_prefix_cache()
         self._scheduler.kv_cache_manager.make_prefix_cache_stats()
 
-    def _tasks(self, step: Step) -> tuple[StageTask, ...]:
+    def _tasks(self, step: ScriptStep) -> tuple[StageTask, ...]:
         return tuple(
             StageTask(
-                self._ids[span.seat],
-                Stage.PREFILL,
-                span.num_tokens,
-                span.num_computed_tokens + span.num_tokens,
+                request_id=self._ids[span.seat],
+                stage=Stage.PREFILL,
+                num_tokens=span.num_tokens,
+                seq_len=span.num_computed_tokens + span.num_tokens,
                 samples=False,
             )
             for span in step
         )
 
-    def _play(self, step: Step) -> None:
+    def _play(self, step: ScriptStep) -> None:
         for span in step:
             request = self._scheduler.requests[self._ids[span.seat]]
             request.num_computed_tokens = span.num_computed_tokens
-        self._script.tasks = self._tasks(step)
-        self._measured_s = 0.0
-        self._core.step()  # not vLLM's choice of it, which may begin one step before another ends
-        assert self._measured_s > 0, "the step did not run"
-
-    def _note(self, step: TakenStep) -> None:
-        self._measured_s = step.report.measured_s
+        self._planner.tasks = self._tasks(step)
+        self._planner.measured_s = 0.0
+        # Not vLLM's own choice of it, which may begin a step before the one before it ends.
+        self._core.step()
+        assert self._planner.measured_s > 0, "the step did not run"
 
 
 @contextmanager
 def _seated(core: EngineCore) -> Iterator[SeatedEngine]:
     scheduler = planned_scheduler(core)
-    before = scheduler.step_scheduler, scheduler.on_step, scheduler.recorder
-    scheduler.recorder = None
+    planner = scheduler.planner
     core.collective_rpc(_touch_kv_cache)
     try:
-        engine = SeatedEngine(core, _ScriptedSteps())
-        engine.sit()
+        scheduler.planner = scripted = ScriptedPlanner(scheduler.limits)
+        engine = SeatedEngine(core, scripted)
+        engine.fill()
         yield engine
-        engine.leave()
+        engine.clear()
     finally:
-        scheduler.step_scheduler, scheduler.on_step, scheduler.recorder = before
+        scheduler.planner = planner
 
 
 def planned_scheduler(core: EngineCore) -> PlannedScheduler:
-    """The scheduler of an engine that was made with ours."""
+    """The scheduler of an engine whose steps we plan."""
     assert isinstance(core.scheduler, PlannedScheduler)
     return core.scheduler
 
 
 def _touch_kv_cache(worker: Any) -> None:
-    """Give the KV cache memory of its own: zeros that were never written are read from one page."""
+    """Give the KV cache its own memory: zeros that were never written are read from one page."""
     for cache in worker.model_runner.kv_caches:
         if isinstance(cache, torch.Tensor) and cache.device.type == "cpu":
             cache.zero_()

@@ -1,4 +1,4 @@
-"""What a step of a loaded model asks of its device, counted on the modules of the model."""
+"""Counts the work of a step on the modules of a loaded model."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ from vllm.v1.engine.core import EngineCore
 from scheduler.work import ModelWork
 from workers.engine.vllm_sampling import runner_of
 
-# torch does not say what a module of a model holds.
+# torch does not declare what the modules of a model contain.
 Module = Any
 
 
 def model_work(core: EngineCore) -> ModelWork:
-    """What the parts of an engine's language model take, on one device of those it is split over.
+    """Work of an engine's language model, on one of the devices that it is split over.
 
-    Bytes are those of the weights as they lie in memory, packed or not. Upper bounds: of a
-    mixture of experts the bytes of all experts, of sliding windows all pairs and all of the
-    context; layers that share a KV cache read it each. An embedding that is also the LM head may
-    be packed by the engine's first step only: count after it.
+    Bytes are those of the weights in memory, packed or not. Some figures are upper bounds: a
+    mixture of experts counts the bytes of all experts, a sliding window the whole context, and
+    layers that share a KV cache each count it. An embedding that is also the LM head may be packed
+    only in the engine's first step, so call this after it.
     """
     vllm_config = core.vllm_config
     model = runner_of(core).get_model()
@@ -51,7 +51,7 @@ def model_work(core: EngineCore) -> ModelWork:
 
 
 def _head(modules: list[Module], hidden_size: int) -> Module | None:
-    """What makes logits: the LM head, or the embedding of a model that has no such layer."""
+    """The module that computes logits: the LM head, or the embedding if there is none."""
     heads = [module for module in modules if isinstance(module, ParallelLMHead)]
     embeddings = [
         module
@@ -62,9 +62,9 @@ def _head(modules: list[Module], hidden_size: int) -> Module | None:
 
 
 def _num_multiplied(module: Module) -> float:
-    """Parameters of a module itself that one token is multiplied with.
+    """Number of a module's own parameters that one token is multiplied with.
 
-    By the module's sizes: its weight may be packed, or quantized, or elsewhere.
+    Computed from the module's sizes: its weight may be packed, quantized or freed.
     """
     if isinstance(module, VocabParallelEmbedding):
         return float(module.shard_indices.num_org_elements * module.embedding_dim)
@@ -73,16 +73,16 @@ def _num_multiplied(module: Module) -> float:
     if isinstance(module, RoutedExperts):
         num_matrices = 3 if module.moe_config.is_act_and_mul else 2
         of_expert = num_matrices * module.hidden_size * module.intermediate_size_per_partition
-        # Of the experts that a token is sent to, as many as are here on average.
+        # A token is sent to top_k experts, of which this device holds its share on average.
         return of_expert * module.top_k * module.local_num_experts / module.global_num_experts
     return float(sum(weight.numel() for weight in _own_weights(module) if weight.ndim > 1))
 
 
 def _weight_bytes(module: Module) -> int:
-    """Bytes of a module's own weights that a product reads."""
+    """Bytes of a module's own weights that its products read."""
     packed = getattr(module, "packed", None)
     if packed is not None and isinstance(module, VocabParallelEmbedding):
-        return int(packed.nbytes)  # the plain weight is there for looking up only
+        return int(packed.nbytes)  # the plain weight is for look-ups only
     num_bytes = sum(weight.nbytes for weight in _own_weights(module))
     if packed is not None:
         num_bytes += packed.nbytes
@@ -96,13 +96,13 @@ def _own_weights(module: Module) -> list[torch.nn.Parameter]:
 
 
 def _linear_size(layer: Module) -> int:
-    """Of a linear layer's weight, as far as it is on this device."""
+    """Elements of a linear layer's weight on this device."""
     num_inputs: int = getattr(layer, "input_size_per_partition", layer.input_size)
     num_outputs: int = getattr(layer, "output_size_per_partition", layer.output_size)
     return num_inputs * num_outputs
 
 
 def _is_elsewhere(layer: Module) -> bool:
-    """Whether vLLM let go of the loaded weight, after packing it in the same type."""
+    """Whether vLLM freed the loaded weight, after packing it with the same data type."""
     weight = getattr(layer, "weight", None)
     return weight is not None and weight.numel() == 0

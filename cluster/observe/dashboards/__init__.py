@@ -1,1 +1,1 @@
-"""What is shown of the metrics: dashboards for Grafana or as pictures, and alerts."""
+"""What is made of the metrics: dashboards, for Grafana or as pictures, and alerts."""

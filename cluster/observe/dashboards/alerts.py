@@ -1,30 +1,32 @@
-"""What should wake somebody: the alert rules, which `grafana.py` writes for Prometheus."""
+"""The alert rules, which `grafana.py` writes for Prometheus."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.observe import metrics
+from cluster.observe.dashboards.panels import in_words
 from cluster.observe.dashboards.promql import grown, largest, number, rate, series, smallest, total
+from scheduler.drafting import CollapseReason
 
 APP = "application"
 MIN_REQUESTS = 20
-"""So few requests say nothing of a share."""
+"""Requests needed before a share of them means anything."""
 
 
 class Severity(StrEnum):
-    """How soon somebody must look."""
+    """How soon somebody must look at an alert."""
 
     CRITICAL = "critical"
-    """Now: clients are turned away, or a worker is lost."""
+    """Now: clients are refused, or a worker is lost."""
     WARNING = "warning"
     """Today: clients wait longer than they should, or soon will."""
     INFO = "info"
-    """It explains other alerts."""
+    """No action by itself; it explains other alerts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """One rule; `{{ $labels.x }}` and `{{ $value }}` in its texts are Prometheus' to fill."""
+    """One rule; Prometheus fills in `{{ $labels.x }}` and `{{ $value }}` in its texts."""
 
     name: str
     expr: str
@@ -33,7 +35,7 @@ class Alert:
     severity: Severity
     summary: str
     description: str
-    """What it means, and the remedy."""
+    """What it means and what to do."""
 
 
 def _share(part: str, whole: str, limit: float) -> str:
@@ -48,7 +50,7 @@ _CLASS = (APP, "slo_class")
 _AGE = series(metrics.WORKER_REPORT_AGE)
 _REPLICAS = number(series(metrics.START_TIME, 'deployment="Worker"'), APP)
 _RUNNING = largest(series(metrics.VLLM_NUM_REQUESTS_RUNNING), "replica")
-# The GlobalScheduler's view, which stays when the worker's own metrics cease.
+# The GlobalScheduler's view, which remains when the worker's own metrics stop.
 _PLACED = largest(
     f'label_replace({series(metrics.WORKER_REQUESTS)}, "replica", "$1", "worker", "(.+)")',
     "replica",
@@ -60,7 +62,7 @@ _NEWEST_START = largest(series(metrics.START_TIME), APP, "deployment")
 ALERTS = (
     Alert(
         "XYServeTargetsMissed",
-        # What was missed, not what was met: a class that meets none has no series of those.
+        # Count misses, not hits: a class that meets no target has no series of hits.
         _share(
             _requests(metrics.SLO_REQUESTS, 'target="all"', 'met="false"', by=_CLASS),
             _requests(metrics.SLO_REQUESTS, 'target="all"', by=_CLASS),
@@ -71,9 +73,9 @@ ALERTS = (
         "Class {{ $labels.slo_class }} of {{ $labels.application }} misses its targets",
         "{{ $value | humanizePercentage }} of its requests in 10 minutes missed a target. If they "
         "queue (dashboard overview, Queue), add workers: `num_workers` in the app's config. If "
-        "steps last longer than predicted (dashboard steps), something else uses the device, or "
-        "`xyserve calibrate` is due. If neither, the targets of the class are tighter than its "
-        "prompts allow.",
+        "steps take longer than predicted (dashboard steps), another process uses the device, or "
+        "`xyserve calibrate` is due. Otherwise the targets of the class are too tight for its "
+        "prompts.",
     ),
     Alert(
         "XYServeWorkerStuck",
@@ -81,9 +83,10 @@ ALERTS = (
         "1m",
         Severity.CRITICAL,
         "Worker {{ $labels.replica }} has requests and takes no steps",
-        "{{ $value }} requests run there and have got no token for more than a minute. Its engine "
-        "hangs: end its process (`xyserve status` shows the pid) and Serve starts another; the "
-        "requests go on elsewhere. `py-spy dump --pid PID` before that tells where it hangs.",
+        "{{ $value }} requests are running there and have had no token for more than a minute. Its "
+        "engine hangs: `py-spy dump --pid PID` shows where (`xyserve status` shows the pid). Then "
+        "kill its process: Serve starts another one. Requests without a token yet are retried on "
+        "another worker; the others end with an error.",
     ),
     Alert(
         "XYServeWorkerSilent",
@@ -92,8 +95,8 @@ ALERTS = (
         Severity.CRITICAL,
         "Worker {{ $labels.worker }} of {{ $labels.application }} does not report",
         "Its last report is {{ $value | humanizeDuration }} old, and it gets no requests while "
-        "others report. Either its process hangs (see its log, then end it: Serve starts another) "
-        "or its node cannot reach the GlobalScheduler's.",
+        "others report. Either its process hangs (see its log, then kill it: Serve starts another "
+        "one), or its node cannot reach the GlobalScheduler's node.",
     ),
     Alert(
         "XYServeSchedulerBlind",
@@ -101,9 +104,9 @@ ALERTS = (
         "1m",
         Severity.CRITICAL,
         "The GlobalScheduler of {{ $labels.application }} sees no worker's load",
-        "No worker's report reaches it, or it says nothing itself, while workers are there. "
-        "Requests are placed without regard to load, or not at all. See the log of the deployment "
-        "GlobalScheduler; ending its process is safe: workers tell their load to the new one.",
+        "Workers are running, but none of their reports reaches it, or it exports no metrics "
+        "itself. Requests are placed regardless of load, or not at all. See the log of the "
+        "deployment GlobalScheduler; killing its process is safe: workers report to the new one.",
     ),
     Alert(
         "XYServeDraftsCollapsed",
@@ -111,13 +114,14 @@ ALERTS = (
         "0s",
         Severity.WARNING,
         "Drafts of {{ $labels.application }} are no longer accepted: {{ $labels.reason }}",
-        "Answers are right as ever, but slower. silent or late: a draft worker is stopped or "
-        "overloaded; give it cores, or end it and Serve starts another. restarted: wait, it learns "
-        "anew. content: other text is written now; nothing to mend.",
+        "Answers are still correct, but slower. "
+        f"Reasons: {in_words(CollapseReason)}. For silent and late, give the draft worker more "
+        "cores, or kill it: Serve starts another one. For restarted and content, no action is "
+        "needed.",
     ),
     Alert(
         "XYServeRestarted",
-        # Not at the start of the app, whose replicas come one after another.
+        # Not at the start of the app, when its replicas start one after another.
         f"changes({_NEWEST_START}[15m:15s]) > 0 and {_NEWEST_START} and "
         f"{largest(series(metrics.START_TIME) + ' offset 15m', APP, 'deployment')}",
         "0s",
@@ -125,7 +129,7 @@ ALERTS = (
         "A replica of {{ $labels.deployment }} of {{ $labels.application }} has started",
         "{{ $value }} times in 15 minutes, while the app was up. If nobody deployed or added "
         "replicas, one died: Ray's log of the dead process has the reason (`ray list actors "
-        "--filter state=DEAD`), `dmesg` tells whether the kernel killed it for its memory.",
+        "--filter state=DEAD`); `dmesg` shows whether the kernel killed it for lack of memory.",
     ),
     Alert(
         "XYServeErrors",
@@ -137,18 +141,17 @@ ALERTS = (
         "1m",
         Severity.CRITICAL,
         "Requests of {{ $labels.application }} fail",
-        "{{ $value | humanizePercentage }} of its requests in 10 minutes ended with an error of "
-        "ours. The logs of the deployments Ingress and Worker name each request and its error.",
+        "{{ $value | humanizePercentage }} of its requests in 10 minutes ended with an error on "
+        "our side. The logs of the deployments Ingress and Worker name each request and its error.",
     ),
     Alert(
         "XYServeUnavailable",
         f"{total(grown(_UNAVAILABLE, '5m'), APP)} > 0",
         "30s",
         Severity.CRITICAL,
-        "{{ $labels.application }} turns requests away",
-        "{{ $value | humanize }} calls in 5 minutes were answered with 503, since no worker could "
-        "take them. `serve status` tells whether the deployment Worker is healthy; `xyserve "
-        "status` whether all workers drain.",
+        "{{ $labels.application }} refuses requests",
+        "{{ $value | humanize }} calls in 5 minutes were answered with 503 because no worker could "
+        "take them. `serve status` shows whether the deployment Worker is healthy; `xyserve "
+        "status` shows whether all workers are draining.",
     ),
 )
-"""All of them."""

@@ -1,6 +1,6 @@
-"""Writes the dashboards as Grafana's JSON and the alerts as Prometheus' rules, below `deploy/`.
+"""Writes the dashboards as Grafana's JSON and the alerts as Prometheus' rules, in `deploy/`.
 
-`make dashboards` runs it, after a change of this folder.
+Run it with `make dashboards` after a change in this folder.
 """
 
 import json
@@ -33,7 +33,7 @@ VARIABLES = {
     ),
     "slo_class": ("Class", "slo_class", series(metrics.REQUESTS, 'application=~"$app"')),
 }
-"""By name: what it is called, and the label whose values it has, of which series."""
+"""Label, metric label and series of each variable, by name."""
 ALERTS_HEADER = """\
 # Alert rules for Prometheus; deploy/prometheus.yml names this file.
 # Written by `make dashboards` from cluster/observe/dashboards/alerts.py: change that one.
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def files() -> dict[Path, str]:
-    """What each file shall hold."""
+    """The contents of each file, by path."""
     found = {
         DEPLOY / "grafana" / f"{dashboard.uid.removeprefix('xyserve-')}.json": (
             json.dumps(grafana_dashboard(dashboard), cls=JSONEncoder, indent=2, sort_keys=True)
@@ -74,7 +74,7 @@ def _rule(alert: Alert) -> dict[str, Any]:
 
 
 def grafana_dashboard(dashboard: Dashboard) -> models.Dashboard:
-    """One dashboard in Grafana's terms."""
+    """Convert one dashboard to Grafana's model."""
     made = (
         builders.Dashboard(dashboard.title)
         .uid(dashboard.uid)

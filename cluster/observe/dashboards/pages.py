@@ -1,4 +1,4 @@
-"""All dashboards."""
+"""The list of all dashboards."""
 
 from cluster.observe.dashboards.overview import OVERVIEW
 from cluster.observe.dashboards.placement import PLACEMENT
@@ -6,4 +6,3 @@ from cluster.observe.dashboards.speculation import SPECULATION
 from cluster.observe.dashboards.steps import STEPS
 
 DASHBOARDS = (OVERVIEW, STEPS, PLACEMENT, SPECULATION)
-"""All of them."""

@@ -1,4 +1,4 @@
-"""What a dashboard is made of: panels in rows on a grid, and the queries that fill them."""
+"""The parts of a dashboard: panels in rows on a grid, and the queries that fill them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,11 +6,14 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import NamedTuple
 
-GRID_WIDTH = 24
-"""Grafana's."""
-MAX_CHARTS = 3
-"""Side by side."""
+from scheduler.worded import Worded
 
+GRID_WIDTH = 24
+"""Columns of Grafana's grid."""
+MAX_CHARTS = 3
+"""Charts side by side; more would be too narrow for their legends."""
+STAT_HEIGHT, CHART_HEIGHT = 4, 8
+"""Heights on the grid, in Grafana's rows of about 38 pixels."""
 
 COLOURS = {
     "p50": "#5794F2",
@@ -35,11 +38,11 @@ COLOURS = {
     "invalid": "#FF9830",
     "unavailable": "#E02F44",
 }
-"""Of what should be known at sight, by legend."""
+"""Fixed colours, by legend, of series that appear in several panels."""
 
 
 class Unit(StrEnum):
-    """Of the values of a panel, by Grafana's name."""
+    """Unit of a panel's values, by Grafana's name."""
 
     SECONDS = "s"
     SHARE = "percentunit"
@@ -53,32 +56,32 @@ class Kind(StrEnum):
 
     LINES = "lines"
     STACKED = "stacked"
-    """Areas, one upon the other."""
+    """Areas, stacked."""
     BARS = "bars"
-    """For events that are few."""
+    """Bars, for rare events."""
     STAT = "stat"
-    """The last value, large."""
+    """The latest value, in large digits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One expression; `legend` names its series, `{{label}}` standing for a label's value."""
+    """One expression; `legend` names its series, with `{{label}}` for a label's value."""
 
     expr: str
     legend: str
 
 
 class Thresholds(NamedTuple):
-    """Where a value begins to need attention, and where it is bad.
+    """From which value a panel warns, and from which it is bad.
 
-    Larger values are worse if `bad` is the larger one, smaller ones otherwise.
+    Larger values are worse if `bad` is larger than `warn`, smaller ones otherwise.
     """
 
     warn: float
     bad: float
 
     def level(self, value: float) -> str:
-        """Of a value: good, warn or bad."""
+        """The level of a value: good, warn or bad."""
         sign = 1 if self.bad > self.warn else -1
         if sign * value >= sign * self.bad:
             return "bad"
@@ -87,22 +90,22 @@ class Thresholds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One diagram or number."""
+    """One chart or number."""
 
     title: str
     description: str
-    """What it shows, what is good, and what to do when it is not."""
+    """What it shows, which values are good, and what to do about others."""
     unit: Unit
     queries: tuple[Query, ...]
     kind: Kind = Kind.LINES
     thresholds: Thresholds | None = None
     may_be_empty: str = ""
-    """Why a cluster in good order may have nothing to show here."""
+    """Why a healthy cluster may have nothing to show here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Panels of one height, under one heading."""
+    """Panels of equal height, under one heading."""
 
     title: str
     panels: tuple[Panel, ...]
@@ -116,8 +119,8 @@ class Dashboard:
     title: str
     description: str
     rows: tuple[Row, ...]
-    when_empty: str = "no data in this time"
-    """What an empty panel says that gives no reason of its own."""
+    when_empty: str = "no data in this period"
+    """Text of an empty panel that has no reason of its own."""
 
     @property
     def panels(self) -> list[Panel]:
@@ -126,7 +129,7 @@ class Dashboard:
 
 
 class Place(NamedTuple):
-    """Of a panel or a row's heading on the grid, from the top left corner."""
+    """Position on the grid of a panel or a row's heading, from the top left corner."""
 
     x: int
     y: int
@@ -141,11 +144,16 @@ def layout(dashboard: Dashboard) -> Iterator[tuple[Row | Panel, Place]]:
         yield row, Place(0, y, GRID_WIDTH, 1)
         y += 1
         is_stats = all(panel.kind is Kind.STAT for panel in row.panels)
-        height, most = (4, GRID_WIDTH) if is_stats else (8, MAX_CHARTS)
-        num_lines = -(-len(row.panels) // most)
+        height, max_panels = (STAT_HEIGHT, GRID_WIDTH) if is_stats else (CHART_HEIGHT, MAX_CHARTS)
+        num_lines = -(-len(row.panels) // max_panels)
         for line in range(num_lines):
             begin, end = (len(row.panels) * at // num_lines for at in (line, line + 1))
             edges = [GRID_WIDTH * at // (end - begin) for at in range(end - begin + 1)]
             for panel, (left, right) in zip(row.panels[begin:end], pairwise(edges), strict=True):
                 yield panel, Place(left, y, right - left, height)
             y += height
+
+
+def in_words(values: type[Worded]) -> str:
+    """The values of a label in words, for a panel's description."""
+    return ", ".join(f"{value} ({value.text})" for value in values)

@@ -1,9 +1,19 @@
-"""Which worker gets what."""
+"""The dashboard of how requests are placed on workers."""
 
 from cluster.observe import metrics
-from cluster.observe.dashboards.panels import Dashboard, Kind, Panel, Query, Row, Thresholds, Unit
+from cluster.observe.dashboards.panels import (
+    Dashboard,
+    Kind,
+    Panel,
+    Query,
+    Row,
+    Thresholds,
+    Unit,
+    in_words,
+)
 from cluster.observe.dashboards.promql import largest, number, rate, ratio, share, shown, total
 from cluster.observe.dashboards.queries import rate_of_workers
+from scheduler.placement import PlacementReason
 
 _REPORT_AGE = shown(metrics.WORKER_REPORT_AGE)
 
@@ -11,7 +21,7 @@ _REPORT_AGE = shown(metrics.WORKER_REPORT_AGE)
 PLACEMENT = Dashboard(
     "xyserve-placement",
     "XY-Serve: placement",
-    "Which worker gets what: load, the reasons for placing, the prefix cache, and restarts.",
+    "Where requests are placed: the load of the workers, the reasons, the prefix cache, restarts.",
     (
         Row(
             "Now",
@@ -19,15 +29,16 @@ PLACEMENT = Dashboard(
                 Panel(
                     "Workers",
                     "Workers that the GlobalScheduler sees. Fewer than the config asks for means "
-                    "that some have not started, or died: `serve status` tells which.",
+                    "that some have not started or have died: see `serve status`.",
                     Unit.COUNT,
                     (Query(number(_REPORT_AGE), "workers"),),
                     Kind.STAT,
                 ),
                 Panel(
                     "Oldest report",
-                    "Time since the worker that has been silent longest told its load. They do "
-                    "every 2 s; after 30 s a worker gets requests only if all others are silent.",
+                    "Time since the last report of the worker that has been silent longest. "
+                    "Workers report every 2 s; after 30 s of silence a worker gets requests only "
+                    "if all others are silent too.",
                     Unit.SECONDS,
                     (Query(largest(_REPORT_AGE), "age"),),
                     Kind.STAT,
@@ -35,16 +46,18 @@ PLACEMENT = Dashboard(
                 ),
                 Panel(
                     "Outstanding tokens",
-                    "Tokens that all requests on the workers may still need. Over the tokens "
-                    "computed each second it is the time until all are done, at most.",
+                    "Tokens that all requests on the workers may still need. Divided by the "
+                    "tokens computed per second, it is an upper bound on the time until all are "
+                    "done.",
                     Unit.COUNT,
                     (Query(total(shown(metrics.WORKER_OUTSTANDING_TOKENS)), "tokens"),),
                     Kind.STAT,
                 ),
                 Panel(
                     "Prefix cache hits",
-                    "Share of the prompt tokens that the KV cache had already. Good depends on "
-                    "the prompts: many with the same beginning should bring it far up.",
+                    "Share of the prompt tokens that were already in the KV cache. What is good "
+                    "depends on the prompts: the more of them share a prefix, the higher it "
+                    "should be.",
                     Unit.SHARE,
                     (
                         Query(
@@ -58,9 +71,9 @@ PLACEMENT = Dashboard(
                     Kind.STAT,
                 ),
                 Panel(
-                    "Youngest replica",
-                    "Time since a replica of the app last started. A short time that nobody "
-                    "ordered is a crash: see the restarts below.",
+                    "Newest replica",
+                    "Time since a replica of the app last started. A short time without a "
+                    "deployment is a crash: see the restarts below.",
                     Unit.SECONDS,
                     (Query(f"time() - {largest(shown(metrics.START_TIME))}", "uptime"),),
                     Kind.STAT,
@@ -73,7 +86,8 @@ PLACEMENT = Dashboard(
                 Panel(
                     "Outstanding tokens",
                     "Tokens that the requests of each worker may still need, as placement sees "
-                    "it. The lines should stay together: each request goes where they are fewest.",
+                    "it. The lines should stay close together: each request goes to the worker "
+                    "with the least outstanding.",
                     Unit.COUNT,
                     (
                         Query(
@@ -84,15 +98,15 @@ PLACEMENT = Dashboard(
                 ),
                 Panel(
                     "Requests",
-                    "Requests on each worker, as placement sees it. They may differ where tokens "
-                    "do not: one long request weighs as much as many short ones.",
+                    "Requests on each worker, as placement sees it. They may differ while the "
+                    "tokens do not: one long request weighs as much as many short ones.",
                     Unit.COUNT,
                     (Query(largest(shown(metrics.WORKER_REQUESTS), "worker"), "{{worker}}"),),
                 ),
                 Panel(
                     "Share of the load",
                     "Each worker's share of all outstanding tokens. Equal shares are good; a "
-                    "worker with hardly any drains, is new, or is silent.",
+                    "worker with hardly any is draining, new or silent.",
                     Unit.SHARE,
                     (
                         Query(
@@ -105,29 +119,30 @@ PLACEMENT = Dashboard(
             ),
         ),
         Row(
-            "Choices",
+            "Decisions",
             (
                 Panel(
                     "Placements by worker",
-                    "Requests placed on each worker, each second.",
+                    "Requests placed per second, by worker. They may differ: placement balances "
+                    "outstanding tokens, not requests.",
                     Unit.REQUESTS_PER_S,
                     (Query(total(rate(shown(metrics.PLACEMENTS)), "worker"), "{{worker}}"),),
                     Kind.STACKED,
                 ),
                 Panel(
                     "Placements by reason",
-                    "Why it was that worker: least_tokens and fewest_requests are the rule, tie "
-                    "is an idle cluster, only is a single worker. others_silent and all_silent "
-                    "mean that workers do not report: see the age of their reports.",
+                    "Requests placed per second, by the reason for the choice: "
+                    f"{in_words(PlacementReason)}. Silent workers should be rare: see the age of "
+                    "their reports.",
                     Unit.REQUESTS_PER_S,
                     (Query(total(rate(shown(metrics.PLACEMENTS)), "reason"), "{{reason}}"),),
                     Kind.STACKED,
                 ),
                 Panel(
                     "Age of reports",
-                    "Time since each worker told its load. Good is below 3 s. One line that rises "
-                    "is a worker that hangs: restart it. All lines: the GlobalScheduler cannot be "
-                    "reached.",
+                    "Time since each worker's last load report. Below 3 s is good. If one line "
+                    "rises, that worker hangs: restart it. If all rise, the GlobalScheduler "
+                    "cannot be reached.",
                     Unit.SECONDS,
                     (Query(largest(_REPORT_AGE, "worker"), "{{worker}}"),),
                     thresholds=Thresholds(10, 30),
@@ -139,7 +154,7 @@ PLACEMENT = Dashboard(
             (
                 Panel(
                     "Prefix cache hits",
-                    "Share of the prompt tokens of each worker that its KV cache had already. It "
+                    "Share of each worker's prompt tokens that were already in its KV cache. It "
                     "falls when prompts are new or when the cache is too small to keep them.",
                     Unit.SHARE,
                     (
@@ -154,7 +169,7 @@ PLACEMENT = Dashboard(
                 ),
                 Panel(
                     "Uptime",
-                    "Time since the youngest replica of each deployment started. It falls to zero "
+                    "Time since the newest replica of each deployment started. It falls to zero "
                     "with each restart, and with each replica that is added.",
                     Unit.SECONDS,
                     (
@@ -166,9 +181,9 @@ PLACEMENT = Dashboard(
                 ),
                 Panel(
                     "Restarts",
-                    "How often in 15 minutes the start of the youngest replica changed. Good is "
-                    "zero. Ray's log of the replica that died has the reason; `dmesg` tells of "
-                    "the ones that the kernel killed for their memory.",
+                    "Times in 15 minutes that a deployment's newest replica changed. Zero is "
+                    "good. Ray's log of the replica that died has the reason; `dmesg` lists "
+                    "processes that the kernel killed for lack of memory.",
                     Unit.COUNT,
                     (
                         Query(

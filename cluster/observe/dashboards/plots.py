@@ -1,4 +1,4 @@
-"""Draws dashboards as PNG files, from the same queries that Grafana shows them with."""
+"""Draws dashboards as PNG files, with the same queries that Grafana uses."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -37,10 +37,13 @@ Floats = npt.NDArray[np.float64]
 COLUMN_IN, LINE_IN = 0.8, 0.36
 """Width and height of a cell of the grid, in inches."""
 HEAD_IN, MARGIN_IN = 0.75, 0.15
+"""Height of the page's heading, and the margin around the page."""
 LEGEND_LINE_IN, LETTER_IN = 0.17, 0.054
+"""Height of a line and mean width of a letter in a legend, at its font size."""
 MAX_IN_LEGEND = 12
+"""Series named in a legend; more would leave no room for the chart."""
 TICKS_S = (5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21_600, 86_400, 604_800)
-"""Round times."""
+"""Distances between ticks on a time axis, in seconds."""
 LEVEL_COLOURS = {"good": "#37872D", "warn": "#E0752D", "bad": "#C4162A"}
 BACKGROUND, CARD, EDGE, INK, FAINT = "#F4F5F8", "#FFFFFF", "#DDE0E6", "#24292E", "#8A9099"
 PALETTE = ("#5794F2", "#73BF69", "#FF9830", "#B877D9", "#F2CC0C", "#33A2E5", "#E02F44", "#8F6B4D",
@@ -53,12 +56,12 @@ class Curve:
 
     legend: str
     group: str
-    """What kind of name the legend is: those of one kind share colours over all panels."""
+    """Kind of the legend; curves of one kind and legend have the same colour in all panels."""
     values: Floats
 
     @property
     def last(self) -> float:
-        """Its newest value."""
+        """The newest value."""
         return float(self.values[~np.isnan(self.values)][-1])
 
 
@@ -66,7 +69,7 @@ Curves = Mapping[Panel, Sequence[Curve]]
 
 
 def fetch(prometheus: Prometheus, dashboard: Dashboard, period: Period) -> dict[Panel, list[Curve]]:
-    """What all panels of a dashboard show in a time."""
+    """The curves of all panels of a dashboard over a period."""
     times = _times(period)
     return {
         panel: [
@@ -105,7 +108,7 @@ def draw(dashboard: Dashboard, curves: Curves, period: Period, path: Path) -> No
 
 
 def picture(dashboard: Dashboard, curves: Curves, period: Period) -> Figure:
-    """One dashboard, on a grid as Grafana's."""
+    """Draw one dashboard, on a grid like Grafana's."""
     places = list(layout(dashboard))
     num_lines = max(place.y + place.height for _, place in places)
     width = GRID_WIDTH * COLUMN_IN + 2 * MARGIN_IN
@@ -134,7 +137,7 @@ def _colours(curves: Curves) -> dict[tuple[str, str], Any]:
     found: dict[tuple[str, str], Any] = {}
     for group, legends in names.items():
         for index, legend in enumerate(sorted(legends, key=_natural)):
-            if group == "{{position}}":  # an order, so one colour that fades
+            if group == "{{position}}":  # ordered, so a gradient
                 found[group, legend] = pyplot.get_cmap("viridis")(index / max(len(legends), 2))
             else:
                 found[group, legend] = COLOURS.get(legend, PALETTE[index % len(PALETTE)])
@@ -142,7 +145,7 @@ def _colours(curves: Curves) -> dict[tuple[str, str], Any]:
 
 
 def _natural(legend: str) -> list[tuple[int, str]]:
-    """Orders `2` before `10`."""
+    """A sort key that puts `2` before `10`."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", legend)]
 
 
@@ -310,7 +313,7 @@ def _dress(axes: Axes, panel: Panel, times: Floats, top: float) -> None:
 
 
 def _ticks(times: Floats) -> list[float]:
-    """Round times of day, at most eight of them."""
+    """At most eight round times of day."""
     step_s = _round_time(times[-1] - times[0], 8)
     offset_s = datetime.fromtimestamp(times[0]).astimezone().utcoffset()
     shift_s = offset_s.total_seconds() if offset_s else 0.0
@@ -318,9 +321,9 @@ def _ticks(times: Floats) -> list[float]:
     return [float(at_s) for at_s in np.arange(first, times[-1], step_s)]
 
 
-def _round_time(total_s: float, most: int) -> int:
-    """A round time of which at most so many make up a total."""
-    return next((step for step in TICKS_S if total_s <= most * step), TICKS_S[-1])
+def _round_time(total_s: float, max_ticks: int) -> int:
+    """The shortest round time that divides `total_s` into at most `max_ticks` parts."""
+    return next((step for step in TICKS_S if total_s <= max_ticks * step), TICKS_S[-1])
 
 
 def _clock(at_s: float, ticks: Sequence[float]) -> str:
@@ -340,12 +343,12 @@ SCALES: dict[Unit, tuple[tuple[float, float, str], ...]] = {
     ),
     Unit.SHARE: ((float("inf"), 100.0, " %"),),
 }
-"""Of each unit: below which value, times what, and the word behind it."""
+"""Scales of each unit: the value below which it applies, its factor, and its suffix."""
 WORDS = {Unit.COUNT: "", Unit.REQUESTS_PER_S: " req/s", Unit.TOKENS_PER_S: " tok/s"}
 
 
 def write(value: float, unit: Unit) -> str:
-    """A value with its unit, in three digits."""
+    """Format a value with its unit, with three digits."""
     scales = SCALES.get(unit) or (
         (1e3, 1.0, WORDS[unit]),
         (1e6, 1e-3, f" k{WORDS[unit].lstrip()}" if WORDS[unit] else "k"),

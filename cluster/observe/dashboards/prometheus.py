@@ -1,4 +1,4 @@
-"""Asks Prometheus, by its HTTP API."""
+"""A client of Prometheus' HTTP API."""
 
 import re
 from collections.abc import Mapping
@@ -11,36 +11,37 @@ from cluster.errors import XYServeError
 from cluster.observe.dashboards.promql import RATE_INTERVAL
 
 TIMEOUT_S = 30.0
+"""Limit for one query, so that a server that never answers is an error."""
 
 
 class PrometheusFailed(XYServeError):
-    """Prometheus cannot be asked, or did not understand."""
+    """Prometheus cannot be reached, or rejected a query."""
 
     status = 502
 
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """The time that a query is about, in seconds since the epoch."""
+    """The period that a query covers, in seconds since the epoch."""
 
     begin_s: float
     end_s: float
     step_s: float
-    """Between two points."""
+    """Time between two points."""
     rate_interval: str = "1m"
-    """Takes the place of Grafana's variable: some times the interval of scraping."""
+    """Value for Grafana's variable: several scrape intervals."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One series of an answer."""
+    """One series of a response."""
 
     labels: Mapping[str, str]
     points: Mapping[float, float]
-    """Value by time; no entry where there is none."""
+    """Values by time; times without a value are left out."""
 
     def legend(self, template: str) -> str:
-        """Its name, with the values of its labels put into `template`."""
+        """The series' name: `template` with the values of its labels filled in."""
         return re.sub(r"{{(\w+)}}", lambda match: self.labels.get(match[1], ""), template)
 
 
@@ -58,12 +59,12 @@ class Prometheus:
         self._http.close()
 
     def query(self, expr: str, rate_interval: str = "1m") -> list[Line]:
-        """The series that an expression gives now, each with one point."""
+        """The current value of each series of an expression."""
         found = self._get("query", {"query": _filled(expr, rate_interval)})
         return [Line(one["metric"], _points([one["value"]])) for one in found["result"]]
 
     def query_range(self, expr: str, period: Period) -> list[Line]:
-        """The series that an expression gives over a time, without those that have no number."""
+        """The series of an expression over a period, without those that have no number."""
         found = self._get(
             "query_range",
             {
@@ -88,13 +89,13 @@ class Prometheus:
             ) from error
         except ValueError as error:
             raise PrometheusFailed(
-                f"what answers at {self.url} is no Prometheus (HTTP {answer.status_code}, no "
+                f"the server at {self.url} is not a Prometheus (HTTP {answer.status_code}, no "
                 "JSON); give its address with --prometheus"
             ) from error
         if not isinstance(document, dict) or document.get("status") != "success":
             reason = document.get("error") if isinstance(document, dict) else None
             raise PrometheusFailed(
-                f"Prometheus at {self.url} did not answer ({reason or answer.status_code}): "
+                f"Prometheus at {self.url} rejected a query ({reason or answer.status_code}): "
                 f"{params['query']}"
             )
         data: dict[str, Any] = document["data"]
@@ -102,7 +103,7 @@ class Prometheus:
 
 
 def _filled(expr: str, rate_interval: str) -> str:
-    """An expression with all of the cluster in the place of Grafana's variables."""
+    """An expression with Grafana's variables replaced, so that it covers the whole cluster."""
     return re.sub(r"\$\w+", ".*", expr.replace(RATE_INTERVAL, rate_interval))
 
 

@@ -1,27 +1,27 @@
-"""Expressions of PromQL, built from metrics so that no metric's name is typed twice."""
+"""PromQL expressions, built from the metrics so that no metric's name is typed twice."""
 
 from cluster.observe.metrics import Metric, VllmMetric
 
 RATE_INTERVAL = "$__rate_interval"
-"""Grafana puts in a few intervals of scraping, and more the longer the time that is shown."""
+"""Grafana's variable: a few scrape intervals, more for longer periods."""
 
 QUANTILES = (0.5, 0.95, 0.99)
-"""Those that panels show."""
+"""Quantiles that panels show."""
 
 
 def series(metric: Metric | VllmMetric, *matchers: str, part: str = "") -> str:
-    """The series of a metric that `matchers` fit; `part` is `_bucket` or `_count` of a histogram.
+    """The series of a metric that match; `part` is `_bucket` or `_count` for a histogram.
 
-    Never `_sum`: what Ray exports as the sum of a histogram is a guess from its buckets.
+    Never `_sum`: what Ray exports as a histogram's sum is estimated from its buckets.
     """
     assert part != "_sum"
     return f"{metric.name}{part}{{{','.join(matchers)}}}" if matchers else metric.name + part
 
 
 def shown(metric: Metric | VllmMetric, *matchers: str, part: str = "") -> str:
-    """The series of a metric that the variables of a dashboard choose."""
+    """The series of a metric that the variables of a dashboard select."""
     chosen = ['model_name=~"$model"']
-    if isinstance(metric, Metric):  # vLLM's have no label for the app
+    if isinstance(metric, Metric):  # vLLM's metrics have no label for the app
         chosen.insert(0, 'application=~"$app"')
         chosen += [
             f'{name}=~"${name}"' for name in ("slo_class", "worker") if name in metric.labels
@@ -30,7 +30,7 @@ def shown(metric: Metric | VllmMetric, *matchers: str, part: str = "") -> str:
 
 
 def of_workers(metric: Metric | VllmMetric, *matchers: str, part: str = "") -> str:
-    """The same, of a metric that workers tell, which their replica's id names."""
+    """The selected series of a metric that workers export, labelled with their replica's id."""
     return shown(metric, 'replica=~"$worker"', *matchers, part=part)
 
 
@@ -40,10 +40,10 @@ def rate(counter: str, window: str = RATE_INTERVAL) -> str:
 
 
 def grown(counter: str, window: str) -> str:
-    """How much a counter grew, its first increment included.
+    """How much a counter grew within a window, its first increment included.
 
-    A counter has no series before it is first incremented, so `increase` sees no change there; the
-    look back of an hour tells a new series from one that a gap in scraping hides.
+    A counter has no series until its first increment, which `increase` therefore misses. Looking
+    back one hour distinguishes a new series from one that was not scraped for a while.
     """
     return (
         f"(({counter} unless last_over_time({counter}[1h] offset {window}))"
@@ -52,22 +52,22 @@ def grown(counter: str, window: str) -> str:
 
 
 def total(expr: str, *by: str) -> str:
-    """The sum over all labels but `by`."""
+    """The sum over all labels except `by`."""
     return _aggregated("sum", expr, by)
 
 
 def largest(expr: str, *by: str) -> str:
-    """The largest value over all labels but `by`."""
+    """The largest value over all labels except `by`."""
     return _aggregated("max", expr, by)
 
 
 def smallest(expr: str, *by: str) -> str:
-    """The smallest value over all labels but `by`."""
+    """The smallest value over all labels except `by`."""
     return _aggregated("min", expr, by)
 
 
 def number(expr: str, *by: str) -> str:
-    """The number of series over all labels but `by`."""
+    """The number of series over all labels except `by`."""
     return _aggregated("count", expr, by)
 
 
@@ -76,15 +76,15 @@ def _aggregated(operator: str, expr: str, by: tuple[str, ...]) -> str:
 
 
 def quantile(share: float, buckets: str, *by: str) -> str:
-    """A quantile of the values that a histogram got lately; `buckets` are its `_bucket` series."""
+    """A quantile of a histogram's recent values; `buckets` are its `_bucket` series."""
     return f"histogram_quantile({share:g}, {total(rate(buckets), 'le', *by)})"
 
 
 def ratio(part: str, whole: str) -> str:
-    """`part` over `whole`, label by label: 0 where the part has no series yet, none of nothing."""
+    """`part` over `whole`, by label: 0 if `part` has no series yet, no value if `whole` is 0."""
     return f"({part} or 0 * {whole}) / ({whole} > 0)"
 
 
 def share(part: str, *by: str) -> str:
-    """The share that each of `by` has in the sum of all."""
+    """Each series' share of the total, by the labels `by`."""
     return f"{total(part, *by)} / on () group_left () ({total(part)} > 0)"

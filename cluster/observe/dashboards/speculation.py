@@ -1,9 +1,19 @@
-"""Whether drafts pay."""
+"""The dashboard of speculation."""
 
 from cluster.observe import metrics
-from cluster.observe.dashboards.panels import Dashboard, Kind, Panel, Query, Row, Thresholds, Unit
+from cluster.observe.dashboards.panels import (
+    Dashboard,
+    Kind,
+    Panel,
+    Query,
+    Row,
+    Thresholds,
+    Unit,
+    in_words,
+)
 from cluster.observe.dashboards.promql import largest, of_workers, rate, ratio, shown, total
 from cluster.observe.dashboards.queries import events, rate_of_workers
+from scheduler.drafting import CollapseReason
 
 
 def _draft_rate(outcome: str, *by: str) -> str:
@@ -13,24 +23,24 @@ def _draft_rate(outcome: str, *by: str) -> str:
 SPECULATION = Dashboard(
     "xyserve-speculation",
     "XY-Serve: speculation",
-    "Whether drafts pay: how many come in time, how many are right, and what they gain.",
+    "Whether drafts pay off: how many arrive in time, how many are accepted, what they gain.",
     (
         Row(
             "Now",
             (
                 Panel(
                     "Accepted",
-                    "Share of the verified draft tokens that were right. What is good depends on "
-                    "the text: half or more for code and quotations, a fifth for free talk. The "
-                    "workers draft less where it is low.",
+                    "Share of the verified draft tokens that were accepted. What is good depends "
+                    "on the text: half or more for code and quotations, a fifth for free "
+                    "conversation. Where it is low, the workers verify fewer drafts.",
                     Unit.SHARE,
                     (Query(ratio(_draft_rate("accepted"), _draft_rate("verified")), "accepted"),),
                     Kind.STAT,
                 ),
                 Panel(
                     "Tokens per decode",
-                    "Output tokens that a decode gave lately, in the mean of the workers. Without "
-                    "drafts it is 1; what is above is the gain.",
+                    "Recent output tokens per decode, mean over the workers. Without drafts it is"
+                    " 1; what is above 1 is the gain.",
                     Unit.COUNT,
                     (Query(f"avg({of_workers(metrics.TOKENS_PER_DECODE)})", "tokens"),),
                     Kind.STAT,
@@ -38,7 +48,8 @@ SPECULATION = Dashboard(
                 Panel(
                     "In time",
                     "Share of the proposed draft tokens that were neither late nor stale. Below "
-                    "80 % the draft workers are too slow: give them more cores or fewer workers.",
+                    "80 % the draft workers are too slow: give them more cores, or fewer workers "
+                    "to draft for.",
                     Unit.SHARE,
                     (
                         Query(
@@ -51,8 +62,8 @@ SPECULATION = Dashboard(
                 ),
                 Panel(
                     "Draft worker, busiest",
-                    "Share of its time that the busiest draft worker drafts. Above 90 % drafts "
-                    "come late: add a draft worker.",
+                    "Share of its time that the busiest draft worker spends drafting. Above 90 % "
+                    "drafts arrive late: add a draft worker.",
                     Unit.SHARE,
                     (Query(largest(shown(metrics.DRAFT_WORKER_BUSY)), "busy"),),
                     Kind.STAT,
@@ -65,9 +76,9 @@ SPECULATION = Dashboard(
             (
                 Panel(
                     "Draft tokens",
-                    "Draft tokens each second by drafter and by what became of them. Between "
-                    "proposed and verified lie the late ones (their place was taken by then), the "
-                    "stale ones (the text went elsewhere) and those that no step had room for.",
+                    "Draft tokens per second, by drafter and outcome. Proposed drafts that are "
+                    "not verified were late (their position was already computed), stale (the "
+                    "text took another course), or had no room in a step.",
                     Unit.TOKENS_PER_S,
                     (
                         Query(
@@ -78,8 +89,8 @@ SPECULATION = Dashboard(
                 ),
                 Panel(
                     "Accepted, by drafter",
-                    "Share of the verified draft tokens of each drafter that were right. A "
-                    "drafter that stays far below the others can be taken out of `draft.drafters`.",
+                    "Share of each drafter's verified draft tokens that were accepted. A drafter "
+                    "that stays far below the others can be removed from `draft.drafters`.",
                     Unit.SHARE,
                     (
                         Query(
@@ -93,9 +104,9 @@ SPECULATION = Dashboard(
                 ),
                 Panel(
                     "Accepted, by position",
-                    "Share of the verified draft tokens that were right, by their position behind "
-                    "the newest token. It falls with the position, for one wrong token spoils all "
-                    "behind it; where it is near zero longer drafts gain nothing.",
+                    "Share of the verified draft tokens that were accepted, by their position "
+                    "after the newest token. It falls with the position, because one wrong token "
+                    "invalidates all after it; where it is near zero, longer drafts gain nothing.",
                     Unit.SHARE,
                     (
                         Query(
@@ -114,8 +125,7 @@ SPECULATION = Dashboard(
             (
                 Panel(
                     "Tokens per decode",
-                    "Output tokens that a decode gave lately on each worker. 1 is what there is "
-                    "without drafts.",
+                    "Recent output tokens per decode on each worker. Without drafts it is 1.",
                     Unit.COUNT,
                     (
                         Query(
@@ -124,9 +134,10 @@ SPECULATION = Dashboard(
                     ),
                 ),
                 Panel(
-                    "Accepted lately",
-                    "Share of the drafts verified lately on each worker that were right. When one "
-                    "worker falls below the others, its draft worker is at fault, not the text.",
+                    "Recently accepted",
+                    "Share of the recently verified drafts that were accepted, on each worker. If"
+                    " one worker alone falls, its draft worker is the reason; if all fall, the "
+                    "text is.",
                     Unit.SHARE,
                     (
                         Query(
@@ -137,13 +148,12 @@ SPECULATION = Dashboard(
                 Panel(
                     "Collapses",
                     "Times in the last 5 minutes that the drafts for a worker were no longer "
-                    "accepted as they had been: silent (the draft worker does not answer), "
-                    "restarted, late, or content (other text, nothing to mend). Requests go on "
-                    "without drafts.",
+                    f"accepted as they used to be, by reason: {in_words(CollapseReason)}. "
+                    "Requests continue without drafts.",
                     Unit.COUNT,
                     events(metrics.DRAFT_COLLAPSES, "reason"),
                     Kind.BARS,
-                    may_be_empty="drafting has not collapsed",
+                    may_be_empty="drafts have not collapsed",
                 ),
             ),
         ),
@@ -152,15 +162,15 @@ SPECULATION = Dashboard(
             (
                 Panel(
                     "Busy",
-                    "Share of its time that each draft worker drafts. Near 100 % its drafts come "
-                    "late; near 0 it could draft for more workers.",
+                    "Share of its time that each draft worker spends drafting. Near 100 % its "
+                    "drafts arrive late; near 0 it could draft for more workers.",
                     Unit.SHARE,
                     (Query(largest(shown(metrics.DRAFT_WORKER_BUSY), "replica"), "{{replica}}"),),
                     thresholds=Thresholds(0.8, 0.9),
                 ),
                 Panel(
                     "Requests followed",
-                    "Requests whose tokens each draft worker follows. The sum should be the "
+                    "Requests whose tokens each draft worker follows. The sum should equal the "
                     "number of running requests; a sudden fall to zero is a restart.",
                     Unit.COUNT,
                     (
@@ -172,5 +182,5 @@ SPECULATION = Dashboard(
             ),
         ),
     ),
-    when_empty="no draft worker, or no drafts in this time",
+    when_empty="no draft worker, or no drafts in this period",
 )

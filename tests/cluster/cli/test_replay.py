@@ -5,8 +5,8 @@ from typer.testing import CliRunner
 
 from cluster.cli.main import app
 from scheduler.policy import StepPolicy
+from tests.scheduler.records import steady, tampered, write
 from tests.scheduler.scenes import LIMITS
-from tests.scheduler.test_record import steady, tampered, write
 
 
 @pytest.fixture

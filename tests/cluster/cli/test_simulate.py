@@ -126,7 +126,7 @@ def test_the_devices_are_listed() -> None:
         (["--load", "0"], "--load 0 must be positive numbers"),
         (["--ttft-ms", "0"], "must be positive"),
         (["--rate", "0"], "must be positive"),
-        (["--duration", "0"], "nothing is left of it"),
+        (["--duration", "0"], "no requests left"),
         (["--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
     ],
 )

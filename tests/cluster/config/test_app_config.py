@@ -103,7 +103,7 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(
 
 def test_a_key_like_no_other_is_answered_with_the_keys_there_are() -> None:
     assert error_of({"worker": {"zzz": 1}}) == (
-        "worker.zzz: unknown key; known are calibrate_at_start, cpus, device, engine, kernels, "
+        "worker.zzz: unknown key; known keys: calibrate_at_start, cpus, device, engine, kernels, "
         "record, report_interval_s, step_policy, step_timeout_s, weight_format"
     )
 
@@ -166,7 +166,8 @@ def test_extra_arguments_that_vllm_has_are_taken() -> None:
         ),
         (
             {"slo": {"default": "fast", "classes": {"slow": {}}}},
-            "slo: default (fast) is no service class; known are batch, interactive, slow, standard",
+            "slo: default (fast) is not a service class; use one of batch, interactive, slow, "
+            "standard",
         ),
         (
             {"slo": {"classes": {"fast": {"ttft_ms": -1}}}},
@@ -182,7 +183,7 @@ def test_extra_arguments_that_vllm_has_are_taken() -> None:
         ),
         (
             {"slo": {"classes": {"sehr schön": {}}}},
-            "slo: classes: 'sehr schön' cannot be a class's name; use letters, digits and . _ -",
+            "slo: classes: 'sehr schön' cannot name a class; use letters, digits and . _ -",
         ),
     ],
 )
@@ -273,9 +274,7 @@ def test_what_a_serve_file_leaves_out_has_its_default(write: Any, args: str) -> 
 
 
 def test_a_missing_file_is_named_with_one_to_start_from(tmp_path: Path) -> None:
-    assert error_in(tmp_path / "none.yaml") == (
-        "no such file; deploy/local.yaml is one to start from"
-    )
+    assert error_in(tmp_path / "none.yaml") == ("no such file; deploy/local.yaml is an example")
 
 
 def test_a_folder_is_no_config_file(tmp_path: Path) -> None:
@@ -318,7 +317,7 @@ def test_a_file_without_exactly_one_app_of_ours_is_refused(
 def test_http_options_must_be_a_mapping(write: Any) -> None:
     content = f"http_options: 8000\napplications: [{{import_path: '{IMPORT_PATH}'}}]"
 
-    assert error_in(write(content)) == "http_options should be a mapping, not 8000"
+    assert error_in(write(content)) == "http_options must be a mapping, not 8000"
 
 
 @pytest.mark.parametrize(
@@ -348,7 +347,7 @@ def test_every_config_that_comes_with_the_project_is_valid(path: Path) -> None:
         ({"draft": {"num_workers": 0}}, "draft: num_workers (0) must be at least 1"),
         (
             {"draft": {}, "worker": {"step_policy": {"name": "vllm"}}},
-            "draft needs a worker.step_policy of ours",
+            "draft needs one of our worker.step_policy names",
         ),
         (
             {"draft": {}, "worker": {"engine": {"extra_args": {"speculative_config": {}}}}},

@@ -31,7 +31,7 @@ def refusal_of(**headers: str) -> str:
 
 
 def test_the_built_in_classes_are_there_without_a_config() -> None:
-    assert SloConfig().classes == {
+    assert SloConfig().all_classes == {
         "interactive": SloClass(ttft_ms=1000, tpot_ms=100),
         "standard": SloClass(ttft_ms=10_000, tpot_ms=250),
         "batch": SloClass(ttft_ms=None, tpot_ms=None),
@@ -41,7 +41,7 @@ def test_the_built_in_classes_are_there_without_a_config() -> None:
 def test_a_configs_classes_come_beside_the_built_in_ones_or_replace_them_as_a_whole() -> None:
     config = SloConfig(classes={"night": SloClass(), "interactive": SloClass(ttft_ms=5)})
 
-    assert config.classes == SloConfig().classes | {
+    assert config.all_classes == SloConfig().all_classes | {
         "night": SloClass(),
         "interactive": SloClass(ttft_ms=5, tpot_ms=None),
     }

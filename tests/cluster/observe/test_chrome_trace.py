@@ -1,12 +1,9 @@
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from cluster.cli.main import app
 from cluster.observe.chrome_trace import NUM_REQUESTS, chrome_trace, hidden_share, split
 from workers.timeline import Span
 
@@ -99,12 +96,3 @@ def test_drafting_is_hidden_while_a_worker_computes(
 
 def test_the_hidden_share_of_no_drafting_is_unknown() -> None:
     assert math.isnan(hidden_share([], [span(0, 1)]))
-
-
-def test_a_profile_that_could_not_be_written_is_not_recorded(tmp_path: Path) -> None:
-    out = tmp_path / "missing" / "trace.json"
-
-    result = CliRunner().invoke(app, ["profile", "--out", str(out)])
-
-    assert result.exit_code == 1
-    assert "there is no folder" in result.output

@@ -12,7 +12,6 @@ from scheduler.request import Request, Slo
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.reports import DraftStats
-from workers.step_history import TakenStep
 
 
 class Exported:
@@ -47,7 +46,7 @@ def exported() -> Exported:
     return Exported()
 
 
-def step(limit_s: float = inf, deferred: int = 0) -> TakenStep:
+def step(limit_s: float = inf, deferred: int = 0) -> StepReport:
     tasks = (
         StageTask("a", Stage.DECODE, 1, 10, True),
         StageTask("b", Stage.PREFILL, 30, 30, False),
@@ -55,8 +54,17 @@ def step(limit_s: float = inf, deferred: int = 0) -> TakenStep:
     )
     waits = tuple(Deferral(str(number), Reason.KV) for number in range(deferred))
     plan = BatchPlan(tasks, waits, (), predicted_s=0.03, limit_s=limit_s)
-    report = StepReport(1, 0.0, plan, measured_s=0.04, decided_s=0.001)
-    return TakenStep(report, tasks, {}, queued_s=(("chat", 0.5),), num_flops=2e9, num_bytes=3e8)
+    return StepReport(
+        step=1,
+        began_s=0.0,
+        plan=plan,
+        tasks=tasks,
+        measured_s=0.04,
+        decided_s=0.001,
+        queued_s=(("chat", 0.5),),
+        num_flops=2e9,
+        num_bytes=3e8,
+    )
 
 
 def test_steps_are_added_up_until_they_are_exported(exported: Exported) -> None:

@@ -204,7 +204,7 @@ def test_names_of_log_records_can_be_in_the_context(capsys: pytest.CaptureFixtur
 def passed(
     flood: FloodFilter, message: str, count: int = 1, level: int = logging.INFO
 ) -> list[Any]:
-    """Of so many equal events those that were logged, each by how many were left out before it."""
+    """The logged ones of a number of equal events, each as the number left out before it."""
     records = [
         logging.LogRecord("workers.x", level, "", 0, message, ({"number": number},), None)
         for number in range(count)

@@ -8,7 +8,7 @@ from cluster.observe.vllm_metrics import SchedulerMetrics
 
 
 class Recorded:
-    """In the place of vLLM's logger, which needs a replica around it."""
+    """Replaces vLLM's logger, which needs a replica around it."""
 
     def __init__(self) -> None:
         self.stats: list[SchedulerStats] = []

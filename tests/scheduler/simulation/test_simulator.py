@@ -355,7 +355,10 @@ def plan_of(*tasks: StageTask, deferred: tuple[()] = ()) -> BatchPlan:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (plan_of(StageTask("x", Stage.PREFILL, 10, 10, False)), "unknown request"),
+        (
+            plan_of(StageTask("x", Stage.PREFILL, 10, 10, False)),
+            "tasks of unknown requests",
+        ),
         (plan_of(StageTask("r", Stage.PREFILL, 101, 101, True)), "100 tokens are left"),
         (plan_of(StageTask("r", Stage.PREFILL, 0, 0, False)), "100 tokens are left"),
         (plan_of(StageTask("r", Stage.PREFILL, 10, 20, False)), "does not fit"),
@@ -406,7 +409,7 @@ def test_requests_that_never_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -
             return plan_of()
 
     monkeypatch.setattr(StepPolicy, "make", lambda *args: Idle())
-    monkeypatch.setattr(simulated_worker.SimulatedWorker, "_check", lambda *args: None)
+    monkeypatch.setattr(simulated_worker, "check", lambda *args: None)
 
     with pytest.raises(SimulationError, match="1 of 1 requests never finish"):
         simulate([arrival("r")], device())

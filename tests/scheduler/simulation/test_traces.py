@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from scheduler.policy import StepPolicy
-from scheduler.record import Recorder
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.traces import read_trace
-from scheduler.task import StepReport
+from scheduler.step_planner import StepPlanner
 from tests import workload
 from tests.scheduler.scenes import LIMITS, cost_model, decoding, view, waiting
 
@@ -254,12 +253,12 @@ def test_the_requests_of_a_workers_decisions_can_be_simulated(tmp_path: Path) ->
     running = decoding("a", num_prompt_tokens=100, num_output_tokens=5, arrival_s=3.0)
     queued = waiting("b", 70, arrival_s=4.5)
     scene = view([running], [queued])
-    model = cost_model()
-    plan = StepPolicy().make(LIMITS, model).plan(scene, 5.0)
+    planner = StepPlanner(LIMITS, StepPolicy(), cost_model())
     with path.open("w") as file:
-        recorder = Recorder(file, StepPolicy(), LIMITS, model)
-        recorder.write_step(scene, StepReport(1, 5.0, plan, 0.1, 0.001), plan.tasks, 0)
-        recorder.write_finish("a", 9)
+        planner.record(file)
+        step = planner.begin(scene, planner.plan(scene, 5.0), 5.0)
+        planner.end(step, 0.1, {})
+        planner.finish("a", 9)
 
     first, second = read_trace(path)
 

@@ -15,7 +15,7 @@ from workers.drafters.draft_head import (
     read_config,
     read_tensor,
 )
-from workers.drafters.training.vllm_head_training import HeadModule
+from workers.drafters.training.vllm_head_module import HeadModule
 from workers.kernels.gemm import Floats
 
 NUM_ROWS = 9
@@ -93,7 +93,7 @@ def test_a_head_of_another_model_is_refused(
     other = tmp_path_factory.mktemp("other")
     write_checkpoint("mistral", other)
 
-    with pytest.raises(ValueError, match=f"{fingerprint(model)}, and .* is {fingerprint(other)}"):
+    with pytest.raises(ValueError, match=f"{fingerprint(model)}, but .* is {fingerprint(other)}"):
         DraftHead(file, other)
 
 
@@ -102,7 +102,7 @@ def test_a_file_that_is_no_head_is_refused(model: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="holds no draft head"):
         read_config(model / "model.safetensors")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         read_config(tmp_path / "text")
 
 

@@ -17,12 +17,8 @@ import zmq
 
 from workers.config import MAX_DRAFTS, DraftConfig
 from workers.cpus import claim_cpus
-from workers.drafters.draft_worker import (
-    FORGET_AFTER_S,
-    MIN_MEMORY,
-    REPORT_INTERVAL_S,
-    DraftWorker,
-)
+from workers.drafters.draft_contexts import MIN_MEMORY
+from workers.drafters.draft_worker import FORGET_AFTER_S, REPORT_INTERVAL_S, DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafters.make import make_drafters
 from workers.drafters.suffix_drafter import SuffixDrafter
@@ -476,7 +472,7 @@ def test_a_connection_that_does_not_speak_the_protocol_is_ignored(
 def test_a_worker_that_does_not_read_holds_up_nobody(
     clock: FakeClock, make_setup: MakeSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.drafters.draft_worker.QUEUE_LIMIT", 2)
+    monkeypatch.setattr("workers.drafters.draft_worker.MAX_UNREAD", 2)
     drafter = FakeDrafter(num_guesses=20_000, num_steps=300)
     setup = make_setup(fake=drafter)
     deaf, other = setup.peer("deaf"), setup.peer("other")
@@ -500,7 +496,7 @@ def test_a_drafter_that_fails_fails_the_health_check(
 
     with pytest.raises(RuntimeError) as dead:
         setup.worker.check_health()
-    assert str(dead.value) == "the drafter failed: OSError('device gone')"
+    assert str(dead.value) == "drafting failed: OSError('device gone')"
     assert [drafter.is_shut_down for drafter in drafters.values()] == [True, True]
 
 
@@ -572,7 +568,7 @@ def others(clock: FakeClock, make_setup: MakeSetup) -> dict[str, Setup]:
     setups = {name: make_setup(fake=FakeDrafter()) for name in ("one", "two", "three")}
     addresses = {name: setup.address for name, setup in setups.items()}
     for name, setup in setups.items():
-        setup.worker.meet([addresses[other] for other in addresses if other != name])
+        setup.worker.set_peers([addresses[other] for other in addresses if other != name])
     return setups
 
 
@@ -638,9 +634,9 @@ def test_draft_workers_that_are_gone_hold_up_nothing(
     peer.ask(finished=("a",))
     clock.now += REPORT_INTERVAL_S
     until(lambda: bool(learnt(others["three"])))
-    others["one"].worker.meet([])
+    others["one"].worker.set_peers([])
     clock.now += REPORT_INTERVAL_S
-    until(lambda: not others["one"].worker._to_others)
+    until(lambda: not others["one"].worker._to_peers)
 
     assert peer.ask() == others["one"].answer(4)
 

@@ -8,7 +8,7 @@ from tests.workers.tiny_heads import tiny_head, write_head
 from tests.workers.tiny_models import write_checkpoint
 from workers.drafters.draft_head import DEFAULT_HEAD, DraftHead, attend
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
-from workers.drafters.head_drafter import HeadDrafter
+from workers.drafters.head_drafter import HeadDrafter, TreeLimits
 from workers.kernels.gemm import Floats
 
 WINDOW = 16
@@ -42,7 +42,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> DraftHead:
 
 
 def test_the_first_step_gives_a_draft_and_later_ones_better_drafts(head: DraftHead) -> None:
-    drafter = HeadDrafter(head, max_nodes=12, max_depth=5, min_path_prob=0.0)
+    drafter = HeadDrafter(head, TreeLimits(max_nodes=12, max_depth=5, min_path_prob=0.0))
     drafter.extend(REQUEST, 0, TOKENS[:9], states(8))
 
     drafts = run(drafter)
@@ -58,7 +58,7 @@ def test_the_first_step_gives_a_draft_and_later_ones_better_drafts(head: DraftHe
 
 
 def test_each_guess_has_the_probability_of_a_plain_run_of_its_path(head: DraftHead) -> None:
-    drafter = HeadDrafter(head, max_nodes=20, min_path_prob=0.0)
+    drafter = HeadDrafter(head, TreeLimits(max_nodes=20, min_path_prob=0.0))
     drafter.extend(REQUEST, 0, TOKENS[:9], states(8))
     *_, draft = run(drafter)
 
@@ -89,7 +89,10 @@ def test_only_the_newest_rows_of_a_long_context_count(head: DraftHead) -> None:
 
 
 def test_requests_do_not_change_each_others_drafts(head: DraftHead) -> None:
-    together, alone = HeadDrafter(head, min_path_prob=0.0), HeadDrafter(head, min_path_prob=0.0)
+    together, alone = (
+        HeadDrafter(head, TreeLimits(min_path_prob=0.0)),
+        HeadDrafter(head, TreeLimits(min_path_prob=0.0)),
+    )
     together.extend(REQUEST, 0, TOKENS[:9], states(8))
     together.extend(OTHER, 0, TOKENS[:20], states(19))
     alone.extend(OTHER, 0, TOKENS[:20], states(19))
@@ -102,7 +105,7 @@ def test_requests_do_not_change_each_others_drafts(head: DraftHead) -> None:
 
 
 def test_requests_that_have_just_come_go_first(head: DraftHead) -> None:
-    drafter = HeadDrafter(head, max_rows=2)
+    drafter = HeadDrafter(head, TreeLimits(max_rows=2))
     drafter.extend(REQUEST, 0, TOKENS[:9], states(8))
     drafter.step()
     drafter.extend(OTHER, 0, TOKENS[:5], states(4))
@@ -111,7 +114,7 @@ def test_requests_that_have_just_come_go_first(head: DraftHead) -> None:
 
 
 def test_a_new_tree_goes_on_with_what_is_left_of_the_old_one(head: DraftHead) -> None:
-    drafter = HeadDrafter(head, num_children=4, min_path_prob=0.0)
+    drafter = HeadDrafter(head, TreeLimits(num_children=4, min_path_prob=0.0))
     drafter.extend(REQUEST, 0, TOKENS[:9], states(8))
     *_, old = run(drafter)
     guess = old.token_ids[0]
@@ -137,7 +140,7 @@ def test_without_the_last_states_nothing_is_drafted(head: DraftHead) -> None:
 
 
 def test_states_may_be_missing_at_the_beginning(head: DraftHead) -> None:
-    drafter = HeadDrafter(head, max_nodes=8)
+    drafter = HeadDrafter(head, TreeLimits(max_nodes=8))
     drafter.extend(REQUEST, 0, TOKENS[:9], states(8)[5:])
     *_, draft = run(drafter)
 
@@ -170,7 +173,7 @@ def test_ended_requests_are_forgotten(head: DraftHead) -> None:
 
 
 def test_of_too_many_requests_the_longest_silent_one_is_forgotten(head: DraftHead) -> None:
-    drafter = HeadDrafter(head, max_requests=2)
+    drafter = HeadDrafter(head, TreeLimits(max_requests=2))
     keys = [ContextKey("worker", name) for name in "abc"]
     for key in keys[:2]:
         drafter.extend(key, 0, TOKENS[:9], states(8))

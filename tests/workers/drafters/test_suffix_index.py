@@ -29,14 +29,14 @@ class PlainIndex:
         self.sequences.pop(key, None)
         self.places = [place for place in self.places if place[0] != key]
 
-    def matches(self, context: list[int], but: str | None) -> list[Match]:
+    def matches(self, context: list[int], exclude: str | None) -> list[Match]:
         for order in ORDERS:
             # One more than are given: the latest place is often the end of the context itself.
             places = [place for place in self.places if self._common(context, *place) >= order]
             found = [
                 Match(min(self._common(context, key, end), MAX_MATCH_LEN), self.sequences[key], end)
                 for key, end in reversed(places[-MAX_MATCHES - 1 :])
-                if key != but and end < len(self.sequences[key])
+                if key != exclude and end < len(self.sequences[key])
             ]
             if found:
                 return found
@@ -65,16 +65,16 @@ def places(index: SuffixIndex) -> set[tuple[object, int]]:
     return {place for of_gram in index._places.values() for place in of_gram}
 
 
-@given(extensions=EXTENSIONS, context=TOKENS, but=st.sampled_from([None, "a"]))
+@given(extensions=EXTENSIONS, context=TOKENS, exclude=st.sampled_from([None, "a"]))
 @settings(deadline=None)
 def test_matches_are_those_of_a_plain_search(
-    extensions: list[Extension], context: list[int], but: str | None
+    extensions: list[Extension], context: list[int], exclude: str | None
 ) -> None:
     index, plain = built(extensions), PlainIndex()
     for key, token_ids in extensions:
         plain.extend(key, token_ids)
 
-    assert index.matches(context, but) == plain.matches(context, but)
+    assert index.matches(context, exclude) == plain.matches(context, exclude)
 
 
 @given(
@@ -184,10 +184,10 @@ def test_a_sequence_is_dropped_with_what_is_not_indexed_yet() -> None:
     assert (index.num_tokens, places(index)) == (1, {("b", 1)})
 
 
-def test_matches_in_the_sequence_but_are_left_out() -> None:
+def test_matches_in_an_excluded_sequence_are_left_out() -> None:
     index = built([("a", [1, 2, 3]), ("b", [2, 4])])
 
-    assert index.matches([1, 2], but="a") == [Match(1, [2, 4], 1)]
+    assert index.matches([1, 2], exclude="a") == [Match(1, [2, 4], 1)]
 
 
 def test_of_a_suffix_as_many_places_are_given_as_are_kept() -> None:

@@ -376,5 +376,5 @@ def test_another_numbering_of_tokens_is_refused(tiny: Tiny, tmp_path: Path) -> N
     assert swapped != tokenizer
     (tmp_path / "tokenizer.json").write_text(swapped)
 
-    with pytest.raises(EngineFailed, match=r"ValueError: token 'a' is number 3 .* and 4 for its"):
+    with pytest.raises(EngineFailed, match=r"ValueError: token 'a' has the id 3 .* and 4 in its"):
         tiny.draft(draft_once, target=tmp_path)

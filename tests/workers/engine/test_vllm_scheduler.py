@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from scheduler.policy import StepPolicy
-from scheduler.record import replay
+from scheduler.record import arrivals
+from scheduler.replay import replay
 from scheduler.request import Slo
 from scheduler.task import Stage
 from tests.workers.engine_process import EngineProcesses
@@ -209,6 +210,7 @@ def test_what_was_recorded_is_planned_again(engines: Engines, policy: str) -> No
         replayed = played.replayed()
 
         assert len(replayed) == played.num_steps
+        assert len(list(arrivals(played.record))) == len(played.tokens)
         assert all(report.plan == plan for report, plan in replayed)
         assert len({report.plan.predicted_s for report, _ in replayed}) > 1
 
@@ -324,7 +326,5 @@ def _record(folder: str, path: Path) -> tuple[int, int]:
     add_job(engine, "a", Job([5, 6, 7], max_tokens=3))
     while engine.has_requests():
         engine.step()
-    from scheduler.record import replay
-
     steps = list(replay(path.read_text().splitlines()))
     return len(steps), sum(report.plan == plan for report, plan in steps)

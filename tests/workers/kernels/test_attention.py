@@ -13,12 +13,12 @@ from tests.workers.kernels import guarded
 from workers.kernels import attention, native, reference
 from workers.kernels.attention import (
     AttentionPlan,
-    AttentionShape,
     attend,
     plan_attention,
     unsupported,
     write_kv,
 )
+from workers.kernels.shapes import AttentionShape
 from workers.kernels.tiles import TileCosts
 
 pytestmark = pytest.mark.usefixtures("isa", "one_thread")
@@ -38,7 +38,8 @@ ATTEND_BESIDE_GUARDS = """
 import numpy as np
 from tests.workers.kernels.guarded import guarded
 from workers.kernels import native
-from workers.kernels.attention import AttentionShape, attend, plan_attention, write_kv
+from workers.kernels.attention import attend, plan_attention, write_kv
+from workers.kernels.shapes import AttentionShape
 
 native.use_isa("{isa}")
 for at_end in (False, True):
@@ -562,9 +563,9 @@ def test_no_tokens_are_written_without_complaint() -> None:
             r"num_heads \(8\) must be a multiple of num_kv_heads",
         ),
         ({"num_kv_heads": 0}, r"num_heads \(3\) must be a multiple of num_kv_heads \(0\)"),
-        ({"head_size": 36}, r"head_size \(36\) must be a multiple of"),
-        ({"head_size": 0}, r"head_size \(0\) must be a multiple of"),
-        ({"block_size": 20}, r"block_size \(20\) must be a multiple of"),
+        ({"head_size": 36}, r"head_size \(36\) must be a positive multiple of"),
+        ({"head_size": 0}, r"head_size \(0\) must be a positive multiple of"),
+        ({"block_size": 20}, r"block_size \(20\) must be a positive multiple of"),
         ({"sliding_window": 0}, r"sliding_window \(0\) must be positive, or None"),
         ({"soft_cap": -1.0}, r"soft_cap \(-1.0\) must be positive, or None"),
         ({"soft_cap": 0.0}, r"soft_cap \(0.0\) must be positive, or None"),
@@ -575,17 +576,32 @@ def test_a_shape_that_the_kernel_does_not_have_is_refused(
     sizes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        make_shape(**sizes)
+        plan_attention(make_shape(**sizes), np.array([0, 1], np.int32), np.array([1], np.int32))
+
+
+@pytest.mark.parametrize("sizes", [{"head_size": 36}, {"block_size": 20}])
+def test_a_cache_of_a_shape_that_the_kernel_does_not_have_is_not_written(
+    sizes: dict[str, int],
+) -> None:
+    shape = make_shape(**sizes)
+    kv_cache = np.zeros((1, 1, shape.block_size, 2 * shape.head_size), np.float32)
+    rows = np.zeros((1, 1, shape.head_size), np.float32)
+    with pytest.raises(ValueError, match="must be a positive multiple of"):
+        write_kv(shape, kv_cache, rows, rows, np.zeros(1, np.int64))
 
 
 @pytest.mark.parametrize(
     ("query_start_loc", "seq_lens", "reason"),
     [
         ([1, 2], [5], r"query_start_loc \[1, 2\] must begin with 0"),
-        ([0, 1, 2], [5], "must .* have one entry more than seq_lens"),
-        ([], [], "must .* have one entry more than seq_lens"),
+        ([0, 1, 2], [5], "must .* have one more entry than seq_lens"),
+        ([], [], "must .* have one more entry than seq_lens"),
         ([0, 3, 2], [5, 5], "span 1 has -1 query tokens"),
-        ([0, 1, 7], [5, 5], "span 1 has 6 query tokens and a seq_len of 5, which counts them too"),
+        (
+            [0, 1, 7],
+            [5, 5],
+            "span 1 has 6 query tokens and a seq_len of 5, which must",
+        ),
         ([0, 0], [-1], "span 0 has 0 query tokens and a seq_len of -1"),
     ],
 )
@@ -601,7 +617,7 @@ def test_spans_that_contradict_themselves_are_refused(
 @pytest.mark.parametrize(
     ("tree_masks", "reason"),
     [
-        ({1: np.ones((3, 4), np.bool_)}, r"tree_masks\[1\] is bool of the shape \(3, 4\)"),
+        ({1: np.ones((3, 4), np.bool_)}, r"tree_masks\[1\] is bool with shape \(3, 4\)"),
         ({2: np.ones((4, 4), np.bool_)}, r"tree_masks\[2\]"),
         ({-1: np.ones((4, 4), np.bool_)}, r"tree_masks\[-1\]"),
         ({1: np.zeros((4, 4), np.float32)}, r"tree_masks\[1\] is float32"),
@@ -619,21 +635,21 @@ def test_tree_masks_that_do_not_fit_are_refused(tree_masks: dict[int, Mask], rea
     ("arrays", "reason"),
     [
         ({"query": np.zeros((4, 3, 32))}, "query is float64; it must be float32"),
-        ({"query": np.zeros((5, 3, 32), np.float32)}, r"query has the shape \(5, 3, 32\)"),
-        ({"query": np.zeros((4, 96), np.float32)}, r"query has the shape \(4, 96\)"),
+        ({"query": np.zeros((5, 3, 32), np.float32)}, r"query has shape \(5, 3, 32\)"),
+        ({"query": np.zeros((4, 96), np.float32)}, r"query has shape \(4, 96\)"),
         ({"query": np.zeros((4, 32, 3), np.float32).swapaxes(1, 2)}, "query has strides"),
-        ({"out": np.zeros((3, 3, 32), np.float32)}, r"out has the shape \(3, 3, 32\)"),
+        ({"out": np.zeros((3, 3, 32), np.float32)}, r"out has shape \(3, 3, 32\)"),
         ({"out": np.zeros((4, 3, 64), np.float32)[:, :, ::2]}, "out has strides"),
         ({"out": np.zeros((4, 3, 32), np.float16)}, "out is float16"),
         (
             {"block_table": np.zeros((2, 1), np.int32)},
-            "block_table has 1 columns, the spans need 2",
+            "block_table has 1 columns; the spans need 2",
         ),
-        ({"block_table": np.zeros((1, 2), np.int32)}, r"block_table has the shape \(1, 2\)"),
+        ({"block_table": np.zeros((1, 2), np.int32)}, r"block_table has shape \(1, 2\)"),
         ({"block_table": np.zeros((2, 2), np.int64)}, "block_table is int64; it must be int32"),
         ({"block_table": np.zeros((2, 4), np.int32)[:, ::2]}, "block_table has strides"),
-        ({"kv_cache": np.zeros((3, 1, 32, 32), np.float32)}, "kv_cache has the shape"),
-        ({"kv_cache": np.zeros((3, 2, 32, 64), np.float32)}, "kv_cache has the shape"),
+        ({"kv_cache": np.zeros((3, 1, 32, 32), np.float32)}, "kv_cache has shape"),
+        ({"kv_cache": np.zeros((3, 2, 32, 64), np.float32)}, "kv_cache has shape"),
         ({"kv_cache": np.zeros((3, 1, 32, 64), np.float16)}, "kv_cache is float16"),
         ({"kv_cache": np.zeros((6, 1, 32, 64), np.float32)[::2]}, "kv_cache has strides"),
     ],
@@ -656,13 +672,13 @@ def test_arrays_that_do_not_fit_the_plan_are_refused(
     ("arrays", "reason"),
     [
         ({"key": np.zeros((3, 1, 32))}, "key is float64; it must be float32"),
-        ({"key": np.zeros((2, 1, 32), np.float32)}, r"key has the shape \(2, 1, 32\)"),
-        ({"value": np.zeros((3, 2, 32), np.float32)}, r"value has the shape \(3, 2, 32\)"),
+        ({"key": np.zeros((2, 1, 32), np.float32)}, r"key has shape \(2, 1, 32\)"),
+        ({"value": np.zeros((3, 2, 32), np.float32)}, r"value has shape \(3, 2, 32\)"),
         ({"value": np.zeros((3, 1, 64), np.float32)[:, :, ::2]}, "value has strides"),
         ({"slot_mapping": np.arange(3, dtype=np.int32)}, "slot_mapping is int32"),
         ({"slot_mapping": np.arange(6)[::2]}, "slot_mapping has strides"),
         ({"slot_mapping": np.array([0, 64, 1])}, "slot_mapping holds 64; the cache has 64 slots"),
-        ({"kv_cache": np.zeros((2, 1, 32, 65), np.float32)}, "kv_cache has the shape"),
+        ({"kv_cache": np.zeros((2, 1, 32, 65), np.float32)}, "kv_cache has shape"),
     ],
 )
 def test_keys_and_values_that_do_not_fit_the_cache_are_refused(

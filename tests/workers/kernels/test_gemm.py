@@ -425,7 +425,7 @@ def test_weights_that_bf16_would_round_are_refused_as_bf16() -> None:
     ("rows", "reason"),
     [
         (np.zeros((2, 3)), "weight is float64; it must be float32"),
-        (np.zeros(3, np.float32), r"weight has the shape \(3,\); it must have 2 dimensions"),
+        (np.zeros(3, np.float32), r"weight has shape \(3,\); it must have 2 dimensions"),
         (np.zeros((3, 2), np.float32).T, "weight has strides .* must be contiguous"),
     ],
     ids=["float64", "one dimension", "transposed"],
@@ -441,29 +441,29 @@ def test_an_unknown_format_is_refused() -> None:
 
 
 def test_an_odd_number_of_gate_and_up_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="weight has 3 rows; gate and up need an even number"):
+    with pytest.raises(ValueError, match="weight has 3 rows; gate and up together need"):
         Weight.pack(np.zeros((3, 2), np.float32), gate_up=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_a_weight_without_elements_is_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="weight has the shape"):
+    with pytest.raises(ValueError, match="weight has shape"):
         Weight.pack(np.zeros(shape, np.float32))
 
 
 @pytest.mark.parametrize(
     ("arrays", "reason"),
     [
-        ({"x": random(2, 8)}, r"x has the shape \(2, 8\); its last dimension must be 7"),
-        ({"x": random(7)}, r"x has the shape \(7,\); it must have 2 dimensions"),
+        ({"x": random(2, 8)}, r"x has shape \(2, 8\); its last dimension must be 7"),
+        ({"x": random(7)}, r"x has shape \(7,\); it must have 2 dimensions"),
         ({"x": random(2, 7).astype(np.float64)}, "x is float64; it must be float32"),
         ({"x": random(7, 2).T}, "x has strides .* must be contiguous"),
-        ({"bias": random(16)}, r"bias has the shape \(16,\); its last dimension must be 17"),
-        ({"bias": random(1, 17)}, r"bias has the shape \(1, 17\); it must have 1 dimensions"),
+        ({"bias": random(16)}, r"bias has shape \(16,\); its last dimension must be 17"),
+        ({"bias": random(1, 17)}, r"bias has shape \(1, 17\); it must have 1 dimensions"),
         ({"bias": random(34)[::2]}, "bias has strides .* must be contiguous"),
         ({"bias": random(17).astype(np.float16)}, "bias is float16; it must be float32"),
         ({"out": random(3, 17)}, "out has 3 rows, x has 2"),
-        ({"out": random(2, 16)}, r"out has the shape \(2, 16\); its last dimension must be 17"),
+        ({"out": random(2, 16)}, r"out has shape \(2, 16\); its last dimension must be 17"),
         ({"out": random(17, 2).T}, "out has strides .* must be contiguous"),
         ({"out": random(2, 17).astype(np.float64)}, "out is float64; it must be float32"),
     ],
@@ -487,7 +487,7 @@ def test_adding_to_nothing_is_refused() -> None:
 
 
 def test_adding_a_gated_product_is_refused() -> None:
-    with pytest.raises(ValueError, match="add is not for a gate_up weight"):
+    with pytest.raises(ValueError, match="add does not work with a gate_up weight"):
         linear(
             random(2, 7), packed(34, 7, gate_up=True), out=np.zeros((2, 17), np.float32), add=True
         )

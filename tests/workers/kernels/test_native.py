@@ -43,9 +43,10 @@ def test_a_stale_library_is_refused_with_how_to_build_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int] | None, found: str
 ) -> None:
     monkeypatch.setattr(native, "LIBRARY", library_with(sizes, tmp_path))
+    native._library.cache_clear()
 
     with pytest.raises(ImportError) as refused:
-        native._load()
+        native.kernels()
     assert str(refused.value) == (
         f"the native kernels in {native.LIBRARY} were built from other sources ({found}); build "
         "them with `make install`, or `python -m workers.kernels.build` in a checkout"

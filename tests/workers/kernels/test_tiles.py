@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from workers.kernels import reference
 from workers.kernels.tiles import (
     QUERY_ROWS,
     QueryTiles,
+    SpanCut,
     TileCosts,
     default_costs,
     parse_costs,
@@ -97,21 +100,26 @@ def test_a_large_gemm_has_tasks_for_every_thread(num_rows: int) -> None:
 # ---- Query tiles ----
 
 
-def plan_spans(spans: list[tuple[int, int]], **options: Any) -> QueryTiles:
-    """Plan spans of `(num_queries, context)`."""
-    query_lens = np.array([num_queries for num_queries, _ in spans], np.int32)
-    options = {
+def make_cut(**options: Any) -> SpanCut:
+    defaults: dict[str, Any] = {
         "group": 3,
         "num_kv_heads": 1,
         "kv_chunk": KV_CHUNK,
         "sliding_window": 0,
-        "sees_all": np.zeros(len(spans), np.bool_),
         "num_threads": 1,
         "costs": default_costs(6),
-        **options,
     }
+    return SpanCut(**defaults | options)
+
+
+def plan_spans(
+    spans: list[tuple[int, int]], sees_all: NDArray[np.bool_] | None = None, **options: Any
+) -> QueryTiles:
+    """Plan spans of `(num_queries, context)`."""
+    query_lens = np.array([num_queries for num_queries, _ in spans], np.int32)
     seq_lens = query_lens + np.array([context for _, context in spans], np.int32)
-    return plan_query_tiles(query_lens, seq_lens, **options)
+    sees_all = np.zeros(len(spans), np.bool_) if sees_all is None else sees_all
+    return plan_query_tiles(query_lens, seq_lens, sees_all, make_cut(**options))
 
 
 def chunks_read(tiles: QueryTiles) -> Iterator[tuple[int, int, int, int]]:
@@ -164,6 +172,44 @@ def test_each_token_reads_each_chunk_that_it_sees_once(
 
     assert len(read) == len(set(read))
     assert set(read) >= seen
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    spans=steps,
+    group=st.sampled_from([1, 3, 7, 100]),
+    num_kv_heads=st.sampled_from([1, 3]),
+    window=st.sampled_from([0, 1, 300]),
+    num_threads=st.sampled_from([1, 2, 16]),
+    with_masks=st.booleans(),
+)
+def test_spans_are_cut_as_by_plain_loops(
+    spans: list[tuple[int, int]],
+    group: int,
+    num_kv_heads: int,
+    window: int,
+    num_threads: int,
+    with_masks: bool,
+) -> None:
+    # Two tokens at least: the lengths of spans in a step of single tokens are rounded up first.
+    spans = [*spans, (2, 5)]
+    options = {
+        "group": group,
+        "num_kv_heads": num_kv_heads,
+        "sliding_window": window,
+        "num_threads": num_threads,
+    }
+    sees_all = np.arange(len(spans)) % 2 == with_masks
+    tiles = plan_spans(spans, sees_all, **options)
+    tasks, merges = reference.cut_spans(
+        [num_queries for num_queries, _ in spans],
+        [num_queries + context for num_queries, context in spans],
+        sees_all.tolist(),
+        make_cut(**options),
+    )
+
+    assert tiles.tasks.tolist() == [list(task) for task in tasks]
+    assert tiles.merges.tolist() == [list(merge) for merge in merges]
 
 
 @settings(max_examples=60, deadline=None)

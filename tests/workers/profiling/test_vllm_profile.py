@@ -73,12 +73,13 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
     from vllm.v1.serial_utils import MsgpackDecoder
 
-    from workers.engine.vllm_engine import VllmEngine, encoder
+    from workers.engine.vllm_engine import encoder
+    from workers.profiling.vllm_calibrated_engine import make_engine
 
-    engine = VllmEngine(model, config)
+    engine = make_engine(model, config)
     scheduler: Any = engine._core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
-    cost_model = scheduler.cost_model.to_dict()
+    cost_model = scheduler.planner.cost_model.to_dict()
     before = len(scheduler.requests), pool.num_gpu_blocks, pool.get_num_free_blocks()
     encode, decode = encoder(), MsgpackDecoder(EngineCoreOutputs).decode
     client = StreamAddress("tcp://127.0.0.1:1", b"client")
@@ -205,7 +206,9 @@ def test_a_damaged_file_is_measured_anew_with_a_warning(
 
     assert load_or_measure(key, lambda: brief) == brief
 
-    files = [vars(record)["file"] for record in caplog.records if "is not used" in record.message]
+    files = [
+        vars(record)["file"] for record in caplog.records if "cannot be used" in record.message
+    ]
     assert set(files) == {str(path)}
     assert load_profile(key) == brief
 
@@ -236,7 +239,7 @@ def test_a_cache_folder_that_takes_no_file_costs_the_next_start_a_measurement(
 
     assert load_or_measure(profile_key(model, CONFIG), lambda: PROFILE) == PROFILE
 
-    assert "the next start measures anew" in caplog.text
+    assert "the next start measures again" in caplog.text
 
 
 def test_the_key_changes_with_all_that_changes_the_time_of_a_step(model: str, cache: Path) -> None:

@@ -50,15 +50,15 @@ def load(name: str, folder: Path, config: WorkerConfig) -> Loaded:
     """Write a checkpoint, start an engine on it, and count."""
     import safetensors.torch
 
-    from workers.engine.vllm_engine import VllmEngine
+    from workers.profiling.vllm_calibrated_engine import make_engine
     from workers.profiling.vllm_work import model_work
 
     CONFIGS["moe"] = MOE
     write_checkpoint(name, folder)
-    engine = VllmEngine(str(folder), config)
-    work = model_work(engine._core)
+    engine = make_engine(str(folder), config)
+    work = model_work(engine.core)
     assert engine._planned is not None
-    assert engine._planned.work == work
+    assert engine._planned.planner._work == work
     [file] = folder.glob("*.safetensors")
     tensors = safetensors.torch.load_file(file)
     return Loaded(

@@ -1,4 +1,4 @@
-"""What a draft head learns from: chats, and what the target wrote and had in mind."""
+"""What a draft head learns from: a prompt, the target's answer, and its hidden states."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Message = dict[str, str]
+"""A message of a chat: its `role` and `content`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and what the target wrote after it."""
+    """A prompt and the target's answer."""
 
     num_prompt_tokens: int
     token_ids: NDArray[np.int32]

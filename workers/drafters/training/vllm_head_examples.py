@@ -1,4 +1,4 @@
-"""Lets a target model write, and keeps the states it has meanwhile, for a draft head to learn."""
+"""Lets a target model answer prompts and keeps its hidden states for a draft head to learn."""
 
 from collections.abc import Iterable, Iterator
 from itertools import count, pairwise
@@ -22,18 +22,19 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from workers.drafters.training.example import Example, Message
 
 NUM_SEQS = 32
-
-
+"""Requests at once: enough for large steps; more would only need more KV cache."""
 KV_CACHE_GIB = 2.0
+"""Room for the chats at once, with up to about 1,400 tokens each for the default model, whose KV
+cache takes 46 kB per token; if a larger model lacks room, vLLM preempts."""
 
 
 def generate(
     model: str, prompts: Iterable[list[Message]], max_tokens: int, cpus: int
 ) -> Iterator[Example]:
-    """Let the target in the folder `model` answer prompts, the likeliest token at each step."""
+    """Let the target in the folder `model` answer prompts greedily."""
     config = WorkerConfig(
         cpus=cpus,
-        # Of a prefix from the cache there would be no states.
+        # Tokens taken from the prefix cache would have no states.
         engine=EngineConfig(
             max_num_seqs=NUM_SEQS, kv_cache_gib=KV_CACHE_GIB, enable_prefix_caching=False
         ),
@@ -45,7 +46,7 @@ def generate(
 
     def keep(module: object, args: object, hidden: Tensor) -> None:
         of_layers: Any = get_forward_context().attn_metadata
-        if of_layers is None:  # vLLM only warms up
+        if of_layers is None:  # vLLM is only warming up
             return
         starts = next(iter(of_layers.values())).query_start_loc.tolist()
         of_step = hidden.numpy().astype(np.float16)
@@ -57,7 +58,7 @@ def generate(
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
     waiting = iter(prompts)
     running: dict[str, tuple[str, list[int]]] = {}
-    """By name, the engine's own name and the prompt."""
+    """Per request, the engine's internal id and the prompt."""
     numbers = count()
     while True:
         while len(running) < 2 * NUM_SEQS and (messages := next(waiting, None)):
@@ -76,5 +77,5 @@ def generate(
                 own_name, prompt = running.pop(output.request_id)
                 tokens = np.array(prompt + list(output.outputs[0].token_ids), np.int32)
                 of_request = np.concatenate(states.pop(own_name))
-                # A step made before the end was seen has one state more.
+                # A step scheduled before the end was known leaves one more state.
                 yield Example(len(prompt), tokens, of_request[: len(tokens) - 1])

@@ -1,4 +1,4 @@
-// The C ABI: each function passes its arguments on to the instruction set in use.
+// The C ABI: the functions of the instruction set in use, and what chooses it.
 #include <cstring>
 
 #include "kernels.h"
@@ -22,7 +22,7 @@ extern const xy::Kernels kernels;
 
 namespace {
 
-// The instruction sets that this CPU has, the best one first.
+// The instruction sets that this CPU has, best first.
 const xy::Kernels* const* available() {
   static const xy::Kernels* found[4] = {};
   if (found[0] == nullptr) {
@@ -45,15 +45,15 @@ const xy::Kernels* in_use = available()[0];
 
 }  // namespace
 
-// The name of the index-th instruction set this CPU has, the best one first; null past the last.
+// Name of the index-th instruction set that this CPU has, best first; null past the last.
 XY_EXPORT const char* xy_available_isa(int32_t index) {
   for (int i = 0; i < index; ++i)
     if (available()[i] == nullptr) return nullptr;
   return available()[index] ? available()[index]->isa : nullptr;
 }
 
-// Use this instruction set from now on: weights packed before belong to the one before. Returns
-// whether this CPU has it.
+// Switch to an instruction set; weights packed before belong to the previous one. Returns whether
+// this CPU has it.
 XY_EXPORT int32_t xy_use_isa(const char* name) {
   for (auto isa = available(); *isa; ++isa)
     if (std::strcmp((*isa)->isa, name) == 0) {

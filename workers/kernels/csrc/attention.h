@@ -1,21 +1,22 @@
 // The attention meta-kernel: matmul, softmax, matmul over one query tile and a range of keys, for
 // prefill, decode and verify spans alike, over the paged KV cache.
 //
-// Keys are taken in chunks that begin at multiples of kKvChunk. A chunk's result (largest score,
-// sum of weights, weighted values) is computed by itself and merged with those before it in order,
-// on one thread or on several: neither the task split nor the rest of the batch changes a bit.
+// Keys are processed in chunks that begin at multiples of kKvChunk. A chunk's result (largest
+// score, sum of weights, weighted values) is computed by itself and merged into the earlier ones in
+// order, on one thread or several: neither the task split nor the rest of the batch changes a bit.
 #pragma once
 
 #include "gemm.h"
 
 namespace XY_ISA {
 
-// Keys of one chunk. Blocks may be of any size: a chunk is taken block by block.
+// Keys of one chunk, which is processed block by block, whatever the block size. Larger chunks have
+// fewer merges; smaller ones keep their scores in the cache and can be split over more threads.
 constexpr int kKvChunk = 256;
 
-// ---- The KV cache: of each block and KV head, block_size keys, then block_size values. Keys lie
-// in panels of kPanel tokens, dimension by dimension; values in panels of kPanel dimensions, token
-// by token. So both products read their right operand as the GEMM reads its weights. ----
+// ---- The KV cache: per block and KV head, block_size keys, then block_size values. Keys are
+// stored in panels of kPanel tokens, dimension by dimension; values in panels of kPanel dimensions,
+// token by token. So both products read their right operand as the GEMM reads its weights. ----
 
 XY_INLINE float* keys_at(const AttentionShape& s, float* cache, int block, int head) {
   return cache + block * s.block_stride + head * s.head_stride;
@@ -73,11 +74,11 @@ struct Attention {
   float* partials;
 
   int group() const { return shape.num_heads / shape.num_kv_heads; }
-  // Of one partial result: per row its largest score, its sum of weights, its weighted values.
+  // Size of one partial result: per row its largest score, sum of weights and weighted values.
   int64_t partial_floats() const { return int64_t{plan.max_rows} * (2 + shape.head_size); }
 };
 
-// Largest scores, sums and weighted values of `rows` rows, one array after the other.
+// Largest scores, sums of weights and weighted values of `rows` rows, one array after the other.
 struct Result {
   float *largest, *sum, *values;
   Result(float* memory, int rows)
@@ -95,7 +96,7 @@ struct QueryTile {
     const bool masked = a.plan.mask_start && a.plan.mask_start[span] >= 0;
     return masked ? a.plan.masks + a.plan.mask_start[span] : nullptr;
   }
-  // The keys that the token may see, apart from a mask.
+  // The range of keys that the token may see; a mask may narrow it.
   int first_key(int token) const {
     const int window = a.shape.sliding_window;
     return window ? max(0, context() + token + 1 - window) : 0;
@@ -131,7 +132,7 @@ XY_INLINE Vec capped(Vec score, float cap) {
   return cap - 2 * cap / (exp(score * (2 / cap)) + 1.0f);
 }
 
-// Turn a row's scores [begin, end) into weights; those of keys it may not see become 0.
+// Turn a row's scores [begin, end) into weights; keys that it may not see get 0.
 XY_INLINE void softmax(const QueryTile& tile, int row, int chunk_key, int begin, int end,
                        float* scores, float* largest_score, float* weights_sum) {
   const int token = tile.token_of(row);
@@ -193,15 +194,15 @@ XY_INLINE void write_out(const QueryTile& tile, Result result) {
   }
 }
 
-// The result of one chunk, whose keys [begin, end) some row of the tile sees.
+// The result of one chunk. At least one row of the tile sees keys in [begin, end).
 XY_INLINE void attend_chunk(const QueryTile& tile, const float* query, const int32_t* heights,
                             int num_heights, int chunk_key, int begin, int end, float* scores,
                             Result result) {
   const AttentionShape& s = tile.a.shape;
   const int size = s.head_size, block_size = s.block_size;
   begin = begin / kPanel * kPanel;
-  // Panels stay in the first-level cache while every row tile passes over them; one tile alone may
-  // take several at a time.
+  // Panels stay in the first-level cache while every row tile passes over them; a single row tile
+  // may take several at once.
   const int together = num_heights == 1 ? 4 : 1;
   for (int key = begin; key < end;) {  // block by block
     const int in_block = (chunk_key + key) % block_size;
@@ -274,7 +275,7 @@ void merge_task(void* context, int index) {
   write_out(tile, total);
 }
 
-// The caller gives the memory for the plan's partial results, partial_floats() each.
+// The caller provides memory for the plan's partial results, partial_floats() each.
 XY_INLINE void attend_all(Attention& a) {
   parallel(a.plan.num_tasks, attend_task, &a);
   parallel(a.plan.num_merges, merge_task, &a);

@@ -1,5 +1,4 @@
-// How weights lie in memory, and how a panel's row of kPanel weights is read as two vectors of
-// floats.
+// How weights are stored, and how a panel's row of kPanel weights is read as two vectors of floats.
 #pragma once
 
 #include "kernels.h"
@@ -9,10 +8,10 @@ namespace XY_ISA {
 
 using namespace xy;
 
-// Rows of the tallest tile: with two vectors a row it fills the registers.
+// Rows of the tallest tile: with two vectors per row it fills the registers.
 constexpr int kMaxHeight = kLanes == 16 ? 12 : 6;
 
-// The columns of one panel before packing: zero past k and for output features there are none of.
+// The columns of one panel before packing; zero past k and past the last output feature.
 struct Columns {
   const float* data;  // [kPanel][depth]
   int k, depth;
@@ -23,9 +22,9 @@ XY_INLINE int quantum(float x, int low, int high) {
   return max(low, min(high, static_cast<int>(__builtin_rintf(x))));
 }
 
-// A format packs groups of kGroup input features, and reads one input feature after the other. It
-// names the largest tile that has registers left for it: for more than kTallest rows a panel is
-// expanded to floats first.
+// A format packs groups of kGroup input features and reads one input feature after the other.
+// kTallest is the tallest tile that leaves it enough registers: for more rows, panels are expanded
+// to floats first. kMostPanels is the max panels that a tile takes at once.
 struct Fp32 {
   static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel * 4; }
@@ -42,8 +41,8 @@ struct Fp32 {
   }
 };
 
-// Each 32-bit lane holds two columns: its lower half one of the first vector's, its upper half one
-// of the second's. Both become floats by one exact operation.
+// Each 32-bit lane holds two columns: the lower half is of the first vector, the upper half of the
+// second. One exact operation turns each into a float.
 struct Bf16 {
   static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel * 2; }
@@ -62,7 +61,7 @@ struct Bf16 {
   }
 };
 
-// The scales, one for each column, are applied to the sums.
+// The scales, one per column, are applied to the sums.
 struct Int8 {
   static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel; }
@@ -83,9 +82,9 @@ struct Int8 {
   }
 };
 
-// Per group: bf16 scales, bf16 minima, then the quanta, two to a byte. The value quantum * scale +
-// minimum is rounded once, by the fused multiply-add. The upper quantum of a byte stays where it
-// is, sixteen times its value, against a sixteenth of the scale: both exact.
+// Per group: bf16 scales, bf16 minima, then the quanta, two per byte. The value quantum * scale +
+// minimum is rounded once, by the fused multiply-add. The upper quantum of a byte is not shifted
+// down: it counts sixteen times its value, and its scale a sixteenth. Both are exact.
 struct Int4 {
   static constexpr int kTallest = kMaxHeight - 2, kMostPanels = 2;
   static constexpr int64_t bytes(int64_t k) {
@@ -141,7 +140,7 @@ XY_INLINE auto with_format(int32_t format, Function&& function) {
   }
 }
 
-// Expand `depth` input features of a panel to floats, exactly as a tile would read them.
+// Expand `depth` input features of a panel to exactly the floats that a tile would read.
 template <class Format>
 void expand(const char* panel, int depth, float* to) {
   Format weights;

@@ -17,7 +17,7 @@ struct Forward {
   int qkv_size() const { return q_size() + 2 * kv_size(); }
 };
 
-// Rotary embedding of one head, NeoX style: element i turns with element i + rotary_dim / 2
+// Rotary embedding of one head, NeoX style: rotates elements i and i + rotary_dim / 2 as a pair
 // (J. Su et al., 2021). `cos_sin` is the row of the token's position.
 XY_INLINE void rotate(float* x, const float* cos_sin, int rotary_dim) {
   const int half = rotary_dim / 2;
@@ -40,7 +40,7 @@ XY_INLINE void normalize(float* x, int size, Norm norm) {
   for (int i = 0; i < size; ++i) x[i] = x[i] * factor * norm.weight[i];
 }
 
-// Norm and rotation of one token's queries and keys, then its keys and values into the cache.
+// Norm and rotate one token's queries and keys, then write its keys and values to the cache.
 void prepare_token(void* context, int token) {
   const auto& f = *static_cast<Forward*>(context);
   const AttentionShape& s = f.model.attention;

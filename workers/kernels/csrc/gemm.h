@@ -1,8 +1,8 @@
 // The virtual-padding GEMM: y[m, n] = sum over k of x[m, k] w[n, k].
 //
-// Every output element is one chain of fused multiply-adds per chunk of k, and the chunks' sums are
-// added in ascending order. Neither depends on the tile an element falls in, so a row has the same
-// bits whatever rows are computed beside it.
+// An output element is one chain of fused multiply-adds per chunk of k, and the chunks' sums are
+// added in ascending order. Neither depends on the tile that computes it, so a row has the same
+// bits whatever other rows are in the batch.
 #pragma once
 
 #include <type_traits>
@@ -12,22 +12,22 @@
 
 namespace XY_ISA {
 
-// Most input features whose products are summed before they join the result. A panel's chunk stays
-// in the first-level cache while every row tile passes over it.
+// Max input features of one chunk: in bf16 a panel's chunk (40 KiB with 512-bit vectors, 20 KiB
+// with 256-bit ones) stays in the first-level cache while every row tile passes over it.
 constexpr int kMaxChunk = 640;
 
-// Input features of one chunk: k in as few equal parts as may be.
+// Input features of one chunk: k is split into as few equal parts as possible.
 XY_INLINE int chunk_of(int k) {
   const int parts = (k + kMaxChunk - 1) / kMaxChunk;
   return round_up((k + parts - 1) / parts, kGroup);
 }
 
-// Panels that a task reads side by side while it has one row tile only.
+// Panels that a task with a single row tile reads concurrently.
 constexpr int kStreams = 4;
 
 // ---- The left operand: rows of one tile side by side. ----
 
-// Of RMSNorm (B. Zhang and R. Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight.
+// RMSNorm (B. Zhang and R. Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight.
 struct Norm {
   const float* weight;
   float eps;
@@ -44,7 +44,7 @@ XY_INLINE float inverse_rms(const float* x, int size, float eps) {
 
 // v[i][j] becomes v[j][i].
 XY_INLINE void transpose(Vec (&v)[kLanes]) {
-  IVec low, high;  // of two vectors: their first halves interleaved, and their second halves
+  IVec low, high;  // interleave the first halves of two vectors, and their second halves
   for (int i = 0; i < kLanes; ++i) {
     low[i] = i / 2 + i % 2 * kLanes;
     high[i] = low[i] + kLanes / 2;
@@ -69,7 +69,7 @@ XY_INLINE void pack_rows(const float* rows, int64_t stride, int height, int k, i
   float factor[kRows];
   for (int i = 0; norm && i < kRows; ++i) factor[i] = inverse_rms(rows + i * stride, k, norm->eps);
   int j = 0;
-  // A store of a whole vector reaches into what comes next, so the end of the tile is left out.
+  // A store of a whole vector may reach past its row, so the end of the tile is written singly.
   for (; kRows > 1 && j + kLanes < k; j += kLanes) {
     Vec v[kGroups][kLanes] = {};
 #pragma GCC unroll 16
@@ -107,7 +107,7 @@ struct Product {
   const int* starts;  // first row of each tile
 };
 
-// What one half of a panel adds to its sums, once k is done.
+// Scale and bias of one half of a panel, applied when the sums over k are complete.
 struct Affine {
   Vec scale, bias;
   bool scaled;
@@ -125,7 +125,7 @@ struct Affine {
   }
 };
 
-// Finish one panel's sums (two panels' if they are multiplied), and write the columns that exist.
+// Finish the sums of one panel (of two if they are multiplied) and write the columns that exist.
 template <int32_t kEpilogue>
 void finish(const Product& p, const float* sums, int64_t sums_stride, int first_row, int num_rows,
             int panel) {
@@ -191,11 +191,11 @@ class Block {
   }
 
  private:
-  // A panel that several tiles read is expanded once, if expanding takes more than a shift.
+  // A panel that several tiles read is expanded once, unless expanding is only a shift.
   static constexpr bool kExpand = !__is_same(Format, Fp32) && !__is_same(Format, Bf16);
 
-  // Each panel is read once. What is read next is fetched meanwhile: the prefetcher of the machine
-  // needs some lines of each short stream before it follows.
+  // Each panel is read once. The tile fetches what is read next: the hardware prefetcher would need
+  // several lines of each short stream before it follows.
   void one_tile() {
     const int step = max<int64_t>(1, kLine * kGroup / Format::bytes(kGroup));
     for (int panel = first_panel_; panel < end_panel_; panel += kStreams)
@@ -208,7 +208,7 @@ class Block {
       }
   }
 
-  // While the tiles use a panel the next one comes, each tile fetching its part of the lines.
+  // While the tiles use a panel they fetch the next one, each tile a part of its lines.
   void many_tiles() {
     for (int k = 0; k < depth_; k += chunk_) {
       const int chunk = min(chunk_, depth_ - k);
@@ -246,11 +246,11 @@ class Block {
 
   const Product& p_;
   const int depth_, chunk_, first_tile_, end_tile_, first_panel_, end_panel_, num_rows_;
-  const int64_t width_, panel_bytes_;  // of a row of sums in floats, of a panel
+  const int64_t width_, panel_bytes_;  // floats in a row of sums, bytes of a panel
   float *const sums_, *const expanded_;
 };
 
-// Memory that `product` needs for the left operand, in floats.
+// Memory for the packed left operand, in floats.
 XY_INLINE int64_t packed_floats(int num_rows, int k) {
   return int64_t{num_rows} * round_up(k, kGroup);
 }
@@ -272,7 +272,7 @@ XY_INLINE void multiply_all(Product& p, int* starts) {
       &p);
   const int row_blocks = (plan.num_tiles + plan.row_block - 1) / plan.row_block;
   const int panel_blocks = (num_panels(p.weight) + plan.panel_block - 1) / plan.panel_block;
-  // Row blocks of one panel block follow each other, while its weights are still in a cache.
+  // The row blocks of a panel block follow each other, while its weights are still in a cache.
   parallel(
       row_blocks * panel_blocks,
       [](void* context, int task) {

@@ -1,4 +1,4 @@
-// All kernels for one instruction set: compiled once for each, with XY_ISA as its name.
+// All kernels for one instruction set: compiled once per instruction set, named by XY_ISA.
 #include "forward.h"
 
 #define XY_TEXT(name) #name

@@ -9,7 +9,7 @@ namespace xy {
 
 enum Format : int32_t { kFp32, kBf16, kInt8, kInt4 };
 
-// Input features that share one scale and minimum in int4; packed rows are a multiple of it long.
+// Input features that share a scale and minimum in int4; rows are padded to a multiple of it.
 constexpr int kGroup = 32;
 
 // A matrix [n, k] packed into panels of output features, each panel input feature by input feature.
@@ -17,41 +17,41 @@ struct Weight {
   int32_t n, k;
   int32_t format;
   int32_t gated;        // panels alternate between the first n/2 rows (gate) and the rest (up)
-  void* panels;         // as `packed_bytes` says; owned by the caller
+  void* panels;         // `packed_bytes` long; owned by the caller
   const float* scales;  // [panel columns], int8 only
 };
 
-// How a GEMM over `num_rows` rows is cut. Rows are cut into tiles, each of one of the heights the
-// kernel has; a task is `row_block` tiles by `panel_block` panels.
+// How a GEMM over `num_rows` rows is cut: rows into tiles of heights that the kernel has, and the
+// product into tasks of `row_block` tiles by `panel_block` panels.
 struct GemmPlan {
   int32_t num_rows;
   int32_t num_tiles;
-  const int32_t* heights;  // [num_tiles], their sum is num_rows
+  const int32_t* heights;  // [num_tiles], adding up to num_rows
   int32_t row_block, panel_block;
 };
 
 enum Epilogue : int32_t {
   kStore,    // y = x w + b
   kAdd,      // y += x w + b
-  kSiluMul,  // y = silu(gate) * up, the two halves of x w + b, half as wide; of a gated weight only
+  kSiluMul,  // y = silu(gate) * up, the two halves of x w + b; gated weights only
 };
 
 struct AttentionShape {
   int32_t num_heads, num_kv_heads, head_size, block_size;
-  float scale, soft_cap;              // no cap if 0
-  int32_t sliding_window;             // keys each query sees, itself included; all if 0
-  int64_t block_stride, head_stride;  // of the KV cache, in floats
+  float scale, soft_cap;              // soft_cap 0: no cap
+  int32_t sliding_window;             // keys that a query sees, its own included; 0: all
+  int64_t block_stride, head_stride;  // in the KV cache, in floats
 };
 
 // One query tile of one KV head over a range of KV chunks.
 struct AttentionTask {
   int32_t span, first_token, num_tokens, kv_head;
   int32_t first_chunk, end_chunk;
-  int32_t partial;               // where the chunks' partial results go; none if -1
-  int32_t heights, num_heights;  // the row tiles, in AttentionPlan::heights
+  int32_t partial;               // where the chunks' partial results go; -1: not split
+  int32_t heights, num_heights;  // row tiles, in AttentionPlan::heights
 };
 
-// The partial results of one query tile, to be merged in the order of their chunks.
+// Partial results of one query tile, to be merged in the order of their chunks.
 struct MergeTask {
   int32_t span, first_token, num_tokens, kv_head;
   int32_t partial, num_partials;
@@ -59,17 +59,17 @@ struct MergeTask {
 
 struct AttentionPlan {
   int32_t num_spans, num_tasks, num_merges, num_partials;
-  int32_t max_rows;                // of a query tile: its tokens times query heads per KV head
+  int32_t max_rows;  // of the largest query tile: tokens times query heads per KV head
   const int32_t* query_start_loc;  // [num_spans + 1]
   const int32_t* seq_lens;         // [num_spans]
-  const int32_t* mask_start;       // [num_spans] offset into masks, or -1: causal; null: all causal
-  const uint8_t* masks;            // square [query_len, query_len] each: 1 where a key is seen
+  const int32_t* mask_start;       // [num_spans] offset into masks, -1: causal; null: all causal
+  const uint8_t* masks;            // per masked span [query_len, query_len]: 1 where a key is seen
   const int32_t* heights;
   const AttentionTask* tasks;
   const MergeTask* merges;
 };
 
-// Everything that attention reads and writes beside the plan.
+// What attention reads and writes besides the plan.
 struct AttentionData {
   const float* query;  // [num_tokens, num_heads, head_size], rows query_stride apart
   int64_t query_stride;
@@ -82,9 +82,9 @@ struct AttentionData {
 
 struct Layer {
   const float *input_norm, *post_attention_norm;
-  const float *q_norm, *k_norm;  // null where the model has none
+  const float *q_norm, *k_norm;  // null if the model has none
   const Weight *qkv, *o, *gate_up, *down;
-  const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;  // null where there is none
+  const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;  // null if there is none
   float* kv_cache;
 };
 
@@ -106,14 +106,14 @@ struct Step {
   int64_t block_table_stride;
   const AttentionPlan* attention;
   GemmPlan qkv, o, gate_up, down;
-  float* hidden;  // [num_tokens, hidden_size]: embeddings in, normed states out
+  float* hidden;  // [num_tokens, hidden_size]: embeddings in, normed final states out
 };
 
 struct Kernels {
   const char* isa;
   int32_t lanes, max_height, kv_chunk;
   int64_t (*packed_bytes)(int32_t n, int32_t k, int32_t format, int32_t gated);
-  // Fill weight->panels (and scales) from rows [n, k].
+  // Fills weight->panels, and scales for int8, from rows [n, k].
   void (*pack)(const Weight* weight, const float* rows, float* scales);
   void (*unpack)(const Weight* weight, float* rows);
   void (*linear)(const Weight* weight, const GemmPlan* plan, const float* x, int64_t x_stride,

@@ -12,7 +12,7 @@ XY_INLINE int num_panels(const Weight& w) {
   return w.gated ? 2 * panels_of(w.n / 2) : panels_of(w.n);
 }
 
-// The rows a panel holds: the first, and how many; the rest of the panel is zero.
+// The rows of the weight that a panel holds; the rest of the panel is zero.
 struct PanelRows {
   int first, count;
 };

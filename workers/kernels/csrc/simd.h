@@ -1,8 +1,8 @@
 // Vectors of floats as wide as the instruction set of this translation unit.
 //
-// The sources that include this header are compiled once per instruction set, each time into a
+// Sources that include this header are compiled once per instruction set, each time into a
 // namespace of that name (XY_ISA). They use no templates of the standard library: the linker keeps
-// one copy of such a template, and it might be the one with instructions this CPU lacks.
+// one copy of such a template, which might be the one with instructions that this CPU lacks.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;  // SSE2, NEON
 #endif
 
-// Columns of one panel: a tile's row is two vectors.
+// Columns of one panel: a row of a tile is two vectors.
 constexpr int kPanel = 2 * kLanes;
 
 using Vec = float __attribute__((vector_size(kLanes * 4)));
@@ -61,7 +61,7 @@ XY_INLINE Vec splat(float x) { return x - Vec{}; }
 
 XY_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
-// kLanes bytes as integers. GCC splits the conversion from half a register into single bytes.
+// kLanes bytes as integers. By itself GCC would convert half a register byte by byte.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 XY_INLINE IVec widen_int8(const void* from) {
   return (IVec)_mm256_cvtepi8_epi32(_mm_loadu_si64(from));
@@ -80,7 +80,7 @@ XY_INLINE IVec widen_uint8(const void* from) {
 }
 #endif
 
-// Sums and maxima go over the lanes in one fixed order.
+// Sums and maxima take the lanes in one fixed order.
 XY_INLINE float sum(Vec v) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
@@ -97,7 +97,7 @@ XY_INLINE float largest(Vec v) {
 // longer be a normal number. The polynomial is that of Cephes' expf (S. Moshier, public domain).
 XY_INLINE Vec exp(Vec x) {
   const Vec top = splat(88.37f), bottom = splat(-87.33f);
-  const Vec clamped = vmax(bottom, x > top ? top : x);  // this order keeps a NaN
+  const Vec clamped = vmax(bottom, x > top ? top : x);  // in this order a NaN stays NaN
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec n = (clamped * 1.44269504f + shift) - shift;
   const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;

@@ -14,15 +14,15 @@
 namespace xy {
 namespace {
 
-// How long to look for work before sleeping: longer than the pauses between the phases of a forward
-// pass, shorter than what a thread waiting for this core would notice.
+// Turns of looking for work before sleeping: longer than the pauses between the phases of a forward
+// pass, too short to be noticed by a thread that waits for this core.
 constexpr int kSpins = 1000;
 
 using Clock = std::chrono::steady_clock;
 
-// A helper is late when the caller waits for it longer than this and than some tasks take:
-// something else runs on its core. The caller then does without helpers for kPause times as long as
-// it waited.
+// A helper is late when the caller waits for it longer than kLate and than kTasksLate tasks take:
+// something else runs on its core. The caller then works alone for kPause times as long as it
+// waited, which bounds what late helpers can cost to about a ninth of the time.
 constexpr auto kLate = std::chrono::microseconds(200);
 constexpr int kTasksLate = 4, kPause = 8;
 
@@ -44,7 +44,7 @@ class Pool {
     if (start < pause_end_) return run_alone(num_tasks, task, context);
     task_ = task, context_ = context, num_tasks_ = num_tasks;
     unfinished_.store(num_tasks, std::memory_order_relaxed);
-    // The store of the ticket publishes what is above.
+    // This release store publishes the fields set above.
     waiting_.store(static_cast<uint32_t>(num_tasks), std::memory_order_release);
     epoch_.fetch_add(1, std::memory_order_seq_cst);
     epoch_.notify_all();
@@ -54,7 +54,7 @@ class Pool {
       relax();
     }
     const auto waiting_since = Clock::now();
-    // Asleep, the caller leaves its core to a helper that has a task and no core.
+    // A sleeping caller leaves its core to a helper that has a task but no core.
     for (int left; (left = unfinished_.load(std::memory_order_acquire)) != 0;)
       unfinished_.wait(left, std::memory_order_acquire);
     const auto end = Clock::now();
@@ -75,11 +75,11 @@ class Pool {
 
   int size() const { return static_cast<int>(helpers_.size()) + 1; }
 
-  // A forked child has none of the threads, and must neither join nor wait for them.
+  // A forked child has none of the threads and must neither join nor wait for them.
   void forget() {
     for (auto& helper : helpers_) helper.detach();
     helpers_.clear();
-    waiting_.store(0);  // of the parent's phase, if the fork came in the middle of one
+    waiting_.store(0);  // tasks of the parent, if the fork came in the middle of a phase
     new (&busy_) std::mutex;
   }
 
@@ -88,8 +88,8 @@ class Pool {
     for (int i = 0; i < num_tasks; ++i) task(context, i);
   }
 
-  // Take tasks until none is left, and count them. While one is left its phase is not over, so what
-  // `run` published with it stands: it may be read after the task is taken.
+  // Take tasks until none is left, and count them. While a task is unfinished its phase is not
+  // over, so the fields that `run` published still hold and may be read after the task is taken.
   int work() {
     int done = 0;
     uint32_t waiting = waiting_.load(std::memory_order_acquire);
@@ -120,9 +120,9 @@ class Pool {
   Task task_ = nullptr;
   void* context_ = nullptr;
   int num_tasks_ = 0;
-  Clock::time_point pause_end_;                    // until then the caller works alone
-  alignas(64) std::atomic<uint32_t> waiting_ = 0;  // tasks that nobody has taken
-  alignas(64) std::atomic<int> unfinished_ = 0;    // tasks that are not done
+  Clock::time_point pause_end_;                    // the caller works alone until then
+  alignas(64) std::atomic<uint32_t> waiting_ = 0;  // tasks that no thread has taken
+  alignas(64) std::atomic<int> unfinished_ = 0;    // tasks that are not finished
   alignas(64) std::atomic<int> epoch_ = 0;         // what idle helpers watch
   std::atomic<bool> stop_ = false;
 };
@@ -146,7 +146,7 @@ class Buffer {
       std::free(data_);
       size_ = (num_floats + 1023) / 1024 * 1024;
       data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
-      if (data_ == nullptr) std::abort();  // nothing above could go on without it
+      if (data_ == nullptr) std::abort();  // no caller could go on without it
     }
     return data_;
   }

@@ -5,7 +5,7 @@
 
 namespace XY_ISA {
 
-// The left operand of a tile: rows side by side for each k (packed), or each row by itself.
+// The left operand of a tile: rows interleaved for each k (packed), or one row after the other.
 struct PackedRows {
   const float* data;
   template <int kRows>
@@ -23,8 +23,8 @@ struct StridedRows {
   }
 };
 
-// What a tile fetches into the second-level cache while it multiplies: a line at k and at each
-// `step` input features from there, of each of its panels.
+// What a tile fetches into the second-level cache while it multiplies: of each of its panels a line
+// at input feature k, and another one every `step` input features.
 constexpr int kLine = 64;
 
 struct Fetch {
@@ -77,8 +77,8 @@ void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, Fetch f
       }
 }
 
-// Panels that a tile of this height takes at once: enough sums in flight to cover the latency of a
-// multiply-add, as far as the registers reach.
+// Panels that a tile of this height takes at once: enough sums in flight to hide the latency of a
+// multiply-add, as far as the registers suffice.
 constexpr int panels_at_once(int height) { return height == 1 ? 4 : height == 2 ? 2 : 1; }
 
 template <class Format, int kRows, class Rows>

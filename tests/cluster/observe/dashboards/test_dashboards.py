@@ -238,7 +238,7 @@ START = "xyserve_start_time_seconds{application='a',deployment='%s',replica='%s'
 class Story:
     """Series as promtool writes them, one value each 15 s: start, step and number of steps."""
 
-    told: str
+    title: str
     series: dict[str, str]
     minute: int
     fires: str | None = None
@@ -258,7 +258,7 @@ STORIES = [
     Story("a worker is silent", {AGE % "v": "1x80", AGE % "w": "1x9 1+15x70"}, 8, "WorkerSilent"),
     Story("all report", {AGE % "v": "1x80", AGE % "w": "2x80", START % ("Worker", "v"): "9x80"}, 9),
     Story("no reports come", {AGE % "v": "20x80", AGE % "w": "25x80"}, 5, "SchedulerBlind"),
-    Story("nothing tells of them", {START % ("Worker", "w"): "1000x80"}, 5, "SchedulerBlind"),
+    Story("nothing reports them", {START % ("Worker", "w"): "1000x80"}, 5, "SchedulerBlind"),
     Story("the first collapse", {COLLAPSES: "_x20 1x40"}, 6, "DraftsCollapsed"),
     Story("one more collapse", {COLLAPSES: "1x60 2x60"}, 18, "DraftsCollapsed"),
     Story("a collapse long ago", {COLLAPSES: "_x20 1x80"}, 20),
@@ -294,7 +294,7 @@ def test_every_alert_fires_in_some_story() -> None:
     assert {f"XYServe{name}" for name in fired} == {alert.name for alert in ALERTS}
 
 
-@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.told)
+@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.title)
 def test_an_alert_fires_when_it_should_and_alone(story: Story, tmp_path: Path) -> None:
     expected = [{"labels": f'{{alertname="XYServe{story.fires}"}}', "value": 1}]
     test = {

@@ -189,20 +189,23 @@ def test_something_else_at_the_address_is_not_taken_for_prometheus() -> None:
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
 
-    with Prometheus(address) as prometheus, pytest.raises(PrometheusFailed, match="no Prometheus"):
+    with (
+        Prometheus(address) as prometheus,
+        pytest.raises(PrometheusFailed, match="not a Prometheus"),
+    ):
         prometheus.query("up")
 
     thread.join()
     server.server_close()
 
 
-def test_what_prometheus_does_not_understand_is_told(server: Prometheus) -> None:
+def test_what_prometheus_does_not_understand_is_reported(server: Prometheus) -> None:
     with pytest.raises(PrometheusFailed, match=r"parse error.*: rate\("):
         server.query("rate(")
 
 
 def test_variables_of_grafana_stand_for_all(server: Prometheus, period: Period) -> None:
-    # `up` would do, but for a scrape that takes too long on a busy machine.
+    # `up` would do, except for a scrape that takes too long on a busy machine.
     constant = 'xyserve_start_time_seconds{application=~"$app",deployment="Ingress"}'
 
     (line,) = server.query(f"sum(rate({constant}[$__rate_interval]))", "10s")

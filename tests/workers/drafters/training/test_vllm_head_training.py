@@ -7,16 +7,11 @@ import torch
 
 from tests.workers.tiny_models import write_checkpoint
 from workers.drafters.draft_head import EMBEDDING, DraftHead, read_config, read_tensor
+from workers.drafters.training.config import HeadTraining, head_config
 from workers.drafters.training.example import Example
-from workers.drafters.training.vllm_head_training import (
-    PROMPT_WEIGHT,
-    Corpus,
-    HeadTraining,
-    Trainer,
-    fit,
-    head_config,
-    read_prompts,
-)
+from workers.drafters.training.vllm_head_corpus import PROMPT_WEIGHT, Corpus
+from workers.drafters.training.vllm_head_trainer import Trainer
+from workers.drafters.training.vllm_head_training import fit, read_prompts
 
 WINDOW = 16
 NUM_GUESSED = 200

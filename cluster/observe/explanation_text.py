@@ -1,61 +1,23 @@
-"""What happened to a request, told so that a person can tell why it took as long as it did."""
+"""What happened to a request, in words that say why it took as long as it did."""
 
 import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from rich.table import Table
 
+from cluster.observe.explanation import AttemptTrace, Explanation
 from cluster.observe.phases import Phase, phases
 from cluster.observe.request_history import Attempt, Refusal, RequestRecord
-from scheduler.placement import Placement, PlacementReason, WorkerLoad
+from scheduler.placement import Placement, WorkerLoad
 from scheduler.task import Reason, Stage
 from workers.step_history import RequestStep
 
-WAITS = {
-    Reason.TIME: "the step was as long as others' targets allow",
-    Reason.TOKENS: "the step had all the tokens it may have",
-    Reason.SEATS: "as many requests ran as may (max_num_seqs)",
-    Reason.KV: "the KV cache had no room",
-    Reason.TPOT: "with it, those that run would miss their time per token",
-    Reason.OVERDUE: "its target was missed already; others could still meet theirs",
-    Reason.BEHIND: "one before it in the queue had to go first",
-    Reason.PREEMPTED: "its KV cache was taken for others",
-}
 
-CHOICES = {
-    PlacementReason.ONLY: "no other worker took new requests",
-    PlacementReason.OTHERS_SILENT: "the others had not reported for long",
-    PlacementReason.MIN_TOKENS: "it had the least to do",
-    PlacementReason.FEWEST_REQUESTS: "as little to do as the next one, in fewer requests",
-    PlacementReason.TIE: "as good as the next one",
-    PlacementReason.ALL_SILENT: "none had reported for long, and it had the least to do",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptTrace:
-    """What is known of one attempt at a request."""
-
-    placement: Placement | None
-    """None if the GlobalScheduler has forgotten it, or has restarted."""
-    steps: dict[str, list[RequestStep]]
-    """By worker; of the one it ran on, unless that has died."""
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """A request and the trail of each of its attempts."""
-
-    record: RequestRecord
-    attempt_traces: list[AttemptTrace]
-
-
-def tell_refusal(refusal: Refusal) -> list[str]:
-    """What became of a call that came to nothing, in sentences."""
-    whose = "the client's error" if refusal.outcome == "invalid" else "no fault of the client"
+def describe_refusal(refusal: Refusal) -> list[str]:
+    """A call that was refused, in sentences."""
+    whose = "the client's error" if refusal.outcome == "invalid" else "not the client's error"
     return [
         f"{refusal.call_id} was refused at {_clock(refusal.refused_s)} with status "
         f"{refusal.status} ({whose}); no worker was asked.",
@@ -63,24 +25,24 @@ def tell_refusal(refusal: Refusal) -> list[str]:
     ]
 
 
-def tell(explanation: Explanation) -> list[str]:
-    """What became of a request, in sentences: its ends first, then attempt by attempt."""
+def describe(explanation: Explanation) -> list[str]:
+    """What happened to a request, in sentences: a summary, then each attempt."""
     record = explanation.record
     lines = [_headline(record), _targets(record)]
-    for number, (attempt, trail) in enumerate(
+    for number, (attempt, trace) in enumerate(
         zip(record.attempts, explanation.attempt_traces, strict=True), start=1
     ):
         if len(record.attempts) > 1:
             lines.append(f"Attempt {number} of {len(record.attempts)}:")
-        lines += _attempt(record, attempt, trail, is_first=number == 1)
+        lines += _attempt(record, attempt, trace, is_first=number == 1)
     if record.error:
         lines.append(f"It failed: {record.error}")
     return lines
 
 
 def steps_table(steps: Sequence[RequestStep], arrived_s: float, each: bool = False) -> Table:
-    """A row for each step, or (unless `each`) for each run of alike ones."""
-    table = Table("after", "steps", "what", "tokens", "new", "beside", "predicted", "measured")
+    """A table with a row for each step, or (unless `each`) for each run of alike steps."""
+    table = Table("after", "steps", "what", "tokens", "new", "others", "predicted", "measured")
     for run in _runs(steps) if not each else ([step] for step in steps):
         first, last = run[0], run[-1]
         numbers = f"{first.step}" if len(run) == 1 else f"{first.step}-{last.step}"
@@ -100,7 +62,7 @@ def steps_table(steps: Sequence[RequestStep], arrived_s: float, each: bool = Fal
 
 def _headline(record: RequestRecord) -> str:
     request = record.request
-    state = f"ended by {record.outcome}" if record.outcome else "is still going on"
+    state = f"ended by {record.outcome}" if record.outcome else "is still in flight"
     return (
         f"{request.request_id}: {request.num_prompt_tokens} prompt tokens, at most "
         f"{request.max_tokens} more, priority {request.priority}; arrived at "
@@ -124,39 +86,39 @@ def _targets(record: RequestRecord) -> str:
 
 
 def _attempt(
-    record: RequestRecord, attempt: Attempt, trail: AttemptTrace, is_first: bool
+    record: RequestRecord, attempt: Attempt, trace: AttemptTrace, is_first: bool
 ) -> list[str]:
-    lines = [_placed(trail.placement)]
-    for worker_id, steps in trail.steps.items():
+    lines = [_placed(trace.placement)]
+    for worker_id, steps in trace.steps.items():
         began_s = record.arrived_s if is_first else attempt.began_s
         for phase in phases(steps, began_s):
             lines.append(f"  on {worker_id}, {_phase(phase)}")
         lines += _preemptions(steps, record.arrived_s)
-    if not trail.steps:
+    if not trace.steps:
         lines.append(
-            "  no worker remembers a step of it: its worker is gone, the step policy is vllm's, "
+            "  no worker remembers a step of it: its worker has died, the step policy is vllm, "
             "or it is too long ago"
         )
     if attempt.lost:
-        lines.append(f"  it lost that worker: {attempt.lost}")
+        lines.append(f"  it lost this worker: {attempt.lost}")
     return lines
 
 
 def _placed(placement: Placement | None) -> str:
     if placement is None:
         return "  placed on a worker, but the GlobalScheduler does not remember why"
-    text = f"  placed on {_load(placement.chosen)}: {CHOICES[placement.reason]}"
+    text = f"  placed on {_load(placement.chosen)}: {placement.reason.text}"
     if placement.runner_up:
         text += f"; runner-up {_load(placement.runner_up)}"
     if placement.num_draining:
-        text += f"; {placement.num_draining} were draining"
+        text += f"; {_count(placement.num_draining, 'worker')} draining"
     return text
 
 
 def _load(load: WorkerLoad) -> str:
     return (
         f"{load.worker_id} ({load.num_outstanding_tokens} outstanding tokens in "
-        f"{_count(load.num_requests, 'request')}, {load.tokens_per_span:.2f} tokens a decode)"
+        f"{_count(load.num_requests, 'request')}, {load.tokens_per_span:.2f} tokens per decode)"
     )
 
 
@@ -167,7 +129,7 @@ def _phase(phase: Phase) -> str:
     if phase.num_drafts:
         text += f", {phase.num_accepted} of {phase.num_drafts} drafts accepted"
     if waited := phase.waited_s:
-        reasons = ", ".join(f"{_ms(s)} because {WAITS[reason]}" for reason, s in waited.items())
+        reasons = ", ".join(f"{_ms(s)} because {reason.text}" for reason, s in waited.items())
         text += f"; waited {reasons}"
     return text
 
@@ -179,7 +141,7 @@ def _preemptions(steps: Sequence[RequestStep], arrived_s: float) -> Iterator[str
             back = f"after {again.began_s - step.began_s:.3f} s" if again else "not yet"
             yield (
                 f"  preempted {step.began_s - arrived_s:.3f} s after its arrival (step "
-                f"{step.step}): its KV cache was taken for others; it was computed again {back}"
+                f"{step.step}): {Reason.PREEMPTED.text}; it was computed again {back}"
             )
 
 
@@ -189,11 +151,11 @@ def _runs(steps: Sequence[RequestStep]) -> Iterator[list[RequestStep]]:
 
 
 def _kind(step: RequestStep) -> str:
-    """What makes steps alike: a decode with drafts is one like that without."""
+    """The kind of a step: alike steps have the same. A decode with drafts is like one without."""
     if step.preempted:
         return "preempted"
     if step.task is None:
-        return f"waits: {step.reason}"
+        return f"deferred: {step.reason}"
     return "decode" if step.task.stage is Stage.VERIFY else str(step.task.stage)
 
 

@@ -2,7 +2,8 @@ import io
 
 from rich.console import Console
 
-from cluster.observe.explain import AttemptTrace, Explanation, steps_table, tell, tell_refusal
+from cluster.observe.explanation import AttemptTrace, Explanation
+from cluster.observe.explanation_text import describe, describe_refusal, steps_table
 from cluster.observe.request_history import Attempt, Refusal, RequestRecord
 from scheduler.placement import Placement, PlacementReason, WorkerLoad
 from scheduler.request import Request, Slo
@@ -25,10 +26,10 @@ def record(*attempts: Attempt, outcome: str = "length", error: str = "") -> Requ
 
 
 def text_of(explanation: Explanation) -> str:
-    return "\n".join(tell(explanation))
+    return "\n".join(describe(explanation))
 
 
-def test_a_request_that_was_preempted_tells_when_why_and_for_how_long() -> None:
+def test_a_request_that_was_preempted_says_when_why_and_for_how_long() -> None:
     one = Explanation(record(Attempt("cmpl-1.0", 0.6)), [AttemptTrace(PLACEMENT, {"w1": STEPS})])
 
     text = text_of(one)
@@ -36,15 +37,20 @@ def test_a_request_that_was_preempted_tells_when_why_and_for_how_long() -> None:
     assert "ended by length after 6 tokens and 11.50 s" in text.replace("11.500", "11.50")
     assert "class interactive: TTFT 5.50 s of 4.00 s (MISSED), TPOT 1.20 s of 3.00 s (met)" in text
     assert "placed on w1 (120 outstanding tokens in 2 requests" in text
-    assert "it had the least to do; runner-up w2 (340 outstanding tokens in 5 requests" in text
-    assert "1 were draining" in text
-    assert "queue 2.50 s; waited 1.00 s because as many requests ran as may (max_num_seqs)" in text
+    assert (
+        "it had the least work outstanding; runner-up w2 (340 outstanding tokens in 5 requests"
+        in text
+    )
+    assert "1 worker draining" in text
+    assert (
+        "queue 2.50 s; waited 1.00 s because the worker already ran max_num_seqs requests" in text
+    )
     assert "decode 6.00 s: 36 tokens in 3 steps, 2 of 4 drafts accepted" in text
     assert "preempted 7.500 s after its arrival (step 8)" in text
     assert "it was computed again after 3.000 s" in text
 
 
-def test_a_request_that_lost_its_worker_tells_both_attempts() -> None:
+def test_a_request_that_lost_its_worker_shows_both_attempts() -> None:
     attempts = Attempt("cmpl-1.0", 0.6, LOST), Attempt("cmpl-1.1", 2.9)
     one = Explanation(
         record(*attempts), [AttemptTrace(None, {}), AttemptTrace(PLACEMENT, {"w1": STEPS[2:]})]
@@ -54,14 +60,14 @@ def test_a_request_that_lost_its_worker_tells_both_attempts() -> None:
 
     first, second = text.split("Attempt 2 of 2:")
     assert "Attempt 1 of 2:" in first
-    assert f"it lost that worker: {LOST}" in first
+    assert f"it lost this worker: {LOST}" in first
     assert "no worker remembers a step of it" in first
     assert "placed on w1" in second
-    # Its queue begins anew.
+    # Its queue time starts again.
     assert "queue 100.0 ms" in second
 
 
-def test_a_request_that_failed_tells_the_error() -> None:
+def test_a_request_that_failed_shows_the_error() -> None:
     one = Explanation(
         record(Attempt("cmpl-1.0", 0.6, LOST), outcome="error", error="EngineDead('x')"),
         [AttemptTrace(None, {})],
@@ -71,8 +77,8 @@ def test_a_request_that_failed_tells_the_error() -> None:
     assert "TPOT 1.20 s of 3.00 s (MISSED)" in text_of(one)
 
 
-def test_a_refused_call_tells_whose_error_it_was_and_that_no_worker_was_asked() -> None:
-    text = "\n".join(tell_refusal(Refusal("my-call", 1.0, 400, "max_tokens must be positive")))
+def test_a_refused_call_says_whose_error_it_was_and_that_no_worker_was_asked() -> None:
+    text = "\n".join(describe_refusal(Refusal("my-call", 1.0, 400, "max_tokens must be positive")))
 
     assert "my-call was refused" in text
     assert "status 400 (the client's error); no worker was asked" in text
@@ -95,7 +101,7 @@ def test_alike_steps_share_a_row_unless_each_is_wanted() -> None:
     assert [part.strip() for part in rows[2].split("│")[1:-1]] == [
         "2.500 s", "3-5", "prefill", "24", "0", "3", "2.70 s", "3.00 s",
     ]  # fmt: skip
-    assert "waits: seats" in rows[0]
+    assert "deferred: seats" in rows[0]
     assert len(rendered(each=True)) == 6
 
 

@@ -1,0 +1,196 @@
+"""What `xyserve doctor` looks at: this machine's software, hardware, ports and model files."""
+
+import errno
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import httpx
+import psutil
+
+from cluster.cli.checks import (
+    PACKAGES,
+    Device,
+    Finding,
+    Port,
+    check_accelerators,
+    check_compiler,
+    check_cores,
+    check_disk,
+    check_draft_head,
+    check_http_port,
+    check_instruction_set,
+    check_memory,
+    check_model,
+    check_python,
+    check_ray,
+    check_ray_port,
+    check_shared_memory,
+    check_torch,
+    check_torch_companions,
+    check_torch_npu,
+    check_vllm,
+    check_vllm_ascend,
+)
+from cluster.config.serve_file import ServeFile
+from cluster.models.model import DEFAULT_MODEL
+from cluster.models.model_files import find_model, weights_bytes
+from workers.home import home
+
+
+def examine(serve_file: ServeFile) -> list[Finding]:
+    """Check this machine for `serve_file`; takes less than two seconds and changes nothing."""
+    model = find_model(serve_file.config.model)
+    return [
+        *_examine_software(serve_file.config.worker.device),
+        *_examine_hardware(serve_file, model),
+        *_examine_ports(serve_file),
+        *_examine_model(serve_file, model),
+    ]
+
+
+def probe_port(host: str, port: int) -> Port:
+    """Bind a port briefly; if it is taken, find out by which process."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            # As servers do, so that connections in TIME_WAIT do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return Port(port)
+    except OverflowError as error:
+        return Port(port, f"cannot be opened: {error}")
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return Port(port, f"cannot be opened on {host}: {error.strerror}")
+    for connection in psutil.net_connections("tcp"):
+        if connection.status != psutil.CONN_LISTEN or connection.laddr[1:] != (port,):
+            continue
+        try:
+            process = psutil.Process(connection.pid or 0)
+            name, command = process.name(), " ".join(process.cmdline())
+        except psutil.Error:
+            break
+        is_ray = "ray::" in command or "/ray/" in command
+        return Port(port, f"is taken by {name} (pid {process.pid})", is_ray)
+    return Port(port, "is taken by a process of another user")
+
+
+def serve_apps(url: str) -> list[str] | None:
+    """The apps of the Ray Serve at `url`; None if nothing or something else answers."""
+    try:
+        response = httpx.get(httpx.URL(url).join("/-/routes"), timeout=0.5, trust_env=False)
+        routes = response.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        return None
+    return sorted(map(str, routes.values())) if isinstance(routes, dict) else None
+
+
+def _examine_software(device: Device) -> list[Finding]:
+    versions = _installed_versions()
+    torch = versions.get("torch")
+    compilers = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
+    findings = [
+        check_python(sys.version_info[:2]),
+        check_ray(versions.get("ray")),
+        check_vllm(versions, device),
+        check_torch(torch, _torch_cuda(), device),
+        check_compiler(next(filter(None, map(shutil.which, filter(None, compilers))), None)),
+    ]
+    if device == "npu":
+        findings.append(check_vllm_ascend(versions.get("vllm"), versions.get("vllm-ascend")))
+        findings.append(check_torch_npu(torch, versions.get("torch-npu")))
+    if device == "cpu":
+        findings.append(check_torch_companions(versions))
+    return findings
+
+
+def _examine_hardware(serve_file: ServeFile, model: Path | None) -> list[Finding]:
+    config, worker = serve_file.config, serve_file.config.worker
+    num_workers = config.num_workers
+    if config.autoscaling:
+        num_workers = config.autoscaling.get("max_replicas", 1)
+    cores = len(os.sched_getaffinity(0))
+    findings = [check_cores(num_workers, worker.cpus, cores, config.draft)]
+    if worker.device == "cpu":
+        # Our kernels keep the weights in the checkpoint's dtype, whatever dtype they compute in.
+        dtype = "auto" if worker.uses_own_kernels else worker.engine.dtype
+        weights = weights_bytes(model, dtype) if model else None
+        available = psutil.virtual_memory().available
+        findings = [
+            check_instruction_set(platform.machine(), _cpu_flags()),
+            *findings,
+            check_memory(num_workers, weights, worker.engine.kv_cache_gib, available),
+        ]
+    else:
+        num_devices = _count_devices(worker.device)
+        findings.insert(0, check_accelerators(worker.device, num_devices, num_workers))
+    shared_memory = Path("/dev/shm")
+    free_bytes = shutil.disk_usage(shared_memory).free if shared_memory.exists() else 0
+    return [*findings, check_shared_memory(free_bytes)]
+
+
+def _examine_ports(serve_file: ServeFile) -> list[Finding]:
+    http = probe_port(serve_file.host, serve_file.port)
+    return [
+        check_http_port(http, serve_apps(serve_file.url) if http.problem else None),
+        check_ray_port("ray port", probe_port("127.0.0.1", 6379), "--port"),
+        check_ray_port("ray dashboard", probe_port("127.0.0.1", 8265), "--dashboard-port"),
+    ]
+
+
+def _examine_model(serve_file: ServeFile, model: Path | None) -> list[Finding]:
+    findings = [check_model(serve_file.config.model, model)]
+    if serve_file.config.model == DEFAULT_MODEL and model is None:
+        folder = next(path for path in (home(), *home().parents) if path.exists())
+        findings.append(check_disk(folder, shutil.disk_usage(folder).free))
+    draft = serve_file.config.draft
+    if draft and "head" in draft.drafters and model is not None:
+        findings.append(check_draft_head(Path(draft.head) if draft.head else None, model))
+    return findings
+
+
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA version torch is built for, read from its source: importing torch takes seconds."""
+    try:
+        path = metadata.distribution("torch").locate_file("torch/version.py")
+        found = re.search(r"^cuda\b.*= '(.+)'", Path(str(path)).read_text(), re.MULTILINE)
+    except (metadata.PackageNotFoundError, OSError):
+        return None
+    return found[1] if found else None
+
+
+def _cpu_flags() -> frozenset[str]:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split())
+    return frozenset()
+
+
+def _count_devices(device: Literal["cuda", "npu"]) -> int:
+    name = {"cuda": "nvidia", "npu": "davinci"}[device]
+    num_devices = len(list(Path("/dev").glob(f"{name}[0-9]*")))
+    if num_devices or device == "npu" or not shutil.which("nvidia-smi"):
+        return num_devices
+    # WSL has GPUs but no such files.
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=1.5)
+    except subprocess.TimeoutExpired:
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

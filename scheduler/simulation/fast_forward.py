@@ -1,0 +1,157 @@
+"""Steady steps taken at once: as long as nobody comes or ends, each decodes one token of all."""
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import accumulate
+
+from scheduler.cost_model import CostModel
+from scheduler.request import RequestState
+from scheduler.simulation.noise import Noise
+from scheduler.step_planner import StepPlanner
+from scheduler.task import BatchPlan, Stage, StepView
+
+MAX_JUMP = 64
+"""Maximum of steps in a jump if requests have targets: the scheduler may change its mind within."""
+MAX_JUMP_WITHOUT_TARGETS = 4096
+"""The same if none has any: only memory bounds it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Jump:
+    """Steady steps under way."""
+
+    began_s: float
+    seconds: list[float]
+    ends: list[float]
+    num_steps: int
+    """Steps that are taken; fewer than were planned once a request came."""
+    predicted_s: float
+    """Prediction for the first step."""
+    longer_s: float
+    """How much longer each next one is predicted to be: each request has one more token of
+    context."""
+
+    @property
+    def end_s(self) -> float:
+        """When its last step ends."""
+        return self.ends[self.num_steps - 1]
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of its steps."""
+        return math.fsum(self.seconds[: self.num_steps])
+
+    def num_done(self, now: float) -> int:
+        """Steps that are over before `now`."""
+        return min(bisect_left(self.ends, now), self.num_steps)
+
+    def cut(self, now: float) -> bool:
+        """End it with the step under way at `now`; returns whether that is earlier than before."""
+        num_steps = bisect_left(self.ends, now) + 1
+        if num_steps >= self.num_steps:
+            return False
+        self.num_steps = num_steps
+        return True
+
+
+class FastForward:
+    """Finds the jumps of one worker."""
+
+    def __init__(self, planner: StepPlanner, truth: CostModel, noise: Noise | None) -> None:
+        """`planner` makes the plans that are jumped over; `truth` says how long steps take."""
+        self._planner = planner
+        self._limits = planner.limits
+        self._truth = truth
+        self._noise = noise
+
+    def jump(self, view: StepView, plan: BatchPlan, now: float, max_steps: int) -> Jump | None:
+        """At most `max_steps` steps from a steady one on, each with its plan, one token further.
+
+        If requests have targets, the last step is planned as well, to be sure. None if there are
+        not two such steps.
+        """
+        # For a single request there is no other plan.
+        may_change = len(view.running) > 1 and any(map(_has_targets, view.running))
+        num_steps = min(max_steps, MAX_JUMP if may_change else MAX_JUMP_WITHOUT_TARGETS)
+        while num_steps > 1 and self._new_blocks(view, num_steps) > view.num_free_kv_blocks:
+            num_steps //= 2
+        if num_steps < 2:
+            return None
+        seconds, longer_s = self._seconds(view, plan, num_steps)
+        ends = list(accumulate(seconds, initial=now))[1:]
+        while may_change and not self._is_steady_at(num_steps - 1, view, ends):
+            num_steps //= 2
+            if num_steps < 2:
+                return None
+        return Jump(
+            began_s=now,
+            seconds=seconds,
+            ends=ends,
+            num_steps=num_steps,
+            predicted_s=plan.predicted_s,
+            longer_s=longer_s,
+        )
+
+    def _new_blocks(self, view: StepView, num_steps: int) -> int:
+        num_blocks = self._limits.num_blocks
+        return sum(
+            num_blocks(state.num_computed_tokens + num_steps)
+            - num_blocks(state.num_computed_tokens)
+            for state in view.running
+        )
+
+    def _seconds(
+        self, view: StepView, plan: BatchPlan, num_steps: int
+    ) -> tuple[list[float], float]:
+        """Seconds of steps that follow each other, and how much longer each is than the last."""
+        shape = self._truth.shape_of(plan.tasks)
+        first_s = self._truth.predict(shape)
+        shape.num_kv_reads += len(plan.tasks)
+        shape.num_pairs += len(plan.tasks)
+        longer_s = self._truth.predict(shape) - first_s
+        seconds = [first_s + longer_s * step for step in range(num_steps)]
+        if self._noise is not None:
+            factors = self._noise.factors(view.step, num_steps)
+            seconds = [s * factor for s, factor in zip(seconds, factors, strict=True)]
+        return seconds, longer_s
+
+    def _is_steady_at(self, num_steps: int, view: StepView, ends: list[float]) -> bool:
+        """Whether the plan `num_steps` steps later is the same as now, one token further."""
+        now = ends[num_steps - 1]
+        later = StepView(
+            view.step + num_steps,
+            [_later(state, num_steps, now) for state in view.running],
+            view.waiting,
+            view.num_free_kv_blocks - self._new_blocks(view, num_steps),
+        )
+        plan = self._planner.plan(later, now)
+        return is_steady(plan, later)
+
+
+def is_steady(plan: BatchPlan, view: StepView) -> bool:
+    """Whether a step only decodes, for all requests there are."""
+    decode = Stage.DECODE
+    return (
+        not view.waiting
+        and 0 < len(plan.tasks) == len(view.running)
+        and all(task.stage is decode for task in plan.tasks)
+    )
+
+
+def _has_targets(state: RequestState) -> bool:
+    slo = state.request.slo
+    return slo.ttft_s < math.inf or slo.tpot_s < math.inf
+
+
+def _later(state: RequestState, num_steps: int, now: float) -> RequestState:
+    """The request after `num_steps` decodes, the last of which ended `now`."""
+    return RequestState(
+        state.request,
+        state.arrival_s,
+        state.num_output_tokens + num_steps,
+        state.num_computed_tokens + num_steps,
+        state.first_token_s,
+        now,
+        state.draft_chances,
+    )

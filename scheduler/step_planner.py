@@ -1,0 +1,187 @@
+"""Plans a worker's steps, and learns from each one when it is over."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TextIO
+
+from scheduler.cost_model import CostModel
+from scheduler.policy import StepPolicy
+from scheduler.record import Recorder
+from scheduler.speculation import Acceptance
+from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepReport, StepView
+from scheduler.work import ModelWork
+
+
+def generic_cost_model() -> CostModel:
+    """Default for an unprofiled machine: 10 ms a step and 1 ms a token, to be corrected by use."""
+    return CostModel([0.01, 0.001, 0.0, 0.0, 0.0, 0.0], token_knots=(0,), sample_knots=(0,))
+
+
+class StepInFlight(NamedTuple):
+    """A step from its plan to its output."""
+
+    step: int
+    plan: BatchPlan
+    began_s: float
+    tasks: tuple[StageTask, ...]
+    preempted: frozenset[str]
+    queued_s: tuple[tuple[str, float], ...]
+    decided_s: float
+    recorded: dict[str, Any] | None
+    """The recorder's note of the decision, which its outcome completes."""
+
+
+class StepPlanner:
+    """The decisions of one worker: its step scheduler, and all that it learns from the outcomes.
+
+    A worker's engine, the simulator and a replay drive the same object: `plan` decides, `begin`
+    notes what is computed, `end` learns how long it took. Under async scheduling the next step is
+    planned and begun before one ends. Steps end in the order they began.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        policy: StepPolicy,
+        cost_model: CostModel | None = None,
+        *,
+        learns: bool = True,
+        on_step: Callable[[StepReport], object] | None = None,
+    ) -> None:
+        """Plan by `policy`; if it `learns`, it corrects `cost_model`, which then must be its own.
+
+        `on_step` is called with the report of each step when it is over.
+        """
+        self.limits = limits
+        self.acceptance = Acceptance()
+        self._policy = policy
+        self._learns = learns
+        self._on_step = on_step
+        self._recorder: Recorder | None = None
+        self._num_observed = 0
+        """Recorded steps that the cost model has learnt from."""
+        self._work: ModelWork | None = None
+        self._begun: set[str] = set()
+        """Requests that had a task and have not ended."""
+        self._predict_with(cost_model or generic_cost_model())
+
+    @property
+    def needs_each_step(self) -> bool:
+        """Whether anyone would miss the steps that are not begun and ended one by one."""
+        return self._learns or self._on_step is not None or self._recorder is not None
+
+    def calibrate(self, cost_model: CostModel | None, work: ModelWork) -> None:
+        """Predict with what was measured of the engine, if it was, and count its `work`."""
+        if cost_model is not None:
+            self._predict_with(cost_model)
+        self._work = work
+
+    def record(self, file: TextIO) -> None:
+        """Write every decision to `file`; called while no step is in flight.
+
+        The cost model starts again from its present weights: a record holds all that its decisions
+        depend on.
+        """
+        self._predict_with(CostModel.from_dict(self.cost_model.to_dict()))
+        self._recorder = Recorder(file, self._policy, self.limits, self.cost_model)
+
+    def plan(self, view: StepView, now: float) -> BatchPlan:
+        """Decide what the next step computes."""
+        return self._scheduler.plan(view, now)
+
+    def begin(
+        self,
+        view: StepView,
+        plan: BatchPlan,
+        now: float,
+        *,
+        tasks: tuple[StageTask, ...] | None = None,
+        preempted: frozenset[str] | None = None,
+        decided_s: float = 0.0,
+    ) -> StepInFlight:
+        """Note the step that is computed now, `tasks` and `preempted` as planned if not given.
+
+        Called before the states in the view change, and only for a step that computes something.
+        """
+        tasks = plan.tasks if tasks is None else tasks
+        recorded = None
+        if self._recorder:
+            recorded = self._recorder.decision(
+                view, plan, now, tasks=tasks, num_observed=self._num_observed
+            )
+        return StepInFlight(
+            step=view.step,
+            plan=plan,
+            began_s=now,
+            tasks=tasks,
+            preempted=frozenset(plan.preempted) if preempted is None else preempted,
+            queued_s=self._queued_s(view, tasks, now),
+            decided_s=decided_s,
+            recorded=recorded,
+        )
+
+    def end(self, step: StepInFlight, measured_s: float, num_new_tokens: Mapping[str, int]) -> None:
+        """Record a step that took `measured_s` seconds, learn from it and report it."""
+        if self._recorder and step.recorded:
+            self._recorder.write_step(step.recorded, measured_s, step.decided_s)
+            self._num_observed += self._learns
+        prefill = Stage.PREFILL
+        decodes = [task for task in step.tasks if task.stage is not prefill]
+        self.acceptance.count_decodes(len(decodes))
+        if not (self._learns or self._on_step):
+            return
+        shape = self.cost_model.shape_of(step.tasks)
+        if self._learns:
+            self.cost_model.observe(shape, measured_s)
+        if self._on_step:
+            self._on_step(
+                StepReport(
+                    step=step.step,
+                    began_s=step.began_s,
+                    plan=step.plan,
+                    tasks=step.tasks,
+                    measured_s=measured_s,
+                    decided_s=step.decided_s,
+                    num_new_tokens=num_new_tokens,
+                    preempted=step.preempted,
+                    queued_s=step.queued_s,
+                    num_flops=self._work.flops(shape) if self._work else 0.0,
+                    num_bytes=self._work.memory_bytes(shape) if self._work else 0.0,
+                )
+            )
+
+    def finish(self, request_id: str, num_output_tokens: int) -> None:
+        """Forget a request that has ended with `num_output_tokens` tokens."""
+        self._begun.discard(request_id)
+        self.acceptance.forget(request_id)
+        if self._recorder:
+            self._recorder.write_finish(request_id, num_output_tokens)
+
+    def close(self) -> None:
+        """End the record, if there is one."""
+        if self._recorder:
+            self._recorder.close()
+
+    def _predict_with(self, cost_model: CostModel) -> None:
+        self.cost_model = cost_model
+        self._scheduler = self._policy.make(self.limits, cost_model)
+
+    def _queued_s(
+        self, view: StepView, tasks: Iterable[StageTask], now: float
+    ) -> tuple[tuple[str, float], ...]:
+        """Service class and queueing time of each request whose first task is among `tasks`."""
+        begun, prefill = self._begun, Stage.PREFILL
+        first = [
+            task.request_id
+            for task in tasks
+            if task.stage is prefill and task.request_id not in begun
+        ]
+        if not first:
+            return ()
+        states = {state.request.request_id: state for state in (*view.running, *view.waiting)}
+        queued = []
+        for request_id in first:
+            # vLLM may take a request that became ready after the view was made.
+            if state := states.get(request_id):
+                begun.add(request_id)
+                queued.append((state.request.slo_class, max(now - state.arrival_s, 0.0)))
+        return tuple(queued)
