@@ -4,6 +4,7 @@ CONFIG ?= deploy/local.yaml
 ARGS ?=
 
 BIN := .venv/bin
+CSRC := workers/kernels/csrc/*.h workers/kernels/csrc/*.cpp
 
 # $(call phase,name,command): run the command and say its name and the time it took.
 define phase
@@ -12,7 +13,7 @@ $(2) && echo "[$(1)] ok, $$(($$(date +%s) - start)) s" || \
 { code=$$?; echo "[$(1)] failed after $$(($$(date +%s) - start)) s"; exit $$code; }
 endef
 
-.PHONY: help install serve lint test dashboards docs
+.PHONY: help install serve lint fix test test-fast dashboards docs
 
 help:
 	@echo "XY-Serve: large language models served from a Ray cluster."
@@ -21,7 +22,9 @@ help:
 	@echo "                    CONFIG=deploy/cuda.yaml   another app; Ctrl-C ends it"
 	@echo "  make test       install, then ruff, mypy --strict and the whole test suite"
 	@echo "                    ARGS='-k placement'       only some of the tests"
+	@echo "  make test-fast  only the tests without engine and Ray: under 90 s on two cores"
 	@echo "  make lint       ruff, clang-format and mypy --strict only"
+	@echo "  make fix        let ruff and clang-format change what they can"
 	@echo "  make dashboards write deploy/grafana/*.json and deploy/alerts.yml anew, after a change of them"
 	@echo "  make docs       write the config reference in deploy/README.md again, after a change of the config"
 	@echo "  make install    only make .venv; the second time it has nothing to do"
@@ -38,12 +41,18 @@ serve: install
 	@exec $(BIN)/xyserve up $(CONFIG)
 
 lint: install
-	$(call phase,ruff,$(BIN)/ruff check .)
-	$(call phase,clang-format,$(BIN)/clang-format --dry-run --Werror workers/kernels/csrc/*.h workers/kernels/csrc/*.cpp)
+	$(call phase,ruff,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
+	$(call phase,clang-format,$(BIN)/clang-format --dry-run --Werror $(CSRC))
 	$(call phase,mypy,$(BIN)/mypy)
+
+fix: install
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i $(CSRC)
 
 test: lint
 	$(call phase,pytest,$(BIN)/pytest $(ARGS))
+
+test-fast: install
+	$(call phase,pytest,$(BIN)/pytest --fast $(ARGS))
 
 # What is in git; a test compares it with cluster/dashboards.
 dashboards: install

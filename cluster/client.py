@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Generator
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -112,16 +112,16 @@ class XYServe:
     @overload
     def stream(
         self, input: Messages, *, timeout_s: float | None = None, **params: Any
-    ) -> Iterator[ChatCompletionChunk]: ...
+    ) -> Generator[ChatCompletionChunk]: ...
 
     @overload
     def stream(
         self, input: Prompt, *, timeout_s: float | None = None, **params: Any
-    ) -> Iterator[Completion]: ...
+    ) -> Generator[Completion]: ...
 
     def stream(
         self, input: Messages | Prompt, *, timeout_s: float | None = None, **params: Any
-    ) -> Iterator[ChatCompletionChunk] | Iterator[Completion]:
+    ) -> Generator[ChatCompletionChunk] | Generator[Completion]:
         """`chat` or `generate`, piece by piece, from the first iteration on.
 
         Leaving the loop and closing the iterator cancels the call.
@@ -136,16 +136,16 @@ class XYServe:
     @overload
     def stream_async(
         self, input: Messages, *, timeout_s: float | None = None, **params: Any
-    ) -> AsyncIterator[ChatCompletionChunk]: ...
+    ) -> AsyncGenerator[ChatCompletionChunk]: ...
 
     @overload
     def stream_async(
         self, input: Prompt, *, timeout_s: float | None = None, **params: Any
-    ) -> AsyncIterator[Completion]: ...
+    ) -> AsyncGenerator[Completion]: ...
 
     async def stream_async(
         self, input: Messages | Prompt, *, timeout_s: float | None = None, **params: Any
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any]:
         """`stream` for asyncio."""
         call = self._stream_call(input, timeout_s, params)
         try:

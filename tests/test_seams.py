@@ -52,7 +52,7 @@ def make_engine(engine):
 
 
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A library in one file, installed as pytest is."""
     (tmp_path / "library.py").write_text(LIBRARY)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -386,7 +386,7 @@ def reads(source: str, path: Path) -> Iterator[str]:
 
 
 def last_word(seam: Seam) -> str:
-    return re.findall(r"\w+", seam.member.removesuffix('.json"'))[-1]
+    return str(re.findall(r"\w+", seam.member.removesuffix('.json"'))[-1])
 
 
 def is_foreign(module: str) -> bool:
@@ -395,7 +395,7 @@ def is_foreign(module: str) -> bool:
 
 def imported(tree: ast.Module) -> dict[str, str]:
     """The names that a module imports from the libraries, and what each is in full."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(tree):
         match node:
             case ast.ImportFrom(module=str(module), names=names) if is_foreign(module):

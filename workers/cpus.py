@@ -41,6 +41,8 @@ class CpuClaim:
 def claim_cpus(count: int, *, timeout_s: float = 30.0, directory: Path | None = None) -> CpuClaim:
     """Claim `count` cores that no other claim on this node holds.
 
+    The locks are in `directory`, by default one of the user's in the folder for temporary files
+    (TMPDIR): processes with different folders share cores.
     Waits up to `timeout_s` for workers that are shutting down; RuntimeError after that.
     """
     directory = directory or Path(tempfile.gettempdir()) / f"xyserve-cpus-{os.getuid()}"

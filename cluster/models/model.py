@@ -218,7 +218,8 @@ def _download(url: str, part: Path, report: FetchProgress) -> None:
     with httpx.Client(verify=_tls_context(), follow_redirects=True, timeout=30.0) as client:
         for delay_s in (*RETRY_DELAYS_S, None):
             try:
-                return _stream(client, url, part, report)
+                _stream(client, url, part, report)
+                return
             except httpx.HTTPError as error:
                 if delay_s is None or not _is_transient(error):
                     raise FetchError(

@@ -4,6 +4,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from openai.types import CompletionChoice
+from openai.types.chat.chat_completion_chunk import Choice
+
 from cluster.client import XYServe
 
 
@@ -26,6 +29,11 @@ class Answer:
         return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1)
 
 
+def token_ids(choice: CompletionChoice | Choice) -> list[int]:
+    """What vLLM adds to the types of the openai package if a call asks for it."""
+    return (choice.model_extra or {}).get("token_ids") or []
+
+
 async def ask(handle: XYServe, prompt: Any, max_tokens: int, **params: Any) -> Answer:
     """Stream one answer, greedy and of exactly `max_tokens` tokens unless `params` say else."""
     answer = Answer()
@@ -33,9 +41,9 @@ async def ask(handle: XYServe, prompt: Any, max_tokens: int, **params: Any) -> A
     stream = handle.stream_async(prompt, max_tokens=max_tokens, return_token_ids=True, **params)
     async for chunk in stream:
         for choice in chunk.choices:
-            token_ids = getattr(choice, "token_ids", None) or ()
-            answer.token_ids += token_ids
-            answer.token_s += [time.perf_counter()] * len(token_ids)
+            new = token_ids(choice)
+            answer.token_ids += new
+            answer.token_s += [time.perf_counter()] * len(new)
     return answer
 
 

@@ -137,7 +137,8 @@ class Step:
         """Where the tokens from `start` of a request are in the cache."""
         position = np.arange(start, self.seq_lens[row])
         slots = self.block_table[row, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-        return slots.astype(np.int64)
+        numbers: np.ndarray = slots.astype(np.int64)
+        return numbers
 
     def query_slots(self) -> np.ndarray:
         """Where the step's own tokens are in the cache."""

@@ -88,7 +88,7 @@ def main() -> None:
             }
             verified, accepted, _ = totals(handle)
             verified, accepted = verified - verified_before, accepted - accepted_before
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in sets:
         pairs = list(zip(seen["none"][name], seen["drafts"][name], strict=True))
         same = [(one, other) for one, other in pairs if one.token_ids == other.token_ids]
@@ -101,7 +101,9 @@ def main() -> None:
                 "logprob_mismatches": sum(a.logprobs != b.logprobs for a, b in same),
             }
         )
-    summary = {key: sum(row[key] for row in rows) for key in rows[0] if key != "prompts"}
+    summary: dict[str, float] = {
+        key: sum(row[key] for row in rows) for key in rows[0] if key != "prompts"
+    }
     summary["acceptance"] = accepted / verified if verified else math.nan
     publish("Answers with drafts against answers without", rows, summary, options.json)
     if summary["mismatches"] or summary["logprob_mismatches"] or not verified:

@@ -30,6 +30,7 @@ from cluster.app import build_app
 from cluster.client import XYServe
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.models.model import resolve_model
+from tests.bench.answers import token_ids
 from tests.bench.report import publish
 from tests.workload import questions
 
@@ -57,7 +58,7 @@ def bare_engine(pipe: Connection, cores: list[int], model: str, config: AppConfi
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    tokens[output.request_id] = list(output.outputs[0].token_ids)
+                    tokens[output.request_id] = list(output.outputs[0].token_ids)  # type: ignore[index]
         pipe.send((time.perf_counter() - began_s, [tokens[str(i)] for i in range(len(prompts))]))
 
 
@@ -91,7 +92,7 @@ async def by_http(
             stream=True,
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )
-        return [t async for chunk in stream for c in chunk.choices for t in c.token_ids or ()]
+        return [t async for chunk in stream for c in chunk.choices for t in token_ids(c)]
 
     began_s = time.perf_counter()
     tokens = await asyncio.gather(*(one(prompt) for prompt in prompts))
@@ -107,7 +108,7 @@ async def by_handle(
         stream = handle.stream_async(
             prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, return_token_ids=True
         )
-        return [t async for chunk in stream for c in chunk.choices for t in c.token_ids or ()]
+        return [t async for chunk in stream for c in chunk.choices for t in token_ids(c)]
 
     began_s = time.perf_counter()
     tokens = await asyncio.gather(*(one(prompt) for prompt in prompts))

@@ -170,9 +170,9 @@ async def test_a_draft_workers_replica_reports_and_meets_the_others(
 ) -> None:
     monkeypatch.setattr("cluster.replicas.make_drafters", lambda *_: {})
     scheduler = SchedulerHandle([DRAFTER])
-    replica = DraftReplica(CONFIG, scheduler)  # type: ignore[arg-type]
+    replica = DraftReplica(CONFIG, scheduler)
     ended.append(replica)
-    await until(lambda: replica._draft_worker._others == [DRAFTER])
+    await until(lambda: replica._draft_worker._peers == [DRAFTER])
 
     [report, *_] = scheduler.reports
     assert isinstance(report, DraftWorkerReport)

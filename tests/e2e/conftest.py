@@ -1,5 +1,6 @@
 """One cluster for the whole session: `xyserve up` as a user starts it, on ports of its own."""
 
+import os
 import re
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tests.collector import Collector, collecting
 
 READY_TIMEOUT_S = 240
 ANSWER_TIMEOUT_S = 120
+RESTORED_TIMEOUT_S = 120
 MODEL = "smollm2-135m-instruct"
 
 
@@ -37,12 +40,14 @@ class Server:
     ray_folder: Path
 
     def replicas(self) -> dict[int, str]:
-        """The live replicas of the app, by pid; Ray names a log after each."""
+        """The live replicas of the app, by pid; Ray has a log of each, and its title names it."""
         found = {}
         for log in (self.ray_folder / "session_latest" / "logs").glob("worker-*.err"):
-            name = re.search(r"ServeReplica:xyserve:(\w+)", log.read_text(errors="replace"))
-            if name and psutil.pid_exists(pid := int(log.stem.rpartition("-")[2])):
-                found[pid] = name.group(1)
+            with suppress(psutil.NoSuchProcess):
+                pid = int(log.stem.rpartition("-")[2])
+                title = " ".join(psutil.Process(pid).cmdline())
+                if name := re.search(r"ServeReplica:xyserve:(\w+)", title):
+                    found[pid] = name.group(1)
         return found
 
     def tracebacks(self) -> list[str]:
@@ -94,6 +99,11 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
     write_config(config, free_port(), tracing={"endpoint": collector.endpoint, "sample_ratio": 0.0})
     # Ray's sockets need a short path.
     ray_folder = Path(f"/tmp/xyt{free_port()}")
+    ray_folder.mkdir()
+    # A server of the user's may run on this machine and have claimed its cores: this one claims in
+    # a folder of its own, so both run on the same cores. It starts a Ray of its own as well.
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env["TMPDIR"] = str(ray_folder)
     with log.open("w") as out:
         process = subprocess.Popen(
             [
@@ -107,6 +117,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
             ],
             stdout=out,
             stderr=subprocess.STDOUT,
+            env=env,
         )
     try:
         text = _wait_until_ready(process, log)
@@ -134,7 +145,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
             continue
         break
     process.kill()
-    pytest.fail(f"the server did not come up:\n{log.read_text()}")
+    pytest.fail(f"the server did not come up:\n{log.read_text()}", pytrace=False)
 
 
 def _find(pattern: str, text: str) -> str:
@@ -165,8 +176,26 @@ def http(server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture
+def restored(handle: XYServe) -> Iterator[None]:
+    """For a test that kills replicas: the next one finds as many as this one did."""
+    num_workers, num_draft_workers = num_serving(handle)
+    yield
+    give_up_s = time.monotonic() + RESTORED_TIMEOUT_S
+    while num_serving(handle) != (num_workers, num_draft_workers):
+        assert time.monotonic() < give_up_s, "Serve has not replaced what the test killed"
+        time.sleep(0.5)
+
+
+def num_serving(handle: XYServe) -> tuple[int, int]:
+    """Live workers and draft workers."""
+    status = handle.status()
+    draft_workers = [worker for worker in status.draft_workers if not worker.silent]
+    return len(status.workers), sum(psutil.pid_exists(worker.pid) for worker in draft_workers)
+
+
 class Load:
-    """How busy the workers are, as one status of the app tells."""
+    """How busy the workers are, by one status of the app."""
 
     def __init__(self, handle: XYServe) -> None:
         workers = handle.status().workers

@@ -21,14 +21,22 @@ VOCABULARY = 49_152
 
 
 @pytest.fixture(scope="module", autouse=True)
-def before(server: Server, handle: XYServe) -> tuple[dict[int, str], list[str]]:
-    """The replicas, and what they had logged, before any bad input."""
-    handle.status()
-    return server.replicas(), server.tracebacks()
+def _nothing_breaks(server: Server, handle: XYServe, http: httpx.Client) -> Iterator[None]:
+    """After the tests of this file the same replicas answer, and none has logged a crash."""
+    before = server.replicas(), server.tracebacks()
+    yield
+    answer = post(http, COMPLETION, {"prompt": "The capital of France is", "temperature": 0})
+    assert answer.json()["choices"][0]["text"].startswith(" Paris")
+    assert http.get("/health").status_code == 200
+    assert (server.replicas(), server.tracebacks()) == before
+    assert handle.status().num_live_requests == 0
 
 
 def assert_error(answer: httpx.Response, status: int, *words: str) -> None:
-    """The answer is an error in the form of the OpenAI API, and its message says these words."""
+    """The answer is an error in the form of the OpenAI API, and says these words.
+
+    The sentences are vLLM's, so that no more than the field or value that they name is asserted.
+    """
     assert answer.status_code == status, answer.text
     assert list(answer.json()) == ["error"]
     error = answer.json()["error"]
@@ -36,13 +44,19 @@ def assert_error(answer: httpx.Response, status: int, *words: str) -> None:
     assert error["code"] == status
     assert error["type"]
     for word in words:
-        assert word in error["message"]
+        assert word in f"{error['param']}: {error['message']}"
+
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": HELLO},
+    COMPLETION: {"prompt": "Hello"},
+    "/tokenize": {"prompt": "Hello"},
+    "/detokenize": {"tokens": [5]},
+}
 
 
 def post(http: httpx.Client, path: str, params: dict[str, Any]) -> httpx.Response:
-    prompt = {CHAT: {"messages": HELLO}, COMPLETION: {"prompt": "Hello"}}.get(
-        path, {"input": "Hello"}
-    )
+    prompt = PROMPTS.get(path, {"input": "Hello"})
     body = {"model": MODEL, "max_tokens": 4, **prompt} | params
     return http.post(path, json={key: value for key, value in body.items() if value is not MISSING})
 
@@ -52,49 +66,66 @@ MISSING = object()
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION])
 @pytest.mark.parametrize(
-    ("params", "words"),
+    "params",
     [
-        ({"max_tokens": -1}, ["max_tokens must be at least 1, got -1"]),
-        ({"max_tokens": 0}, ["max_tokens must be at least 1, got 0"]),
-        ({"max_tokens": 10**9}, ["max_tokens=1000000000", "max_model_len=8192"]),
-        ({"max_tokens": 2**80}, ["max_model_len=8192"]),
-        ({"max_tokens": "many"}, ["max_tokens", "valid integer"]),
-        ({"temperature": -1}, ["temperature", "-1"]),
-        ({"temperature": 99}, ["temperature must be in [0, 2]"]),
-        ({"n": 0}, ["n must be at least 1"]),
-        ({"n": -3}, ["n must be at least 1"]),
-        ({"n": 10_000, "temperature": 1}, ["n must be at most 128, got 10000"]),
-        ({"top_p": 0}, ["top_p must be in (0, 1]"]),
-        ({"top_p": 1.5}, ["top_p must be in (0, 1]"]),
-        ({"top_k": -5}, ["top_k"]),
-        ({"top_k": 2**70}, ["can't serialize ints"]),
-        ({"presence_penalty": 3}, ["presence_penalty must be in [-2, 2]"]),
-        ({"repetition_penalty": 0}, ["repetition_penalty must be greater than zero"]),
-        ({"seed": 2**70}, ["seed"]),
-        ({"stop": [""]}, ["stop cannot contain an empty string"]),
-        ({"stop": 5}, ["stop"]),
-        ({"stream": "perhaps"}, ["stream"]),
-        ({"min_tokens": 100}, ["min_tokens must be less than or equal to max_tokens=4"]),
-        ({"logit_bias": {str(VOCABULARY): 1}}, ["out-of-vocab", str(VOCABULARY)]),
-        ({"logit_bias": {"-1": 1}}, ["out-of-vocab"]),
-        ({"logit_bias": {"Paris": 1}}, ["cannot be converted to integer token IDs"]),
-        ({"logit_bias": {"5": "x"}}, ["logit_bias.5"]),
-        ({"stop_token_ids": [10**9]}, ["out-of-vocab"]),
-        ({"allowed_token_ids": [10**9]}, ["out-of-vocab"]),
-        ({"priority": "high"}, ["priority"]),
-        ({"stream_options": {"include_usage": True}}, ["only be defined when `stream=True`"]),
-        ({"response_format": {"type": "yaml"}}, ["response_format"]),
-        ({"response_format": {"type": "json_schema"}}, ["'json_schema' field must be provided"]),
-        ({"structured_outputs": {"regex": "(("}}, ["unclosed group"]),
-        ({"structured_outputs": {"grammar": "root ::= (("}}, ["Invalid grammar specification"]),
-        ({"structured_outputs": {"choice": []}}, ["cannot be an empty list"]),
-        ({"structured_outputs": {"json": "{"}}, ["Invalid JSON grammar"]),
-        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, ["only use one kind"]),
+        {"max_tokens": -1},
+        {"max_tokens": 0},
+        {"max_tokens": 10**9},
+        {"max_tokens": 2**80},
+        {"max_tokens": "many"},
+        {"temperature": -1},
+        {"temperature": 99},
+        {"n": 0},
+        {"n": -3},
+        {"n": 10_000, "temperature": 1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -5},
+        {"presence_penalty": 3},
+        {"repetition_penalty": 0},
+        {"seed": 2**70},
+        {"stop": [""]},
+        {"stop": 5},
+        {"stream": "perhaps"},
+        {"min_tokens": 100},
+        {"logit_bias": {str(VOCABULARY): 1}},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"Paris": 1}},
+        {"logit_bias": {"5": "x"}},
+        {"stop_token_ids": [10**9]},
+        {"allowed_token_ids": [10**9]},
+        {"priority": "high"},
+        {"stream_options": {"include_usage": True}},
+        {"response_format": {"type": "yaml"}},
+        {"response_format": {"type": "json_schema"}},
     ],
 )
 def test_a_parameter_that_makes_no_sense_is_named(
-    http: httpx.Client, path: str, params: dict[str, Any], words: list[str]
+    http: httpx.Client, path: str, params: dict[str, Any]
 ) -> None:
+    assert_refused(http, path, params, next(iter(params)))
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 2**70},
+        {"structured_outputs": {"regex": "(("}},
+        {"structured_outputs": {"grammar": "root ::= (("}},
+        {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"json": "{"}},
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+    ],
+)
+def test_a_parameter_that_cannot_be_used_is_refused(
+    http: httpx.Client, path: str, params: dict[str, Any]
+) -> None:
+    assert_refused(http, path, params)
+
+
+def assert_refused(http: httpx.Client, path: str, params: dict[str, Any], *words: str) -> None:
+    """Whether the answer would be streamed or not."""
     assert_error(post(http, path, params), 400, *words)
     if "stream" not in params and "stream_options" not in params:
         assert_error(post(http, path, params | {"stream": True}), 400, *words)
@@ -112,75 +143,71 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    "content",
     [
-        ("no object", ["schema", "valid dictionary"]),
-        ({"type": "nonsense"}, ["Invalid type: nonsense"]),
-        ({"$ref": "#/nowhere"}, ["'/nowhere' does not exist"]),
-        ({"type": "string", "pattern": "(("}, ["unclosed group"]),
-        (nested(200), ["nested too deeply"]),
+        "no object",
+        {"type": "nonsense"},
+        {"$ref": "#/nowhere"},
+        {"type": "string", "pattern": "(("},
+        nested(200),
     ],
 )
-def test_a_broken_json_schema_is_refused(
-    http: httpx.Client, content: Any, words: list[str]
-) -> None:
-    assert_error(post(http, CHAT, {"response_format": schema(content)}), 400, *words)
+def test_a_broken_json_schema_is_refused(http: httpx.Client, content: Any) -> None:
+    assert_error(post(http, CHAT, {"response_format": schema(content)}), 400)
 
 
 @pytest.mark.parametrize(
-    ("params", "words"),
+    ("params", "named"),
     [
-        ({"messages": []}, ["Provide at least one message"]),
-        ({"messages": MISSING}, ["messages", "Field required"]),
-        ({"messages": "Hello"}, ["messages", "valid list"]),
-        ({"messages": [5]}, ["messages"]),
-        ({"messages": [{"content": "Hello"}]}, ["role", "Field required"]),
-        ({"messages": [{"role": "user", "content": 5}]}, ["content", "valid string"]),
-        ({"messages": [{"role": 5, "content": "Hello"}]}, ["role"]),
-        ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, ["smell"]),
-        ({"top_logprobs": 1000, "logprobs": True}, ["greater than max allowed: 20"]),
-        ({"tool_choice": "required"}, ["`tools` must be set"]),
-        ({"tools": [{"type": "function"}]}, ["tools.0.function", "Field required"]),
-        ({"chat_template": "{{ 1 }}"}, ["untrusted chat template"]),
-        ({"structured_outputs": False}, ["a field of the request has the wrong type"]),
+        ({"messages": []}, ""),
+        ({"messages": MISSING}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": [5]}, "messages"),
+        ({"messages": [{"content": "Hello"}]}, "role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content"),
+        ({"messages": [{"role": 5, "content": "Hello"}]}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "smell"),
+        ({"top_logprobs": 1000, "logprobs": True}, "logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"chat_template": "{{ 1 }}"}, ""),
+        ({"structured_outputs": False}, "a field of the request has the wrong type"),
     ],
 )
 def test_a_chat_that_makes_no_sense_is_refused(
-    http: httpx.Client, params: dict[str, Any], words: list[str]
+    http: httpx.Client, params: dict[str, Any], named: str
 ) -> None:
-    assert_error(post(http, CHAT, params), 400, *words)
+    assert_error(post(http, CHAT, params), 400, named)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"),
+    ("prompt", "named"),
     [
-        (MISSING, ["prompt"]),
-        ("", ["non-empty"]),
-        ([], ["at least one prompt"]),
-        ([[]], ["cannot be empty"]),
-        (5, ["prompt"]),
-        ({"text": "Hello"}, ["prompt"]),
-        ([1.5], ["prompt"]),
-        (["Hello", 5], ["prompt"]),
-        ([-1], ["greater than or equal to 0"]),
-        ([VOCABULARY], [f"Token id {VOCABULARY} is out of vocabulary"]),
-        ([2**70], ["out of vocabulary"]),
-        ([[5], [10**12]], ["out of vocabulary"]),
+        (MISSING, "prompt"),
+        ("", ""),
+        ([], "prompt"),
+        ([[]], ""),
+        (5, "prompt"),
+        ({"text": "Hello"}, "prompt"),
+        ([1.5], "prompt"),
+        (["Hello", 5], "prompt"),
+        ([-1], ""),
+        ([VOCABULARY], str(VOCABULARY)),
+        ([2**70], ""),
+        ([[5], [10**12]], ""),
     ],
 )
 def test_a_prompt_that_makes_no_sense_is_refused(
-    http: httpx.Client, prompt: Any, words: list[str]
+    http: httpx.Client, prompt: Any, named: str
 ) -> None:
-    assert_error(post(http, COMPLETION, {"prompt": prompt}), 400, *words)
+    assert_error(post(http, COMPLETION, {"prompt": prompt}), 400, named)
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION, "/tokenize", "/v1/responses"])
 def test_an_unknown_model_is_not_found(http: httpx.Client, path: str) -> None:
-    prompt = {"prompt": "Hello"} if path == "/tokenize" else {}
+    answer = post(http, path, {"model": "gpt-17"})
 
-    answer = post(http, path, {"model": "gpt-17"} | prompt)
-
-    assert_error(answer, 404, "The model `gpt-17` does not exist")
+    assert_error(answer, 404, "gpt-17")
 
 
 @pytest.mark.parametrize(
@@ -194,13 +221,13 @@ def test_an_unknown_model_is_not_found(http: httpx.Client, path: str) -> None:
 def test_a_prompt_over_the_context_is_refused(
     http: httpx.Client, path: str, params: dict[str, Any]
 ) -> None:
-    assert_error(post(http, path, params), 400, "maximum context length is 8192 tokens")
+    assert_error(post(http, path, params), 400, "8192")
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(http: httpx.Client) -> None:
     answer = post(http, COMPLETION, {"prompt": [5] * 8192, "max_tokens": MISSING})
 
-    assert_error(answer, 400, "max_tokens must be at least 1, got 0")
+    assert_error(answer, 400, "max_tokens")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +243,7 @@ def test_a_text_model_says_that_it_takes_no_images(
 ) -> None:
     answer = post(http, CHAT, {"messages": [{"role": "user", "content": [part]}]})
 
-    assert_error(answer, 400, f"{MODEL} is not a multimodal model")
+    assert_error(answer, 400, MODEL)
 
 
 # Bodies
@@ -248,7 +275,7 @@ def test_a_body_that_is_no_request_is_refused(http: httpx.Client, body: bytes) -
 def test_a_body_of_another_type_is_refused(http: httpx.Client, headers: dict[str, str]) -> None:
     body = json.dumps({"model": MODEL, "messages": HELLO})
 
-    assert_error(http.post(CHAT, content=body, headers=headers), 400, "Unsupported Media Type")
+    assert_error(http.post(CHAT, content=body, headers=headers), 400)
 
 
 def in_chunks(body: bytes) -> Iterator[bytes]:
@@ -340,12 +367,7 @@ def test_a_route_that_would_rebuild_the_engine_is_not_there(http: httpx.Client, 
 
 
 def valid(path: str) -> dict[str, Any]:
-    return {
-        CHAT: {"messages": HELLO},
-        COMPLETION: {"prompt": "Hello"},
-        "/tokenize": {"prompt": "Hello"},
-        "/detokenize": {"tokens": [5]},
-    }[path] | {"model": MODEL}
+    return PROMPTS[path] | {"model": MODEL}
 
 
 def bounded(body: dict[str, Any]) -> dict[str, Any]:
@@ -379,7 +401,7 @@ def test_no_body_breaks_the_server(
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    def check(case: schemathesis.Case, data: st.DataObject) -> None:
+    def check(case: schemathesis.Case[Any], data: st.DataObject) -> None:
         if isinstance(case.body, dict) and case.body:
             keys = data.draw(st.sets(st.sampled_from(sorted(case.body)), min_size=1, max_size=3))
             case.body = bounded(valid(path) | {key: case.body[key] for key in keys})
@@ -389,20 +411,3 @@ def test_no_body_breaks_the_server(
         assert answer.status_code < 500, (case.body, answer.text)
 
     check()
-
-
-# After all of it
-
-
-def test_nothing_has_broken(
-    server: Server,
-    handle: XYServe,
-    http: httpx.Client,
-    before: tuple[dict[int, str], list[str]],
-) -> None:
-    answer = post(http, COMPLETION, {"prompt": "The capital of France is", "temperature": 0})
-
-    assert answer.json()["choices"][0]["text"].startswith(" Paris")
-    assert http.get("/health").status_code == 200
-    assert (server.replicas(), server.tracebacks()) == before
-    assert handle.status().num_live_requests == 0

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from cluster.client import XYServe
+from tests.bench.answers import token_ids
 from tests.e2e.conftest import ANSWER_TIMEOUT_S
 from tests.workload import questions
 from workers.drafts.draft_client import DraftCounts
@@ -27,7 +28,7 @@ async def answers(handle: XYServe, prompts: list[str]) -> list[list[int]]:
         stream = handle.stream_async(
             prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, return_token_ids=True
         )
-        return [t async for chunk in stream for c in chunk.choices for t in c.token_ids or ()]
+        return [t async for chunk in stream for c in chunk.choices for t in token_ids(c)]
 
     return await asyncio.gather(*(one(prompt) for prompt in prompts))
 
@@ -112,6 +113,7 @@ def test_a_draft_worker_that_goes_on_is_used_again(handle: XYServe) -> None:
     wait_until(is_used)
 
 
+@pytest.mark.usefixtures("restored")
 def test_a_draft_worker_may_die_under_load(
     handle: XYServe, prompts: list[str], expected: list[list[int]]
 ) -> None:
@@ -133,9 +135,4 @@ def test_a_draft_worker_may_die_under_load(
         return num_accepted(handle) > before
 
     wait_until(is_used)
-
-
-def test_answers_are_the_same_with_drafts_of_a_new_draft_worker(
-    handle: XYServe, prompts: list[str], expected: list[list[int]]
-) -> None:
     assert asyncio.run(answers(handle, prompts)) == expected

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import pty
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import suppress
 
 import httpx
 import openai
@@ -27,7 +28,6 @@ from tests.e2e.conftest import MODEL, Server
 
 PROMPT = "one two three four " * 8
 FAST = {"x-slo-class": "interactive"}
-NEW_WORKER_S = 120
 
 
 def run(server: Server, *args: str) -> str:
@@ -109,7 +109,7 @@ def test_a_refused_call_is_explained(server: Server, handle: XYServe, http: http
         [refusal] = handle.explain(name)
         assert isinstance(refusal, Refusal)
         assert refusal.status == 400
-        assert "max_tokens must be at least 1" in refusal.message
+        assert "max_tokens" in refusal.message
         assert "400 (the client's error); no worker was asked" in run(server, "explain", name)
 
 
@@ -154,22 +154,31 @@ def test_the_latest_steps_are_shown(server: Server, handle: XYServe, client: ope
 
 
 def test_steps_are_followed_until_one_has_seen_enough(
-    server: Server, client: openai.OpenAI, tmp_path: Path
+    server: Server, client: openai.OpenAI
 ) -> None:
     client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5)
     command = [sys.executable, "-m", "cluster.cli.main", "steps", "--follow"]
-    log = tmp_path / "steps.log"
-    with log.open("w") as out:
-        process = subprocess.Popen([*command, "--address", server.ray_address], stdout=out)
-    give_up_s = time.monotonic() + 60
-    while "measured" not in log.read_text() and time.monotonic() < give_up_s:
-        time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    ours, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "--address", server.ray_address],
+        stdout=terminal,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "200"},
+    )
+    os.close(terminal)
+    with os.fdopen(ours, "rb", buffering=0) as screen:
+        shown = b""
+        while b"measured" not in shown:
+            shown += screen.read(4096)
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # the terminal is gone with the process
+            while more := screen.read(4096):
+                shown += more
 
     assert process.wait(timeout=30) == 0
-    assert log.read_text().count("worker ") >= 2
+    assert shown.count(b"worker ") >= 2
 
 
+@pytest.mark.usefixtures("restored")
 def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
     handle: XYServe, collector: Collector
 ) -> None:
@@ -194,7 +203,8 @@ def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
         os.kill(killed.pid, signal.SIGKILL)
         return await asyncio.gather(*calls)
 
-    assert all(answer.usage.completion_tokens == 5 for answer in asyncio.run(answers()))
+    usages = [answer.usage for answer in asyncio.run(answers())]
+    assert [usage.completion_tokens for usage in usages if usage] == [5, 5]
 
     found = [only(handle.explain(f"retried-{number}")) for number in range(2)]
     [retried] = (one for one in found if len(one.record.attempts) == 2)
@@ -207,7 +217,3 @@ def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
     [retry] = (span for span in spans if span.name == "retry")
     assert retry.attributes["xyserve.attempt_id"].endswith(".1")
     assert retry.attributes["xyserve.lost"] == retried.record.attempts[0].lost
-    give_up_s = time.monotonic() + NEW_WORKER_S
-    while len(handle.status().workers) < 2:
-        assert time.monotonic() < give_up_s
-        time.sleep(1)

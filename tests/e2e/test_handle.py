@@ -114,6 +114,7 @@ def test_a_tool_is_called(handle: XYServe) -> None:
     )
 
     (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
     assert (call.function.name, json.loads(call.function.arguments)) == (
         "look_up",
         {"city": "Paris"},
@@ -121,14 +122,14 @@ def test_a_tool_is_called(handle: XYServe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "params", "status", "message"),
+    ("messages", "params", "status", "named"),
     [
-        ([], {}, 400, "empty conversation"),
-        (CAPITAL, {"model": "gpt-17"}, 404, "The model `gpt-17` does not exist"),
-        (CAPITAL, {"max_tokens": -1}, 400, "max_tokens must be at least 1, got -1"),
-        (CAPITAL, {"max_tokens": "many"}, 400, "valid integer"),
-        (CAPITAL, {"n": 10_000}, 400, "n must be at most 128, got 10000"),
-        (CAPITAL, {"structured_outputs": {"regex": "(("}}, 400, "unclosed group"),
+        ([], {}, 400, ""),
+        (CAPITAL, {"model": "gpt-17"}, 404, "gpt-17"),
+        (CAPITAL, {"max_tokens": -1}, 400, "max_tokens"),
+        (CAPITAL, {"max_tokens": "many"}, 400, "max_tokens"),
+        (CAPITAL, {"n": 10_000}, 400, "10000"),
+        (CAPITAL, {"structured_outputs": {"regex": "(("}}, 400, ""),
     ],
 )
 def test_what_the_server_refuses_is_raised(
@@ -137,19 +138,20 @@ def test_what_the_server_refuses_is_raised(
     messages: list[dict[str, Any]],
     params: dict[str, Any],
     status: int,
-    message: str,
+    named: str,
 ) -> None:
     crashes = server.tracebacks()
 
-    with pytest.raises(RequestFailed, match=message) as raised:
+    with pytest.raises(RequestFailed) as raised:
         handle.chat(messages, **params)
 
     assert raised.value.status == status
+    assert named in str(raised.value)
     assert server.tracebacks() == crashes
 
 
 def test_a_stream_that_the_server_refuses_raises(handle: XYServe) -> None:
-    with pytest.raises(RequestFailed, match="out of vocabulary") as raised:
+    with pytest.raises(RequestFailed) as raised:
         list(handle.stream([10**6]))
 
     assert raised.value.status == 400

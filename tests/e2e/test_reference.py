@@ -1,6 +1,7 @@
 """Greedy output through the whole path equals the reference implementation, token for token."""
 
 import asyncio
+from typing import Any
 
 import openai
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.client import XYServe
 from cluster.models.model import resolve_model
+from tests.bench.answers import token_ids
 from tests.e2e.conftest import MODEL, Server
 from tests.workload import questions
 
@@ -18,12 +20,13 @@ NUM_PROMPTS, NUM_TOKENS = 20, 32
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     """Token ids, so that only what the model computes is compared."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL))
+    tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(MODEL))
     chats = [[{"role": "user", "content": question}] for question in questions(NUM_PROMPTS)]
-    return [
+    token_ids: list[list[int]] = [
         tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         for chat in chats
     ]
+    return token_ids
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ async def test_http_gives_the_tokens_of_transformers(
             )
         )
 
-    assert [answer.choices[0].token_ids for answer in answers] == expected
+    assert [token_ids(answer.choices[0]) for answer in answers] == expected
 
 
 async def test_the_handle_gives_the_tokens_of_transformers(
@@ -82,4 +85,4 @@ async def test_the_handle_gives_the_tokens_of_transformers(
         )
     )
 
-    assert [answer.choices[0].token_ids for answer in answers] == expected
+    assert [token_ids(answer.choices[0]) for answer in answers] == expected

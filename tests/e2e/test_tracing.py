@@ -1,6 +1,7 @@
 """Spans of a request, from the client's own down to the worker's, as a collector gets them."""
 
 import secrets
+import time
 
 import httpx
 import openai
@@ -80,12 +81,13 @@ def test_of_a_refused_call_the_admission_tells_the_error(
 
     spans = collector.trace(trace_id, lambda found: len(found) >= 2)
     assert names(spans) == {"ingress", "admission"}
-    assert all("max_tokens must be at least 1" in span.error for span in spans)
+    assert all("max_tokens" in span.error for span in spans)
 
 
 def test_what_the_client_does_not_trace_is_not_traced(
     client: openai.OpenAI, collector: Collector
 ) -> None:
+    began_s = time.time()
     client.completions.create(model=MODEL, prompt="Hello", max_tokens=2)
     client.completions.create(
         model=MODEL,
@@ -96,7 +98,6 @@ def test_what_the_client_does_not_trace_is_not_traced(
 
     # A traced one after them: what they sent would be there before it.
     trace_id = secrets.token_hex(16)
-    before = len(collector.spans)
     client.completions.create(
         model=MODEL,
         prompt="Hello",
@@ -104,4 +105,4 @@ def test_what_the_client_does_not_trace_is_not_traced(
         extra_headers={"traceparent": f"00-{trace_id}-{PARENT}-01"},
     )
     collector.trace(trace_id, lambda found: names(found) >= OF_A_REQUEST)
-    assert {span.trace_id for span in collector.spans[before:]} == {trace_id}
+    assert {span.trace_id for span in collector.spans if span.began_s > began_s} == {trace_id}

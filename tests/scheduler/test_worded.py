@@ -11,7 +11,7 @@ MEMBERS = [*Reason, *PlacementReason, *CollapseReason]
 
 
 def test_a_member_is_its_value_and_has_its_words() -> None:
-    assert Reason.KV == "kv"
+    assert Reason.KV.value == "kv"
     assert f"{Reason.KV}: {Reason.KV.text}" == "kv: the KV cache had no room for its tokens"
 
 

@@ -94,6 +94,9 @@ class OracleDrafter:
             told = self.hidden_states.setdefault(int(key.request_id), [])
             told += [row.tobytes() for row in hidden_states]
 
+    def learn(self, token_ids: list[int]) -> None:
+        """It knows all answers already."""
+
     def forget(self, key: ContextKey) -> None:
         self._lengths.pop(key, None)
         self._changed.pop(key, None)
@@ -133,7 +136,7 @@ def run_calls(model: str, config: WorkerConfig, *runs: tuple[Sequence[Call], Set
 
     speculates = any(setting.drafts is not None for _, setting in runs)
     draft = DraftConfig(num_speculative_tokens=NUM_DRAFTS) if speculates else None
-    engine = VllmEngine(model, config, draft=draft)
+    engine: Any = VllmEngine(model, config, draft=draft)
     if speculates:
         # Any of the drafters may want the states; here one that is not in the config does.
         from workers.engine.vllm_sampling import runner_of

@@ -83,6 +83,9 @@ class EngineProcesses:
     """A process that has imported vLLM, and each call in a fork of it, one after another."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_fork_calls, args=(theirs,))
@@ -96,6 +99,7 @@ class EngineProcesses:
         self._pipe.send((function, args, env or {}))
         if not self._pipe.poll(CALL_TIMEOUT_S):
             self._kill()
+            self._start()
             raise EngineFailed(f"{function.__name__} did not end within {CALL_TIMEOUT_S} s")
         result, failure = self._pipe.recv()
         if failure is not None:
@@ -113,6 +117,8 @@ class EngineProcesses:
         self._process.kill()
         for fork in forks:
             fork.kill()
+        self._process.join()
+        self._pipe.close()
 
 
 def _fork_calls(pipe: Connection) -> None:
@@ -130,7 +136,7 @@ def _fork_calls(pipe: Connection) -> None:
     import workers.engine.vllm_engine  # noqa: F401
 
     # A look at a model class takes vLLM a process of its own. Ours are that already.
-    registry._run_in_subprocess = lambda function: function()
+    registry._run_in_subprocess = lambda fn: fn()
     gc.freeze()  # vLLM collects garbage often, and there is none among what was imported
     context = multiprocessing.get_context("fork")
     while (call := pipe.recv()) is not None:
@@ -145,6 +151,7 @@ def _run_call(
     pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str]
 ) -> None:
     os.environ.update(env)
+    answer: tuple[Any, str | None]
     try:
         answer = function(*args), None
     except BaseException:
@@ -194,7 +201,8 @@ def _run_batch(engine: Any, batch: Batch) -> tuple[list[Output], int]:
     _prepare(engine, batch)
     for index, prompt in enumerate(batch.prompts):
         engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
-    outputs, num_steps = {}, 0
+    outputs: dict[str, Any] = {}
+    num_steps = 0
     while engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in engine.step()}
         num_steps += 1

@@ -21,7 +21,7 @@ from workers.engine_request import EngineRequest
 from workers.step_history import RequestStep, StepHistory
 from workers.token_stream import StreamAddress
 
-CLIENT = StreamAddress("tcp://127.0.0.1:1", "test")
+CLIENT = StreamAddress("tcp://127.0.0.1:1", b"test")
 NO_SLO = Slo()
 MAX_EMPTY_STEPS = 20_000
 """More of them in a row and the engine is stuck."""
@@ -180,7 +180,7 @@ def play_ahead(
     from workers.engine.vllm_scheduler import PlannedAsyncScheduler
 
     engine = VllmEngine(model, config)
-    made = engine._core.scheduler
+    made: Any = engine._core.scheduler
     scheduler = PlannedAsyncScheduler(
         vllm_config=made.vllm_config,
         kv_cache_config=made.kv_cache_config,

@@ -206,7 +206,7 @@ async def test_a_failed_engine_fails_every_request_and_the_health_check(setup: S
     await until(setup.engine.is_stepping.is_set)
     setup.engine.step_error = OSError("device gone")
     setup.engine.go_on.set()
-    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    outcomes: list[object] = [*await asyncio.gather(*calls, return_exceptions=True)]
     outcomes += await asyncio.gather(setup.generate("too late"), return_exceptions=True)
     outcomes += await asyncio.gather(setup.worker.status(), return_exceptions=True)
 
@@ -344,7 +344,9 @@ async def test_the_cores_are_held_until_shutdown(make_setup: MakeSetup) -> None:
         claim_cpus(1, timeout_s=0)
     await setup.close()
 
-    assert claim_cpus(3, timeout_s=0).cpus == (100, 101, 102)
+    again = claim_cpus(3, timeout_s=0)
+    assert again.cpus == (100, 101, 102)
+    again.release()
 
 
 @pytest.mark.usefixtures("_node")
@@ -355,12 +357,14 @@ def test_a_worker_whose_engine_cannot_be_made_raises_its_error_and_gives_its_cor
     with pytest.raises(OSError, match="no such device") as kept:  # and what it refers to
         Worker("w", WorkerConfig(cpus=3), make_engine)
 
-    assert (claim_cpus(3, timeout_s=0).cpus, kept.type) == ((100, 101, 102), OSError)
+    again = claim_cpus(3, timeout_s=0)
+    assert (again.cpus, kept.type) == ((100, 101, 102), OSError)
+    again.release()
 
 
 @pytest.mark.parametrize("name", ["cpus", "step_timeout_s", "report_interval_s"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_a_config_refuses_what_is_not_positive(name: str, value: int) -> None:
+def test_a_config_refuses_what_is_not_positive(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name} \({value}\) must be positive$"):
         WorkerConfig(**{name: value})
 

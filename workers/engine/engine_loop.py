@@ -184,6 +184,7 @@ class EngineLoop:
         try:
             self._engine = make_engine()
         except BaseException as error:
+            self._streams.close()
             made.set_exception(error)
             return
         made.set_result(None)

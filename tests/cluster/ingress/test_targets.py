@@ -18,7 +18,7 @@ HUGE = 10**5000
 FAST = Slo(ttft_s=0.5, tpot_s=0.05)
 
 
-def of_headers(config: SloConfig = CONFIG, **headers: str) -> Targets:
+def of_headers(config: SloConfig = CONFIG, /, **headers: str) -> Targets:
     """The targets by `headers`, with underscores for the hyphens of their names."""
     raw = {name.replace("_", "-"): value for name, value in headers.items()}
     return read_targets(config, Headers(raw), HEADERS)

@@ -17,6 +17,7 @@ from cluster.config.app_config import AppConfig, parse_args
 from cluster.errors import RequestFailed, RequestRefused
 from cluster.ingress.calls import Calls
 from cluster.ingress.engine_client import EngineClient
+from cluster.ingress.protocol import Api
 from cluster.ingress.vllm_frontend import Frontend, decode_outputs
 from cluster.models.model import fetch_default_model
 from cluster.observe.request_history import RequestRecord
@@ -217,12 +218,15 @@ async def test_what_cannot_be_sent_to_a_worker_is_refused_and_forgotten(
 
 # The client handle
 
-PAYLOADS = {"chat": {"messages": HELLO}, "completion": {"prompt": "Hello"}}
-PARAMETERS = {"slo_class": "fast", "slo_ttft_ms": 200, "slo_tpot_ms": math.inf}
+PAYLOADS: dict[Api, dict[str, Any]] = {
+    "chat": {"messages": HELLO},
+    "completion": {"prompt": "Hello"},
+}
+PARAMETERS: dict[str, Any] = {"slo_class": "fast", "slo_ttft_ms": 200, "slo_tpot_ms": math.inf}
 
 
 @pytest.mark.parametrize("api", PAYLOADS)
-async def test_targets_of_a_handles_call_reach_the_workers(app: App, api: str) -> None:
+async def test_targets_of_a_handles_call_reach_the_workers(app: App, api: Api) -> None:
     answer = await app.frontend.complete(api, PAYLOADS[api] | PARAMETERS)
     chunks = [chunk async for chunk in app.frontend.stream(api, PAYLOADS[api] | PARAMETERS)]
 
@@ -243,7 +247,7 @@ async def test_a_handles_call_without_targets_is_of_the_default_class(app: App) 
     ("name", "value"), [("slo_class", "fastest"), ("slo_ttft_ms", "soon"), ("slo_tpot_ms", 0)]
 )
 async def test_parameters_that_cannot_be_used_fail_the_handles_call(
-    app: App, api: str, name: str, value: Any
+    app: App, api: Api, name: str, value: Any
 ) -> None:
     payload = PAYLOADS[api] | {name: value}
     with pytest.raises(RequestFailed, match=f"^{name}: ") as refused:
@@ -292,7 +296,7 @@ async def test_a_refused_request_is_answered_with_its_status_and_when_to_retry(
 @pytest.mark.parametrize(("refused", "status", "retry_after", "message"), REFUSALS)
 async def test_a_refused_call_of_the_handle_fails_with_the_same(
     refusing: tuple[App, FakeScheduler],
-    api: str,
+    api: Api,
     refused: Refused,
     status: int,
     retry_after: str,

@@ -454,7 +454,7 @@ def test_weights_come_back_as_before_llama_cpp_reordered_them(
         assert torch.equal(built[name], weight), name
 
 
-def test_roundingto_bf16_is_torchs() -> None:
+def test_rounding_to_bf16_is_that_of_torch() -> None:
     random = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
     ties = (np.arange(0x3F80_0000, 0x3F90_0000, 0x8000, dtype=np.uint32)).view(np.float32)
     values = np.concatenate([random, ties, -ties, np.array([0.0, -0.0, 1e-40, 3e38], np.float32)])

@@ -105,7 +105,7 @@ class CatalogueExporter:
         self._add(metrics.STEP_MEASURED_SECONDS, load, of)
         predicted = load * self._random.uniform(0.9, 1.05)
         self._add(metrics.STEP_PREDICTED_SECONDS, predicted, of)
-        for stage, rate in {"prefill": 900, "decode": 250, "verify": 180}.items():
+        for stage, rate in {"prefill": 900.0, "decode": 250.0, "verify": 180.0}.items():
             self._add(metrics.STEP_TOKENS, rate * load, of, stage=stage)
         for reason, rate in {"time": 2.0, "tpot": 1.0, "seats": 0.5}.items():
             self._add(metrics.DEFERRALS, rate * load**4, of, reason=reason)

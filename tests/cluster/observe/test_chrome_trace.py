@@ -58,7 +58,7 @@ def test_tracks_are_distinct() -> None:
 
 
 def test_only_the_first_requests_have_tracks() -> None:
-    steps = [span(i, i + 1, **{f"r{i}": 1}) for i in range(NUM_REQUESTS + 1)]
+    steps = [span(i, i + 1, "step", **{f"r{i}": 1}) for i in range(NUM_REQUESTS + 1)]
 
     found = tracks({"worker 1": steps})
 

@@ -357,9 +357,8 @@ def log_calls() -> Iterator[Any]:
 @pytest.mark.parametrize("call", list(log_calls()))
 def test_each_log_call_has_a_constant_message_and_free_names_for_its_fields(call: ast.Call) -> None:
     extra = next((keyword.value for keyword in call.keywords if keyword.arg == "extra"), None)
-    names = (
-        {ast.literal_eval(key) for key in extra.keys if key} if hasattr(extra, "keys") else set()
-    )
+    keys = extra.keys if isinstance(extra, ast.Dict) else []
+    names = {ast.literal_eval(key) for key in keys if key}
 
     assert [type(arg) for arg in call.args] == [ast.Constant]
     assert names & TAKEN == set()

@@ -5,17 +5,17 @@ import pytest
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
 from scheduler.request import Request, Slo
 
-BOTH = {"ttft_s": 1.0, "tpot_s": 1.0}
+NO_TARGETS = Slo()
 
 
-def record(request_id: str = "cmpl-1", **slo: float) -> RequestRecord:
+def record(request_id: str = "cmpl-1", slo: Slo = NO_TARGETS) -> RequestRecord:
     """A request that arrived at 100 s."""
-    return RequestRecord(Request(request_id, 10, 5, slo=Slo(**slo), slo_class="c"), 100.0)
+    return RequestRecord(Request(request_id, 10, 5, slo=slo, slo_class="c"), 100.0)
 
 
-def delivered(*times: float, outcome: str = "length", **slo: float) -> RequestRecord:
+def delivered(*times: float, outcome: str = "length", slo: Slo = NO_TARGETS) -> RequestRecord:
     """One whose tokens came at these times, one at each."""
-    one = record(**slo)
+    one = record(slo=slo)
     for time in times:
         one.deliver([7], time)
     one.outcome = outcome
@@ -57,16 +57,16 @@ def test_a_single_token_has_no_time_per_token() -> None:
 def test_each_target_is_judged_by_itself(
     times: list[float], slo: dict[str, float], met: dict[str, bool]
 ) -> None:
-    assert delivered(*times, **slo).attainment() == met
+    assert delivered(*times, slo=Slo(**slo)).attainment() == met
 
 
 def test_a_failed_request_met_no_target_and_one_that_was_left_is_not_judged() -> None:
-    targets = {"ttft_s": 10.0, "tpot_s": 10.0}
+    slo = Slo(ttft_s=10.0, tpot_s=10.0)
 
-    failed = delivered(101.0, outcome="error", **targets).attainment()
+    failed = delivered(101.0, outcome="error", slo=slo).attainment()
 
     assert failed == {"ttft": False, "tpot": False, "all": False}
-    assert delivered(101.0, outcome="abort", **targets).attainment() == {}
+    assert delivered(101.0, outcome="abort", slo=slo).attainment() == {}
 
 
 def test_requests_are_found_by_a_part_of_their_id_and_not_by_too_little() -> None:

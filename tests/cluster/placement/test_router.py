@@ -71,7 +71,7 @@ def route(router: PlacementRouter, worker_id: str) -> "asyncio.Task[str]":
 
 
 def update(router: PlacementRouter, *replicas: FakeReplica) -> None:
-    router.update_replicas(list(replicas))  # type: ignore[arg-type]
+    router.update_replicas(list(replicas))
 
 
 def is_known(*worker_ids: str) -> bool:

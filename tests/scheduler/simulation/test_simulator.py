@@ -12,9 +12,9 @@ from scheduler.request import Request, Slo
 from scheduler.simulation import simulated_worker
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
+from scheduler.simulation.simulated_worker import SimulationError
 from scheduler.simulation.simulator import (
     SimulationConfig,
-    SimulationError,
     SimulationResult,
     Speculation,
     simulate,

@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ class FakeDrafter:
         self.is_shut_down = True
 
 
+def hang(stepping: threading.Event, go_on: threading.Event) -> None:
+    """Be in a step until told to go on."""
+    stepping.set()
+    go_on.wait(30)
+
+
 class Setup:
     """A draft worker, and the GlobalScheduler that it reports to."""
 
@@ -118,6 +125,7 @@ class Setup:
         self.reports: queue.Queue[DraftWorkerReport] = queue.Queue()
         self.worker = DraftWorker("d", config, lambda: dict(drafters), self.reports.put, host)
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._peers: list[Peer] = []
 
     @property
     def address(self) -> DraftWorkerAddress:
@@ -125,7 +133,8 @@ class Setup:
 
     def peer(self, name: str = "w") -> "Peer":
         """A worker's connection to it."""
-        return Peer(self._zmq, self.address, name)
+        self._peers.append(Peer(self._zmq, self.address, name))
+        return self._peers[-1]
 
     def tree(self, name: str, request_id: str, position: int, *token_ids: int) -> DraftTree:
         count = len(token_ids)
@@ -376,7 +385,7 @@ def test_what_comes_while_it_drafts_is_taken_in_before_the_next_step(
     clock: FakeClock, make_setup: MakeSetup
 ) -> None:
     stepping, go_on = threading.Event(), threading.Event()
-    drafter = FakeDrafter(on_step=lambda: (stepping.set(), go_on.wait(30)))
+    drafter = FakeDrafter(on_step=lambda: hang(stepping, go_on))
     setup = make_setup(fake=drafter)
     one, other = setup.peer("one"), setup.peer("other")
     one.say(delta("a", 0, 1))
@@ -503,7 +512,7 @@ def test_shutdown_does_not_wait_for_ever_for_a_step_that_hangs(
 ) -> None:
     monkeypatch.setattr("workers.drafters.draft_worker.STOP_TIMEOUT_S", 0.01)
     stepping, go_on = threading.Event(), threading.Event()
-    setup = make_setup(fake=FakeDrafter(on_step=lambda: (stepping.set(), go_on.wait(30))))
+    setup = make_setup(fake=FakeDrafter(on_step=lambda: hang(stepping, go_on)))
     setup.peer().say(delta("a", 0, 1))
     stepping.wait(30)
     setup.worker.shutdown()
@@ -563,6 +572,10 @@ def others(clock: FakeClock, make_setup: MakeSetup) -> dict[str, Setup]:
     return setups
 
 
+def has_learnt(setup: Setup) -> bool:
+    return bool(learnt(setup))
+
+
 def learnt(setup: Setup) -> list[list[int]]:
     drafter = setup.worker._drafters["fake"]
     assert isinstance(drafter, FakeDrafter)
@@ -580,7 +593,7 @@ def test_the_output_of_a_request_that_ended_is_told_to_the_other_draft_workers(
     peer.ask(finished=("a",))
     clock.now += REPORT_INTERVAL_S
     for name in ("two", "three"):
-        until(lambda name=name: bool(learnt(others[name])))
+        until(partial(has_learnt, others[name]))
 
     assert [learnt(setup) for setup in others.values()] == [[], [output], [output]]
 
@@ -678,7 +691,9 @@ def test_cores_of_its_own_are_claimed_until_the_shutdown(
     setup.worker.shutdown()
 
     assert pinned == {(100, 101)}
-    assert claim_cpus(2, timeout_s=0).cpus == (100, 101)
+    again = claim_cpus(2, timeout_s=0)
+    assert again.cpus == (100, 101)
+    again.release()
 
 
 @pytest.mark.parametrize(

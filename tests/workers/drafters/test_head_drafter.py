@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -187,7 +189,7 @@ def test_the_head_for_the_default_model_guesses_what_it_says() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = fetch_default_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
     num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
     token_ids = tokenizer(prompt + ANSWER)["input_ids"]

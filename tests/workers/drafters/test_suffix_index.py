@@ -163,7 +163,7 @@ def test_a_place_that_nothing_follows_is_no_match_until_something_does() -> None
     assert (before, index.matches([1, 2])) == ([], [Match(2, [1, 2, 3], 2)])
 
 
-def test_new_tokens_go_on_with_old_matches_at_once_and_are_matches_when_it_has_caught_up() -> None:
+def test_new_tokens_extend_old_matches_at_once_and_begin_new_ones_after_a_catch_up() -> None:
     index = built([("a", [1, 2, 3])])
     index.extend("a", [4, 5])
     before = [index.matches([1, 2]), index.matches([4])]

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from tests.workers.engine_process import (
     EngineFailed,
     EngineProcesses,
     Output,
+    Run,
     run_engine,
 )
-from tests.workers.planned_engine import write_tokenizer
-from tests.workers.tiny_models import VOCAB_SIZE, write_checkpoint
+from tests.workers.tiny_models import VOCAB_SIZE
 from workers.config import EngineConfig, WorkerConfig
 from workers.drafters.drafter import ContextKey, Draft
 
@@ -40,10 +40,8 @@ CONFIG = WorkerConfig(
 class Tiny:
     """A tiny checkpoint, what follows each prompt in it, and processes to draft with it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._processes = EngineProcesses()
-        self._processes.call(write_checkpoint, "llama", folder)
-        self._processes.call(write_tokenizer, folder)
+    def __init__(self, processes: EngineProcesses, folder: Path) -> None:
+        self._processes = processes
         self.folder = folder
         self.continuation, *self.continuations = self.continue_greedily(PROMPT, *PROMPTS)
 
@@ -62,11 +60,9 @@ class Tiny:
     def continue_greedily(self, *prompts: Sequence[int]) -> list[Output]:
         """What the target says."""
         batch = Batch(prompts, max_tokens=4 * NUM_SPECULATIVE, prompt_logprobs=False)
-        [outputs] = self._processes.call(run_engine, str(self.folder), CONFIG, [batch]).outputs
+        run: Run = self._processes.call(run_engine, str(self.folder), CONFIG, [batch])
+        [outputs] = run.outputs
         return outputs
-
-    def close(self) -> None:
-        self._processes.close()
 
 
 def _draft(
@@ -78,10 +74,8 @@ def _draft(
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    tiny = Tiny(tmp_path_factory.mktemp("tiny"))
-    yield tiny
-    tiny.close()
+def tiny(processes: EngineProcesses, tiny_llama: Path) -> Tiny:
+    return Tiny(processes, tiny_llama)
 
 
 def run_dry(drafter: Any) -> dict[ContextKey, Draft]:

@@ -807,12 +807,15 @@ def test_another_draft_worker_is_waited_for_whatever_the_one_before_was(
 def test_a_dead_draft_worker_costs_no_error_and_keeps_nothing(
     client: DraftClient, context: zmq.Context[zmq.Socket[bytes]], listens: bool
 ) -> None:
-    client.assign(ScriptedWorker(context).address if listens else NOBODY)
+    silent = ScriptedWorker(context)
+    client.assign(silent.address if listens else NOBODY)
     num_sent = 0
     for step in range(2000):
         now = step / 10
         for life in range(3):
-            num_sent += any(tell(client, now, **{f"{step}": [7] * (life + 1)}))
+            num_sent += any(
+                tell(client, now, num_wanted=NUM_GUESSES, **{f"{step}": [7] * (life + 1)})
+            )
             client.poll(now)
             assert client.paths(f"{step}", [7]) == []
         client.finish(f"{step}")

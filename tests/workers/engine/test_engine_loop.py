@@ -215,7 +215,8 @@ async def test_an_engine_that_fails_takes_all_its_requests_with_it(
     unanswered = loop.state()
     engine.step_error = OSError("device gone")
     engine.go_on.set()
-    outcomes = [await outcome(future) for future in (*futures, unanswered)]
+    outcomes = [await outcome(future) for future in futures]
+    outcomes += [await outcome(unanswered)]
     outcomes += [await outcome(loop.add(request("too late"), client.address))]
     outcomes += [await outcome(loop.state())]
 

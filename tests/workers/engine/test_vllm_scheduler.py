@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,11 @@ from scheduler.task import Stage
 from tests.workers.engine_process import EngineProcesses
 from tests.workers.planned_engine import (
     Job,
-    Played,
     play_ahead,
     play_scripts,
     steps,
-    write_tokenizer,
 )
-from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
+from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE
 from workers.config import EngineConfig, WorkerConfig
 
 POLICIES = ("hybrid", "static", "decode_first", "prefill_first")
@@ -73,10 +71,8 @@ GRAMMARS = [
 class Engines:
     """Plays scripts on new engines of the tiny model."""
 
-    def __init__(self, folder: Path) -> None:
-        self._processes = EngineProcesses()
-        self._processes.call(write_checkpoint, "llama", folder)
-        self._processes.call(write_tokenizer, folder)
+    def __init__(self, processes: EngineProcesses, folder: Path) -> None:
+        self._processes = processes
         self._folder = folder
         self.stock = cache(self._stock)
         self.mixed = cache(self._mixed)
@@ -85,55 +81,48 @@ class Engines:
     def play(
         self,
         *scripts: Sequence[Job],
-        policy: str = "hybrid",
+        policy: Any = "hybrid",
         num_blocks: int = 600,
         extra_args: dict[str, Any] | None = None,
         player: Callable[..., Any] = play_scripts,
         **engine: Any,
     ) -> Any:
         """Play scripts on one new engine."""
+        limits: dict[str, Any] = {
+            "dtype": "float32",
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 64,
+            "max_model_len": MAX_MODEL_LEN,
+            "kv_cache_gib": num_blocks * BLOCK_BYTES / 2**30,
+            "block_size": BLOCK,
+            "extra_args": extra_args or {},
+        }
         config = WorkerConfig(
             calibrate_at_start=False,
             step_policy=StepPolicy(name=policy),
-            engine=EngineConfig(
-                **{
-                    "dtype": "float32",
-                    "max_num_seqs": 8,
-                    "max_num_batched_tokens": 64,
-                    "max_model_len": MAX_MODEL_LEN,
-                    "kv_cache_gib": num_blocks * BLOCK_BYTES / 2**30,
-                    "block_size": BLOCK,
-                    "extra_args": extra_args or {},
-                }
-                | engine
-            ),
+            engine=EngineConfig(**limits | engine),
         )
         return self._processes.call(player, str(self._folder), config, *scripts)
 
-    def _stock(self) -> list[Played]:
+    def _stock(self) -> Any:
         """vLLM's own scheduler."""
         return self.play(CROWD, TOO_MANY, UNTARGETED, policy="vllm", enable_prefix_caching=False)
 
-    def _mixed(self, policy: str) -> list[Played]:
+    def _mixed(self, policy: str) -> Any:
         """Each step has what it needs and no more."""
         return self.play(CROWD, ABORTED, GRAMMARS, policy=policy, enable_prefix_caching=False)
 
-    def _cached(self, policy: str) -> list[Played]:
+    def _cached(self, policy: str) -> Any:
         """Prefix hits in a KV cache that is too small."""
         order = "fcfs" if policy in ("static", "decode_first") else "priority"
         return self.play(
             CROWD, TOO_MANY, CROWD, policy=policy, num_blocks=24, scheduling_policy=order
         )
 
-    def close(self) -> None:
-        self._processes.close()
-
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    engines = Engines(tmp_path_factory.mktemp("tiny"))
-    yield engines
-    engines.close()
+def engines(processes: EngineProcesses, tiny_llama: Path) -> Engines:
+    return Engines(processes, tiny_llama)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

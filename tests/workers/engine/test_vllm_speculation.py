@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ import pytest
 from scheduler.policy import StepPolicy
 from tests.workers.drafted_engine import NUM_DRAFTS, Call, Ran, Setting, run_calls
 from tests.workers.engine_process import EngineProcesses
-from tests.workers.planned_engine import write_tokenizer
-from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
+from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE
 from workers.config import EngineConfig, WorkerConfig
 
 BLOCK = 32
@@ -69,10 +68,8 @@ SETS: dict[str, list[Call]] = {
 class Engines:
     """Runs calls on new engines of the tiny model."""
 
-    def __init__(self, folder: Path) -> None:
-        self._processes = EngineProcesses()
-        self._processes.call(write_checkpoint, "llama", folder)
-        self._processes.call(write_tokenizer, folder)
+    def __init__(self, processes: EngineProcesses, folder: Path) -> None:
+        self._processes = processes
         self._folder = folder
         self.plain = cache(self._plain)
         self.drafted = cache(self._drafted)
@@ -107,15 +104,10 @@ class Engines:
         ]
         return dict(zip(SETS, self.run(*runs), strict=True))
 
-    def close(self) -> None:
-        self._processes.close()
-
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    engines = Engines(tmp_path_factory.mktemp("llama"))
-    yield engines
-    engines.close()
+def engines(processes: EngineProcesses, tiny_llama: Path) -> Engines:
+    return Engines(processes, tiny_llama)
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -166,6 +166,7 @@ def attend_all(
     rows = out.copy()
     out[:] = np.nan
 
+    assert out.base is not None
     assert np.isnan(out.base).all()
     return np.split(rows, np.cumsum([span.num_queries for span in spans])[:-1])
 

@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -99,10 +100,11 @@ def bits(values: Array) -> bytes:
 
 def error_of_sums(x: Array, w: Array, bias: Array | None = None) -> npt.NDArray[np.float64]:
     """The error that float32 sums of this length may have: a random walk, and some room."""
-    size = np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T
+    size: npt.NDArray[np.float64] = np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T
     if bias is not None:
         size += np.abs(bias)
-    return size * (4 + np.sqrt(x.shape[1])) * 2.0**-24
+    size *= (4 + np.sqrt(x.shape[1])) * 2.0**-24
+    return size
 
 
 def assert_is_product(x: Array, weight: Weight, bias: Array | None = None) -> None:
@@ -160,7 +162,7 @@ def test_silu_of_a_far_gate_is_zero_or_the_gate() -> None:
     weight = Weight.pack(np.array([[1], [1]], np.float32), gate_up=True)
     x = np.array([[-1e4], [-200], [-90], [0], [90], [200], [1e4]], np.float32)
 
-    expected = [[0], [0], [0], [0], [90.0**2], [200.0**2], [1e8]]
+    expected = np.array([[0], [0], [0], [0], [90.0**2], [200.0**2], [1e8]])
     assert np.allclose(linear(x, weight), expected, rtol=1e-6, atol=1e-30)
 
 
@@ -175,6 +177,7 @@ def test_nothing_beside_the_rows_is_read_or_written(m: int, gate_up: bool, forma
 
     assert bits(out) == bits(expected)
     out[:] = np.nan
+    assert out.base is not None
     assert np.isnan(out.base).all()
 
 
@@ -201,6 +204,7 @@ def test_the_product_is_added_to_what_is_there(m: int) -> None:
 
     assert bits(out) == bits(before + linear(x, weight, bias))
     out[:] = np.nan
+    assert out.base is not None
     assert np.isnan(out.base).all()
 
 
@@ -464,7 +468,7 @@ def test_a_weight_without_elements_is_refused(shape: tuple[int, int]) -> None:
         ({"out": random(2, 17).astype(np.float64)}, "out is float64; it must be float32"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(arrays: dict[str, Array], reason: str) -> None:
+def test_arrays_that_do_not_fit_are_refused(arrays: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         linear(weight=packed(17, 7), **{"x": random(2, 7), **arrays})
 

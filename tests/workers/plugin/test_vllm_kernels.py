@@ -3,10 +3,10 @@
 import dataclasses
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -64,9 +64,9 @@ SETTINGS = [
 class Engines:
     """Runs of engines on the tiny models; what several tests look at is run once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, processes: EngineProcesses, folder: Path) -> None:
+        self._processes = processes
         self._folder = folder
-        self._processes = EngineProcesses()
         self._checkpoint = cache(self._write_checkpoint)
         self.stock = cache(self._stock)
         self.ours = cache(self._ours)
@@ -78,37 +78,31 @@ class Engines:
         batches: Sequence[Batch] = (Batch(PROMPTS),),
         *,
         env: dict[str, str] | None = None,
-        kernels: str = "xyserve",
-        weight_format: str = "auto",
+        kernels: Literal["xyserve", "vllm"] = "xyserve",
+        weight_format: Literal["auto", "int8", "int4"] = "auto",
         spoilt: str | None = None,
         extra_args: dict[str, Any] | None = None,
         **engine: Any,
     ) -> Run:
         """Run batches on a new engine."""
+        limits: dict[str, Any] = {
+            "dtype": "float32",
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 512,
+            "max_model_len": MAX_MODEL_LEN,
+            "kv_cache_gib": 0.02,
+            "block_size": 32,
+            "extra_args": {"skip_tokenizer_init": True} | (extra_args or {}),
+        }
         config = WorkerConfig(
             kernels=kernels,
             weight_format=weight_format,
-            engine=EngineConfig(
-                **{
-                    "dtype": "float32",
-                    "max_num_seqs": 8,
-                    "max_num_batched_tokens": 512,
-                    "max_model_len": MAX_MODEL_LEN,
-                    "kv_cache_gib": 0.02,
-                    "block_size": 32,
-                    "extra_args": {"skip_tokenizer_init": True} | (extra_args or {}),
-                }
-                | engine
-            ),
+            engine=EngineConfig(**limits | engine),
         )
         run: Run = self._processes.call(
             run_engine, self._checkpoint(name, spoilt), config, batches, env=env
         )
         return run
-
-    def close(self) -> None:
-        """End the process that they are forked from."""
-        self._processes.close()
 
     def _write_checkpoint(self, name: str, spoilt: str | None) -> str:
         folder = self._folder / f"{name}-{spoilt}"
@@ -125,17 +119,15 @@ class Engines:
         """Our kernels, the layers first in one call if they can be, then by operators."""
         return self.run(name, [Batch(PROMPTS), Batch(PROMPTS, by_operators=True)])
 
-    def _settings(self, weight_format: str) -> Run:
+    def _settings(self, weight_format: Literal["auto", "int8", "int4"]) -> Run:
         """`SETTINGS` in one call, then by operators."""
         by_operators = [dataclasses.replace(batch, by_operators=True) for batch in SETTINGS]
         return self.run("llama", [*SETTINGS, *by_operators], weight_format=weight_format)
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    engines = Engines(tmp_path_factory.mktemp("tiny"))
-    yield engines
-    engines.close()
+def engines(processes: EngineProcesses, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    return Engines(processes, tmp_path_factory.mktemp("tiny"))
 
 
 def tokens(outputs: Sequence[Output]) -> list[list[int]]:
@@ -331,7 +323,9 @@ def test_a_checkpoint_with_a_nan_is_refused_by_the_name_of_its_layer(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_our_cpu_kernels_compute_in_float32_only(dtype: str) -> None:
+def test_our_cpu_kernels_compute_in_float32_only(
+    dtype: Literal["bfloat16", "float16"],
+) -> None:
     engine = EngineConfig(dtype=dtype)
 
     with pytest.raises(ValueError, match=rf"engine.dtype \({dtype}\).* set kernels: vllm"):

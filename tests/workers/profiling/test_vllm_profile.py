@@ -1,7 +1,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,12 +78,12 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
     from workers.profiling.vllm_calibrated_engine import make_engine
 
     engine = make_engine(model, config)
-    scheduler = engine._core.scheduler
+    scheduler: Any = engine._core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     cost_model = scheduler.planner.cost_model.to_dict()
     before = len(scheduler.requests), pool.num_gpu_blocks, pool.get_num_free_blocks()
     encode, decode = encoder(), MsgpackDecoder(EngineCoreOutputs).decode
-    client = StreamAddress("tcp://127.0.0.1:1", "client")
+    client = StreamAddress("tcp://127.0.0.1:1", b"client")
     random = Random(0)
     for index in range(5):
         prompt = random.choices(range(VOCAB_SIZE), k=40 * index + 3)
@@ -119,13 +118,6 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
         profile.took_s if profile else None,
         engine.peaks,
     )
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[EngineProcesses]:
-    processes = EngineProcesses()
-    yield processes
-    processes.close()
 
 
 @pytest.fixture(scope="module")

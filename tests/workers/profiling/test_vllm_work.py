@@ -1,6 +1,5 @@
 """What a loaded model asks of its device, against the checkpoint that it was loaded from."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,13 +70,6 @@ def load(name: str, folder: Path, config: WorkerConfig) -> Loaded:
         ),
         sum(tensor.numel() for tensor in tensors.values() if tensor.ndim == 1),
     )
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[EngineProcesses]:
-    processes = EngineProcesses()
-    yield processes
-    processes.close()
 
 
 def loaded(processes: EngineProcesses, name: str, folder: Path, **config: Any) -> Loaded:

@@ -122,9 +122,9 @@ def test_a_picture_has_every_title_and_every_curve(
     assert {dashboard.title, *(panel.title for panel in dashboard.panels)} <= set(texts)
     assert texts.count("no data") == sum(not shown for shown in curves.values())
     legends = [
-        [text.get_text().partition("  ")[0] for text in axes.get_legend().get_texts()]
+        [text.get_text().partition("  ")[0] for text in legend.get_texts()]
         for axes in figure.axes
-        if axes.get_legend() is not None
+        if (legend := axes.get_legend()) is not None
     ]
     assert sorted(map(sorted, legends)) == sorted(
         sorted(curve.legend for curve in shown)

@@ -1,0 +1,223 @@
+"""The middlewares of the HTTP side, around small apps of Starlette's, without an engine."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from ray.exceptions import TaskCancelledError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.ingress.vllm_http import DisconnectByMessage, EarlyStreamErrors, RequestSizeLimit
+
+POST: Scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+ERROR = {"error": {"message": "no such grammar", "type": "BadRequest", "param": "g", "code": 400}}
+TOKEN = {"choices": [{"text": "Paris"}]}
+
+
+async def post(app: ASGIApp, body: bytes | AsyncIterator[bytes] = b"") -> httpx.Response:
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+        return await client.post("/", content=body)
+
+
+async def answer_length(request: Request) -> Response:
+    return PlainTextResponse(str(len(await request.body())))
+
+
+@pytest.fixture
+def limited() -> ASGIApp:
+    return RequestSizeLimit(Starlette(routes=[Route("/", answer_length, methods=["POST"])]), 10)
+
+
+async def in_pieces(*sizes: int) -> AsyncIterator[bytes]:
+    for size in sizes:
+        yield b"x" * size
+
+
+@pytest.mark.parametrize("sizes", [(), (10,), (5, 5), (1,) * 10])
+async def test_a_body_within_the_limit_arrives_whole(
+    limited: ASGIApp, sizes: tuple[int, ...]
+) -> None:
+    whole = await post(limited, b"x" * sum(sizes))
+    in_parts = await post(limited, in_pieces(*sizes))
+
+    assert (whole.status_code, whole.text) == (in_parts.status_code, in_parts.text)
+    assert (whole.status_code, whole.text) == (200, str(sum(sizes)))
+
+
+@pytest.mark.parametrize("sizes", [(11,), (10, 1), (1,) * 11, (1000, 1000)])
+async def test_a_body_over_the_limit_is_refused(limited: ASGIApp, sizes: tuple[int, ...]) -> None:
+    for body in (b"x" * sum(sizes), in_pieces(*sizes)):
+        answer = await post(limited, body)
+        assert answer.status_code == 413
+        assert answer.text == (
+            "The request body is over the limit of 10 bytes (ingress.max_request_bytes)."
+        )
+
+
+async def test_what_is_no_request_is_not_counted() -> None:
+    message: Message = {"type": "lifespan.startup", "body": b"x" * 100}
+    seen: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(await receive())
+
+    async def receive() -> Message:
+        return message
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    await RequestSizeLimit(app, 10)({"type": "lifespan"}, receive, send)
+
+    assert seen == [message]
+
+
+def streaming(*events: object) -> ASGIApp:
+    async def body() -> AsyncIterator[str]:
+        for event in events:
+            yield f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+
+    return EarlyStreamErrors(StreamingResponse(body(), media_type="text/event-stream"))
+
+
+async def test_a_stream_that_begins_with_an_error_is_answered_with_it() -> None:
+    answer = await post(streaming(ERROR, "[DONE]"))
+
+    assert (answer.status_code, answer.json()) == (400, ERROR)
+    assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("events", [(TOKEN, "[DONE]"), (TOKEN, ERROR, "[DONE]"), ("[DONE]",), ()])
+async def test_a_stream_that_begins_well_is_left_as_it_is(events: tuple[object, ...]) -> None:
+    answer = await post(streaming(*events))
+
+    texts = [event if isinstance(event, str) else json.dumps(event) for event in events]
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.text == "".join(f"data: {text}\n\n" for text in texts)
+
+
+async def test_each_piece_of_a_stream_is_passed_on_as_it_comes() -> None:
+    sent: list[Message] = []
+    seen_by_app = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        head = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for piece in (b"data: a\n\n", b"data: b\n\n"):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            seen_by_app.append(len(sent))
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await EarlyStreamErrors(app)(POST, nothing_received, send)
+
+    assert seen_by_app == [2, 3]  # the head waits for the first piece
+
+
+async def test_an_answer_that_is_no_stream_is_left_as_it_is() -> None:
+    answer = await post(EarlyStreamErrors(JSONResponse(ERROR)))
+
+    assert (answer.status_code, answer.json()) == (200, ERROR)
+
+
+async def nothing_received() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+class Waiting:
+    """An app that begins something, waits until its client is gone, and then cleans up."""
+
+    def __init__(self) -> None:
+        self.began = asyncio.Event()
+        self.messages: list[Message] = []
+        self.cleaned_up = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.began.set()
+        while not self.messages or self.messages[-1]["type"] != "http.disconnect":
+            self.messages.append(await receive())
+        await asyncio.sleep(0)
+        self.cleaned_up = True
+
+
+async def no_answer(message: Message) -> None:
+    raise AssertionError(message)
+
+
+async def test_a_cancelled_call_is_told_by_message_and_may_clean_up() -> None:
+    app = Waiting()
+    call = asyncio.create_task(DisconnectByMessage(app)(POST, nothing_received, no_answer))
+    await app.began.wait()
+
+    call.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert app.messages == [{"type": "http.disconnect"}]
+    assert app.cleaned_up
+
+
+async def test_a_call_cancelled_while_it_works_learns_it_when_it_asks() -> None:
+    began, go_on = asyncio.Event(), asyncio.Event()
+    messages: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        began.set()
+        await go_on.wait()
+        messages.append(await receive())
+
+    call = asyncio.create_task(DisconnectByMessage(app)(POST, nothing_received, no_answer))
+    await began.wait()
+    call.cancel()
+    await asyncio.sleep(0)
+    assert not call.done()
+    go_on.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert messages == [{"type": "http.disconnect"}]
+
+
+async def test_serves_own_cancelling_of_the_wait_for_a_message_is_a_disconnect() -> None:
+    async def receive() -> Message:
+        raise TaskCancelledError
+
+    app = Waiting()
+    await DisconnectByMessage(app)(POST, receive, no_answer)
+
+    assert app.messages == [{"type": "http.disconnect"}]
+
+
+async def test_messages_of_the_client_arrive_in_order() -> None:
+    messages: list[Message] = [
+        {"type": "http.request", "body": b"a", "more_body": True},
+        {"type": "http.request", "body": b"b", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    coming = iter(messages)
+
+    async def receive() -> Message:
+        return next(coming)
+
+    app = Waiting()
+    await DisconnectByMessage(app)(POST, receive, no_answer)
+
+    assert app.messages == messages
+
+
+async def test_an_error_of_the_app_is_raised() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise OSError("no more files")
+
+    with pytest.raises(OSError, match="no more files"):
+        await DisconnectByMessage(app)(POST, nothing_received, no_answer)
