@@ -167,8 +167,8 @@ class WorkerReplica(Replica):
         # vLLM takes long to import; only this process of the cluster package needs it.
         from workers.profiling.vllm_calibrated_engine import make_engine
 
-        took_step = self._telemetry.took_step if config.metrics or config.tracing else None
-        engine = make_engine(resolve_model(config.model), config.worker, took_step, config.draft)
+        observer = self._telemetry if config.metrics or config.tracing else None
+        engine = make_engine(resolve_model(config.model), config.worker, observer, config.draft)
         self._telemetry.watch(engine)
         return engine
 

@@ -16,12 +16,11 @@ from workers.engine.engine import Engine
 from workers.engine.engine_loop import EngineLoop, LoopState
 from workers.engine_request import EngineRequest
 from workers.errors import WorkerDraining, WrongWorker
-from workers.observer import WorkerObserver
-from workers.reports import WorkerReport, WorkerStatus
+from workers.reports import WorkerObserver, WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress
 
 REPORT_HEARTBEAT_S = 2.0
-"""Max time between two reports, also when nothing has changed."""
+"""Interval of reports while nothing changes."""
 
 
 class Worker:
@@ -109,7 +108,7 @@ class Worker:
             await asyncio.sleep(0.1)
 
     def report_load(self, state: LoopState) -> None:
-        """Report the state of the engine's loop if there is news, or else now and then."""
+        """Report the state of the engine's loop if it has changed or a heartbeat is due."""
         report = WorkerReport(
             self.worker_id, state.outstanding, state.finished, self._draining, state.engine.drafts
         )

@@ -140,10 +140,10 @@ def run_calls(model: str, config: WorkerConfig, *runs: tuple[Sequence[Call], Set
     if speculates:
         # Any of the drafters may want the states; here one that is not in the config does.
         from workers.engine.vllm_sampling import runner_of
-        from workers.engine.vllm_speculation import HiddenStates
+        from workers.engine.vllm_speculation import LastHiddenStates
 
         drafts = engine._planned.drafts
-        drafts.connect(drafts.client, HiddenStates(runner_of(engine._core).model).rows)
+        drafts.connect(drafts.client, LastHiddenStates(runner_of(engine.core).model).rows)
     return [_run(engine, *run) for run in runs]
 
 

@@ -15,8 +15,7 @@ from workers.config import WorkerConfig
 from workers.cpus import claim_cpus
 from workers.engine_request import EngineRequest
 from workers.errors import ClientLost, EngineDead, WorkerDraining, WrongWorker
-from workers.observer import WorkerObserver
-from workers.reports import WorkerReport, WorkerStatus
+from workers.reports import WorkerObserver, WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress, StreamReceiver
 from workers.worker import Worker
 

@@ -78,7 +78,7 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
     from workers.profiling.vllm_calibrated_engine import make_engine
 
     engine = make_engine(model, config)
-    scheduler: Any = engine._core.scheduler
+    scheduler: Any = engine.core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     cost_model = scheduler.planner.cost_model.to_dict()
     before = len(scheduler.requests), pool.num_gpu_blocks, pool.get_num_free_blocks()
