@@ -60,7 +60,7 @@ class Worker:
         """Run `request`, its tokens going to `reply_to`; returns the finish reason at the end.
 
         The call lasts as long as its request, so that the death of either side is noticed by
-        the other, and a replica that is asked to stop waits for what it runs. Cancelling the
+        the other, and a replica that is to stop waits for the requests it runs. Cancelling the
         call aborts the request. Raises ValueError for a malformed request, WrongWorker if it was
         placed on another one, WorkerDraining, EngineDead, and ClientLost when the client no longer
         reads its stream.
@@ -98,7 +98,7 @@ class Worker:
         )
 
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
-        """Have this draft worker make the drafts from the next step on."""
+        """Take drafts from this draft worker from the next step on."""
         self._engine_loop.assign_draft_worker(draft_worker)
 
     async def drain(self) -> None:

@@ -1,4 +1,4 @@
-"""The costs of row tiles on this machine, measured or built in, by which plans choose tiles."""
+"""The costs of row tiles on this machine, measured or built in, from which plans choose tiles."""
 
 import functools
 import json

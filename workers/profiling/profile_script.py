@@ -25,10 +25,10 @@ ScriptStep = tuple[SeatSpan, ...]
 
 @dataclass(frozen=True, slots=True)
 class Seats:
-    """Requests that stand in for clients' requests, each with its share of the KV cache."""
+    """Dummy requests, each with its share of the KV cache."""
 
     lens: tuple[int, ...]
-    """Tokens that each one has room for, in descending order."""
+    """Tokens that each seat has room for, in descending order."""
     max_num_batched_tokens: int
 
     @classmethod
@@ -46,7 +46,7 @@ class Seats:
             min(max(1, int(first_share / (seat + 1))) * block_size, most) for seat in range(count)
         ]
         return cls(
-            tuple(lens for lens in lens if lens >= min(MIN_SEAT_LEN, most)),
+            tuple(seat_len for seat_len in lens if seat_len >= min(MIN_SEAT_LEN, most)),
             limits.max_num_batched_tokens,
         )
 

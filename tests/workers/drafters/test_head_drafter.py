@@ -38,7 +38,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> DraftHead:
     write_checkpoint("llama", folder)
     file = folder.parent / "tiny.head"
     write_head(tiny_head(folder, WINDOW), file)
-    return DraftHead(file, folder, lm_head_format="auto")
+    return DraftHead(file, folder)
 
 
 def test_the_first_step_gives_a_draft_and_later_ones_better_drafts(head: DraftHead) -> None:

@@ -26,8 +26,8 @@ NUM_FREQUENT, NUM_OTHERS = 3072, 2048
 random choice of the others, so that rare tokens are learnt too. Comparing with the whole vocabulary
 would take half the time of the training."""
 DEPTH_WEIGHT = 0.9
-"""Weight of each pass relative to the one before: a guess is of use only if all
-before it are right."""
+"""Weight of each pass relative to the one before: a guess is of use only if all before it are
+right."""
 WARM_UP = 0.05
 """Fraction of the steps in which the learning rate rises from a twentieth to its full value; large
 steps from random weights would diverge. Then it falls linearly to 0, so that the end is steady."""
