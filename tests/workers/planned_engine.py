@@ -25,7 +25,7 @@ from workers.token_stream import StreamAddress
 CLIENT = StreamAddress("tcp://127.0.0.1:1", b"test")
 NO_SLO = Slo()
 MAX_EMPTY_STEPS = 20_000
-"""More of them in a row and the engine is stuck."""
+"""With more of them in a row the engine is stuck."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,13 @@ class Played:
     """What came of a script."""
 
     tokens: list[list[int]]
-    """Of each job."""
+    """Output tokens of each job."""
     finish_reasons: list[str | None]
     num_cached: list[int]
     """Prompt tokens of each job that it found in the KV cache."""
     num_preemptions: int
     num_steps: int
-    """That computed something."""
+    """Steps that computed something."""
     longest_wait: int
     """Most steps in a row that computed nothing."""
     record: list[str]
@@ -66,9 +66,9 @@ class Played:
     """Requests that the scheduler still keeps something of."""
     class_name: str
     seen: list[list[RequestStep]]
-    """Of each job, what the worker's history tells of its steps."""
+    """Steps of each job, from the worker's history."""
     queued_s: list[tuple[str, float]]
-    """Of all jobs, in the order in which they began."""
+    """Service class and queueing time of each job, in the order in which they began."""
 
     @property
     def steps(self) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from workers.kernels.tiles import (
     SpanCut,
     TileCosts,
     default_costs,
-    parse_costs,
     plan_gemm,
     plan_query_tiles,
     row_tiles,
@@ -283,15 +282,3 @@ def test_a_step_without_query_tokens_has_no_tasks(
     tiles = plan_spans(spans, num_threads=num_threads)
 
     assert (tiles.tasks.size, tiles.merges.size, tiles.num_partials, tiles.max_rows) == (0, 0, 0, 0)
-
-
-# ---- Measured costs ----
-
-
-def test_measured_costs_are_read() -> None:
-    assert parse_costs({"tile_costs": [1, 1.5], "other": 3}, 2) == TileCosts((1.0, 1.5))
-
-
-@pytest.mark.parametrize("document", [{}, {"tile_costs": [1, 2, 3]}, {"tile_costs": "12"}])
-def test_costs_of_other_tiles_are_not_used(document: dict[str, object]) -> None:
-    assert parse_costs(document, 2) is None
