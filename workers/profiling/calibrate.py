@@ -107,7 +107,7 @@ def _measure_engine(pipe: Connection, model: str, config: WorkerConfig) -> None:
         if config.device == "cpu":
             claim = claim_cpus(config.cpus)  # held until the process ends
             claim.pin_process()
-        # They read the environment when they are imported.
+        # Torch and vLLM read the environment when they are imported.
         from workers.engine.vllm_engine import VllmEngine
         from workers.profiling.vllm_profile import measure
 

@@ -139,7 +139,7 @@ class Trainer:
         number[self.vocabulary] = torch.arange(len(self.vocabulary))
         lm_head = self._lm_head[self.vocabulary]
         right = torch.zeros(self._training.depth)
-        loss = {temperature: 0.0 for temperature in temperatures}
+        loss = dict.fromkeys(temperatures, 0.0)
         num_rows = 0.0
         for chunk_rows, chunk_owners in chunks:
             rows, owners = chunk_rows[None], chunk_owners[None]
