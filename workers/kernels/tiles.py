@@ -122,7 +122,7 @@ class QueryTiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanCut:
-    """What decides how a step's attention is cut, in addition to its spans."""
+    """What decides, in addition to its spans, how a step's attention is cut."""
 
     group: int
     """Query heads per KV head."""
