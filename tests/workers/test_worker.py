@@ -10,6 +10,7 @@ import pytest
 
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
+from tests.workers.fake_clock import FakeClock
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.config import WorkerConfig
 from workers.cpus import claim_cpus
@@ -26,16 +27,6 @@ NODE = frozenset({100, 101, 102})
 
 LONG = 10**9
 """Output tokens of a request that does not end by itself."""
-
-
-@dataclasses.dataclass
-class FakeClock:
-    """Time that moves when a test says so."""
-
-    now: float = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Reports(WorkerObserver):
