@@ -36,7 +36,7 @@ class DraftContexts:
         return len(self._contexts)
 
     def extend(self, key: ContextKey, delta: ContextDelta, now: float) -> bool:
-        """Append new tokens; if some before them are missing, forget the request, return False."""
+        """Append new tokens; if some before them are missing, forget the request: False."""
         context = self._contexts.get(key)
         if delta.position == 0 or context is None:
             context = self._contexts[key] = _Context(

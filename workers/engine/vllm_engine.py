@@ -51,8 +51,8 @@ def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
     They leave out drafts, which only workers know of: an ingress that did would refuse parameters
     that vLLM cannot verify drafts under.
     """
-    # vLLM reads it when it makes a config for a CPU or an `LLMEngine`: with 1, the default, it
-    # would move the executor to a child process. Here the thread that steps computes.
+    # vLLM reads this variable as it makes a config for a CPU, or an `LLMEngine`: with 1, the
+    # default, the executor would move to a child process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     args: dict[str, Any] = {
         field.name: value
