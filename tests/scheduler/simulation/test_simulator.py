@@ -125,7 +125,6 @@ def test_a_prompt_above_the_budget_takes_several_steps() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_each_token_is_computed_once(policy: str) -> None:
     arrivals = [replace(a, hash_ids=()) for a in workload(1)]
-
     config = SimulationConfig(policy=policy_of(policy), num_workers=2, log_steps=True)
 
     result = simulate(arrivals, device(), config)
@@ -348,22 +347,21 @@ def test_a_cluster_has_a_worker() -> None:
         SimulationConfig(num_workers=0)
 
 
-def plan_of(*tasks: StageTask, deferred: tuple[()] = ()) -> BatchPlan:
-    return BatchPlan(tasks, deferred, (), 0.0, math.inf)
+def plan_of(*tasks: StageTask, preempted: tuple[str, ...] = ()) -> BatchPlan:
+    return BatchPlan(
+        tasks=tasks, deferred=(), preempted=preempted, predicted_s=0.0, limit_s=math.inf
+    )
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (
-            plan_of(StageTask("x", Stage.PREFILL, 10, 10, False)),
-            "tasks of unknown requests",
-        ),
+        (plan_of(StageTask("x", Stage.PREFILL, 10, 10, False)), "tasks of unknown requests"),
         (plan_of(StageTask("r", Stage.PREFILL, 101, 101, True)), "100 tokens are left"),
         (plan_of(StageTask("r", Stage.PREFILL, 0, 0, False)), "100 tokens are left"),
         (plan_of(StageTask("r", Stage.PREFILL, 10, 20, False)), "does not fit"),
         (plan_of(StageTask("r", Stage.PREFILL, 10, 10, True)), "does not fit"),
-        (BatchPlan((), (), ("r",), 0.0, 0.0), "names each request once"),
+        (plan_of(preempted=("r",)), "names each request once"),
         (plan_of(), "names each request once"),
     ],
 )
@@ -383,8 +381,8 @@ def test_a_plan_that_breaks_a_limit_is_an_error(
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_num_batched_tokens": 150}, "200 tokens in a step; at most 150 may be"),
-        ({"max_num_seqs": 1}, "2 requests run; at most 1 may"),
+        ({"max_num_batched_tokens": 150}, "200 tokens in a step; at most 150 fit"),
+        ({"max_num_seqs": 1}, "2 requests run; at most 1 can"),
         ({"num_kv_blocks": 10}, "the KV cache is full"),
     ],
 )
