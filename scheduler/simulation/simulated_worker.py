@@ -33,7 +33,7 @@ class StepRecord(NamedTuple):
     num_requests: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class LiveRequest:
     """A request on its worker."""
 

@@ -20,11 +20,11 @@ from scheduler.simulation.simulator import (
     simulate,
 )
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
+from tests.scheduler.scenes import NO_SLO
 
 FIXED_S, TOKEN_S, CONTEXT_S = 0.010, 0.001, 1e-6
 BLOCK = 16
 POLICIES = ("hybrid", "static", "decode_first", "prefill_first")
-NO_SLO = Slo()
 SLO = Slo(0.5, 0.03)
 
 
@@ -37,7 +37,12 @@ def device(
         source="made up",
         modelled=True,
         cost_model=CostModel(weights, token_knots=(0,), sample_knots=(0,)),
-        limits=Limits(max_num_seqs, max_num_batched_tokens, BLOCK, num_kv_blocks),
+        limits=Limits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_block_size=BLOCK,
+            num_kv_blocks=num_kv_blocks,
+        ),
     )
 
 
@@ -53,7 +58,14 @@ def arrival(
     slo_class: str = "",
 ) -> Arrival:
     request = Request(name, num_prompt, num_output, slo=slo, slo_class=slo_class)
-    return Arrival(request, arrival_s, num_output, hash_ids, BLOCK if hash_ids else 0, after)
+    return Arrival(
+        request,
+        arrival_s,
+        num_output,
+        hash_ids=hash_ids,
+        hash_block_size=BLOCK if hash_ids else 0,
+        after=after,
+    )
 
 
 def workload(
