@@ -9,7 +9,7 @@ class SchedulerObserver:
     """Called in the event loop of the GlobalScheduler; this one does nothing."""
 
     def placed(self, request: Request, placement: Placement, took_s: float) -> None:
-        """A request was placed, by a decision that took so many seconds."""
+        """A request was placed, by a decision that took `took_s` seconds."""
 
     def refused(self, request: Request, refused: Refused) -> None:
         """A request was placed nowhere."""
