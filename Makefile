@@ -18,8 +18,8 @@ endef
 help:
 	@echo "XY-Serve: large language models served from a Ray cluster."
 	@echo
-	@echo "  make serve       install, fetch the default model, serve it until Ctrl-C, show one answer"
-	@echo "                     CONFIG=deploy/cuda.yaml   another app"
+	@echo "  make serve       install, fetch the default model, serve it, show one answer"
+	@echo "                     CONFIG=deploy/cuda.yaml   another app; Ctrl-C ends it"
 	@echo "  make test        install, lint, run all tests"
 	@echo "                     ARGS='-k placement'       only some tests"
 	@echo "  make test-fast   run the tests that need no engine and no Ray: under 90 s on two cores"
