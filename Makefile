@@ -1,4 +1,4 @@
-# Python that makes .venv, the app that `make serve` starts, and what `make test` gives to pytest.
+# The Python that creates .venv, the app that `make serve` starts, and arguments for pytest.
 PYTHON ?= python3
 CONFIG ?= deploy/local.yaml
 ARGS ?=
@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 CSRC := workers/kernels/csrc/*.h workers/kernels/csrc/*.cpp
 
-# $(call phase,name,command): run the command and say its name and the time it took.
+# $(call phase,name,command): run the command, print its name and its time.
 define phase
 @start=$$(date +%s); echo "[$(1)] $(2)"; \
 $(2) && echo "[$(1)] ok, $$(($$(date +%s) - start)) s" || \
@@ -18,25 +18,25 @@ endef
 help:
 	@echo "XY-Serve: large language models served from a Ray cluster."
 	@echo
-	@echo "  make serve      install, fetch the default model, serve it, show one answer"
-	@echo "                    CONFIG=deploy/cuda.yaml   another app; Ctrl-C ends it"
-	@echo "  make test       install, then ruff, mypy --strict and the whole test suite"
-	@echo "                    ARGS='-k placement'       only some of the tests"
-	@echo "  make test-fast  only the tests without engine and Ray: under 90 s on two cores"
-	@echo "  make lint       ruff, clang-format and mypy --strict only"
-	@echo "  make fix        let ruff and clang-format change what they can"
-	@echo "  make dashboards write deploy/grafana/*.json and deploy/alerts.yml again, after a change of them"
-	@echo "  make docs       write the config reference in deploy/README.md again, after a change of the config"
-	@echo "  make install    only make .venv; the second time it has nothing to do"
-	@echo "                    PYTHON=python3.12         another Python, 3.11 or newer"
+	@echo "  make serve       install, fetch the default model, serve it, show one answer"
+	@echo "                     CONFIG=deploy/cuda.yaml   another app; Ctrl-C ends it"
+	@echo "  make test        install, lint, run all tests"
+	@echo "                     ARGS='-k placement'       only some tests"
+	@echo "  make test-fast   run the tests that need no engine and no Ray: under 90 s on two cores"
+	@echo "  make lint        check with ruff, clang-format and mypy --strict"
+	@echo "  make fix         fix what ruff and clang-format can fix"
+	@echo "  make dashboards  regenerate deploy/grafana/*.json and deploy/alerts.yml"
+	@echo "  make docs        regenerate the config reference in deploy/README.md"
+	@echo "  make install     create or update .venv"
+	@echo "                     PYTHON=python3.12         another Python, 3.11 to 3.14"
 	@echo
-	@echo "The first 'make serve' takes some minutes, nearly all of it downloads. Then .venv/bin/xyserve"
-	@echo "is the command line (try: .venv/bin/xyserve --help). 'rm -rf .venv' undoes the install."
+	@echo "The first 'make serve' takes several minutes, nearly all for downloads. The command line is"
+	@echo ".venv/bin/xyserve (try .venv/bin/xyserve --help). 'rm -rf .venv' removes the installation."
 
 install:
 	@$(PYTHON) deploy/install.py
 
-# exec: Ctrl-C reaches xyserve itself, with no shell between that could end first.
+# exec: no shell that could end before xyserve receives Ctrl-C.
 serve: install
 	@exec $(BIN)/xyserve up $(CONFIG)
 
@@ -54,10 +54,10 @@ test: lint
 test-fast: install
 	$(call phase,pytest,$(BIN)/pytest --fast $(ARGS))
 
-# What is in git; a test compares it with cluster/observe/dashboards.
+# A test compares the files in git with cluster/observe/dashboards.
 dashboards: install
 	@$(BIN)/python -m cluster.observe.dashboards.grafana
 
-# The config reference; a test compares it with the config's dataclasses.
+# A test compares the reference in git with the config's dataclasses.
 docs: install
 	@$(BIN)/python -m cluster.config.reference

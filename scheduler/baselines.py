@@ -1,6 +1,7 @@
 """Baselines: how others fill a step, behind the same interface as `HybridScheduler`.
 
-None of them reads a target or a clock. Budgets are in tokens, and the step's own limit holds too.
+None of them reads a target or a clock. The token budget of a baseline is the
+`max_num_batched_tokens` of its limits.
 """
 
 import math
@@ -17,7 +18,7 @@ NO_CHUNK = sys.maxsize
 
 
 class StaticBudget:
-    """vLLM's default: running requests in the order they came, then waiting ones, up to a budget.
+    """vLLM's default: running requests in the order they came, then waiting ones, up to the budget.
 
     If `long_prefill_token_threshold` is not 0, no request takes more tokens than that in a step
     that it shares with others.
@@ -28,18 +29,15 @@ class StaticBudget:
         limits: Limits,
         cost_model: CostModel,
         *,
-        budget: int,
         long_prefill_token_threshold: int = 0,
     ) -> None:
         self._limits = limits
         self._cost_model = cost_model
-        self._budget = budget
         self._threshold = long_prefill_token_threshold
 
     def plan(self, view: StepView, now: float) -> BatchPlan:
         """Make the next step."""
         step = Step(view, self._limits, self._cost_model)
-        step.num_tokens_left = min(step.num_tokens_left, self._budget)
         alone = len(view.running) + len(view.waiting) == 1
         chunk = NO_CHUNK if alone else self._threshold or NO_CHUNK
         take_running(step, view.running, chunk)
@@ -48,43 +46,33 @@ class StaticBudget:
 
 
 class DecodeFirst:
-    """Sarathi-Serve: all decodes, then running prefills, then new ones, up to a fixed budget.
+    """Sarathi-Serve: all decodes, then running prefills, then new ones, up to the budget.
 
     A. Agrawal et al., OSDI '24, algorithm 3.
     """
 
-    def __init__(self, limits: Limits, cost_model: CostModel, *, budget: int) -> None:
+    def __init__(self, limits: Limits, cost_model: CostModel) -> None:
         self._limits = limits
         self._cost_model = cost_model
-        self._budget = budget
 
     def plan(self, view: StepView, now: float) -> BatchPlan:
         """Make the next step."""
         step = Step(view, self._limits, self._cost_model)
-        step.num_tokens_left = min(step.num_tokens_left, self._budget)
         take_running(step, sorted(view.running, key=lambda state: not state.is_decoding))
         admit_in_order(step, view.waiting)
         return step.plan(math.inf)
 
 
 class PrefillFirst:
-    """XY-Serve's paper: prefills take the budget except for slots that are reserved for decodes.
+    """XY-Serve's paper: prefills take the budget, except for slots reserved for decodes.
 
     The decodes that have waited longest for a token take the slots (section 4.1, which gives no
     number of slots).
     """
 
-    def __init__(
-        self,
-        limits: Limits,
-        cost_model: CostModel,
-        *,
-        budget: int,
-        reserved_slots: int,
-    ) -> None:
+    def __init__(self, limits: Limits, cost_model: CostModel, *, reserved_slots: int) -> None:
         self._limits = limits
         self._cost_model = cost_model
-        self._budget = budget
         self._reserved_slots = reserved_slots
 
     def plan(self, view: StepView, now: float) -> BatchPlan:
@@ -92,9 +80,8 @@ class PrefillFirst:
         step = Step(view, self._limits, self._cost_model)
         decodes = [state for state in view.running if state.is_decoding]
         prefills = [state for state in view.running if not state.is_decoding]
-        budget = min(step.num_tokens_left, self._budget)
-        num_reserved = min(len(decodes), self._reserved_slots, budget)
-        step.num_tokens_left = budget - num_reserved
+        num_reserved = min(len(decodes), self._reserved_slots, step.num_tokens_left)
+        step.num_tokens_left -= num_reserved
         take_running(step, prefills)
         admit_in_order(step, view.waiting)
         step.num_tokens_left += num_reserved

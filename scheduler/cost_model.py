@@ -46,7 +46,7 @@ SPAN_FEATURE = -3
 
 @dataclass(slots=True)
 class StepShape:
-    """The amounts of work that a step's time depends on. Grows span by span."""
+    """The amounts of work that a step's time depends on, added span by span."""
 
     query_tile: int
     """Number of query tokens that read the KV cache together."""
@@ -125,7 +125,7 @@ class CostModel:
         speed: float = 1.0,
     ) -> None:
         """`weights`, in seconds: fixed, the slope from each token knot on, the slope from each
-        sample knot on, a span's, a KV read's, a pair's. Tokens are computed in tiles of
+        sample knot on, per span, per KV read, per pair. Tokens are computed in tiles of
         `token_tile` rows. ValueError if a weight is missing, negative or not finite, or if knots do
         not ascend from 0.
         """
@@ -171,7 +171,7 @@ class CostModel:
         """Seconds of a step of this shape; 0 for an empty one."""
         if shape.num_tokens == 0:
             return 0.0
-        seconds: float = self.speed * (
+        return self.speed * (
             self._fixed
             + _interpolate(self._linear, -(-shape.num_tokens // self.token_tile) * self.token_tile)
             + _interpolate(self._head, shape.num_logits)
@@ -179,7 +179,6 @@ class CostModel:
             + self._kv_read_s * shape.num_kv_reads
             + self._pair_s * shape.num_pairs
         )
-        return seconds
 
     def longest_chunk(
         self, shape: StepShape, num_computed_tokens: int, num_tokens: int, limit_s: float
@@ -211,7 +210,7 @@ class CostModel:
         return max(0.0, sorted(self._lateness)[int(LATENESS_QUANTILE * len(self._lateness))])
 
     def observe(self, shape: StepShape, measured_s: float) -> None:
-        """Learn from a step that took `measured_s` seconds."""
+        """Learn from a step that took `measured_s` seconds; broken measurements are ignored."""
         predicted_s = self.predict(shape)
         if not 0 < measured_s < math.inf or not 0 < predicted_s < math.inf:
             return

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from scheduler.worded import Worded
 
 BUSIER = 0.2
-"""Difference of their busy shares above which a worker moves to a less busy draft worker."""
+"""Difference in busy share above which a worker moves to the less busy draft worker."""
 
 LEARN_RATE = 0.02
 """Weight of a new acceptance rate in the usual rate."""
 COLLAPSE_SHARE, COLLAPSE_DROP = 0.5, 0.15
-"""Share of the usual rate, and difference to it, below which a rate has collapsed: below both, as a
-low rate may halve by chance."""
+"""A rate has collapsed if it is below this share of the usual rate and below it by this difference;
+the share alone does not count, as a low rate may halve by chance."""
 RECOVER_SHARE = 0.8
 """Share of the usual rate at which a collapse ends."""
 MIN_VERIFIED = 64
@@ -24,7 +24,7 @@ RESTART_MEMORY_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class DraftWorkerLoad:
-    """The load of one draft worker, as far as it is known."""
+    """The last known load of one draft worker."""
 
     draft_worker_id: str
     num_workers: int
@@ -32,7 +32,7 @@ class DraftWorkerLoad:
     busy_share: float
     """Fraction of time spent drafting."""
     silent: bool = False
-    """Whether it has not reported for long and may be stopped."""
+    """Whether it has not reported for long and may have stopped."""
 
 
 def choose_draft_worker(
@@ -56,7 +56,7 @@ def choose_draft_worker(
 
 
 class CollapseReason(Worded):
-    """Why drafts are no longer accepted as they used to be."""
+    """Why drafts are accepted less often than before."""
 
     SILENT = "silent", "the draft worker does not answer: it is stopped or overloaded"
     RESTARTED = "restarted", "the draft worker has restarted and must learn again"

@@ -33,7 +33,7 @@ class HybridScheduler:
     lets most of them be on time. A request that has no targets, or can no longer meet them, gets
     what the others leave, but it makes progress: every step has the oldest decode, and every
     `TURN`-th step starts with the oldest prefill. Without any targets the steps are those of
-    `DecodeFirst` with the whole budget.
+    `DecodeFirst`.
     """
 
     def __init__(self, limits: Limits, cost_model: CostModel) -> None:
@@ -63,7 +63,7 @@ class _Planning:
         self._prefills = [state for state in view.running if not state.is_decoding]
         self._waiting = {state.request.request_id for state in view.waiting}
         self._prefill_s: dict[str, float] = {}
-        """Seconds that a request's prefill would take alone, by id, as far as computed yet."""
+        """Cache of the seconds that a request's prefill would take alone, by request id."""
         self._on_time = {
             state.request.request_id
             for states in (view.running, view.waiting)
@@ -75,7 +75,8 @@ class _Planning:
         self._filled_s = 0.0
         """Longest time limit, in seconds, for which the step was found full."""
         self._future: StepShape | None = None
-        """Shape of a step in which all requests on time decode, new ones too; None until used."""
+        """Shape of a step in which all requests on time decode, admitted ones too; None until
+        used."""
         self._future_tpot_s = math.inf
         self._step = Step(view, limits, cost_model, victim_order=self._victim_order)
 
@@ -193,7 +194,7 @@ class _Planning:
         )
 
     def _by_deadline(self, firm_s: float) -> tuple[list[RequestState], list[RequestState]]:
-        """The prefills that can be on time in their best order, and the others in theirs.
+        """The prefills that can be on time, in their best order, and the others by rank.
 
         J. M. Moore's and T. J. Hodgson's algorithm (1968), which makes the fewest jobs late: take
         them by deadline, and whenever one would be late, defer the longest taken so far.
@@ -225,7 +226,7 @@ class _Planning:
         return [on_time[index] for index in (*kept, *late)], rest
 
     def _starved(self, rest: list[RequestState]) -> RequestState | None:
-        """The oldest request, if it waited for `STARVATION_S` and none runs that is not on time."""
+        """The oldest that waits, if for longer than `STARVATION_S` and all that run are on time."""
         waiting = [state for state in rest if state.request.request_id in self._waiting]
         if not waiting or any(not self._is_on_time(state) for state in self._view.running):
             return None

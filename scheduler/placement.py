@@ -9,18 +9,18 @@ from scheduler.worded import Worded
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """What placement knows of one worker."""
+    """What placement knows about one worker."""
 
     worker_id: str
     num_outstanding_tokens: int
     """Prompt and output tokens its requests may still need."""
     num_requests: int
     draining: bool = False
-    """Finishes what it has and takes nothing new."""
+    """Whether it only finishes the requests it has."""
     tokens_per_span: float = 1.0
     """Mean output tokens per decode: more than one where drafts are accepted."""
     silent: bool = False
-    """Has not reported for long: perhaps it hangs, and its load is out of date."""
+    """Whether it has not reported for long: it may hang, and its load is out of date."""
 
     @property
     def num_expected_spans(self) -> float:
@@ -50,7 +50,7 @@ class Placed:
 
 
 class RefusalReason(Worded):
-    """Why a request was placed nowhere."""
+    """Why a request was not placed."""
 
     NO_WORKER = "no_worker", "no worker takes new requests"
     OVERLOAD = "overload", "the workers could not serve the request in time"
@@ -73,21 +73,21 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A choice, and what it was made from."""
+    """The choice of a worker, with the next best one and the reason."""
 
     chosen: WorkerLoad
     runner_up: WorkerLoad | None
     reason: PlacementReason
     num_draining: int
-    """Workers that were left out because they are draining."""
+    """Number of workers left out because they are draining."""
 
 
 def place(request: Request, workers: Iterable[WorkerLoad]) -> Placement | None:
-    """Choose the worker for `request`: the one with the least outstanding tokens.
+    """Choose the worker for `request`: the one with the fewest outstanding tokens.
 
     Tokens count for less where drafts are accepted, which shortens the work. Among equals the one
-    with fewer requests wins, then the smaller id, so that the same view gives the same choice. A
-    silent worker is the last resort. None when no worker takes new requests.
+    with fewer requests wins, then the smaller id, so that equal loads give equal choices. A silent
+    worker is the last resort. None if no worker takes new requests.
     """
     workers = list(workers)
     candidates = sorted((worker for worker in workers if not worker.draining), key=_rank)
@@ -95,10 +95,10 @@ def place(request: Request, workers: Iterable[WorkerLoad]) -> Placement | None:
         return None
     chosen, *others = candidates
     return Placement(
-        chosen,
-        others[0] if others else None,
-        _reason(chosen, others),
-        len(workers) - len(candidates),
+        chosen=chosen,
+        runner_up=others[0] if others else None,
+        reason=_reason(chosen, others),
+        num_draining=len(workers) - len(candidates),
     )
 
 

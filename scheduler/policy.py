@@ -1,6 +1,6 @@
 """Chooses the scheduler that plans the steps, by name and settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from scheduler.baselines import DecodeFirst, PrefillFirst, StaticBudget
@@ -38,22 +38,22 @@ class StepPolicy:
 
     def make(self, limits: Limits, cost_model: CostModel) -> StepScheduler:
         """The step scheduler of a worker; ValueError for `vllm`."""
-        budget = min(self.budget or limits.max_num_batched_tokens, limits.max_num_batched_tokens)
+        max_num_tokens = limits.max_num_batched_tokens
+        budgeted = replace(
+            limits, max_num_batched_tokens=min(self.budget or max_num_tokens, max_num_tokens)
+        )
         match self.name:
             case "hybrid":
                 return HybridScheduler(limits, cost_model)
             case "static":
                 return StaticBudget(
-                    limits,
+                    budgeted,
                     cost_model,
-                    budget=budget,
                     long_prefill_token_threshold=self.long_prefill_token_threshold,
                 )
             case "decode_first":
-                return DecodeFirst(limits, cost_model, budget=budget)
+                return DecodeFirst(budgeted, cost_model)
             case "prefill_first":
-                return PrefillFirst(
-                    limits, cost_model, budget=budget, reserved_slots=self.reserved_slots
-                )
+                return PrefillFirst(budgeted, cost_model, reserved_slots=self.reserved_slots)
             case "vllm":
                 raise ValueError("step_policy.name (vllm): vLLM decides its own steps, live only")

@@ -9,10 +9,10 @@ from scheduler.task import BatchPlan, StepReport
 
 
 def replay(lines: Iterable[str]) -> Iterator[tuple[StepReport, BatchPlan]]:
-    """Decide each step of a record again: what was recorded, and the plan made now.
+    """Plan each step of a record again; yields what was recorded and the plan made now.
 
     The cost model learns from the recorded times, so it is at each step what it was. ValueError
-    if `lines` are no record.
+    if `lines` are not a record.
     """
     record = read_record(lines)
     reports: list[StepReport] = []

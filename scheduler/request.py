@@ -1,4 +1,4 @@
-"""A generation request as scheduling sees it: how much work it brings and when it is due."""
+"""A generation request as scheduling sees it: how much work it is and when it is due."""
 
 import math
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ class Request:
     """Lower runs first, as in vLLM."""
     slo: Slo = Slo()
     slo_class: str = ""
-    """Name of the service class that it came in; for reports only."""
+    """Name of its service class; for reports only."""
     traceparent: str = ""
-    """W3C trace context of its call, for those who trace it; empty if nobody does."""
+    """W3C trace context of its call; empty if it is not traced."""
 
     def num_outstanding_tokens(self, num_output_tokens: int = 0) -> int:
-        """Tokens still to compute, at most, once `num_output_tokens` were generated.
+        """Maximum number of tokens still to compute once `num_output_tokens` were generated.
 
         The prompt counts until the first output token shows that its prefill is over.
         """
@@ -46,19 +46,18 @@ class Request:
 
 @dataclass(slots=True)
 class RequestState:
-    """How far a request has come on its worker; times are those of the worker's clock."""
+    """A request's progress on its worker; times are by the worker's clock."""
 
     request: Request
     arrival_s: float
     num_output_tokens: int = 0
     num_computed_tokens: int = 0
-    """Tokens whose keys and values are in the KV cache; of one that waits, those a prefix hit
-    would give it."""
+    """Tokens whose keys and values are in the KV cache; for a waiting request, those that a prefix
+    hit would give it."""
     first_token_s: float = math.inf
     last_token_s: float = math.inf
     draft_chances: tuple[float, ...] = ()
-    """Of each draft token at hand for its next tokens, the chance to be accepted if those before it
-    were."""
+    """Chance of each draft token at hand to be accepted if all before it are."""
 
     @property
     def num_tokens(self) -> int:
@@ -77,16 +76,16 @@ class RequestState:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only its newest token is missing in the KV cache; else it is being prefilled."""
+        """Whether only its newest token is missing from the KV cache; otherwise it prefills."""
         return self.num_output_tokens > 0 and self.num_new_tokens == 1
 
     @property
     def due_s(self) -> float:
-        """When its next token has to be there.
+        """Deadline of its next token; infinite without targets.
 
-        The first one within `ttft_s` of the arrival. Token k (the first is 0) within k `tpot_s` of
-        the first, so that the mean over the tokens so far keeps to the target, and within one
-        `tpot_s` of the one before, so that the reader never waits longer for one.
+        The first token is due within `ttft_s` of the arrival. Token k (the first is 0) is due
+        within k `tpot_s` of the first, so that the mean over the tokens so far meets the target,
+        and within one `tpot_s` of the token before, so that no single gap is longer.
         """
         slo = self.request.slo
         if self.num_output_tokens == 0:

@@ -44,8 +44,8 @@ def add_drafts(
     """Extend decodes of `step` by drafts while that raises the tokens expected per second.
 
     Draft k of a request becomes a token if it and all before it are accepted, so with the product
-    of their chances. The likeliest draft of all requests is added first, and those are kept that
-    maximise (decodes + expected accepted drafts) / (predicted seconds), the measure of X. Liu et
+    of their chances. The likeliest draft of all requests is added first, up to the maximum of
+    (decodes + expected accepted drafts) / (predicted seconds), the measure of X. Liu et
     al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (2024).
     Drafts never make the step longer than `limit_s` seconds.
     """
@@ -126,11 +126,12 @@ class _RequestDrafts:
 
 
 class Acceptance:
-    """How likely each draft is to be accepted, learnt from those that were verified.
+    """How likely each draft is to be accepted, learnt from verified drafts.
 
-    A drafter estimates the chance of each draft. Its estimates are calibrated for each drafter, and
-    scaled by a factor for each request, which starts at that of all requests of the worker. When
-    nothing was verified for a while, one draft is verified as a probe, so that drafts can recover.
+    A drafter estimates the chance of each of its drafts. The estimates are calibrated per drafter
+    and scaled by a factor per request, which starts at the factor of all requests of the worker.
+    When nothing was verified for a while, one draft is verified as a probe, so that drafts can
+    recover.
     """
 
     def __init__(self) -> None:
@@ -169,7 +170,7 @@ class Acceptance:
 
     @property
     def is_resting(self) -> bool:
-        """Whether to request no drafts: for long none was worth verifying, and no probe is near."""
+        """Whether to request no drafts: none was worth verifying lately, and no probe is near."""
         to_probe = -self._num_idle_steps % PROBE_STEPS
         return self._num_idle_steps > REST_STEPS and to_probe > PROBE_LEAD_STEPS
 

@@ -73,7 +73,7 @@ class Step:
         return True
 
     def admit(self, state: RequestState, num_tokens: int) -> Reason | None:
-        """Take up to `num_tokens` tokens of a waiting request; returns why not, if not.
+        """Take up to `num_tokens` tokens of a waiting request; returns the reason if none is taken.
 
         As in vLLM, a request is admitted only if all its tokens fit into the KV cache, and none is
         in a step that preempts.
@@ -90,7 +90,7 @@ class Step:
             return reason
         self._running[state.request.request_id] = state
         self._admitted.append(state)
-        # Blocks of a prefix hit may be held by nobody and so counted as free until now.
+        # Until now the blocks of a prefix hit may have been counted as free.
         self._num_free_blocks -= self._limits.num_blocks(state.num_computed_tokens)
         self._add(state, min(num_tokens, self.num_tokens_left))
         return None
@@ -115,7 +115,7 @@ class Step:
                 self.defer(state, reason)
 
     def plan(self, limit_s: float) -> BatchPlan:
-        """The finished plan; `limit_s` is how long the targets let the step last."""
+        """The finished plan; `limit_s` is the longest duration that the targets allow."""
         return BatchPlan(
             tasks=tuple(self._tasks.values()),
             deferred=tuple(

@@ -80,20 +80,20 @@ class StepReport:
     began_s: float
     plan: BatchPlan
     tasks: tuple[StageTask, ...]
-    """What was computed: the plan's tasks, except where vLLM knew better."""
+    """What was computed: the plan's tasks, except where vLLM had to deviate."""
     measured_s: float
     decided_s: float
     """Seconds that making the plan took."""
     num_new_tokens: Mapping[str, int] = field(default_factory=dict)
-    """Output tokens that the step gave, by request id."""
+    """Number of output tokens that the step produced, by request id."""
     preempted: frozenset[str] = frozenset()
     """Requests whose KV cache was freed before the step, by the plan or by vLLM."""
     queued_s: tuple[tuple[str, float], ...] = ()
     """Service class and queueing time of each request whose first task is in this step."""
     num_flops: float = 0.0
-    """Floating-point operations that the model's shape asks for; 0 if it is not known."""
+    """Floating-point operations, by the model's dimensions; 0 if they are not known."""
     num_bytes: float = 0.0
-    """Bytes of weights and KV cache that the model's shape moves; 0 if it is not known."""
+    """Bytes of weights and KV cache moved, by the model's dimensions; 0 if they are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +120,13 @@ class StepView:
     step: int
     """Number of the step to plan, counted by the worker."""
     running: Sequence[RequestState]
-    """Requests that hold a seat, in the order they took it."""
+    """Requests that hold a seat, in the order of their admission."""
     waiting: Sequence[RequestState]
-    """Requests that can take one, by (priority, arrival); preempted ones first."""
+    """Requests that may be admitted, by (priority, arrival); preempted ones first."""
     num_free_kv_blocks: int
     num_shared_kv_blocks: Mapping[str, int] = field(default_factory=dict)
-    """Blocks of running requests that others hold too, so that preemption does not free them; by
-    request id, which may be left out if there are none."""
+    """Blocks of running requests that others hold too, so that preemption does not free them, by
+    request id; requests without such blocks may be left out."""
 
 
 class StepScheduler(Protocol):

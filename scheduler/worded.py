@@ -5,7 +5,7 @@ from typing import Self
 
 
 class Worded(StrEnum):
-    """A value for metrics and records, and as `text` the same in words, for logs and people.
+    """A value for metrics and records, whose `text` says the same in words, for people.
 
     A member is defined as a pair: `TIME = "time", "the step was as long as ..."`.
     """

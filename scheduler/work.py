@@ -29,7 +29,7 @@ class ModelWork:
     """Size of one token's keys and values in all layers."""
 
     def flops(self, shape: StepShape) -> float:
-        """Floating-point operations of a step: those of its tokens, logits and pairs."""
+        """Floating-point operations of a step."""
         return (
             self.body_flops_per_token * shape.num_tokens
             + self.head_flops_per_logit * shape.num_logits
@@ -39,8 +39,8 @@ class ModelWork:
     def memory_bytes(self, shape: StepShape) -> float:
         """Bytes that a step reads and writes; 0 for an empty one.
 
-        The weights are read once, the LM head's only if there are logits. Each token's keys and
-        values are written once, and those of its context are read once for each query tile.
+        The weights are read once, the LM head's only if there are logits. The keys and values of
+        each token are written once, those of its context read once per query tile.
         """
         if shape.num_tokens == 0:
             return 0.0

@@ -13,7 +13,7 @@ BROKEN = pytest.StashKey[dict[tuple[str, str], str]]()
 def pytest_fixture_setup(
     fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
 ) -> Generator[None, object, object]:
-    """Remember a shared fixture that fails; pytest would report it for each test that needs it."""
+    """Note a shared fixture that fails; pytest would report it for each test that needs it."""
     try:
         return (yield)
     except (Exception, pytest.fail.Exception):
@@ -26,7 +26,7 @@ def pytest_fixture_setup(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a broken fixture; the run has failed by the one report of it."""
+    """Skip a test that needs a broken fixture; the first report has failed the run."""
     for (place, fixture), test in item.session.stash.get(BROKEN, {}).items():
         if item.nodeid.startswith(place) and fixture in getattr(item, "fixturenames", ()):
             pytest.skip(f"needs `{fixture}`, which failed: see the error of {test}")

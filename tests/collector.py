@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry spans, as a tracing backend runs one: OTLP over HTTP."""
+"""A collector of OpenTelemetry spans, as a tracing backend has one: OTLP over HTTP."""
 
 import threading
 import time
@@ -10,13 +10,13 @@ from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-ARRIVES_S = 30.0
-"""Exporters send what they have every five seconds."""
+TIMEOUT_S = 30.0
+"""Time for all spans of a trace to arrive; exporters send theirs every five seconds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CollectedSpan:
-    """One span, with what it is joined to others by."""
+    """One span, with the ids that join it to others."""
 
     name: str
     service: str
@@ -30,7 +30,7 @@ class CollectedSpan:
 
 
 class Collector:
-    """What has come so far."""
+    """All spans received so far."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -43,8 +43,8 @@ class Collector:
     def trace(
         self, trace_id: str, is_whole: Callable[[list[CollectedSpan]], bool]
     ) -> list[CollectedSpan]:
-        """The spans of a trace once `is_whole` is true of them, or else what came in time."""
-        give_up_s = time.monotonic() + ARRIVES_S
+        """The spans of a trace by begin, once `is_whole` is true for them or time is up."""
+        give_up_s = time.monotonic() + TIMEOUT_S
         while True:
             found = [span for span in self.spans if span.trace_id == trace_id]
             if is_whole(found) or time.monotonic() > give_up_s:
@@ -58,22 +58,22 @@ class Collector:
                 for span in scope.spans:
                     self.spans.append(
                         CollectedSpan(
-                            span.name,
-                            resource["service.name"],
-                            span.trace_id.hex(),
-                            span.span_id.hex(),
-                            span.parent_span_id.hex(),
-                            span.start_time_unix_nano / 1e9,
-                            span.end_time_unix_nano / 1e9,
-                            {a.key: _value(a.value) for a in span.attributes},
-                            span.status.message,
+                            name=span.name,
+                            service=resource["service.name"],
+                            trace_id=span.trace_id.hex(),
+                            span_id=span.span_id.hex(),
+                            parent_id=span.parent_span_id.hex(),
+                            began_s=span.start_time_unix_nano / 1e9,
+                            ended_s=span.end_time_unix_nano / 1e9,
+                            attributes={a.key: _value(a.value) for a in span.attributes},
+                            error=span.status.message,
                         )
                     )
 
 
 @contextmanager
 def collecting(port: int = 0) -> Iterator[Collector]:
-    """A collector that listens on this port of this machine."""
+    """A collector that listens on a local port; 0 takes a free one."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

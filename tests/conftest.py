@@ -1,4 +1,4 @@
-"""What each test file needs, and a fast run without all of it."""
+"""Markers for what each test file needs, and fast runs without those files."""
 
 import fnmatch
 import sys
@@ -32,10 +32,10 @@ NEEDS = {
     ),
     "prometheus": ("e2e/test_prometheus.py", "cluster/observe/dashboards/test_plots.py"),
 }
-"""The markers, and the files below tests/ that have them."""
+"""Markers, each with the files below tests/ that have it."""
 
 SLOW_IMPORTS = ("ray", "torch", "vllm")
-"""What no fast test may import into the process of the tests: seconds for each."""
+"""Modules that no fast test may import: each takes seconds."""
 
 
 def needs(path: Path) -> set[str]:
@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave a file out before it is imported; `-m` would do so after."""
+    """Leave a file out before it is imported; `-m` would import it first."""
     is_left_out = config.getoption("fast") and needs(collection_path)
     return True if is_left_out else None
 

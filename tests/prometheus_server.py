@@ -19,7 +19,7 @@ READY_TIMEOUT_S = 60
 
 
 def require(program: str) -> str:
-    """The path of a program of Prometheus; without it a test is skipped, but not in CI."""
+    """The path of a program of Prometheus; without it the test is skipped, and fails in CI."""
     if (path := shutil.which(program)) is None:
         reason = f"{program} is not on PATH (on Debian: apt-get install prometheus)"
         if os.environ.get("CI"):
@@ -38,7 +38,7 @@ def free_port() -> int:
 def prometheus_server(
     folder: Path, discovery_file: Path, scrape_interval: str, evaluation_interval: str = "15s"
 ) -> Iterator[str]:
-    """Its address; it scrapes what `discovery_file` names, and ends with the context."""
+    """The address of a Prometheus that scrapes the targets in `discovery_file`."""
     config = (DEPLOY / "prometheus.yml").read_text()
     assert DISCOVERY_FILE in config
     assert SCRAPE_INTERVAL in config

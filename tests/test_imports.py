@@ -11,16 +11,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("scheduler", "workers", "cluster")
 
-# Folders of leftovers grow without end; a function belongs beside its caller or its noun.
+# Folders of leftovers grow for ever; a function belongs next to its caller or its noun.
 VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What the files below one folder may import, beside the standard library."""
+    """What the files below one folder may import, in addition to the standard library."""
 
     only: frozenset[str] | None = None
-    """The only modules allowed; None allows all that is not refused below."""
+    """The only modules allowed; None allows all that the other fields do not refuse."""
     never: frozenset[str] = frozenset()
     """Modules refused in every file, the standard library's included."""
     only_in: Mapping[str, str] = field(default_factory=dict)
@@ -120,93 +120,45 @@ def test_no_import_goes_in_a_circle() -> None:
         ),
     ],
 )
-def test_a_step_up_is_told_with_its_remedy(module: str, used: str, why: str) -> None:
+def test_a_step_up_is_reported_with_its_remedy(module: str, used: str, why: str) -> None:
     assert steps_up(module, {used}) == [f"{module} imports {used}: {why}"]
 
 
-def test_a_room_without_a_floor_is_told() -> None:
+def test_a_room_without_a_floor_is_reported() -> None:
     assert steps_up("workers.attic", {"workers.config"}) == [
         "workers/attic has no floor: add it to FLOORS"
     ]
 
 
-def test_a_circle_is_told_as_the_way_around() -> None:
+def test_a_circle_is_reported_as_the_way_around() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
+REFUSED = {
+    "scheduler/hybrid.py": (
+        *("ray", "vllm", "torch", "pydantic", "msgspec", "workers", "cluster.config.app_config"),
+        *("asyncio", "datetime", "sched", "time", "timeit"),  # clocks
+    ),
+    "workers/kernels/gemm.py": (
+        *("ray", "vllm", "scheduler.task", "cluster", "workers", "workers.worker", "msgspec"),
+        *("torch", "triton.language"),
+    ),
+    "workers/kernels/triton_gemm.py": ("vllm", "workers.worker"),
+    "workers/worker.py": (
+        *("cluster.config.app_config", "fastapi", "ray", "triton", "torch", "vllm.v1.engine"),
+    ),
+    "workers/engine/vllm_engine.py": ("cluster.config.app_config", "fastapi", "ray", "triton"),
+    "cluster/app.py": ("torch", "triton", "workers.kernels.gemm", "vllm"),
+    "cluster/ingress/vllm_frontend.py": ("torch", "triton", "workers.kernels.gemm"),
+}
+"""Modules that are refused, by file."""
+
+
 @pytest.mark.parametrize(
-    "module",
-    ["ray", "vllm", "torch", "pydantic", "msgspec", "workers", "cluster.config.app_config"],
+    ("name", "module"), [(name, module) for name, modules in REFUSED.items() for module in modules]
 )
-def test_the_scheduler_imports_nothing_but_numpy_and_itself(module: str) -> None:
-    assert faults("scheduler/hybrid.py", f"import {module}\n") == [
-        f"scheduler/hybrid.py:1 imports {module}"
-    ]
-
-
-@pytest.mark.parametrize("module", ["asyncio", "datetime", "time", "timeit", "sched"])
-def test_the_scheduler_has_no_clock(module: str) -> None:
-    assert faults("scheduler/hybrid.py", f"import {module}\n") == [
-        f"scheduler/hybrid.py:1 imports {module}"
-    ]
-
-
-@pytest.mark.parametrize(
-    "module", ["ray", "vllm", "scheduler.task", "cluster", "workers", "workers.worker", "msgspec"]
-)
-def test_kernels_know_nothing_above_them(module: str) -> None:
-    assert faults("workers/kernels/gemm.py", f"import {module}\n") == [
-        f"workers/kernels/gemm.py:1 imports {module}"
-    ]
-
-
-@pytest.mark.parametrize("module", ["torch", "triton.language"])
-def test_kernels_import_torch_and_triton_in_triton_files_only(module: str) -> None:
-    source = f"import {module}\n"
-
-    assert faults("workers/kernels/triton_gemm.py", source) == []
-    assert faults("workers/kernels/gemm.py", source) == [
-        f"workers/kernels/gemm.py:1 imports {module}"
-    ]
-
-
-@pytest.mark.parametrize("module", ["cluster.config.app_config", "fastapi", "triton"])
-def test_workers_never_import_what_is_above_them(module: str) -> None:
-    source = f"import {module}\n"
-
-    assert faults("workers/worker.py", source) == [f"workers/worker.py:1 imports {module}"]
-    assert faults("workers/engine/vllm_engine.py", source) == [
-        f"workers/engine/vllm_engine.py:1 imports {module}"
-    ]
-
-
-@pytest.mark.parametrize("module", ["torch", "vllm.v1.engine"])
-def test_workers_import_vllm_and_torch_in_vllm_files_only(module: str) -> None:
-    source = f"import {module}\n"
-
-    assert faults("workers/engine/vllm_engine.py", source) == []
-    assert faults("workers/worker.py", source) == [f"workers/worker.py:1 imports {module}"]
-
-
-def test_workers_never_import_ray() -> None:
-    assert faults("workers/engine/vllm_engine.py", "import ray\n") == [
-        "workers/engine/vllm_engine.py:1 imports ray"
-    ]
-
-
-@pytest.mark.parametrize("module", ["torch", "triton", "workers.kernels.gemm"])
-def test_the_cluster_never_imports_what_computes(module: str) -> None:
-    source = f"import {module}\n"
-
-    assert faults("cluster/app.py", source) == [f"cluster/app.py:1 imports {module}"]
-    assert faults("cluster/ingress/vllm_frontend.py", source) == [
-        f"cluster/ingress/vllm_frontend.py:1 imports {module}"
-    ]
-
-
-def test_the_cluster_imports_vllm_in_vllm_files_only() -> None:
-    assert faults("cluster/ingress/vllm_frontend.py", "import vllm\n") == []
-    assert faults("cluster/app.py", "import vllm\n") == ["cluster/app.py:1 imports vllm"]
+def test_what_a_layer_does_not_allow_is_a_fault(name: str, module: str) -> None:
+    assert faults(name, f"import {module}\n") == [f"{name}:1 imports {module}"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +166,10 @@ def test_the_cluster_imports_vllm_in_vllm_files_only() -> None:
     [
         ("scheduler/hybrid.py", "import math\nimport numpy as np\nfrom scheduler import task\n"),
         ("workers/kernels/gemm.py", "import ctypes\nfrom workers.kernels.tiles import Tile\n"),
+        ("workers/kernels/triton_gemm.py", "import torch\nimport triton.language\n"),
         ("workers/worker.py", "import time\nimport zmq\nimport scheduler.task, workers.kernels\n"),
+        ("workers/engine/vllm_engine.py", "import torch, vllm.v1.engine\n"),
+        ("cluster/ingress/vllm_frontend.py", "import vllm\n"),
         ("cluster/app.py", "import asyncio\nimport fastapi, ray\nfrom workers import worker\n"),
     ],
 )
@@ -274,7 +229,7 @@ def faults(name: str, source: str) -> list[str]:
 
 
 def uses(root: Path) -> dict[str, set[str]]:
-    """Each of our modules, by its dotted name, and those of ours that it imports anywhere."""
+    """Our modules by dotted name, each with those of our modules that it imports anywhere."""
     paths = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
     files = {dotted(path.relative_to(root)): path for path in paths}
     return {
@@ -293,14 +248,14 @@ def dotted(path: Path) -> str:
 
 
 def module_of(name: str, modules: Set[str]) -> str:
-    """The module that an imported name is of or in; empty if it is not ours."""
+    """Our module that an imported name is or belongs to; empty if there is none."""
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name
 
 
 def steps_up(module: str, used: Set[str]) -> list[str]:
-    """Each import of a module that does not go down, with what to do about it."""
+    """Each import of a module that does not go down, with its remedy."""
     package, _, inside = module.partition(".")
     room, floors = inside.partition(".")[0], FLOORS[package]
     if room and package != "scheduler" and not any(room in floor for floor in floors):
@@ -324,7 +279,7 @@ def steps_up(module: str, used: Set[str]) -> list[str]:
 
 
 def floor_of(package: str, room: str) -> int:
-    """The floor of a room; the ground for those that are not listed."""
+    """The floor of a room; 0 if it is not listed."""
     return next((n for n, floor in enumerate(FLOORS[package]) if room in floor), 0)
 
 
@@ -348,7 +303,7 @@ def circles(uses: Mapping[str, Set[str]]) -> list[list[str]]:
 
 
 def is_allowed(module: str, layer: Layer, path: PurePosixPath) -> bool:
-    """Tell whether a file of a layer may import a module."""
+    """Whether a file of a layer may import a module."""
     if any(is_within(module, refused) for refused in layer.never):
         return False
     for limited, pattern in layer.only_in.items():
@@ -360,7 +315,7 @@ def is_allowed(module: str, layer: Layer, path: PurePosixPath) -> bool:
 
 
 def is_within(module: str, package: str) -> bool:
-    """Tell whether a module is a package or lies inside it."""
+    """Whether a module is a package or inside it."""
     return module == package or module.startswith(f"{package}.")
 
 

@@ -1,4 +1,4 @@
-"""What pyproject.toml says of the package: dependencies, versions and files."""
+"""The package as pyproject.toml describes it: dependencies, versions and files."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PINS = (ROOT / "deploy" / "constraints.txt").read_text()
 
-# Distributions that are called otherwise than the module, by the longest prefix of its name.
+# Distributions with another name than the module, by the longest prefix of the module's name.
 DISTRIBUTIONS = {
     "opentelemetry": "opentelemetry-api",
     "opentelemetry.exporter.otlp.proto.grpc": "opentelemetry-exporter-otlp-proto-grpc",
@@ -33,7 +33,7 @@ TOOLS = {
     "cluster/observe/dashboards/grafana.py": "dev",  # `make dashboards`
     "workers/kernels/build.py": "build",
 }
-"""Files that run in a checkout or a build only, and what else they may import."""
+"""Files that run only in a checkout or a build, and the extra that they need."""
 
 
 def name_of(requirement: str) -> str:

@@ -1,4 +1,4 @@
-"""The READMEs: what they link to, run and name exists."""
+"""The READMEs: everything that they link to, run or name exists."""
 
 import ast
 import importlib.util
@@ -40,7 +40,7 @@ NOT_YET = {
     "vllm_cuda_attention.py",
     "vllm_cuda_linear.py",
 }
-"""Files that a reader is told to make."""
+"""Files that a README asks its reader to write."""
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 XYSERVE = typer.main.get_command(app)
@@ -53,12 +53,12 @@ def blocks(name: str, language: str) -> list[str]:
 
 
 def spans(name: str) -> list[str]:
-    """What stands in single backticks."""
+    """The text in single backticks."""
     return re.findall(r"`([^`\n]+)`", FENCED.sub("", TEXTS[name]))
 
 
 def commands(name: str) -> Iterator[str]:
-    """Lines of shell blocks, continued ones as one, and what stands in backticks."""
+    """Lines of shell blocks, with continued lines joined, and the text in backticks."""
     for block in blocks(name, "bash"):
         yield from block.replace("\\\n", " ").splitlines()
     yield from spans(name)
@@ -137,7 +137,7 @@ def test_every_xyserve_command_and_option_exists(name: str) -> None:
 
 
 def faults(line: str) -> Iterator[str]:
-    """What a command line names that is not there; `a|b` stands for several commands."""
+    """Unknown commands and options of a command line; `a|b` stands for several commands."""
     _, *words = shlex.split(line, comments=True)
     found = [XYSERVE]
     for word in words:

@@ -115,7 +115,7 @@ def test_a_later_release_of_the_series_is_the_same(library: ModuleType) -> None:
     table(SAME, f"{major}.{minor}.99").check()
 
 
-def test_a_library_that_is_not_installed_is_told_so() -> None:
+def test_a_library_that_is_not_installed_is_reported() -> None:
     absent = SeamTable("Library", ("no-such-package",), "1.0", "install it", ())
 
     with pytest.raises(SeamBroken, match=r"^Library \(none\) is installed, and .* for 1\.0; "):
@@ -218,14 +218,14 @@ def test_what_no_row_says_is_replaced_cannot_be(library: ModuleType) -> None:
         table(SAME).replace(library.Engine(), "make", None)
 
 
-# Nothing of another library is used behind the tables' back.
+# Nothing of another library is used without a row in a table.
 
 
 def test_every_private_member_of_another_library_is_in_a_table() -> None:
     assert [fault for path in PATHS for fault in private_uses(path.read_text(), path)] == []
 
 
-def test_nothing_of_another_library_is_assigned_but_by_a_table() -> None:
+def test_everything_of_another_library_that_is_assigned_is_in_a_table() -> None:
     assert [fault for path in PATHS for fault in assignments(path.read_text(), path)] == []
 
 
@@ -284,13 +284,13 @@ DOCUMENTED = (
     "starlette.requests.Request",
     "starlette.types.",
 )
-"""Classes whose members their libraries describe to users."""
+"""Classes whose members are public in their libraries' documentation."""
 
 NARROWED = {"CPUAttentionMetadata.plan"}
-"""Members that are ours: an assertion says that the object is of a class of ours."""
+"""Members of our own subclasses, to which an assertion narrows the object."""
 
 IMPLIED = {"__init__", "__lt__", "SAGEMAKER_CONTAINER_LOG_LEVEL"}
-"""Members that are called without their names, and the variable that a table's own file sets."""
+"""Members that are called without being named, and the variable that a table's file sets."""
 
 MEANT_TO_BE_SET = {
     "converter", "default_msec_format", "default_time_format", "handlers", "propagate",  # logging
@@ -299,11 +299,11 @@ MEANT_TO_BE_SET = {
     "packed_number", "scheduled_as",  # names of ours on vLLM's layers and requests
     "_replace",  # of named tuples
 }  # fmt: skip
-"""Names that no class of ours defines, and that no table needs."""
+"""Names that none of our classes defines and no table needs."""
 
 
 def own_names() -> frozenset[str]:
-    """All names that are defined in our tree: what only libraries define is never among them."""
+    """All names that our tree defines."""
     names = set()
     for path in (*PATHS, *(ROOT / "scheduler").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -342,7 +342,7 @@ def private_uses(source: str, path: Path) -> Iterator[str]:
 
 
 def assignments(source: str, path: Path) -> Iterator[str]:
-    """Each assignment to a member of a library's module or class, or of a name that is not ours."""
+    """Each assignment to a library's module or class, or to a member whose name is not ours."""
     tree = ast.parse(source)
     foreign = imported(tree)
     written = {seam.member for seam in TABLE if seam.use is Use.WRITTEN}
@@ -361,7 +361,7 @@ def assignments(source: str, path: Path) -> Iterator[str]:
 
 
 def reads(source: str, path: Path) -> Iterator[str]:
-    """Each member read of a parameter that is declared as an object of vLLM's or Ray's."""
+    """Each member that is read from a parameter with the type of a library."""
     tree = ast.parse(source)
     foreign = imported(tree)
     for function in ast.walk(tree):
@@ -394,7 +394,7 @@ def is_foreign(module: str) -> bool:
 
 
 def imported(tree: ast.Module) -> dict[str, str]:
-    """The names that a module imports from the libraries, and what each is in full."""
+    """The names that a module imports from the libraries, each with its full name."""
     found: dict[str, str] = {}
     for node in ast.walk(tree):
         match node:

@@ -1,4 +1,4 @@
-"""Prompts for tests and benchmarks: the full sets where they are at hand, else small copies."""
+"""Prompts for tests and benchmarks, from the full data sets where they exist, or small copies."""
 
 import gzip
 import itertools
@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 
 from scheduler.simulation.traces import read_trace
 
+DATA = Path(os.environ.get("XYSERVE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+"""Folder of the full data sets; see tests/README.md, "Data"."""
 _COPY = Path(__file__).parent / "data"
-_FULL = Path(os.environ.get("XYSERVE_DATA", Path(__file__).parents[2] / "shared" / "data"))
-"""A checkout of the data sets; see tests/README.md, "Data"."""
 
 
 def questions(count: int) -> list[str]:
     """Grade-school maths problems (GSM8K, MIT), in a fixed order."""
-    full = _FULL / "prompts" / "gsm8k_test.jsonl"
+    full = DATA / "prompts" / "gsm8k_test.jsonl"
     path = full if full.exists() else _COPY / "gsm8k_questions.jsonl"
     with path.open() as lines:
         found = [json.loads(line)["question"] for line in lines]
@@ -31,8 +31,8 @@ def questions(count: int) -> list[str]:
 
 
 def instructions() -> list[str]:
-    """First turns of Spec-Bench's six kinds of work, in a fixed order; `questions` without it."""
-    path = _FULL / "prompts" / "spec_bench.jsonl"
+    """First turns of Spec-Bench's six kinds of work, in a fixed order; or else `questions`."""
+    path = DATA / "prompts" / "spec_bench.jsonl"
     if not path.exists():
         return questions(40)
     with path.open() as lines:
@@ -40,8 +40,8 @@ def instructions() -> list[str]:
 
 
 def functions() -> list[tuple[str, str]]:
-    """Python functions (HumanEval, MIT) as signature with docstring, and body; none without it."""
-    path = _FULL / "prompts" / "humaneval.jsonl"
+    """Python functions (HumanEval, MIT) as signature with docstring, and body; or else none."""
+    path = DATA / "prompts" / "humaneval.jsonl"
     if not path.exists():
         return []
     with path.open() as lines:
@@ -50,28 +50,28 @@ def functions() -> list[tuple[str, str]]:
 
 
 def chats(tokenizer: Tokenizer, max_context: int) -> dict[str, list[list[dict[str, str]]]]:
-    """Chats to be answered, by kind of work, each in a fixed order and no two alike.
+    """Chats to be answered, by kind of work, each in a fixed order and all distinct.
 
     Spec-Bench's six kinds, and `code`, `code_edit` and `agent`: recorded calls of agents, in order
-    within a session, of which the last `max_context` tokens are kept. Without the data sets only
-    `math_reasoning` is there, of GSM8K.
+    within a session, of which the last `max_context` tokens are kept. Without the data sets there
+    is only `math_reasoning`, from GSM8K.
     """
-    path = _FULL / "prompts" / "spec_bench.jsonl"
+    path = DATA / "prompts" / "spec_bench.jsonl"
     if not path.exists():
-        return {"math_reasoning": [_said(question) for question in questions(40)]}
+        return {"math_reasoning": [_chat(question) for question in questions(40)]}
     found: dict[str, list[list[dict[str, str]]]] = {}
     with path.open() as lines:
         rows = [json.loads(line) for line in lines]
     for row in rows:
-        # Those of MT-Bench are of eight kinds themselves.
+        # MT-Bench has eight categories of its own.
         kind = row["category"] if row["category"] in _SPEC_BENCH else "mt_bench"
-        found.setdefault(kind, []).append(_said(row["turns"][0]))
-    Random(0).shuffle(found["mt_bench"])  # they come kind by kind
-    # No function is in both: what was written for one would help with the other.
+        found.setdefault(kind, []).append(_chat(row["turns"][0]))
+    Random(0).shuffle(found["mt_bench"])  # its file is sorted by category
+    # No function is in both: drafts for one would profit from the other.
     half = len(functions()) // 2
-    found["code"] = [_said(f"Complete this function:\n\n{head}") for head, _ in functions()[:half]]
+    found["code"] = [_chat(f"Complete this function:\n\n{head}") for head, _ in functions()[:half]]
     found["code_edit"] = [
-        _said(f"{edit} Return the whole function.\n\n{head}{body}")
+        _chat(f"{edit} Return the whole function.\n\n{head}{body}")
         for (head, body), edit in zip(functions()[half:], itertools.cycle(_EDITS), strict=False)
     ]
     found["agent"] = [_newest(call, tokenizer, max_context) for call in _agent_calls()]
@@ -87,7 +87,7 @@ _EDITS = (
 )
 
 
-def _said(text: str) -> list[dict[str, str]]:
+def _chat(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
@@ -99,17 +99,17 @@ def _agent_calls() -> Iterator[list[dict[str, str]]]:
     """Contexts of the calls of coding agents and of airline agents, in turn."""
 
     def rows(name: str) -> list[dict[str, Any]]:
-        with gzip.open(_FULL / "conversations" / f"{name}.jsonl.gz", "rt") as lines:
+        with gzip.open(DATA / "conversations" / f"{name}.jsonl.gz", "rt") as lines:
             return [json.loads(line) for line in lines]
 
-    coding = (_said(row["input"]) for row in rows("agent_mini_swe"))
+    coding = (_chat(row["input"]) for row in rows("agent_mini_swe"))
     airline = (
         [
-            {"role": said["role"], "content": said["content"] or json.dumps(said.get("tool_calls"))}
-            for said in row["traj"][:call]
+            {"role": turn["role"], "content": turn["content"] or json.dumps(turn.get("tool_calls"))}
+            for turn in row["traj"][:call]
         ]
         for row in rows("tau_bench_airline_gpt4o")
-        if row["trial"] == 0  # the others are the same tasks
+        if row["trial"] == 0  # other trials repeat the tasks
         for call in range(2, len(row["traj"]))
         if row["traj"][call]["role"] == "assistant"
     )
@@ -119,7 +119,7 @@ def _agent_calls() -> Iterator[list[dict[str, str]]]:
 def _newest(
     chat: list[dict[str, str]], tokenizer: Tokenizer, num_tokens: int
 ) -> list[dict[str, str]]:
-    """The chat's last tokens: it begins with what is left of a message."""
+    """The last tokens of a chat, whose first message may be cut."""
     kept: list[dict[str, str]] = []
     for message in reversed(chat):
         offsets = tokenizer.encode(message["content"]).offsets
@@ -148,7 +148,7 @@ def prompts_of(tokenizer: Tokenizer, lengths: Iterable[int]) -> list[list[int]]:
 def conversation_lengths() -> list[tuple[int, int]]:
     """Prompt and output tokens of requests to a chat service (Azure 2023), in order of arrival.
 
-    Without the trace, its medians stand for all of it.
+    Without the data sets, one request with the medians of the trace.
     """
     return trace_lengths("azure_2023_conv") if has_traces() else [(1024, 115)]
 
@@ -165,13 +165,13 @@ class Span:
 
 
 def has_traces() -> bool:
-    """Tell whether the full data sets are at hand."""
-    return (_FULL / "traces").is_dir()
+    """Whether the full data sets are there."""
+    return (DATA / "traces").is_dir()
 
 
 def find_trace(trace: str) -> Path:
-    """The file of a trace; without the data sets there is none."""
-    [path] = (_FULL / "traces").glob(f"{trace}.*")
+    """The file of a trace of the full data sets."""
+    [path] = (DATA / "traces").glob(f"{trace}.*")
     return path
 
 
@@ -190,8 +190,8 @@ def mixed_step(
 ) -> list[Span]:
     """Draw a step: decodes and verifies at a random token of their output, then prefill chunks.
 
-    8 to 32 requests generate, about half of them with 2 to 8 drafts, while they fill at most half
-    of the KV tokens. The chunks are cut where a prefill that has the whole budget would cut them.
+    8 to 32 requests generate, about half of them with 2 to 8 drafts, as long as they fill at most
+    half of the KV tokens. Chunks begin where a prefill with the whole budget would cut them.
     """
     spans: list[Span] = []
     for _ in range(random.randint(8, 32)):

@@ -23,13 +23,13 @@ class Arrival:
     hash_ids: tuple[int, ...] = ()
     """One id for each block of the prompt; equal ids mean equal tokens up to the block's end."""
     hash_block_size: int = 0
-    """Tokens in such a block; 0 if nothing is known about prefixes."""
+    """Tokens in a block of `hash_ids`; 0 if nothing is known about prefixes."""
     after: str | None = None
     """Id of the request that has to end first."""
 
 
 def scale_rate(arrivals: Iterable[Arrival], rate: float) -> list[Arrival]:
-    """Let requests arrive `rate` times as fast; delays within a session are kept.
+    """The arrivals at `rate` times their rate; delays within a session are kept.
 
     ValueError if `rate` is not positive.
     """
@@ -54,7 +54,7 @@ def first_seconds(arrivals: Iterable[Arrival], duration_s: float) -> list[Arriva
 
 
 def with_slo(arrivals: Iterable[Arrival], slo: Slo | Callable[[Arrival], Slo]) -> list[Arrival]:
-    """Give each request targets: the same to all, or what a function returns."""
+    """The arrivals with targets: the same for all, or what a function returns for each."""
     return [
         replace(a, request=replace(a.request, slo=slo(a) if callable(slo) else slo))
         for a in arrivals
@@ -62,9 +62,9 @@ def with_slo(arrivals: Iterable[Arrival], slo: Slo | Callable[[Arrival], Slo]) -
 
 
 def with_max_tokens(arrivals: Iterable[Arrival], max_tokens: int) -> list[Arrival]:
-    """Let each request ask for `max_tokens`, or for its own output if that is longer.
+    """The arrivals with `max_tokens`, or with the length of their own output if that is longer.
 
-    As read, a request asks for exactly its own output, which no live client knows in advance.
+    As read, a request's `max_tokens` is exactly its output, which no live client knows in advance.
     """
     return [
         replace(a, request=replace(a.request, max_tokens=max(max_tokens, a.num_output_tokens)))
@@ -96,7 +96,7 @@ def clip_lengths(arrivals: Iterable[Arrival], max_model_len: int) -> list[Arriva
 
 
 def _without_orphans(arrivals: Iterable[Arrival]) -> list[Arrival]:
-    """Drop calls that follow a request which is not in the list."""
+    """The arrivals without calls that follow a request which is left out."""
     known: set[str] = set()
     kept = []
     for arrival in arrivals:

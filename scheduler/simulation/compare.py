@@ -13,7 +13,7 @@ from scheduler.simulation.simulator import SimulationConfig, SimulationResult, s
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One of the simulations that are compared."""
+    """One of the simulations compared."""
 
     policy: str
     load: float
@@ -24,7 +24,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The name by which tables and plots show it."""
+        """Its name in tables and plots."""
         return run_label(self.policy, self.load)
 
 

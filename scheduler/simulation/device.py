@@ -1,6 +1,6 @@
-"""What a simulated worker is: how long its steps take, and how much its KV cache holds.
+"""Profiles of simulated devices: how long steps take and how much the KV cache holds.
 
-Profiles that come with the package are files in `profiles/`: those computed from data sheets were
+Profiles that come with the package are files in `profiles/`. Those computed from data sheets are
 written by `scheduler.simulation.roofline`, the others were measured.
 """
 
@@ -30,8 +30,9 @@ class DeviceProfile:
     limits: Limits
     """What a step and the KV cache can hold."""
     crowded_cost_model: CostModel | None = None
-    """Predicts them while all other workers compute too, if workers share a machine: its memory
-    bandwidth, caches and clock. With some computing, the time is interpolated by their share."""
+    """Predicts the seconds of a step while all other workers compute too, for workers that share a
+    machine's memory bandwidth, caches and clock; None if they share none. While only some compute,
+    times are interpolated by their share."""
 
     @property
     def num_kv_tokens(self) -> int:
@@ -39,7 +40,7 @@ class DeviceProfile:
         return self.limits.num_kv_blocks * self.limits.kv_block_size
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; `DeviceProfile.from_dict` gives it back."""
+        """The profile as JSON can hold it; `DeviceProfile.from_dict` restores it."""
         return {
             "name": self.name,
             "source": self.source,
@@ -58,8 +59,9 @@ class DeviceProfile:
             modelled=state["modelled"],
             limits=Limits(**state["limits"]),
             cost_model=CostModel.from_dict(state["cost_model"]),
-            crowded_cost_model=(crowded := state.get("crowded_cost_model"))
-            and CostModel.from_dict(crowded),
+            crowded_cost_model=CostModel.from_dict(crowded)
+            if (crowded := state.get("crowded_cost_model"))
+            else None,
         )
 
 

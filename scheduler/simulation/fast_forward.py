@@ -1,8 +1,8 @@
-"""Steady steps taken at once: as long as nobody comes or ends, each decodes one token of all."""
+"""Steady steps taken at once: while no request comes or ends, each decodes one token of all."""
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from scheduler.cost_model import CostModel
@@ -12,9 +12,10 @@ from scheduler.step_planner import StepPlanner
 from scheduler.task import BatchPlan, Stage, StepView
 
 MAX_JUMP = 64
-"""Maximum of steps in a jump if requests have targets: the scheduler may change its mind within."""
+"""Maximum number of steps in a jump if requests have targets: only its last step is planned, and
+the scheduler might decide otherwise in between."""
 MAX_JUMP_WITHOUT_TARGETS = 4096
-"""The same if none has any: only memory bounds it."""
+"""Maximum number of steps in a jump if no request has a target; only memory bounds it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,16 +26,16 @@ class Jump:
     seconds: list[float]
     ends: list[float]
     num_steps: int
-    """Steps that are taken; fewer than were planned once a request came."""
+    """Number of steps taken; fewer than `seconds` has once a request has arrived."""
     predicted_s: float
-    """Prediction for the first step."""
+    """Predicted seconds of the first step."""
     longer_s: float
-    """How much longer each next one is predicted to be: each request has one more token of
-    context."""
+    """Predicted seconds by which each step is longer than the one before, as each request has one
+    more token of context."""
 
     @property
     def end_s(self) -> float:
-        """When its last step ends."""
+        """End of its last step."""
         return self.ends[self.num_steps - 1]
 
     @property
@@ -47,7 +48,7 @@ class Jump:
         return min(bisect_left(self.ends, now), self.num_steps)
 
     def cut(self, now: float) -> bool:
-        """End it with the step under way at `now`; returns whether that is earlier than before."""
+        """End with the step in flight at `now`; returns whether that is earlier than before."""
         num_steps = bisect_left(self.ends, now) + 1
         if num_steps >= self.num_steps:
             return False
@@ -59,19 +60,19 @@ class FastForward:
     """Finds the jumps of one worker."""
 
     def __init__(self, planner: StepPlanner, truth: CostModel, noise: Noise | None) -> None:
-        """`planner` makes the plans that are jumped over; `truth` says how long steps take."""
+        """`planner` makes the plans; `truth` is how long steps really take, times `noise`."""
         self._planner = planner
         self._limits = planner.limits
         self._truth = truth
         self._noise = noise
 
     def jump(self, view: StepView, plan: BatchPlan, now: float, max_steps: int) -> Jump | None:
-        """At most `max_steps` steps from a steady one on, each with its plan, one token further.
+        """Up to `max_steps` steps that follow the steady `plan`, each one token further.
 
-        If requests have targets, the last step is planned as well, to be sure. None if there are
-        not two such steps.
+        If requests have targets, the last step is planned too, to check that it is still steady.
+        None if there are fewer than two such steps.
         """
-        # For a single request there is no other plan.
+        # A single request has no other plan.
         may_change = len(view.running) > 1 and any(map(_has_targets, view.running))
         num_steps = min(max_steps, MAX_JUMP if may_change else MAX_JUMP_WITHOUT_TARGETS)
         while num_steps > 1 and self._new_blocks(view, num_steps) > view.num_free_kv_blocks:
@@ -104,7 +105,7 @@ class FastForward:
     def _seconds(
         self, view: StepView, plan: BatchPlan, num_steps: int
     ) -> tuple[list[float], float]:
-        """Seconds of steps that follow each other, and how much longer each is than the last."""
+        """Seconds of consecutive steps, and how much longer each is than the one before."""
         shape = self._truth.shape_of(plan.tasks)
         first_s = self._truth.predict(shape)
         shape.num_kv_reads += len(plan.tasks)
@@ -120,17 +121,17 @@ class FastForward:
         """Whether the plan `num_steps` steps later is the same as now, one token further."""
         now = ends[num_steps - 1]
         later = StepView(
-            view.step + num_steps,
-            [_later(state, num_steps, now) for state in view.running],
-            view.waiting,
-            view.num_free_kv_blocks - self._new_blocks(view, num_steps),
+            step=view.step + num_steps,
+            running=[_later(state, num_steps, now) for state in view.running],
+            waiting=view.waiting,
+            num_free_kv_blocks=view.num_free_kv_blocks - self._new_blocks(view, num_steps),
         )
         plan = self._planner.plan(later, now)
         return is_steady(plan, later)
 
 
 def is_steady(plan: BatchPlan, view: StepView) -> bool:
-    """Whether a step only decodes, for all requests there are."""
+    """Whether a step decodes all requests and does nothing else."""
     decode = Stage.DECODE
     return (
         not view.waiting
@@ -146,12 +147,9 @@ def _has_targets(state: RequestState) -> bool:
 
 def _later(state: RequestState, num_steps: int, now: float) -> RequestState:
     """The request after `num_steps` decodes, the last of which ended `now`."""
-    return RequestState(
-        state.request,
-        state.arrival_s,
-        state.num_output_tokens + num_steps,
-        state.num_computed_tokens + num_steps,
-        state.first_token_s,
-        now,
-        state.draft_chances,
+    return replace(
+        state,
+        num_output_tokens=state.num_output_tokens + num_steps,
+        num_computed_tokens=state.num_computed_tokens + num_steps,
+        last_token_s=now,
     )

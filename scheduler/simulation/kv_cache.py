@@ -21,7 +21,7 @@ class Holding:
     num_own_blocks: int = 0
     """Blocks that no other request can hit."""
     shared: list[int] = field(default_factory=list)
-    """Keys of the entries that it holds and that other requests can hit."""
+    """Keys of its entries that other requests can hit."""
     num_noted: int = 0
     """Number of leading keys whose entries were computed or hit."""
 
@@ -67,7 +67,7 @@ class KvCache:
         return Holding(keys, entry_tokens)
 
     def num_hit_tokens(self, holding: Holding, num_tokens: int) -> int:
-        """Leading cached tokens of the prompt; below `num_tokens`, as one has to be computed."""
+        """Leading cached tokens of the prompt; fewer than `num_tokens`: one has to be computed."""
         if not holding.keys:
             return 0
         max_hits = (num_tokens - 1) // holding.entry_tokens
@@ -135,6 +135,6 @@ class KvCache:
         holding.num_noted = 0
 
     def num_shared_blocks(self, holding: Holding) -> int:
-        """Blocks that a release would not free, because other requests hold them too."""
+        """Blocks that a release would not free, as other requests hold them too."""
         entries = (self._entries[key] for key in holding.shared)
         return sum(entry.num_blocks for entry in entries if entry.num_holders > 1)

@@ -1,4 +1,4 @@
-"""Noise of step times, drawn in advance."""
+"""Random factors of step times, drawn in advance."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Noise:
-    """Factors of step times, the same for a step whether it is taken alone or in a jump."""
+    """Log-normal factors of mean 1, the same for a step whether it is taken alone or in a jump."""
 
     def __init__(self, sigma: float, seed: Sequence[int]) -> None:
         self._sigma = sigma
@@ -15,7 +15,7 @@ class Noise:
         self._first = 0
 
     def factors(self, step: int, count: int) -> list[float]:
-        """Factors of `count` steps from `step` on; earlier ones can no longer be asked for."""
+        """Factors of `count` steps from `step` on; factors of earlier steps are dropped."""
         while self._first + len(self._factors) < step + count:
             passed = min(step - self._first, len(self._factors))
             del self._factors[:passed]

@@ -1,11 +1,11 @@
-"""What every plan owes its worker, simulated or live, whichever scheduler made it."""
+"""Checks that hold for every plan, simulated or live, whichever scheduler made it."""
 
 from scheduler.request import RequestState
 from scheduler.task import BatchPlan, Limits, StageTask, StepView
 
 
 class BrokenPlan(Exception):
-    """A plan that no worker could carry out: a bug of its scheduler."""
+    """A plan that no worker can execute: a bug in its scheduler."""
 
 
 def check(plan: BatchPlan, view: StepView, limits: Limits) -> None:
@@ -32,7 +32,7 @@ def check(plan: BatchPlan, view: StepView, limits: Limits) -> None:
         )
     if plan.num_tokens > limits.max_num_batched_tokens:
         raise BrokenPlan(
-            f"{plan.num_tokens} tokens in a step; at most {limits.max_num_batched_tokens} may be"
+            f"{plan.num_tokens} tokens in a step; at most {limits.max_num_batched_tokens} fit"
         )
     _check_seats(plan, view, limits)
 
@@ -64,4 +64,4 @@ def _check_seats(plan: BatchPlan, view: StepView, limits: Limits) -> None:
     running.difference_update(plan.preempted)
     running.update(task.request_id for task in plan.tasks)
     if len(running) > limits.max_num_seqs:
-        raise BrokenPlan(f"{len(running)} requests run; at most {limits.max_num_seqs} may")
+        raise BrokenPlan(f"{len(running)} requests run; at most {limits.max_num_seqs} can")

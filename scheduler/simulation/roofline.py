@@ -1,4 +1,4 @@
-"""Device profiles computed from data sheets, for accelerators that nobody measured.
+"""Device profiles computed from data sheets, for accelerators without measurements.
 
     python -m scheduler.simulation.roofline
 
@@ -27,7 +27,7 @@ BYTES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accelerator:
-    """A chip by its data sheet, and the share of that which a serving engine reaches.
+    """A chip by its data sheet, and the shares of its peaks that a serving engine reaches.
 
     The defaults are assumptions, the same for all chips: usual figures for well-tuned engines.
     """
@@ -39,7 +39,7 @@ class Accelerator:
     """Peak of reading memory, in bytes per second."""
     memory_bytes: float
     source: str
-    """The data sheet, in words."""
+    """Name and figures of the data sheet."""
     flops_efficiency: float = 0.55
     """Share of the peak that large matrix products reach."""
     bandwidth_efficiency: float = 0.75
@@ -52,7 +52,7 @@ class Accelerator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A decoder of the Llama kind with 16-bit weights, by its config."""
+    """A decoder like Llama with 16-bit weights, by its config."""
 
     name: str
     num_parameters: float
@@ -78,12 +78,12 @@ class Model:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers, in 16 bits."""
+        """Bytes of one token's keys and values in all layers, in 16 bits."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * BYTES
 
     @property
     def work(self) -> ModelWork:
-        """Arithmetic and memory of the model's parts."""
+        """Operations and bytes of the model's parts."""
         return ModelWork(
             body_flops_per_token=2 * self.num_body_parameters,
             head_flops_per_logit=2 * self.num_head_parameters,
@@ -160,11 +160,11 @@ def roofline(
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 8192,
 ) -> DeviceProfile:
-    """The profile that follows from data sheets, with each part as slow as its tighter bound.
+    """The profile that follows from data sheets.
 
-    Matrix products take the longer of reading the weights and computing the rows. Attention takes
-    the sum of reading the KV cache and computing the query-key pairs. The LM head over the sampled
-    rows is added. ValueError if the model does not fit into the memory.
+    Matrix products take the longer of reading the weights and computing the rows, those of the LM
+    head only for the sampled rows. Attention takes the sum of reading the KV cache and computing
+    the query-key pairs. ValueError if the model does not fit into the memory.
     """
     flops = accelerator.flops * accelerator.flops_efficiency
     bandwidth = accelerator.bandwidth * accelerator.bandwidth_efficiency
@@ -174,8 +174,10 @@ def roofline(
     ridge, head_ridge = round(body_s / body_row_s), round(head_s / head_row_s)
     weights = [
         accelerator.launch_s + body_s + head_s,
-        *(0.0, body_row_s),
-        *(0.0, head_row_s),
+        0.0,  # rows below the ridge are free: the time is that of reading the weights
+        body_row_s,
+        0.0,
+        head_row_s,
         0.0,
         work.kv_bytes_per_token / bandwidth,
         work.flops_per_pair / flops,
@@ -199,7 +201,12 @@ def roofline(
             token_tile=accelerator.tile_rows,
             query_tile=QUERY_TILE,
         ),
-        limits=Limits(max_num_seqs, max_num_batched_tokens, KV_BLOCK_SIZE, num_kv_blocks),
+        limits=Limits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_block_size=KV_BLOCK_SIZE,
+            num_kv_blocks=num_kv_blocks,
+        ),
     )
 
 

@@ -17,6 +17,7 @@ from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.trace_files import at_line, csv_rows, json_rows, make_arrival
 
 WINDOW_S = 600.0
+"""Length of a window of the arrivals file."""
 
 
 def draw_servegen(
@@ -25,9 +26,9 @@ def draw_servegen(
     """Draw requests of the clients in `path`, a `*_arrivals.csv`: `rate_rps` on average, for
     `duration_s`.
 
-    The clients' rates are those of the busiest window and then of the windows after it, all scaled
+    The clients have their rates in the busiest window and then in the windows after it, all scaled
     by one factor; clients without known lengths are left out. Inter-arrival times are drawn from
-    each client's own family, so that traffic stays as bursty as it was when the rate is scaled.
+    each client's own family, so that traffic stays as bursty at another rate.
     """
     windows = _read_windows(path)
     lengths = _read_lengths(_lengths_path(path))
@@ -63,7 +64,7 @@ class _Window:
     start_s: float
     rate_rps: float
     family: str
-    """Family of the inter-arrival times: Weibull, otherwise Gamma."""
+    """Distribution of the inter-arrival times: Weibull, otherwise Gamma."""
     shape: float
     """Shape parameter of the family; 1 is a Poisson process, less is burstier."""
 
@@ -96,7 +97,7 @@ def _arrival_times(
         draw = partial(random.weibullvariate, scale_s, window.shape)
     else:
         draw = partial(random.gammavariate, window.shape, 1 / (rate * window.shape))
-    # A window begins anywhere between two requests, not with one.
+    # A window begins anywhere between two requests.
     time_s = draw() * random.random()
     while time_s < length_s:
         yield time_s

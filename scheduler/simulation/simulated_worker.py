@@ -1,4 +1,4 @@
-"""A worker in simulation: its planner's steps carried out on a KV cache, in predicted time."""
+"""A simulated worker: executes its planner's steps on a KV cache, in predicted time."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from scheduler.task import BatchPlan, Stage, StageTask, StepView
 
 
 class SimulationError(Exception):
-    """A plan broke a limit, or no request makes progress: a bug of a scheduler, not of its user."""
+    """A plan broke a limit, or no request makes progress: a bug in a scheduler."""
 
 
 class StepRecord(NamedTuple):
@@ -33,7 +33,7 @@ class StepRecord(NamedTuple):
     num_requests: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class LiveRequest:
     """A request on its worker."""
 
@@ -43,9 +43,9 @@ class LiveRequest:
     state: RequestState
     holding: Holding
     random: Random | None
-    """Decides which of its drafts are accepted."""
+    """Draws which of its drafts are accepted."""
     draft_chances: tuple[float, ...] = ()
-    """Chances of the drafts that are at hand in each decode."""
+    """Chances of the drafts at hand in each decode."""
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     is_admitted: bool = False
@@ -69,9 +69,9 @@ class SimulatedWorker:
         fast_forward: bool = True,
         log: list[StepRecord] | None = None,
     ) -> None:
-        """Steps take what `device` says, times `noise`; each is appended to `log`.
+        """Steps take as long as `device` predicts, times `noise`; each is appended to `log`.
 
-        With `fast_forward`, steady steps are taken at once where nobody needs each of them.
+        With `fast_forward`, steady steps are taken at once, unless `planner` needs each of them.
         """
         self.worker_id = worker_id
         self.kv = KvCache(device.limits.num_kv_blocks, device.limits.kv_block_size)
@@ -87,9 +87,9 @@ class SimulatedWorker:
         self.num_preemptions = 0
         self.jump: Jump | None = None
         self.step: tuple[StepInFlight, float] | None = None
-        """The step under way and its seconds, if it is not a jump."""
+        """The step in flight and its seconds; None in a jump and between steps."""
         self.neighbours: list[SimulatedWorker] = []
-        """The others on its machine."""
+        """Other workers on its machine."""
         self.log = log
         self._truth = device.cost_model
         self._crowded = device.crowded_cost_model
@@ -106,11 +106,11 @@ class SimulatedWorker:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a step is under way."""
+        """Whether a step is in flight."""
         return self.step is not None or self.jump is not None
 
     def outstanding_at(self, now: float) -> int:
-        """Tokens its requests may still need, by the steps that are over before `now`."""
+        """Tokens its requests may still need, counting the steps that are over before `now`."""
         if self.jump is None:
             return self.num_outstanding_tokens
         return self.num_outstanding_tokens - self.jump.num_done(now) * len(self._running)
@@ -122,31 +122,31 @@ class SimulatedWorker:
         self._wait(live)
 
     def cut_jump(self, now: float) -> float | None:
-        """End the jump with the step that is under way; returns when, if it is earlier than before.
+        """End the jump with the step in flight; returns its end if that is earlier than before.
 
-        A request that came `now` is part of the next plan.
+        A request that arrives `now` is part of the next plan.
         """
         if self.jump is None or not self.jump.cut(now):
             return None
         return self.jump.end_s
 
     def begin(self, now: float) -> float | None:
-        """Plan the next step, or the next steps if they are steady; returns when they end.
+        """Plan the next step, or the next steps if they are steady; returns their end.
 
         None if there is nothing to do, or nothing fits.
         """
-        for _ in range(2):
+        for _ in range(2):  # a plan that only preempts is followed by another one at once
             if not self.live:
                 return None
             for state in self._waiting:
                 live = self.live[state.request.request_id]
                 state.num_computed_tokens = self.kv.num_hit_tokens(live.holding, state.num_tokens)
             view = StepView(
-                self.num_steps,
-                self._running,
-                self._waiting,
-                self.kv.num_free,
-                self._num_shared_blocks(),
+                step=self.num_steps,
+                running=self._running,
+                waiting=self._waiting,
+                num_free_kv_blocks=self.kv.num_free,
+                num_shared_kv_blocks=self._num_shared_blocks(),
             )
             plan = self._planner.plan(view, now)
             try:
@@ -164,7 +164,7 @@ class SimulatedWorker:
                 return self._begin_step(step)
             if not plan.preempted:
                 return None
-        raise SimulationError(f"{self.worker_id} preempts and computes nothing, twice: {plan}")
+        raise SimulationError(f"{self.worker_id} preempts twice and computes nothing: {plan}")
 
     def finish(self, now: float) -> list[LiveRequest]:
         """End the step or the jump; returns the requests that got their last token."""
@@ -187,8 +187,8 @@ class SimulatedWorker:
 
     def _num_shared_blocks(self) -> dict[str, int]:
         """Blocks of running requests that others hold too, unless there is room for any step."""
-        most = self._limits.num_blocks(self._limits.max_num_batched_tokens) + len(self._running)
-        if self.kv.num_free >= most:
+        num_tokens = self._limits.max_num_batched_tokens
+        if self.kv.num_free >= self._limits.num_blocks(num_tokens) + len(self._running):
             return {}
         return {
             request_id: num_shared
@@ -212,7 +212,7 @@ class SimulatedWorker:
         ]
         for live in admitted:
             self._admit(live)
-        # Hits are held before room is made, or it might be made of them.
+        # All hits are held before any block is evicted, or they might be evicted.
         for task in plan.tasks:
             self._grow(self.live[task.request_id], task.seq_len)
 
@@ -239,11 +239,11 @@ class SimulatedWorker:
 
     def _grow(self, live: LiveRequest, num_tokens: int) -> None:
         """Hold as many blocks as `num_tokens` tokens need."""
-        size = self._limits.kv_block_size
-        more = -(-num_tokens // size) - -(-live.state.num_computed_tokens // size)
+        num_blocks = self._limits.num_blocks
+        num_new = num_blocks(num_tokens) - num_blocks(live.state.num_computed_tokens)
         try:
-            if more:
-                self.kv.grow(live.holding, more)
+            if num_new:
+                self.kv.grow(live.holding, num_new)
         except KvCacheFull as error:
             raise SimulationError(f"{self.worker_id}: the KV cache is full: {error}") from error
 
@@ -262,7 +262,7 @@ class SimulatedWorker:
         return step.began_s + seconds
 
     def _seconds(self, shape: StepShape) -> float:
-        """How long a step takes next to what its neighbours are computing."""
+        """Seconds of a step, given how many neighbours compute."""
         seconds = self._truth.predict(shape)
         if self._crowded is None or not self.neighbours:
             return seconds
@@ -270,7 +270,7 @@ class SimulatedWorker:
         return seconds + share * (self._crowded.predict(shape) - seconds)
 
     def _advance(self, live: LiveRequest, task: StageTask) -> int:
-        """Move a request on by its task; returns how many output tokens that gave."""
+        """Apply a request's task to its state; returns the number of new output tokens."""
         state = live.state
         if task.stage is Stage.VERIFY:
             num_tokens = 1
@@ -280,7 +280,7 @@ class SimulatedWorker:
                 and live.random.random() < state.draft_chances[num_tokens - 1]
             ):
                 num_tokens += 1
-            # Blocks of rejected drafts are given back.
+            # The blocks of rejected drafts are freed.
             held = self._limits.num_blocks(task.seq_len)
             state.num_computed_tokens += num_tokens
             self.kv.grow(live.holding, self._limits.num_blocks(state.num_computed_tokens) - held)
@@ -290,7 +290,7 @@ class SimulatedWorker:
         return int(task.samples)
 
     def _emit(self, live: LiveRequest, num_tokens: int, now: float) -> bool:
-        """Give a request new tokens; returns whether it ended with them."""
+        """Give a request new tokens; returns whether it has ended."""
         state = live.state
         if state.num_output_tokens == 0:
             state.first_token_s = now
@@ -330,7 +330,7 @@ class SimulatedWorker:
         self.busy_s += jump.busy_s
         self.num_outstanding_tokens -= num_steps * num_running
         ended = []
-        for state in self._running:  # a request that came meanwhile waits
+        for state in self._running:  # a request that arrived meanwhile waits
             live = self.live[state.request.request_id]
             self._grow(live, state.num_computed_tokens + num_steps)
             state.num_computed_tokens += num_steps

@@ -3,9 +3,9 @@
     result = simulate(arrivals, device, SimulationConfig(num_workers=8))
     result.summary.goodput_rps
 
-`arrivals` come from `scheduler.simulation.traces.read_trace` or are made by hand, `device` from
-`scheduler.simulation.device.read_device`. Requests are placed by `place`, the steps of each worker
-are planned by its own `StepPlanner`, and a step takes as long as the device's cost model
+`arrivals` come from `scheduler.simulation.traces.read_trace` or are made by hand, `device` comes
+from `scheduler.simulation.device.read_device`. Requests are placed by `place`, the steps of each
+worker are planned by its own `StepPlanner`, and a step takes as long as the device's cost model
 predicts. Equal arguments give equal results.
 """
 
@@ -32,17 +32,17 @@ from scheduler.simulation.summary import Outcome, Summary, summarise
 from scheduler.step_planner import StepPlanner
 
 REPORT_INTERVAL_S = 0.25
-"""Time between two reports of a worker's load to whoever places requests, as live."""
+"""Interval of a worker's load reports to placement, as in a live cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
-    """How many drafts there are, and how often they are accepted."""
+    """Number of drafts, and how often they are accepted."""
 
     num_drafts: int
     """Drafts at hand in each decode."""
     acceptance_rate: float = 0.7
-    """Mean over the requests of the chance that a draft is accepted if all before it were."""
+    """Chance that a draft is accepted if all before it were; mean over the requests."""
     spread: float = 0.0
     """Standard deviation of that chance between requests: normal, clipped to between 0 and 1."""
 
@@ -60,18 +60,18 @@ class SimulationConfig:
     policy: StepPolicy = field(default_factory=StepPolicy)
     num_workers: int = 1
     scheduler_cost_model: CostModel | None = None
-    """What the schedulers predict with; the device's own cost model by default."""
+    """Cost model that the schedulers predict with; None means the device's own."""
     learns: bool = False
     """Whether each worker corrects its copy of that model after each step."""
     noise: float = 0.0
     """Standard deviation of the logarithm of a step's seconds."""
     speculation: Speculation | None = None
     seed: int = 0
-    """Seed of all that is random: noise, and which drafts are accepted."""
+    """Seed of the noise and of which drafts are accepted."""
     fast_forward: bool = True
     """Whether steady steps are taken together: faster, with the same result."""
     log_steps: bool = False
-    """Whether the result holds each step."""
+    """Whether the result has each step."""
     report_interval_s: float = REPORT_INTERVAL_S
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class SimulationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationResult:
-    """How all requests fared."""
+    """What became of all requests."""
 
     policy: str
     outcomes: list[Outcome]
@@ -89,8 +89,8 @@ class SimulationResult:
     summary: Summary
     """Figures over all requests."""
     by_class: dict[str, Summary]
-    """The same for each service class, if there are several; figures that belong to workers rather
-    than requests are those of the whole."""
+    """Figures over the requests of each service class, if there are several; figures about workers
+    are over all requests."""
     steps: dict[str, list[StepRecord]]
     """Each worker's steps by its id, if they were logged."""
 
@@ -109,21 +109,17 @@ def simulate(
     device: DeviceProfile,
     config: SimulationConfig | None = None,
     *,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> SimulationResult:
-    """Serve `arrivals` on workers that are like `device`, until all have finished.
+    """Serve `arrivals` on workers like `device`, until all have finished.
 
-    `on_progress` is called with the share of requests that are done, about once for each percent.
+    `on_progress` is called with the share of finished requests, about once per percent.
     ValueError for arrivals that can never be served.
     """
     listed = list(arrivals)
     _check(listed, device)
     cluster = _Cluster(listed, device, config or SimulationConfig())
-    return cluster.run(on_progress or _no_progress)
-
-
-def _no_progress(share: float) -> None:
-    pass
+    return cluster.run(on_progress)
 
 
 def _check(arrivals: Sequence[Arrival], device: DeviceProfile) -> None:
@@ -150,12 +146,12 @@ def _check(arrivals: Sequence[Arrival], device: DeviceProfile) -> None:
 
 
 STEP_ENDS, REQUEST_ARRIVES, STEP_BEGINS = range(3)
-"""Kinds of events, in the order in which those of one time happen."""
+"""Kinds of events, in the order in which simultaneous events happen."""
 
 
 @dataclass(slots=True)
 class _Cluster:
-    """The workers of a simulation, and the events in the order of their time."""
+    """The workers of a simulation, and its events in the order of their time."""
 
     arrivals: list[Arrival]
     device: DeviceProfile
@@ -192,7 +188,7 @@ class _Cluster:
         )
 
     def run(self, on_progress: Callable[[float], None]) -> SimulationResult:
-        """Handle all events, those that they cause included."""
+        """Process all events, including those that they cause."""
         outcomes: list[Outcome | None] = [None] * len(self.arrivals)
         followers: dict[str, list[int]] = {}
         first_arrivals = []
@@ -250,7 +246,7 @@ class _Cluster:
             heapq.heappush(self.events, (end_s, STEP_ENDS, index, worker.version))
 
     def _begin_soon(self, index: int, now: float) -> None:
-        """Begin a step once all other events of this time were handled."""
+        """Begin a step after all other events of this time."""
         worker = self.workers[index]
         if not worker.begins_soon:
             worker.begins_soon = True
@@ -264,9 +260,10 @@ class _Cluster:
         at = self.index_of[worker_id]
         worker, load = self.workers[at], self.loads[at]
         self.loads[at] = WorkerLoad(
-            worker_id,
-            load.num_outstanding_tokens + arrival.request.num_outstanding_tokens(),
-            load.num_requests + 1,
+            worker_id=worker_id,
+            num_outstanding_tokens=load.num_outstanding_tokens
+            + arrival.request.num_outstanding_tokens(),
+            num_requests=load.num_requests + 1,
         )
         worker.add(self._live(index, worker, now))
         if (end_s := worker.cut_jump(now)) is not None:
@@ -288,10 +285,17 @@ class _Cluster:
             random = Random(f"{self.config.seed} {arrival.request.request_id}")
             rate = random.gauss(speculation.acceptance_rate, speculation.spread)
             draft_chances = (min(max(rate, 0.0), 1.0),) * speculation.num_drafts
-        return LiveRequest(arrival, index, state, holding, random, draft_chances)
+        return LiveRequest(
+            arrival=arrival,
+            index=index,
+            state=state,
+            holding=holding,
+            random=random,
+            draft_chances=draft_chances,
+        )
 
     def _report_until(self, now: float) -> None:
-        """Let the workers report at the last of the regular times before `now`."""
+        """Take the workers' reports of the last regular time before `now`."""
         report = int(now // self.config.report_interval_s)
         if report == self.last_report:
             return

@@ -12,7 +12,7 @@ from scheduler.request import Slo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The latencies and counts of one finished request."""
+    """Latencies and counts of one finished request."""
 
     request_id: str
     slo_class: str
@@ -115,8 +115,8 @@ def summarise(
 ) -> Summary:
     """Summarise `outcomes` and the workers' steps that they came from.
 
-    `like` is the summary of a larger set that `outcomes` are a part of; the makespan and the
-    figures of steps are copied from it.
+    If `outcomes` are part of a larger set, `like` is the summary of that set, whose makespan and
+    figures about steps are copied.
     """
     makespan_s = 0.0
     if like is not None:

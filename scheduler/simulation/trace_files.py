@@ -1,6 +1,6 @@
 """Lines of trace files, plain or compressed: the only place where traces are opened.
 
-Errors are ValueErrors that name file and line and what to do about it.
+Errors are ValueErrors that name the file, the line and the remedy.
 """
 
 import csv
@@ -17,7 +17,7 @@ from scheduler.request import Request
 from scheduler.simulation.arrivals import Arrival
 
 Layout = Literal["json", "csv"]
-"""JSON lines, or comma-separated values below a line of column names."""
+"""Lines of JSON, or comma-separated values below a line of column names."""
 
 
 def first_keys(path: Path) -> tuple[Layout, set[str]]:
@@ -58,7 +58,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 @contextmanager
 def at_line(path: Path, number: int) -> Iterator[None]:
-    """Name file and line in the error that a malformed row causes inside the block."""
+    """Name the file and line in errors that a malformed row causes inside the block."""
     try:
         yield
     except KeyError as error:
@@ -70,7 +70,7 @@ def at_line(path: Path, number: int) -> Iterator[None]:
 def make_arrival(
     path: Path, name: str, arrival_s: float, num_input: int, num_output: int
 ) -> Arrival:
-    """An arrival that asks for exactly its output; an empty prompt or output counts as one token.
+    """An arrival whose `max_tokens` is its output; an empty prompt or output counts as one token.
 
     ValueError, which names `path`, for a negative length or time.
     """

@@ -1,7 +1,7 @@
 """Reads the published traces, and recorded runs, as arrivals.
 
-A new format is a reader here, which takes a path and a `Sampling` and returns arrivals, and its
-line in `FORMATS`. Files may be compressed with gzip, if their names end in `.gz`.
+A new format is a reader here, which takes a path and a `Sampling` and returns arrivals, and a line
+in `FORMATS`. Files whose names end in `.gz` are decompressed.
 """
 
 import calendar
@@ -27,14 +27,14 @@ from scheduler.simulation.trace_files import (
 )
 
 MOONCAKE_BLOCK = 512
-"""Tokens in the block that one hash id stands for."""
+"""Tokens in a block that one hash id stands for."""
 AGENT_BLOCK = 64
-"""The same in agent sessions, which hash 256 characters: about 64 tokens."""
+"""Tokens in a block of agent sessions, which hash 256 characters: about 64 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a reader draws what its trace leaves open."""
+    """How a reader draws what its trace does not say."""
 
     rate_rps: float | None = None
     """Requests or sessions per second, if the trace has no times; None is the reader's default."""
@@ -62,11 +62,11 @@ def read_trace(
 ) -> list[Arrival]:
     """Read the arrivals of a file, whose format is recognised by its content; sorted by time.
 
-    What a trace leaves open is drawn from `seed`: the time of each request within Mooncake's steps
+    What a trace does not say is drawn from `seed`: the time of each request within Mooncake's steps
     of 3 s; the starts of agent sessions, `rate_rps` per second (0.1 by default); all of ServeGen's
     requests, `rate_rps` per second (1 by default) for `duration_s`. Other traces have their own
-    times, which `scale_rate` can change. ValueError if the file cannot be used, with its line and
-    a remedy.
+    times, which `scale_rate` can change. ValueError with the line and a remedy if the file cannot
+    be used.
     """
     path = Path(path)
     sampling = Sampling(rate_rps=rate_rps, duration_s=duration_s, seed=seed)
@@ -101,8 +101,8 @@ def read_azure(path: Path, sampling: Sampling) -> list[Arrival]:
 def read_mooncake(path: Path, sampling: Sampling) -> list[Arrival]:
     """Read a trace of Mooncake's.
 
-    Where timestamps are recorded in steps, so that many requests share one, each request is put at
-    a random time between its step and the next one.
+    Where timestamps are rounded to steps, so that many requests share one, each request gets a
+    random time between its step and the next one.
     """
     rows = []
     for number, row in json_rows(path):
@@ -127,8 +127,8 @@ def read_mooncake(path: Path, sampling: Sampling) -> list[Arrival]:
 def read_agent_sessions(path: Path, sampling: Sampling) -> list[Arrival]:
     """Read recorded sessions of agents, which start as a Poisson process in recorded order.
 
-    A call follows the end of the previous one after the whole gap between the two in the record.
-    That gap covers both the recorded answer and the tool, which the record does not separate.
+    A call follows the end of the previous one after the whole recorded gap between the two, which
+    is the time of the answer and of the tool together: the record does not separate them.
     """
     random = Random(f"{sampling.seed} sessions")
     sessions: dict[str, list[tuple[float, Arrival]]] = {}
@@ -159,7 +159,7 @@ def read_agent_sessions(path: Path, sampling: Sampling) -> list[Arrival]:
 
 
 def read_run(path: Path, sampling: Sampling) -> list[Arrival]:
-    """Read JSON lines of `arrival_s`, `input_length`, `output_length`, and maybe `class`,
+    """Read JSON lines of `arrival_s`, `input_length` and `output_length`, optionally with `class`,
     `max_tokens` and `request_id`."""
     return _run(path, json_rows(path))
 
@@ -187,7 +187,7 @@ FORMATS = {
     "Azure": Format("csv", frozenset({"TIMESTAMP", "ContextTokens"}), read_azure),
     "ServeGen": Format("csv", frozenset({"client", "window_start_s"}), read_servegen),
 }
-"""Formats by name; a file is of the first one whose layout and keys it has."""
+"""Formats by name; a file is read by the first one whose layout and keys it has."""
 
 
 def _run(path: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Arrival]:
@@ -211,7 +211,7 @@ def _time(arrival: Arrival) -> float:
 
 
 def _spread(times: Sequence[float], random: Random) -> list[float]:
-    """Put times that were rounded down to a step anywhere within their step."""
+    """Spread times that were rounded down to a step over their steps."""
     steps = sorted(set(times))
     gaps = [after - before for before, after in pairwise(steps)]
     if len(steps) * 2 > len(times) or not gaps:

@@ -30,12 +30,12 @@ class Answer:
 
 
 def token_ids(choice: CompletionChoice | Choice) -> list[int]:
-    """What vLLM adds to the types of the openai package if a call asks for it."""
+    """Token ids of a choice, which vLLM adds for calls with `return_token_ids`."""
     return (choice.model_extra or {}).get("token_ids") or []
 
 
 async def ask(handle: XYServe, prompt: Any, max_tokens: int, **params: Any) -> Answer:
-    """Stream one answer, greedy and of exactly `max_tokens` tokens unless `params` say else."""
+    """Stream one answer, greedy and of exactly `max_tokens` tokens unless `params` differ."""
     answer = Answer()
     params = {"temperature": 0, "ignore_eos": True} | params
     stream = handle.stream_async(prompt, max_tokens=max_tokens, return_token_ids=True, **params)

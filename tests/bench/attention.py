@@ -4,20 +4,18 @@
 
 A cell is one layer's attention in one step, in float32 with blocks of 128 tokens, which is vLLM's
 default on CPU. Both sides take turns in one process, each over caches filled by its own write from
-the same keys and values, after their results were found to agree. Every layer has a cache of its
-own, so each side has copies of the cell's cache which exceed the L3 cache together, and takes
-another at each call; with `--hot` it has one. Both plan once a step: the time of a layer is that
-of its call and 1/num_layers of the plan's. Writing the step's keys and values is timed apart and
+the same keys and values, after a check that their results agree. A model has a cache for each
+layer, so each side has copies of the cell's cache which together exceed the L3 cache, and takes
+another one at each call; with `--hot` it has one. Both plan once a step: the time of a layer is
+its call and 1/num_layers of the plan. Writing the step's keys and values is timed separately and
 not counted. Mixed steps are drawn from traces, with contexts up to 8,192 tokens; cells whose cache
 would exceed 384 MiB are left out. Keys of the summary: the geometric mean of `ratio`, vLLM's time
 over ours, for each kind of step, and its minimum.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch
 import vllm._custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say, say_row
 from tests.bench.timing import COLD_BYTES, geomeans, interleaved, set_threads
 from tests.workload import TRACES, Span, has_traces, mixed_step, trace_lengths
 from workers.kernels import native
@@ -38,6 +36,7 @@ BLOCK_SIZE = 128
 MAX_SEQ_LEN = 8192
 MAX_KV_BYTES = 384 * 2**20
 TOLERANCE = 1e-4
+"""Largest difference between the two float32 results, relative or absolute."""
 
 KINDS = ("decode", "prefill", "verify", "mixed")
 
@@ -65,7 +64,7 @@ MODELS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """Which cells to measure."""
 
@@ -81,18 +80,28 @@ class Grid:
 
 
 FULL = Grid(
-    (1, 4, 8, 16, 32, 64),
-    (128, 512, 1024, 2048, 4096),
-    (512, 2048),
-    (0, 1024, 2048, 4096),
-    (2, 4, 8),
-    (4, 8, 16),
-    (512, 2048),
-    (512, 2048),
-    2,
+    decode_batches=(1, 4, 8, 16, 32, 64),
+    decode_contexts=(128, 512, 1024, 2048, 4096),
+    prefill_chunks=(512, 2048),
+    prefill_prefixes=(0, 1024, 2048, 4096),
+    verify_drafts=(2, 4, 8),
+    verify_batches=(4, 8, 16),
+    verify_contexts=(512, 2048),
+    mixed_budgets=(512, 2048),
+    mixed_draws=2,
 )
-SUBSET = Grid((1, 8, 32), (512, 2048), (512,), (0, 2048), (2, 4, 8), (4, 16), (1024,), (512,), 1)
-QUICK = Grid((1, 8, 32), (128, 1024), (512,), (0, 2048), (4,), (4, 16), (1024,), (512,), 1)
+SUBSET = Grid(
+    decode_batches=(1, 8, 32),
+    decode_contexts=(512, 2048),
+    prefill_chunks=(512,),
+    prefill_prefixes=(0, 2048),
+    verify_drafts=(2, 4, 8),
+    verify_batches=(4, 16),
+    verify_contexts=(1024,),
+    mixed_budgets=(512,),
+    mixed_draws=1,
+)
+QUICK = replace(SUBSET, decode_contexts=(128, 1024), verify_drafts=(4,))
 FULL_MODEL = "SmolLM2-135M"
 
 
@@ -113,7 +122,7 @@ def cases(grid: Grid, max_kv_tokens: int) -> Iterator[Case]:
 
 
 class Step:
-    """The inputs of one step: what both sides are given."""
+    """The inputs of one step, the same for both sides."""
 
     def __init__(self, model: Model, spans: list[Span], rng: np.random.Generator) -> None:
         num_tokens = [span.num_tokens for span in spans]
@@ -147,7 +156,7 @@ class Step:
 
     @property
     def gflop(self) -> float:
-        """Work of the two products over the keys that each query sees."""
+        """Billions of operations of the two products over the keys that each query sees."""
         queries = np.diff(self.query_start_loc).astype(np.int64)
         pairs = int((queries * self.seq_lens - queries * (queries - 1) // 2).sum())
         return 4 * pairs * self.model.num_heads * self.model.head_size / 1e9
@@ -267,7 +276,7 @@ class Stock:
 
 
 def measure(name: str, case: Case, threads: int, hot: bool) -> dict[str, Any]:
-    """Check one cell and give its row of figures."""
+    """Check one cell and measure its row of figures."""
     rng = np.random.default_rng(0)
     model = MODELS[name]
     step = Step(model, case.spans, rng)
@@ -302,8 +311,7 @@ def measure(name: str, case: Case, threads: int, hot: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer cells")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="only these")
@@ -317,7 +325,7 @@ def main() -> None:
         for case in cases(grid, MAX_KV_BYTES // MODELS[model].kv_bytes):
             if case.kind in options.kinds:
                 rows.append(measure(model, case, options.threads, options.hot))
-                print(_rounded(rows[-1]), flush=True)
+                say_row(rows[-1])
     publish(
         f"Attention, {options.threads} thread(s), {native.isa()}, "
         f"{'hot' if options.hot else 'cold'} caches",
@@ -345,7 +353,7 @@ def _uniform_cases(grid: Grid) -> Iterator[Case]:
 def _mixed_cases(grid: Grid, max_kv_tokens: int) -> Iterator[Case]:
     """Mixed steps from each trace, the same in every run; none without the traces."""
     if not has_traces():
-        print("The traces are not at hand (see XYSERVE_DATA in tests/README.md): no mixed steps.")
+        say("There are no traces (see XYSERVE_DATA in tests/README.md), so no mixed steps.")
         return
     for trace in TRACES:
         lengths = trace_lengths(trace)
@@ -375,14 +383,10 @@ def _in_turns(ours: Callable[[], Any], stock: Callable[[], Any], threads: int) -
 def _writes(
     step: Step, ours: Ours, stock: Stock, rng: np.random.Generator
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One call each that writes the step's own keys and values."""
+    """For each side, the call that writes the step's own keys and values."""
     slots = step.query_slots()
     key, value = (step.random(rng, len(slots), step.model.num_kv_heads) for _ in range(2))
     return lambda: ours.write(key, value, slots), lambda: stock.write(key, value, slots)
-
-
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 
 if __name__ == "__main__":

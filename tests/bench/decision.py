@@ -2,24 +2,22 @@
 
     python -m tests.bench.decision --json decision.json
 
-The default model decodes on one core with our kernels. Each row is so many requests that run, with
-targets, and so many that wait for a seat; figures are medians over the steps in which all run. The
-decision is the whole of it: reading vLLM's requests, planning, preempting.
+The default model decodes on one core with our kernels. Each row is a number of running requests,
+with targets, and a number of requests that wait for a seat; figures are medians over the steps that
+decode all running ones. A decision is reading vLLM's requests, planning and preempting.
 
 Keys of the summary: `share_RUNNING_WAITING`, decision over step; `decision_ms_RUNNING_WAITING`.
 """
 
-import argparse
 import os
 import random
 import statistics
-from pathlib import Path
 from typing import Any
 
 from cluster.models.model import DEFAULT_MODEL, resolve_model
 from scheduler.request import Slo
 from scheduler.task import StepReport
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish
 from tests.workers.planned_engine import Job, KeptSteps, add_job
 from workers.config import EngineConfig, WorkerConfig
 
@@ -39,18 +37,14 @@ def measure(engine: Any, num_running: int, num_waiting: int, reports: list[StepR
     while len(reports) < NUM_STEPS:
         engine.step()
         if reports and reports[-1].plan.num_tokens != num_running:
-            reports.clear()  # some are being prefilled still
+            reports.clear()  # some are still in prefill
     engine.abort_requests(names)
     engine.step()
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args()
+    options = make_parser(__doc__).parse_args()
     config = WorkerConfig(
         engine=EngineConfig(
             dtype="float32", max_num_seqs=MAX_SEQS, max_model_len=256, kv_cache_gib=2

@@ -7,21 +7,22 @@ compiled by inductor (the better of the two counts, case by case); and ours with
 against llama.cpp, one request at a time, on the Q4_1 file that the checkpoint was made from. Each
 is a process of its own, pinned to the first cores of this one, and sleeps while another works;
 libraries named in LD_PRELOAD (vLLM advises tcmalloc and iomp) are loaded by all. They take turns
-on the same token ids; figures are medians over the rounds, shares are medians of the ratios
+on the same token ids; figures are medians over the rounds, ratios are medians of the ratios
 within a round. Before anything is timed, greedy tokens are compared with stock's.
 
-prefill: prompt tokens/s of four prompts sent at once, each asked for one token; for llama.cpp,
+prefill: prompt tokens/s of four prompts sent at once, each answered with one token; for llama.cpp,
 two of them, one after the other. Lengths are drawn from the Azure conversation trace, clipped to
 128..512 tokens.
 
 decode_cN: output tokens/s of N requests sent at once, counted only over the steps in which all N
-decode: from the last one's first token to the first one's last. Prompts are clipped to 16..32
-tokens; all requests make the same number of tokens, the trace's median, clipped to --max-tokens.
+decode: from the first token of the last one to the last token of the first one. Prompts are clipped
+to 16..32 tokens; all requests have the same number of output tokens, the trace's median, clipped to
+--max-tokens.
 
-Prompts are texts of Spec-Bench (without the shared data: of GSM8K), joined and cut to length.
+Prompts are texts of Spec-Bench (of GSM8K without the data sets), joined and cut to length.
 
 Keys of the summary, all ours divided by theirs: `decode_cN` and `prefill` against the better
-stock, `llamacpp_decode` and `llamacpp_prefill`; with more threads than one they end in `_tN`.
+stock, `llamacpp_decode` and `llamacpp_prefill`; with several threads they end in `_tN`.
 
 llama.cpp is run by the interpreter --llama-python; to make one (it compiles for minutes):
     python -m venv /tmp/llama && /tmp/llama/bin/pip install llama-cpp-python==0.3.36
@@ -50,7 +51,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cluster.models.model import DEFAULT_MODEL, SOURCE, resolve_model
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say
 from tests.workload import conversation_lengths, prompts_of
 from workers.config import EngineConfig, WorkerConfig
 from workers.home import home
@@ -66,9 +67,9 @@ NUM_PREFILL_PROMPTS = 4
 NUM_LLAMACPP_PROMPTS = 2
 NUM_CHECKED, CHECKED_TOKENS = 8, 24
 TIE = 1e-3
-"""Tokens whose log probabilities are nearer than this may come out either way in float32."""
+"""Difference of log probabilities, in nats, below which float32 may prefer either token."""
 SETTLE_S = 0.3
-"""Pause before each turn: OpenMP threads go on spinning for a while after their last work."""
+"""Pause before each turn: OpenMP threads spin for a while after their last work."""
 
 Prompts = list[list[int]]
 """Token ids of each prompt; also the outputs, as token ids of each request."""
@@ -79,13 +80,16 @@ class Case:
     """What is measured under one key of the summary."""
 
     key: str
-    contestants: tuple[str, ...]  # ours first
-    batches: list[Prompts]  # one after another; the prompts of one at once
-    max_tokens: int  # 1 measures prefill, more measure decode
+    contestants: tuple[str, ...]
+    """Names, ours first."""
+    batches: list[Prompts]
+    """Batches sent one after another, the prompts of each at once."""
+    max_tokens: int
+    """Output tokens of each prompt: 1 measures prefill, more measure decode."""
 
 
 class Contestant:
-    """A child process that runs one engine, and only when asked."""
+    """A child process that runs one engine on request."""
 
     def __init__(self, name: str, pipe: Connection, wait: Callable[[], object]) -> None:
         self.name = name
@@ -96,14 +100,14 @@ class Contestant:
         say(f"{name} is ready after {time.perf_counter() - began_s:.0f} s")
 
     def ask(self, prompts: Prompts, max_tokens: int, logprobs: int | None = None) -> dict[str, Any]:
-        """Generate for all prompts at once; see `generate` for the answer."""
+        """Generate for all prompts at once; the answer is described at `generate`."""
         self._pipe.send((prompts, max_tokens, logprobs))
         answer: dict[str, Any] = self._receive()
         return answer
 
     def close(self) -> None:
         """End the process."""
-        with suppress(BrokenPipeError):  # it ended by itself, and whoever asked it was told
+        with suppress(BrokenPipeError):  # it has ended by itself, which `ask` has reported
             self._pipe.send(None)
         self._wait()
 
@@ -115,7 +119,7 @@ class Contestant:
 
 
 def vllm_engine(pipe: Connection, cores: list[int], model: str, config: WorkerConfig) -> None:
-    """Be a process with vLLM's engine on `cores`."""
+    """Run vLLM's engine on `cores`, in this process."""
     os.sched_setaffinity(0, cores)
     os.environ.update(config.thread_env)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -142,11 +146,11 @@ def generate(engine: Any, prompts: Prompts, params: Any) -> dict[str, Any]:
     """Run all prompts on vLLM's engine at once.
 
     The answer: `tokens` of each request, `prefill_s` until all had their first token, `decode_s`
-    from then until one had its last, `num_decoded` tokens made in that time by all, and, if asked
-    for, `logprobs`: of each request's tokens, those of the likeliest, by token id.
+    from then until one had its last, `num_decoded` tokens that all made in that time, and
+    `logprobs`, the likeliest of each token by token id, or nothing unless `params` ask for them.
     """
     outputs: dict[str, Any] = {}
-    counted: dict[float, int] = {}  # tokens made so far, by the time of each step
+    counted: dict[float, int] = {}  # tokens so far, by the time of each step
     first_s = last_s = None
     began_s = time.perf_counter()
     for index, prompt in enumerate(prompts):
@@ -176,9 +180,9 @@ def generate(engine: Any, prompts: Prompts, params: Any) -> dict[str, Any]:
 
 
 def llamacpp_engine() -> None:
-    """Be a process with llama.cpp: arguments are the pipe's descriptor, the cores and the model.
+    """Run llama.cpp in this process, whose arguments are the pipe's descriptor, cores and model.
 
-    It is run by its source alone: its interpreter may have none of our packages.
+    Its source alone is passed to another interpreter, which may have none of our packages.
     """
     import json
     import os
@@ -228,7 +232,7 @@ def start_vllm(name: str, cores: list[int], model: str, config: WorkerConfig) ->
         target=vllm_engine, args=(theirs, cores, model, config), name=name, daemon=True
     )
     process.start()
-    theirs.close()  # so that the death of the process ends the pipe
+    theirs.close()  # so that the pipe ends with the process
     return Contestant(name, pipe, process.join)
 
 
@@ -245,7 +249,7 @@ def start_llamacpp(name: str, cores: list[int], python: str, gguf: Path) -> Cont
 
 
 def llamacpp_name(python: str) -> str | None:
-    """What to call llama.cpp in the results, or None if `python` cannot import it."""
+    """Name of llama.cpp in the results; None if `python` cannot import it."""
     command = [python, "-c", "import llama_cpp; print(llama_cpp.__version__)"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -257,7 +261,7 @@ def llamacpp_name(python: str) -> str | None:
 
 
 def gguf_file() -> Path:
-    """The file that the default checkpoint is made from, fetched once and kept beside it."""
+    """The file that the default checkpoint is made from, fetched once and kept in the home."""
     path = home() / "bench" / f"{DEFAULT_MODEL}.gguf"
     if path.exists():
         return path
@@ -276,13 +280,13 @@ def gguf_file() -> Path:
 
 
 def make_prompts(tokenizer: Tokenizer, count: int, clip: tuple[int, int]) -> Prompts:
-    """Prompts as long as the trace's, within `clip`, each beginning with a text of its own."""
+    """Prompts with lengths of the trace within `clip`, each beginning with a text of its own."""
     lengths = random.Random(0).choices(conversation_lengths(), k=count)
     return prompts_of(tokenizer, (min(max(length, clip[0]), clip[1]) for length, _ in lengths))
 
 
 def make_cases(tokenizer: Tokenizer, options: argparse.Namespace, rival: str | None) -> list[Case]:
-    """All that was asked for; `rival` is llama.cpp's name, if it can run."""
+    """The cases that `options` name; `rival` is llama.cpp's name, None if it cannot run."""
     engines = (OURS, EAGER, COMPILED) if options.compiled else (OURS, EAGER)
     median = int(statistics.median(output for _, output in conversation_lengths()))
     max_tokens = min(median, options.max_tokens)
@@ -314,7 +318,7 @@ def worker_config(name: str, threads: int, max_num_seqs: int) -> WorkerConfig:
             dtype="float32",
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=max_num_seqs,
-            # So that the prompts of any case are computed in one step.
+            # The prompts of any case are computed in one step.
             max_num_batched_tokens=max(2048, DECODE_PROMPT_LEN[1] * max_num_seqs),
             kv_cache_gib=0.5,
             enable_prefix_caching=False,
@@ -324,7 +328,7 @@ def worker_config(name: str, threads: int, max_num_seqs: int) -> WorkerConfig:
 
 
 def check_tokens(ours: Contestant, stock: Contestant, prompts: Prompts) -> None:
-    """Exit unless both make the same greedy tokens; from a tie on they may differ."""
+    """Exit unless both make the same greedy tokens; after a tie they may differ."""
     expected = stock.ask(prompts, CHECKED_TOKENS, logprobs=2)
     found = ours.ask(prompts, CHECKED_TOKENS)
     for index, (wanted, made) in enumerate(zip(expected["tokens"], found["tokens"], strict=True)):
@@ -344,9 +348,9 @@ def check_tokens(ours: Contestant, stock: Contestant, prompts: Prompts) -> None:
 
 
 def check_likeness(ours: Contestant, rival: Contestant, prompts: Prompts) -> None:
-    """Say how long greedy tokens agree, and exit if they never do.
+    """Report how long greedy tokens agree, and exit if they never do.
 
-    Both round, each in its own way, so equal tokens cannot be asked for.
+    Each rounds in its own way, so equal tokens cannot be required.
     """
     shared = [
         num_shared(*(c.ask([prompt], CHECKED_TOKENS)["tokens"][0] for c in (ours, rival)))
@@ -354,7 +358,7 @@ def check_likeness(ours: Contestant, rival: Contestant, prompts: Prompts) -> Non
     ]
     say(f"{ours.name} and {rival.name} share the first {shared} of {CHECKED_TOKENS} tokens")
     if not any(shared):
-        raise SystemExit(f"{ours.name} has not even a first token in common with {rival.name}")
+        raise SystemExit(f"{ours.name} and {rival.name} do not share a single first token")
 
 
 def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
@@ -364,7 +368,7 @@ def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def tokens_per_s(contestant: Contestant, case: Case) -> float:
-    """One turn: the rate of prefill or decode over the batches."""
+    """Rate of prefill or decode over the batches, in one turn."""
     answers = [contestant.ask(batch, case.max_tokens) for batch in case.batches]
     if case.max_tokens == 1:
         num_tokens = sum(len(prompt) for batch in case.batches for prompt in batch)
@@ -378,7 +382,7 @@ def tokens_per_s(contestant: Contestant, case: Case) -> float:
 def take_turns(
     contestants: list[Contestant], case: Case, num_rounds: int
 ) -> dict[str, list[float]]:
-    """Rates of each contestant, by its name, after a short turn that does not count."""
+    """Rates of each contestant by name, after a short turn that does not count."""
     for contestant in contestants:
         for batch in case.batches:
             contestant.ask(batch, min(case.max_tokens, 3))
@@ -394,7 +398,7 @@ def take_turns(
 
 
 def make_rows(case: Case, threads: int, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One row a contestant; `ours/this` is how many times as fast ours is."""
+    """One row for each contestant; `ours/this` is how many times as fast ours is."""
     ours = rates[case.contestants[0]]
     return [
         {
@@ -435,21 +439,9 @@ def run_cases(
         ]
 
 
-def say(line: str) -> None:
-    """Report progress."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    about, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.engine",
-        description=about,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--rounds", type=positive, default=3, help="turns of each contestant (default: 3)"
     )
@@ -472,14 +464,14 @@ def parse_options() -> argparse.Namespace:
         "--compiled",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="let stock vLLM also run compiled: over 3 minutes more for each number of threads, "
-        "but only then is stock at its best (default: no)",
+        help="also run stock vLLM compiled, which is its best: 3 more minutes for each number of "
+        "threads (default: no)",
     )
     parser.add_argument(
         "--llama-python",
         metavar="PATH",
         default=sys.executable,
-        help="an interpreter that has llama-cpp-python; without, llamacpp is skipped",
+        help="an interpreter that has llama-cpp-python; without it llamacpp is skipped",
     )
     parser.add_argument(
         "--only",
@@ -489,28 +481,28 @@ def parse_options() -> argparse.Namespace:
     )
     options = parser.parse_args()
     if max(options.threads) > len(os.sched_getaffinity(0)):
-        parser.error(f"--threads {max(options.threads)}: there are fewer cores than that")
+        parser.error(f"--threads {max(options.threads)}: this machine has fewer cores")
     if options.max_tokens < 2:
         parser.error("--max-tokens must be at least 2: the first token belongs to prefill")
     return options
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse a positive whole number."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
 
 
 def part(text: str) -> str:
-    """The name of a part of the benchmark."""
+    """Parse the name of a part of the benchmark."""
     if text not in PARTS:
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(PARTS)}")
     return text
 
 
 def comma_list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A reader of such values with commas between them."""
+    """A parser of values separated by commas."""
     return lambda text: [kind(item) for item in text.split(",")]
 
 
@@ -522,7 +514,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
     cases = make_cases(tokenizer, options, rival)
     if not cases:
-        raise SystemExit("there is nothing left to measure")
+        raise SystemExit("there is nothing to measure")
     checked = make_prompts(tokenizer, NUM_CHECKED, DECODE_PROMPT_LEN)
     gguf = gguf_file() if rival is not None else None
     max_num_seqs = max(NUM_CHECKED, *options.concurrency)

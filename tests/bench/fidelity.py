@@ -2,21 +2,21 @@
 
     python -m tests.bench.fidelity --json fidelity.json
 
-The simulated workers take the steps' times from a profile of the engine, measured for some minutes
-the first time: as `xyserve calibrate` measures it, alone, and again on both cores side by side, as
-the workers of one machine share its memory and caches. What the rest of the cluster takes from the
-same two cores is found in a run of other requests before each measured one: two factors, of steps
-beside an idle and a busy neighbour. The simulated workers are planned by the same scheduler.
+The simulated workers take the steps' times from a profile of the engine, which takes minutes to
+measure the first time: as `xyserve calibrate` measures it, alone, and again on both cores at once,
+as the workers of one machine share its memory and caches. How much the rest of the cluster slows
+steps down on the same two cores is measured in a run of other requests before each measured one:
+two factors, for steps next to an idle and next to a busy worker. The simulated workers are planned
+by the same scheduler.
 
-Requests are the first of the Azure conversation trace, of clipped lengths, at `--rate` times what
-one request at a time would allow; they are sent by the client handle, and times are taken there.
+Requests are the first of the Azure conversation trace, of clipped lengths, at `--rate` times the
+rate of one request at a time; they are sent by the client handle, which takes the times.
 
-Keys of the summary: `ttft_error`, `tpot_error` and `makespan_error`, relative errors of the means
-(of the makespan itself); `step_median_error`, the median relative error of the predicted seconds of
-the live steps. Medians over the rounds.
+Keys of the summary: `ttft_error` and `tpot_error`, relative errors of the means; `makespan_error`,
+relative error of the makespan; `step_median_error`, median relative error of the predicted seconds
+of the live steps. Medians over the rounds.
 """
 
-import argparse
 import asyncio
 import itertools
 import json
@@ -45,22 +45,22 @@ from scheduler.simulation.simulator import SimulationConfig, simulate
 from scheduler.task import Limits, StepReport
 from tests.bench.answers import Answer, ask, makespan_s
 from tests.bench.overhead import running_app
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say_row
 from tests.workload import conversation_lengths, prompts_of
 from workers.profiling.calibrate import measure_engine
 from workers.profiling.engine_profile import EngineProfile, profile_key, profile_path
 
 TTFT_MS, TPOT_MS = 10_000, 250
 LOOP_S = 0.01
-"""Steps nearer to each other than this are taken without pause."""
+"""Longest gap between two steps that counts as part of the first one."""
 
 
 def calibrated_device(
     model: str, config: AppConfig, num_workers: int, folder: Path
 ) -> DeviceProfile:
-    """What a worker of `config` is to the simulator, alone and beside all others.
+    """The simulator's profile of a worker of `config`, alone and next to all others.
 
-    Measured for some minutes, and kept in `folder` for the next time.
+    Takes minutes to measure, and is kept in `folder` for the next time.
     """
     file = folder / f"{profile_path(profile_key(model, config.worker)).stem}-{num_workers}.json"
     if file.exists():
@@ -75,7 +75,7 @@ def calibrated_device(
 
         alone = measure("alone")
         with ThreadPoolExecutor(num_workers) as pool:
-            crowded, *_ = pool.map(measure, [f"beside {num_workers - 1} more"] * num_workers)
+            crowded, *_ = pool.map(measure, [f"next to {num_workers - 1} more"] * num_workers)
     engine = config.worker.engine
     device = DeviceProfile(
         name="this machine",
@@ -84,10 +84,10 @@ def calibrated_device(
         cost_model=CostModel.from_dict(alone.cost_model),
         crowded_cost_model=CostModel.from_dict(crowded.cost_model),
         limits=Limits(
-            engine.max_num_seqs,
-            engine.max_num_batched_tokens,
-            alone.kv_block_size,
-            alone.num_kv_blocks,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            kv_block_size=alone.kv_block_size,
+            num_kv_blocks=alone.num_kv_blocks,
         ),
     )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def calibrated_device(
 def make_arrivals(
     device: DeviceProfile, num_requests: int, num_workers: int, rate: float
 ) -> list[Arrival]:
-    """The trace's requests, with Poisson-like gaps scaled to the load of this machine."""
+    """The trace's requests, with gaps scaled to the speed of this machine."""
     lengths = [
         (min(max(prompt, 16), 400), min(max(output, 8), 100))
         for prompt, output in conversation_lengths()[:num_requests]
@@ -114,7 +114,7 @@ def make_arrivals(
     gap_s = alone_s / num_requests / num_workers / rate
     slo = Slo(TTFT_MS / 1000, TPOT_MS / 1000)
     return [
-        # Gaps between half and one and a half of the mean: neither in step nor in clumps.
+        # Gaps from 0.5 to 1.5 of the mean: neither regular nor bursty.
         Arrival(
             Request(str(index), prompt, output, slo=slo),
             gap_s * (index + 0.5 * (index * 7 % 11) / 11),
@@ -125,7 +125,7 @@ def make_arrivals(
 
 
 async def live(handle: XYServe, arrivals: list[Arrival], prompts: list[list[int]]) -> list[Answer]:
-    """Send each request at its time and note when its tokens come."""
+    """Send each request at its time; returns the answers with the times of their tokens."""
     began_s = time.perf_counter() + 0.5
 
     async def one(arrival: Arrival, prompt: list[int]) -> Answer:
@@ -137,20 +137,20 @@ async def live(handle: XYServe, arrivals: list[Arrival], prompts: list[list[int]
 
 
 def read_records(folder: Path) -> list[list[StepReport]]:
-    """The steps of each worker, all of which must come out the same in replay."""
+    """The steps of each worker, each of which must have the same plan in a replay."""
     records = []
     for record in sorted(folder.glob("*.jsonl")):
         with record.open() as lines:
             steps = list(replay(lines))
         for report, plan in steps:
             if plan != report.plan:
-                raise SystemExit(f"{record}: step {report.step} comes out otherwise in replay")
+                raise SystemExit(f"{record}: step {report.step} has another plan in a replay")
         records.append([report for report, _ in steps if report.plan.tasks])
     return records
 
 
 def in_cluster(device: DeviceProfile, records: list[list[StepReport]]) -> DeviceProfile:
-    """The device with what a step takes inside the cluster, from its begin to the next one's."""
+    """The device with step times inside the cluster, from the begin of a step to the next one."""
     assert device.crowded_cost_model is not None
     models = {False: device.cost_model, True: device.crowded_cost_model}
     measured, predicted = {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}
@@ -163,7 +163,7 @@ def in_cluster(device: DeviceProfile, records: list[list[StepReport]]) -> Device
                 end_s = following.began_s
             overlaps_s = np.minimum(ends, end_s) - np.maximum(begins, began_s)
             share = np.maximum(overlaps_s, 0).sum() / (end_s - began_s)
-            if 0.2 < share < 0.8:
+            if 0.2 < share < 0.8:  # neither alone nor next to a busy worker
                 continue
             is_crowded = bool(share > 0.5)
             shape = models[is_crowded].shape_of(report.plan.tasks)
@@ -180,10 +180,7 @@ def in_cluster(device: DeviceProfile, records: list[list[StepReport]]) -> Device
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--rate", type=float, default=0.5)
@@ -201,7 +198,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
     lengths = [arrival.request.num_prompt_tokens for arrival in arrivals]
     prompts = prompts_of(tokenizer, lengths)
-    # Other lengths at other times: the second half of the requests in the place of the first.
+    # The factors are measured with other lengths: the second half in place of the first.
     others = prompts_of(tokenizer, lengths[len(lengths) // 2 :])
     rows = []
     for index in range(options.rounds):
@@ -245,7 +242,7 @@ def main() -> None:
                 for key, value in measured.items()
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
+        say_row(rows[-1])
     keys = ("ttft_error", "tpot_error", "makespan_error", "step_median_error")
     medians = {key: statistics.median(row[key] for row in rows) for key in keys}
     publish("Simulated against measured, two CPU workers", rows, medians, options.json)

@@ -5,25 +5,23 @@
 A cell is one linear at one number of rows M. Contestants take turns in one process on the same
 float32 rows and the same bf16-representable weights, each first checked against float64: ours
 with the weights packed as "auto", `torch.nn.functional.linear`, and the oneDNN handle which vLLM
-makes for its unquantized linears. `ratio` is the speed of ours over the better of the two others.
-A model streams its weights from memory, so every contestant has copies of them which exceed the
-L3 cache together, and takes another copy at each call; with `--hot` it has one. The lm_head of
-Llama-3-8B is left out for its memory, and M stops at 256 for the others: only the rows which
-sample a token reach an lm_head. GB/s counts the bytes of our packed weights. Keys of the summary:
+makes for its unquantized linears. `ratio` is our speed over the better of the two others. A model
+streams its weights from memory, so every contestant has copies of them which together exceed the
+L3 cache, and takes another copy at each call; with `--hot` it has one. The lm_head of Llama-3-8B
+is left out for its memory, and M stops at 256 for the others: only the rows which sample a token
+reach an lm_head. GB/s counts the bytes of our packed weights. Keys of the summary:
 the geometric mean of `ratio` over the cells of a range of M, its minimum, and the machine's peaks.
 """
 
-import argparse
 from collections.abc import Iterable, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import vllm._custom_ops as ops
 
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say_row
 from tests.bench.timing import COLD_BYTES, Call, geomeans, interleaved, set_threads, turn_s
 from workers.kernels import native
 from workers.kernels.gemm import Weight, linear
@@ -57,7 +55,7 @@ MODELS = {
         "down": (4096, 14336),
     },
 }
-"""The shape [N, K] of each linear."""
+"""Shape [N, K] of each linear."""
 
 ROWS = (*range(1, 9), 12, 16, 24, 31, 32, 33, 48, 64, 96, 128, 200, 256, 512, 1024)
 LM_HEAD_MAX_ROWS = 256
@@ -66,10 +64,11 @@ QUICK_ROWS = (1, 4, 16, 33, 128, 256)
 RANGES = {"m1_32": (1, 32), "m33_128": (33, 128), "m129_1024": (129, 1024)}
 
 PRIMITIVE_CACHE_SIZE = 32
-"""As in vLLM's `dispatch_cpu_unquantized_gemm`; more than the values of M."""
+"""Size of a handle's cache, as in vLLM's `dispatch_cpu_unquantized_gemm`; larger than the number
+of values of M."""
 
 TOLERANCE = 2e-6
-"""Of `sum |x| |w|`, the scale of the rounding errors of a float32 sum."""
+"""Largest error, relative to `sum |x| |w|`, the scale of the rounding errors of a float32 sum."""
 
 
 class Layer:
@@ -109,13 +108,13 @@ class Layer:
                 raise SystemExit(f"{name} is off by {error:.1e} of sum |x||w| at M={len(x)}")
 
     def warm_up(self, contestants: dict[str, Call]) -> None:
-        """Let each of oneDNN's handles plan for this M, as `check` has let the first."""
+        """Let oneDNN's handles plan for this M; the first one did so in `check`."""
         for _ in self.handles[1:]:
             contestants["onednn"]()
 
 
 def peak_gflops() -> float:
-    """float32 GFLOP/s of the best of a few large products: no less than that is possible."""
+    """float32 GFLOP/s of the best of a few large products: a lower bound of the machine's peak."""
     size = 1024
     a, b = torch.rand(size, size), torch.rand(size, size)
     best_s = min(turn_s(lambda: a @ b, 3) for _ in range(8))
@@ -160,8 +159,7 @@ def measure(
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer models and rows")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
     parser.add_argument("--m", type=int, nargs="+", help="only these numbers of rows")
@@ -174,7 +172,7 @@ def main() -> None:
     peaks = {"peak_gflops": peak_gflops(), "peak_read_gb_s": peak_read_gb_s()}
     rows = []
     for row in measure(models, rows_m, options.threads, options.hot):
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        say_row(row)
         rows.append(row)
     groups = {
         name: [row for row in rows if low <= row["M"] <= high]

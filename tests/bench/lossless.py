@@ -3,36 +3,35 @@
     python -m tests.bench.lossless --json lossless.json
 
 First turns of Spec-Bench, HumanEval and 200 questions of GSM8K are answered greedily by a cluster
-of two CPU workers with draft workers and by one without, many at once, so that also the batches
-differ. The exit code is 1 if any answer does. Keys of the summary: `num_prompts`, `num_tokens`,
-`mismatches` and `logprob_mismatches` (answers whose token ids differ; of the others, those whose
-logprobs do), and `acceptance`, the share of the verified drafts that were right.
+of two CPU workers with draft workers and by one without, many at once, so that the batches differ
+too. The exit code is 1 if any answer differs. Keys of the summary: `num_prompts`, `num_tokens`,
+`mismatches` (answers whose token ids differ), `logprob_mismatches` (answers with equal token ids
+whose logprobs differ), and `acceptance`, the share of the verified drafts that were accepted.
 """
 
 import argparse
 import asyncio
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.client import XYServe
 from tests.bench.overhead import running_app
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish
 from tests.bench.speculation import args_of, totals, warm_up
 from tests.workload import functions, instructions, questions
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """An answer's token ids, and of each the logprob and that of the likeliest token."""
+    """An answer's token ids, each with its logprob and the logprob of the likeliest token."""
 
     token_ids: list[int]
     logprobs: list[tuple[float, ...]]
 
 
 def prompts_by_set() -> dict[str, list[str]]:
-    """What is asked; of GSM8K only the copy in the repository without the data sets."""
+    """The prompts by data set; without the data sets, the repository's copy of GSM8K."""
     heads = [head for head, _ in functions()]
     if not heads:
         return {"gsm8k": questions(40)}
@@ -67,11 +66,10 @@ async def answer(handle: XYServe, prompts: list[str], options: argparse.Namespac
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--prompts", type=int, help="only so many of each set")
+    parser.add_argument("--prompts", type=int, help="only the first N of each set")
     parser.add_argument("--drafters", nargs="+", default=["suffix"])
     parser.add_argument("--port", type=int, default=8141)
     options = parser.parse_args()

@@ -1,21 +1,19 @@
-"""What it costs to be watched: tokens/s with metrics, the history of steps and logs, and without.
+"""The cost of observability: tokens/s with metrics, step history and logs, and without.
 
     python -m tests.bench.observability --json observability.json
 
 Two apps of one worker each run on one Ray cluster, one with `metrics` on and all its logs, one
-without. They take turns at the same prompts, each first checked to give the same tokens; the idle
-one leaves the machine to the other. Half of the rounds each app has the other core. With
+without. They take turns at the same prompts, each first checked to produce the same tokens; the
+idle one leaves the machine to the other. For half of the rounds the apps swap their cores. With
 `prometheus` on the path, one scrapes the cluster meanwhile, as in production. Keys of the summary:
-`cost_cN` is the share of output tokens/s that is lost at concurrency N, in the mean over the pairs
-of turns, and `error_cN` the standard error of it; `step_us` is what watching a step of 16 decodes
-takes of the worker's own time, in microseconds.
+`cost_cN` is the share of output tokens/s lost at concurrency N, mean over the pairs of turns, and
+`error_cN` its standard error; `step_us` is the worker's own time for observing a step of 16
+decodes, in microseconds.
 """
 
-import argparse
 import asyncio
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,13 +30,13 @@ from cluster.config.app_config import parse_args
 from cluster.observe.exporter import Exporter, WorkerMetrics
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from tests.bench.overhead import ROUTE, by_http
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say
+from tests.prometheus_server import DISCOVERY_FILE, prometheus_server
 from tests.workload import questions
 from workers.step_history import StepHistory
 
 NUM_STEPS, STEPS_OF_A_REPORT = 20_000, 5
 WATCHED, BARE = "watched", "bare"
-ROOT = Path(__file__).parents[2]
 
 
 def app_args(name: str, drafts: bool = False) -> dict[str, Any]:
@@ -69,29 +67,13 @@ def cluster(port: int) -> Iterator[Path]:
 
 @contextmanager
 def scraped(folder: Path) -> Iterator[None]:
-    """A Prometheus that scrapes the cluster as `deploy/prometheus.yml` says, if there is one."""
-    if (prometheus := shutil.which("prometheus")) is None:
-        print("no prometheus on the path: nothing scrapes the cluster")
+    """A Prometheus that scrapes the cluster as in production, if it is installed."""
+    if shutil.which("prometheus") is None:
+        say("no prometheus on the path: nothing scrapes the cluster")
         yield
         return
-    config = (ROOT / "deploy" / "prometheus.yml").read_text().replace("/tmp/ray/", f"{folder}/")
-    (folder / "prometheus.yml").write_text(config)
-    shutil.copy(ROOT / "deploy" / "alerts.yml", folder)
-    process = subprocess.Popen(
-        [
-            prometheus,
-            f"--config.file={folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={folder / 'prometheus'}",
-            "--web.listen-address=127.0.0.1:0",
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    with prometheus_server(folder, folder / Path(DISCOVERY_FILE).name, "10s"):
         yield
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @contextmanager
@@ -117,7 +99,7 @@ async def turn(
 
 
 def step_us() -> float:
-    """Microseconds that a worker spends on watching one step; in a process attached to Ray."""
+    """Microseconds that a worker takes to observe one step; in a process attached to Ray."""
     tasks = tuple(StageTask(f"r-{n}", Stage.DECODE, 1, 200 + n, True) for n in range(16))
     waits = tuple(Deferral(f"w-{n}", Reason.TIME) for n in range(4))
     plan = BatchPlan(tasks, waits, (), predicted_s=0.05, limit_s=0.08)
@@ -142,12 +124,11 @@ def step_us() -> float:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="pairs of turns on each core")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument(
-        "--drafts", action="store_true", help="with draft workers; their luck adds to the noise"
+        "--drafts", action="store_true", help="with draft workers, which add to the noise"
     )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--port", type=int, default=8124)
@@ -168,11 +149,11 @@ def main() -> None:
                         return asyncio.run(turn(name, options.port, prompts, options.max_tokens))
 
                     if run(WATCHED)[1] != run(BARE)[1]:
-                        raise SystemExit("the watched app gave other tokens than the bare one")
+                        raise SystemExit("the watched and the bare app differ in their tokens")
                     for index in range(options.rounds):
                         for name in names if index % 2 else names[::-1]:
                             of_apps[name].append(run(name)[0])
-                    print(f"{names[0]} first, concurrency {concurrency}: done", flush=True)
+                    say(f"{names[0]} first, concurrency {concurrency}: done")
     rows = []
     for concurrency, of_apps in seconds.items():
         num_tokens = concurrency * options.max_tokens
@@ -188,7 +169,7 @@ def main() -> None:
             }
             | {"cost": cost, "median cost": statistics.median(costs), "standard error": error}
         )
-    publish("The cost of being watched", rows, summary, options.json)
+    publish("The cost of observability", rows, summary, options.json)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@
 
 One worker serves through the whole cluster; vLLM's own in-process engine runs on the same cores
 with the same engine arguments. Contestants take turns in one run, on the same prompts, each
-first checked to give the same tokens. Keys of the summary: `http_cN` and `handle_cN` are shares
-of the bare engine's output tokens/s at concurrency N (medians over the rounds), `added_ms_c1` is
-what HTTP adds to the mean time per token at concurrency 1.
+first checked to produce the same tokens. Keys of the summary: `http_cN` and `handle_cN` are
+shares of the bare engine's output tokens/s at concurrency N (medians over the rounds),
+`added_ms_c1` is the time that HTTP adds to a token at concurrency 1, in the mean.
 """
 
-import argparse
 import asyncio
 import multiprocessing
 import os
@@ -19,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -31,7 +29,7 @@ from cluster.client import XYServe
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.models.model import resolve_model
 from tests.bench.answers import token_ids
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say_row
 from tests.workload import questions
 
 ROUTE = "http://127.0.0.1:{port}/v1"
@@ -39,7 +37,7 @@ TURN = ("bare", "http", "handle")
 
 
 def bare_engine(pipe: Connection, cores: list[int], model: str, config: AppConfig) -> None:
-    """A process with vLLM's engine on `cores`: takes prompts, gives (seconds, token ids)."""
+    """Run vLLM's engine on `cores`: receives prompts, sends (seconds, token ids)."""
     os.sched_setaffinity(0, cores)
     os.environ.update(config.worker.thread_env)
     from vllm import SamplingParams
@@ -117,8 +115,7 @@ async def by_handle(
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--cpus", type=int, default=1, help="cores of the engine")
@@ -158,7 +155,7 @@ def main() -> None:
             results = {c: asyncio.run(run(c, prompts)) for c in TURN}
             for contestant in TURN[1:]:
                 if results[contestant][1] != results["bare"][1]:
-                    raise SystemExit(f"{contestant} gave other tokens than the bare engine")
+                    raise SystemExit(f"{contestant} and the bare engine differ in their tokens")
             times: dict[str, list[float]] = {c: [] for c in TURN}
             for index in range(options.rounds):
                 for contestant in TURN[index % 3 :] + TURN[: index % 3]:
@@ -176,7 +173,7 @@ def main() -> None:
                 }
                 | {f"{c} ms/token": 1000 * median[c] / options.max_tokens for c in TURN}
             )
-            print(rows[-1], flush=True)
+            say_row(rows[-1])
         ours.send(None)
         engine.join()
     summary = {f"{c}_c{r['concurrency']}": r[f"{c} share"] for c in TURN[1:] for r in rows}

@@ -3,15 +3,14 @@
     python -m tests.bench.perplexity --json perplexity.json
 
 Contestants: our kernels with bf16 (the checkpoint's own type, so lossless), int8 and int4 weights,
-and as the reference stock vLLM in float32. Each is a process of its own, one after another, and
-gives the log probability of every token but the first of the same windows of 512 tokens, taken by
-seeded choice from as many Python Enhancement Proposals. With int4 the LM head is int8. The
-checkpoint was made from a Q4_1 file, whose grid int4 finds again nearly exactly: on a model that
-never was in four bits int4 costs more than here.
+and stock vLLM in float32 as the reference. Each is a process of its own, one after another, and
+computes the log probability of every token except the first in the same windows of 512 tokens, one
+from each of a seeded choice of Python Enhancement Proposals. With int4 the LM head is int8. The
+checkpoint was made from a Q4_1 file, whose grid int4 reproduces nearly exactly: a model that never
+was in four bits loses more.
 
-MB: the weights that are multiplied with, the LM head among them, as they lie packed in memory.
-`ratio`: perplexity over that of stock. Keys of the summary: `ppl_vllm`, `ppl_bf16`, `ppl_int8` and
-`ppl_int4`.
+MB: size in memory of the packed matrices, including the LM head. `ratio`: perplexity relative to
+stock. Keys of the summary: `ppl_vllm`, `ppl_bf16`, `ppl_int8` and `ppl_int4`.
 """
 
 import argparse
@@ -22,7 +21,6 @@ import multiprocessing
 import os
 import random
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -33,14 +31,14 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from cluster.models.model import DEFAULT_MODEL, resolve_model
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say
+from tests.workload import DATA
 from workers.config import EngineConfig, WorkerConfig
 
 STOCK = "vllm"
 FORMATS = {STOCK: "auto", "bf16": "auto", "int8": "int8", "int4": "int4"}
 """The weight format that each contestant is configured with, stock first."""
 
-DATA = Path(os.environ.get("XYSERVE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 TEXT = DATA / "text" / "python_peps.jsonl.gz"
 
 WINDOW_TOKENS = 512
@@ -52,14 +50,16 @@ Windows = list[list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one contestant made of the text."""
+    """The result of one contestant."""
 
-    logprobs: list[float]  # of each token but the first of each window
-    weight_bytes: int  # packed by our kernels
+    logprobs: list[float]
+    """Log probability of each token except the first of each window."""
+    weight_bytes: int
+    """Size of the weights that our kernels packed."""
 
 
 def read_windows(tokenizer: Tokenizer, count: int) -> Windows:
-    """One window each of `count` documents: which, and where in them, is drawn with a seed."""
+    """A window from each of `count` documents; documents and positions are drawn with a seed."""
     with gzip.open(TEXT, "rt") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     draw = random.Random(0)
@@ -93,7 +93,7 @@ def worker_config(name: str, threads: int) -> WorkerConfig:
 
 
 def score(name: str, model: str, threads: int, windows: Windows) -> Score:
-    """Be a process that runs one contestant over all windows."""
+    """Run one contestant over all windows, in this process."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     config = worker_config(name, threads)
     os.environ.update(config.thread_env)
@@ -114,7 +114,7 @@ def score(name: str, model: str, threads: int, windows: Windows) -> Score:
 
 
 def token_logprobs(engine: Any, windows: Windows) -> list[float]:
-    """The log probability of each token but the first of each window, after those before it."""
+    """Log probability of each token except the first of each window, given those before it."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -130,20 +130,20 @@ def token_logprobs(engine: Any, windows: Windows) -> list[float]:
 
 
 def packed_bytes(model: Any) -> int:
-    """Memory of what our kernels packed."""
+    """Size of the weights that our kernels packed."""
     packed = (getattr(module, "packed", None) for module in model.modules())
     return sum(weight.nbytes for weight in packed if weight is not None)
 
 
 def float32_bytes(model: str) -> int:
-    """Memory of the checkpoint's matrices in float32; its embedding is its LM head."""
+    """Size of the checkpoint's matrices in float32; its embedding is its LM head."""
     with safe_open(Path(model) / "model.safetensors", "np") as tensors:
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     return sum(4 * math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
 def perplexity(logprobs: list[float]) -> float:
-    """Of tokens with these natural log probabilities."""
+    """Perplexity of tokens with these natural log probabilities."""
     return math.exp(-statistics.fmean(logprobs))
 
 
@@ -158,7 +158,7 @@ def run(name: str, model: str, threads: int, windows: Windows) -> Score:
 
 
 def make_rows(scores: dict[str, Score], float32: int) -> list[dict[str, Any]]:
-    """One row a contestant."""
+    """One row for each contestant."""
     reference = perplexity(scores[STOCK].logprobs)
     return [
         {
@@ -171,30 +171,18 @@ def make_rows(scores: dict[str, Score], float32: int) -> list[dict[str, Any]]:
     ]
 
 
-def say(line: str) -> None:
-    """Report progress."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    about, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.perplexity",
-        description=about,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens (default: 40)")
     parser.add_argument("--threads", type=int, default=1, help="each on its own core (default: 1)")
     options = parser.parse_args()
     if options.windows < 1:
         parser.error(f"--windows {options.windows} must be at least 1")
     if not 1 <= options.threads <= (cores := len(os.sched_getaffinity(0))):
-        parser.error(f"--threads {options.threads} must be 1 to {cores}, the cores at hand")
+        parser.error(f"--threads {options.threads} must be 1 to {cores}, the number of cores")
     if not TEXT.exists():
-        parser.error(f"there is no {TEXT}; name a copy of the shared data in XYSERVE_DATA")
+        parser.error(f"there is no {TEXT}; set XYSERVE_DATA to a folder with the data sets")
     return options
 
 

@@ -1,30 +1,28 @@
-"""How well the time of steps is predicted on a real engine, and how soon again after a disturbance.
+"""How well step times are predicted on a real engine, and how soon again after a disturbance.
 
     python -m tests.bench.prediction --json prediction.json
 
 The default model runs on one core with our kernels and the profile that `xyserve calibrate` made of
 it (or the brief one of a first start). Requests have the lengths of the Azure conversation trace,
-clipped, which the profile was not fitted to; a new one comes whenever fewer than `--running` run.
-After `--steps` steps another process takes half of the core, and after as many more it goes.
+clipped, which the profile was not fitted to; a new one arrives when fewer than `--running` run.
+After `--steps` steps another process takes half of the core, and after `--steps` more it ends.
 
-Keys of the summary, medians of the relative error: `quiet_error` before; `disturbed_error` and
-`recovered_error`, of the steps from the 150th to the 200th after the other process came and went;
-`disturbed_at_once` and `recovered_at_once`, of the first 20.
+Keys of the summary, medians of the relative error: `quiet_error` before the disturbance;
+`disturbed_error` and `recovered_error` over steps 150 to 200 after the other process began and
+ended; `disturbed_at_once` and `recovered_at_once` over the first 20 steps after it.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import os
 import random
 import statistics
-from pathlib import Path
 from typing import Any
 
 from cluster.models.model import DEFAULT_MODEL, resolve_model
 from scheduler.request import Slo
 from scheduler.task import StepReport
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish
 from tests.workers.planned_engine import Job, KeptSteps, add_job
 from tests.workload import conversation_lengths
 from workers.config import EngineConfig, WorkerConfig
@@ -48,14 +46,11 @@ def errors(reports: list[StepReport], first: int, last: int) -> float:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=300, help="of each phase, 200 or more")
     parser.add_argument("--running", type=int, default=6)
     options = parser.parse_args()
-    # As deploy/local.yaml has it, so that its profile is found.
+    # As in deploy/local.yaml, so that its profile is found.
     config = WorkerConfig(engine=EngineConfig(dtype="float32", max_num_seqs=32, kv_cache_gib=1.0))
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [core])

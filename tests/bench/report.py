@@ -1,8 +1,10 @@
-"""What every benchmark prints and writes: a table, and `{"machine", "rows", "summary"}`."""
+"""What all benchmarks share: their command line, and the table and JSON of their figures."""
 
+import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +13,29 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the benchmark's docstring, with the option `--json`."""
+    about, _, details = (doc or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tests.bench.{Path(sys.argv[0]).stem}",
+        description=about,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    return parser
+
+
+def say(line: str) -> None:
+    """Report progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def say_row(row: Mapping[str, Any]) -> None:
+    """Report the figures of one row, rounded."""
+    say(str({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))
 
 
 def machine() -> dict[str, Any]:
@@ -29,7 +54,7 @@ def machine() -> dict[str, Any]:
 def publish(
     title: str, rows: list[dict[str, Any]], summary: Mapping[str, float | bool], path: Path | None
 ) -> None:
-    """Print the rows and the summary, and write all to `path` if given."""
+    """Print the rows and the summary, and write them with the machine to `path` if given."""
     console = Console(width=None if Console().is_terminal else 120)
     table = Table(*rows[0], title=title)
     for row in rows:

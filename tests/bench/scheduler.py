@@ -4,31 +4,28 @@
 
 Capacity is the highest rate at which 90% of the requests meet both of their targets: time to first
 token, and mean time per output token. All schedulers plan with the device's own cost model, on the
-same requests. A baseline's capacity is the highest of its settings:
+same requests. A baseline's capacity is the highest over its settings:
 
     static          vLLM's: budgets of 512, 1024, 2048, 8192 tokens
     decode_first    Sarathi-Serve's: budgets of 256, 512, 1024, 2048
     prefill_first   of XY-Serve's paper: 512, 2048, 4096, with 64 slots, and 2048 with 256
 
-Scenes are a trace and a pair of targets. Targets are multiples of what the device does unloaded:
-of the time to first token of the trace's 90th percentile prompt (at least of 1,000 tokens), and of
-a step that decodes 16 requests of the trace's mean length. `tight` is 4 and 2.5 times these,
-`loose` 12 and 6. Rates are changed by scaling times between arrivals, and searched by bisection,
-to 2%. The calls of the agent trace come at their recorded times, too: if each waited for the answer
-to the one before, a slow scheduler would lower its own load.
+A scene is a trace and a pair of targets. Targets are multiples of the unloaded device's times:
+the time to first token of the trace's 90th percentile prompt (of at least 1,000 tokens), and a step
+that decodes 16 requests of the trace's mean length. `tight` is 4 and 2.5 times these, `loose` 12
+and 6 times. The rate is changed by scaling the times between arrivals, and searched by bisection,
+to 2%. The calls of the agent trace arrive at their recorded times too: if each waited for the
+answer to the one before, a slow scheduler would lower its own load.
 
-It takes some 15 minutes on two cores.
+It takes about 15 minutes on two cores.
 
-Keys of the summary: `TRACE_TARGETS` is the hybrid scheduler's capacity over that of the best
-baseline, `capacity_geomean` and `capacity_min` are over all scenes.
+Keys of the summary: `TRACE_TARGETS` is the hybrid scheduler's capacity over the best baseline's,
+`capacity_geomean` and `capacity_min` are over all scenes.
 """
 
-import argparse
 import multiprocessing
 import statistics
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from scheduler.policy import StepPolicy
@@ -43,15 +40,15 @@ from scheduler.simulation.arrivals import (
 from scheduler.simulation.device import DeviceProfile, read_device
 from scheduler.simulation.simulator import SimulationConfig, simulate
 from scheduler.simulation.traces import read_trace
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say
 from tests.workload import find_trace, has_traces
 
 TRACES = ("azure_2023_code", "azure_2023_conv", "mooncake_conversation", "agent_prefix")
 TARGETS = {"tight": (4.0, 2.5), "loose": (12.0, 6.0)}
 ATTAINMENT = 0.9
 PRECISION = 1.02
-HIGHEST = 1000
-"""No trace should have to come so many times as fast."""
+MAX_RATE = 1000
+"""Factor on a trace's rate above which its requests are too few to load the device."""
 MAX_MODEL_LEN = 131_072
 MAX_TOKENS = 2048
 
@@ -86,14 +83,14 @@ class Scene:
         met = statistics.mean(outcome.met_targets for outcome in result.outcomes)
         return met >= ATTAINMENT
 
-    def capacity(self, policy: StepPolicy, least: float = 0.0) -> float:
-        """The highest rate that `policy` attains, or `least` if that is not below it."""
-        if least and not self.attains(policy, least * PRECISION):
-            return least
-        low, high = least * PRECISION or 1e-3, (least or 1.0) * 2
+    def capacity(self, policy: StepPolicy, known: float = 0.0) -> float:
+        """The highest rate that `policy` attains, or `known` if that is as high."""
+        if known and not self.attains(policy, known * PRECISION):
+            return known
+        low, high = known * PRECISION or 1e-3, (known or 1.0) * 2
         while self.attains(policy, high):
             low, high = high, high * 2
-            if high > HIGHEST:
+            if high > MAX_RATE:
                 raise SystemExit(f"{self.trace}: too few requests to load {self.device.name}")
         while high / low > PRECISION:
             middle = (low * high) ** 0.5
@@ -105,7 +102,7 @@ class Scene:
 
 
 def open_loop(sessions: list[Arrival]) -> list[Arrival]:
-    """All calls at their recorded times, whether or not the one before was answered."""
+    """All calls at their recorded times, whether or not the one before has been answered."""
     times: dict[str, float] = {}
     for arrival in sessions:
         begin_s = times[arrival.after] if arrival.after else 0.0
@@ -120,7 +117,7 @@ def open_loop(sessions: list[Arrival]) -> list[Arrival]:
 def make_scene(
     trace: str, targets: str, device: DeviceProfile, num_workers: int, num_requests: int
 ) -> Scene:
-    """The first requests of a trace, with targets as this file says."""
+    """The first requests of a trace, with targets."""
     arrivals = clip_lengths(read_trace(find_trace(trace)), MAX_MODEL_LEN)
     arrivals = with_max_tokens(open_loop(arrivals)[:num_requests], MAX_TOKENS)
     prompts = sorted(arrival.request.num_prompt_tokens for arrival in arrivals)
@@ -132,10 +129,10 @@ def make_scene(
     prefill.add(prompt, prompt, 1)
     for _ in range(16):
         decode.add(1, length, 1)
-    of_ttft, of_tpot = TARGETS[targets]
+    ttft_factor, tpot_factor = TARGETS[targets]
     slo = Slo(
-        ttft_s=of_ttft * device.cost_model.predict(prefill),
-        tpot_s=of_tpot * device.cost_model.predict(decode),
+        ttft_s=ttft_factor * device.cost_model.predict(prefill),
+        tpot_s=tpot_factor * device.cost_model.predict(decode),
     )
     return Scene(trace, targets, with_slo(arrivals, slo), device, num_workers)
 
@@ -150,9 +147,9 @@ def measure(scene: Scene) -> dict[str, Any]:
         if capacities[policy.name] > before:
             best[policy.name] = policy
     baseline = max(capacities, key=lambda name: capacities[name])
-    hybrid = scene.capacity(HYBRID, 0.0)
+    hybrid = scene.capacity(HYBRID)
     slo = scene.arrivals[0].request.slo
-    print(f"{scene.trace} {scene.targets}: {hybrid / capacities[baseline]:.2f}", file=sys.stderr)
+    say(f"{scene.trace} {scene.targets}: {hybrid / capacities[baseline]:.2f}")
     return {
         "trace": scene.trace,
         "targets": scene.targets,
@@ -169,10 +166,7 @@ def measure(scene: Scene) -> dict[str, Any]:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="ascend-910b-llama-3-8b")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--requests", type=int, default=500, help="of each trace")
@@ -180,7 +174,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
     if not has_traces():
-        raise SystemExit("the traces are not at hand; set XYSERVE_DATA to their folder")
+        raise SystemExit("there are no traces; set XYSERVE_DATA to a folder with the data sets")
     device = read_device(options.device)
     scenes = [
         make_scene(trace, targets, device, options.workers, options.requests)
@@ -193,12 +187,7 @@ def main() -> None:
     summary = {f"{row['trace']}_{row['targets']}": row["ratio"] for row in rows}
     summary["capacity_geomean"] = statistics.geometric_mean(ratios)
     summary["capacity_min"] = min(ratios)
-    publish(
-        "Capacity, in multiples of the trace's own rate",
-        rows,
-        summary,
-        options.json,
-    )
+    publish("Capacity, in multiples of the trace's own rate", rows, summary, options.json)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,21 @@
     python -m tests.bench.speculation --json speculation.json --timeline trace.json
 
 Contestants take turns, each with a cluster of its own, two CPU workers of one core with our
-kernels: `none`; `drafts`, with a draft worker beside them; `ngram`, vLLM's n-gram drafting in the
-worker's own process, under vLLM's scheduler. All are asked the same chats, of nine kinds of work,
-by C clients that each ask one after another. No chat is asked twice within a cluster's life: draft
-workers remember what was written, and would know the answer. Answers are greedy and end where the
-model ends them, so that they must be identical; then as many clients as the last C ask once more
+kernels: `none`; `drafts`, with draft workers on the same cores; `ngram`, vLLM's n-gram drafting in
+the worker's own process, under vLLM's scheduler. All answer the same chats, of nine kinds of work,
+from C clients that each send one after another. No chat is sent twice to one cluster: draft workers
+remember what was written, and would know the answer. Answers are greedy and end where the model
+ends them, so that they must be identical; then as many clients as the last C send chats once more
 with temperature 1, where drafts hardly help, for exactly `--max-tokens` tokens.
 
-Time per token is that from the first to the last token of an answer, as the client sees them.
-Keys of the summary, each figure over all rounds: `speedup_c1`, `speedup_c1_repetitive`: ratio of
-the mean time per token without and with drafts, geometric mean over the kinds, all or those that
-repeat much (summarization, rag, code_edit, agent); `speedup_cN`: of output tokens/s from first
-request to last token, N clients; `min_ratio`: the lowest of these at any C and with temperature 1;
-`vs_ngram_c1`: as `speedup_c1`, against `ngram`; `drafting_hidden`: share of the drafting time in
-which a worker computed a step; `identical`: whether all contestants gave the same token ids.
+Time per token is measured by the client, from the first to the last token of an answer. Keys of
+the summary, each figure over all rounds: `speedup_c1`, `speedup_c1_repetitive`: ratio of the mean
+time per token without and with drafts, geometric mean over all kinds or over those that repeat much
+(summarization, rag, code_edit, agent); `speedup_cN`: ratio of output tokens/s from the first
+request to the last token, N clients; `min_ratio`: the lowest such ratio at any C and with
+temperature 1; `vs_ngram_c1`: as `speedup_c1`, against `ngram`; `drafting_hidden`: share of the
+drafting time in which a worker computed a step; `identical`: whether all contestants produced the
+same token ids.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from cluster.models.model import resolve_model
 from cluster.observe.chrome_trace import chrome_trace, hidden_share, split
 from tests.bench.answers import Answer, ask, makespan_s
 from tests.bench.overhead import running_app
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say
 from tests.workload import chats
 from workers.timeline import Span
 
@@ -51,12 +52,13 @@ NGRAM = {
     "prompt_lookup_min": 2,
 }
 READY_TIMEOUT_S = 60.0
+"""Time for the workers to be assigned their draft workers."""
 Chat = list[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Chats that some clients ask; each with its kind of work."""
+    """Chats that `concurrency` clients send, each with its kind of work."""
 
     concurrency: int
     is_sampled: bool
@@ -65,7 +67,7 @@ class Cell:
 
 @dataclass(slots=True)
 class Seen:
-    """What a contestant did in a cell, over the rounds."""
+    """A contestant's answers in a cell and their cost, over the rounds."""
 
     answers: list[tuple[str, Answer]] = field(default_factory=list)
     makespan_s: float = 0.0
@@ -85,7 +87,7 @@ class Seen:
         return decoding_s / num_tokens if num_tokens else math.nan
 
     def token_ids(self) -> list[list[int]]:
-        """Of each answer, in order."""
+        """Token ids of each answer, in order."""
         return [answer.token_ids for _, answer in self.answers]
 
 
@@ -102,7 +104,7 @@ def args_of(contestant: str, drafters: list[str]) -> dict[str, Any]:
 
 
 def cells_of(options: argparse.Namespace, tokenizer: Tokenizer) -> list[Cell]:
-    """What is asked, kind after kind in turn; each cell has chats of its own."""
+    """The cells, each with chats of its own, their kinds in turn."""
     loads = [(c, False) for c in options.concurrency] + [(options.concurrency[-1], True)]
     of_kinds = chats(tokenizer, options.max_context)
     cells = []
@@ -120,7 +122,7 @@ def cells_of(options: argparse.Namespace, tokenizer: Tokenizer) -> list[Cell]:
 
 
 async def warm_up(handle: XYServe) -> None:
-    """Let both workers run each kind of step once, and know their draft worker."""
+    """Wait until both workers have run each kind of step and have a draft worker."""
     prompts = (f"Tell me of the number {number}." for number in range(8))
     await asyncio.gather(*(ask(handle, prompt, 16) for prompt in prompts))
     deadline_s = time.monotonic() + READY_TIMEOUT_S
@@ -157,7 +159,7 @@ def totals(handle: XYServe) -> tuple[int, int, float]:
 
 
 def run(handle: XYServe, cell: Cell, seen: Seen, max_tokens: int) -> dict[str, list[Span]]:
-    """Ask a cell's chats, add what was seen to `seen`, and give what all processes did."""
+    """Send a cell's chats and add the figures to `seen`; returns the timelines of all processes."""
     verified, accepted, cpu_s = totals(handle)
     began_s = time.time()
     answers = asyncio.run(ask_all(handle, cell, max_tokens))
@@ -172,17 +174,17 @@ def run(handle: XYServe, cell: Cell, seen: Seen, max_tokens: int) -> dict[str, l
 
 
 def speedup(base: Seen, other: Seen, kinds: Iterable[str]) -> float:
-    """How many times faster tokens come, geometric mean over kinds of work; NaN if unknown."""
+    """How many times faster tokens are, geometric mean over kinds of work; NaN if unknown."""
     ratios = [base.time_per_token_s(kind) / other.time_per_token_s(kind) for kind in kinds]
     known = [ratio for ratio in ratios if not math.isnan(ratio)]
     return statistics.geometric_mean(known) if known else math.nan
 
 
 def rows_of(cell: Cell, seen: dict[str, Seen]) -> list[dict[str, Any]]:
-    """A cell's table: its kinds of work, and all together.
+    """A cell's rows: one for each kind of work, and one for all together.
 
-    Under a contestant's name are the tokens/s of one answer after its first; `right` is the share
-    of the verified drafts that were accepted, `CPU s` the time of the draft workers' processes.
+    Under a contestant's name are the tokens/s of one answer after its first; `accepted` is the
+    share of the verified drafts, `CPU s` the time of the draft workers' processes.
     """
     clients = f"{cell.concurrency}{' T=1' if cell.is_sampled else ''}"
     rows: list[dict[str, Any]] = []
@@ -198,7 +200,7 @@ def rows_of(cell: Cell, seen: dict[str, Seen]) -> list[dict[str, Any]]:
     for row in rows:
         row.pop("none / none", None)
         drafts = seen.get("drafts", Seen()) if row["work"] == "all" else Seen()
-        row["right"] = drafts.num_accepted / drafts.num_verified if drafts.num_verified else ""
+        row["accepted"] = drafts.num_accepted / drafts.num_verified if drafts.num_verified else ""
         row["CPU s"] = drafts.draft_cpu_s or ""
     return rows
 
@@ -206,7 +208,7 @@ def rows_of(cell: Cell, seen: dict[str, Seen]) -> list[dict[str, Any]]:
 def summarize(
     cells: list[Cell], seen: dict[str, list[Seen]], hidden: float | None
 ) -> dict[str, float | bool]:
-    """The figures; those of contestants that did not run are left out."""
+    """The summary, without the figures of contestants that did not run."""
     summary: dict[str, float | bool] = {}
     kinds = list(dict.fromkeys(kind for kind, _ in cells[0].chats))
     alone = next((i for i, c in enumerate(cells) if c.concurrency == 1 and not c.is_sampled), None)
@@ -235,8 +237,7 @@ def summarize(
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--timeline", type=Path, help="write the drafts' last greedy cell here")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=6, help="of each kind of work, in each cell")
@@ -259,7 +260,7 @@ def main() -> None:
                 asyncio.run(warm_up(handle))
                 for cell, own in zip(cells, seen[contestant], strict=True):
                     timelines = run(handle, cell, own, options.max_tokens)
-                    print(f"{contestant} {cell.concurrency} {own.tokens_per_s():.1f}", flush=True)
+                    say(f"{contestant} {cell.concurrency} {own.tokens_per_s():.1f} tok/s")
                     if contestant != "drafts":
                         continue
                     of_workers, of_draft_workers = split(timelines)

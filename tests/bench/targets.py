@@ -6,9 +6,9 @@ Two CPU workers serve through the whole cluster, all contestants with our kernel
 scheduler differs: `hybrid`, and `vllm`, vLLM's own with its default budget of 2048 tokens. They
 take turns, each with a cluster of its own, and see the same requests at the same times.
 
-Chats: streams that never pause, `--chats` at a time, GSM8K questions answered with 100 tokens, with
-a target for the time per token, `--tpot-ms`. Documents: texts of `--document` tokens of which 16
-tokens are asked for, arriving as a Poisson process, with a target of `--document-ttft-s`.
+Chats: `--chats` streams without pause, GSM8K questions answered with 100 tokens each, with a target
+for the time per token, `--tpot-ms`. Documents: texts of `--document` tokens, answered with 16
+tokens each, arriving as a Poisson process, with a target of `--document-ttft-s`.
 
 Time per token is measured at the client: gaps between the tokens of a chat (`gap`), and their mean
 for each chat (`tpot`). Keys of the summary: `NAME_gap_p99_ms`, `NAME_tpot_p99_ms`,
@@ -32,7 +32,7 @@ from cluster.config.app_config import parse_args
 from cluster.models.model import resolve_model
 from tests.bench.answers import Answer, ask, makespan_s
 from tests.bench.overhead import running_app
-from tests.bench.report import publish
+from tests.bench.report import make_parser, publish, say
 from tests.workload import prompts_of, questions
 
 CHAT_TOKENS, DOCUMENT_TOKENS = 100, 16
@@ -42,7 +42,7 @@ CHAT_TTFT_S = 2.0
 async def workload(
     handle: XYServe, documents: list[list[int]], options: argparse.Namespace
 ) -> tuple[list[Answer], list[Answer]]:
-    """Chats without pause and documents at their times, for `--seconds`; all finish."""
+    """Answers to chats without pause and to documents at their times, for `--seconds`."""
     draw = random.Random(options.seed)
     prompts = itertools.cycle(questions(100))
     ends_s = time.perf_counter() + options.seconds
@@ -102,8 +102,7 @@ def figures(
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=50)
     parser.add_argument("--chats", type=int, default=6)
@@ -132,7 +131,7 @@ def main() -> None:
                 asyncio.run(warm_up(handle))
                 answers = asyncio.run(workload(handle, documents, options))
             seen[policy].append(figures(*answers, options))
-            print(policy, {k: round(v, 2) for k, v in seen[policy][-1].items()}, flush=True)
+            say(f"{policy} { ({k: round(v, 2) for k, v in seen[policy][-1].items()}) }")
     medians = {
         policy: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         for policy, runs in seen.items()

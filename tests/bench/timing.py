@@ -1,4 +1,4 @@
-"""How the benchmarks of single kernels take turns, and what they make of the times."""
+"""How the benchmarks of single kernels take turns, and what they compute from the times."""
 
 import statistics
 import time
@@ -10,23 +10,24 @@ import torch
 from workers.kernels import native
 
 COLD_BYTES = 64 * 2**20
-"""What the copies of a contestant's weights exceed together: twice an L3 cache of 32 MiB."""
+"""Minimum size of all copies of a contestant's data: twice an L3 cache of 32 MiB."""
 
 BUDGET_S = 0.25
+"""Time to measure a cell."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 21
-"""Rounds of a cell: as many as fit the budget, within these."""
+"""Bounds of the number of rounds that are measured within the budget."""
 
 TURN_S = 0.002
-"""About what a turn of short calls lasts: the clock and a cold start weigh little."""
+"""Minimum duration of a turn: long enough that the clock and a cold start matter little."""
 
 SETTLE_S = 0.005
-"""Between turns with several threads: the threads of the last turn may spin a while."""
+"""Pause between turns with several threads: those of the last turn may spin for a while."""
 
 Call = Callable[[], Any]
 
 
 def interleaved(contestants: dict[str, Call], threads: int) -> dict[str, float]:
-    """Median seconds per call of each contestant, in turns; the callers have warmed them up."""
+    """Median seconds per call of each contestant, in turns; they must be warmed up."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     calls = dict.fromkeys(contestants, 1)
     order = list(contestants)
@@ -56,7 +57,7 @@ def geomeans(
 
 
 def set_threads(threads: int) -> None:
-    """Give both sides `threads` threads; before first use, as oneDNN keeps what it planned with."""
+    """Give both sides `threads` threads; before first use, as oneDNN keeps its first setting."""
     torch.set_num_threads(threads)
     native.set_num_threads(threads)
 

@@ -44,7 +44,7 @@ def write(
 
 
 def steady() -> list[tuple[StepView, float]]:
-    """Ten steps of two that decode, while a third waits, on a machine that gets slower."""
+    """Ten steps that decode two requests while a third waits, on a machine that gets slower."""
     steps = []
     for step in range(10):
         running = [decoding("a", num_output_tokens=5 + step), decoding("b", slo=Slo(1.0, 0.05))]

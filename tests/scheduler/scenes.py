@@ -1,7 +1,5 @@
 """Small scenes for tests of step scheduling: requests in a state, on a machine of round numbers."""
 
-import math
-
 from scheduler.cost_model import CostModel
 from scheduler.request import Request, RequestState, Slo
 from scheduler.task import BatchPlan, Limits, StepView
@@ -30,7 +28,7 @@ def waiting(
     cached: int = 0,
 ) -> RequestState:
     """A request that has not begun."""
-    request = Request(name, num_prompt_tokens, max_tokens, priority, slo)
+    request = Request(name, num_prompt_tokens, max_tokens, priority=priority, slo=slo)
     return RequestState(request, arrival_s, num_computed_tokens=cached)
 
 
@@ -82,6 +80,3 @@ def tokens(plan: BatchPlan) -> dict[str, int]:
 def reasons(plan: BatchPlan) -> dict[str, str]:
     """Why requests were deferred, as plain strings."""
     return {deferral.request_id: str(deferral.reason) for deferral in plan.deferred}
-
-
-INF = math.inf

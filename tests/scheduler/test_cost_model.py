@@ -24,8 +24,11 @@ TRUTH = CostModel(
 )  # fmt: skip
 
 
+DECODE, PROMPT = (StepShape(32).plus(num_tokens, num_tokens, 1) for num_tokens in (1, 2))
+
+
 def random_shape(random: Random, model: CostModel = TRUTH) -> StepShape:
-    """Up to 32 decodes, and in half of the steps a chunk of a prompt."""
+    """Up to 32 decodes, and in half of the cases a chunk of a prompt."""
     shape = model.shape()
     for _ in range(random.randint(0, 32)):
         shape.add(1, random.randint(1, 2000), 1)
@@ -36,7 +39,7 @@ def random_shape(random: Random, model: CostModel = TRUTH) -> StepShape:
 
 
 def measured_s(shape: StepShape, random: Random, *, outliers: float = 0.0) -> float:
-    """The truth with 3 % of noise; some steps are 1.5 to 5 times as long."""
+    """The true seconds with 3% of noise; a share of `outliers` takes 1.5 to 5 times as long."""
     seconds = TRUTH.predict(shape) * math.exp(random.gauss(0, 0.03))
     return seconds * (random.uniform(1.5, 5) if random.random() < outliers else 1)
 
@@ -128,11 +131,11 @@ def test_knots_between_which_nothing_was_measured_are_left_out() -> None:
     "steps",
     [
         [],
-        [(StepShape(32, 1, 1, 1, 1), 1.0)],
-        [(StepShape(32, 1, 1, 1, 1), 1.0), (StepShape(16, 2, 1, 1, 1), 1.0)],
-        [(StepShape(32, 1, 1, 1, 1), 1.0), (StepShape(32, 2, 1, 1, 1), 0.0)],
-        [(StepShape(32, 1, 1, 1, 1), 1.0), (StepShape(32, 2, 1, 1, 1), math.nan)],
-        [(StepShape(32), 1.0), (StepShape(32, 2, 1, 1, 1), 1.0)],
+        [(DECODE, 1.0)],
+        [(DECODE, 1.0), (StepShape(16).plus(2, 2, 1), 1.0)],
+        [(DECODE, 1.0), (PROMPT, 0.0)],
+        [(DECODE, 1.0), (PROMPT, math.nan)],
+        [(StepShape(32), 1.0), (PROMPT, 1.0)],
     ],
 )
 def test_a_fit_refuses_malformed_measurements(steps: list[tuple[StepShape, float]]) -> None:

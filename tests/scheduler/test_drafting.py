@@ -19,7 +19,7 @@ START_S = 100.0
 
 @dataclasses.dataclass
 class Watched:
-    """A watch and the reports of its worker, one a second."""
+    """A watch and the reports of its worker, one per second."""
 
     draft_worker: str | None = "d1"
     now: float = START_S
@@ -37,25 +37,25 @@ class Watched:
         num_late: int = 0,
         is_answered: bool = True,
     ) -> CollapseReason | None:
-        """One report; the numbers are since the one before."""
+        """One report; its numbers count from the report before."""
         self.now += 1
         self._num_proposed += num_proposed
         self._num_verified += num_verified
         self._num_late += num_late
         return self.watch.observe(
             DraftReport(
-                rate,
-                self._num_proposed,
-                self._num_verified,
-                self._num_late,
-                self.draft_worker,
-                is_answered,
+                acceptance_rate=rate,
+                num_proposed=self._num_proposed,
+                num_verified=self._num_verified,
+                num_late=self._num_late,
+                draft_worker=self.draft_worker,
+                is_answered=is_answered,
             ),
             self.now,
         )
 
     def run(self, rates: Iterable[float]) -> list[CollapseReason]:
-        """The events of some seconds."""
+        """The events of reports with these rates."""
         return [event for rate in rates if (event := self.report(rate))]
 
 
@@ -284,7 +284,7 @@ def test_nothing_collapses_before_a_usual_rate_is_known() -> None:
 def test_the_first_rates_make_the_usual_one_quickly() -> None:
     watched = Watched()
     watched.report(0.0, num_verified=0)
-    # A rate begins anywhere; what it comes to within the first drafts is the usual one.
+    # A rate may begin anywhere; where it settles within the first drafts is the usual one.
     for rate in (1.0, 0.2, 0.2, 0.2, 0.2, 0.2):
         watched.report(rate, num_verified=10)
 

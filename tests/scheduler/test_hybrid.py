@@ -44,7 +44,7 @@ def test_without_targets_its_plans_are_those_of_decode_first() -> None:
         [prefilling("p", 3000, 1000, arrival_s=0.1), decoding("a"), decoding("b")],
         [waiting("w", 300, arrival_s=0.2), waiting("x", 900, arrival_s=0.3)],
     )
-    sarathi = DecodeFirst(LIMITS, cost_model(), budget=LIMITS.max_num_batched_tokens)
+    sarathi = DecodeFirst(LIMITS, cost_model())
 
     assert plan(scene).tasks == sarathi.plan(scene, 1.0).tasks
 

@@ -54,10 +54,10 @@ def test_without_targets_nothing_is_due() -> None:
 
 
 def test_a_request_decodes_when_only_its_newest_token_is_missing() -> None:
-    resumed = decoding("r")
-    resumed.num_computed_tokens = 0
+    preempted = decoding("r")
+    preempted.num_computed_tokens = 0
 
     assert decoding("r").is_decoding
     assert not waiting("r", 1).is_decoding
-    assert not resumed.is_decoding
-    assert resumed.num_new_tokens == 105
+    assert not preempted.is_decoding
+    assert preempted.num_new_tokens == 105

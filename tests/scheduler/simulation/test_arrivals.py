@@ -25,7 +25,9 @@ def arrival(
     after: str | None = None,
 ) -> Arrival:
     request = Request(name, num_prompt, num_output)
-    return Arrival(request, arrival_s, num_output, (0, 1), BLOCK, after)
+    return Arrival(
+        request, arrival_s, num_output, hash_ids=(0, 1), hash_block_size=BLOCK, after=after
+    )
 
 
 SESSIONS = [

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from scheduler.policy import StepPolicy
@@ -60,8 +62,8 @@ def test_a_broken_plan_is_named(bad: BatchPlan, message: str) -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (Limits(32, 50, 16, 1000), "51 tokens in a step; at most 50 may be"),
-        (Limits(1, 2048, 16, 1000), "2 requests run; at most 1 may"),
+        (replace(LIMITS, max_num_batched_tokens=50), "51 tokens in a step; at most 50 fit"),
+        (replace(LIMITS, max_num_seqs=1), "2 requests run; at most 1 can"),
     ],
 )
 def test_limits_hold_for_all_requests_together(limits: Limits, message: str) -> None:

@@ -49,7 +49,7 @@ def test_its_record_is_planned_again(policy: str, learns: bool) -> None:
 
 
 def serve(worker: SimulatedWorker) -> None:
-    """Have the worker serve a workload, its requests coming between two steps."""
+    """Have the worker serve a workload, whose requests arrive between two steps."""
     coming = workload(7, NUM_REQUESTS, 100.0)
     now = 0.0
     while coming or worker.live:
@@ -69,4 +69,8 @@ def add(worker: SimulatedWorker, index: int, now: float) -> None:
         arrival.hash_ids, arrival.hash_block_size, arrival.request.num_prompt_tokens
     )
     state = RequestState(arrival.request, now)
-    worker.add(LiveRequest(arrival, index, state, holding, Random(index)))
+    worker.add(
+        LiveRequest(
+            arrival=arrival, index=index, state=state, holding=holding, random=Random(index)
+        )
+    )

@@ -20,11 +20,11 @@ from scheduler.simulation.simulator import (
     simulate,
 )
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
+from tests.scheduler.scenes import NO_SLO
 
 FIXED_S, TOKEN_S, CONTEXT_S = 0.010, 0.001, 1e-6
 BLOCK = 16
 POLICIES = ("hybrid", "static", "decode_first", "prefill_first")
-NO_SLO = Slo()
 SLO = Slo(0.5, 0.03)
 
 
@@ -37,7 +37,12 @@ def device(
         source="made up",
         modelled=True,
         cost_model=CostModel(weights, token_knots=(0,), sample_knots=(0,)),
-        limits=Limits(max_num_seqs, max_num_batched_tokens, BLOCK, num_kv_blocks),
+        limits=Limits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_block_size=BLOCK,
+            num_kv_blocks=num_kv_blocks,
+        ),
     )
 
 
@@ -53,7 +58,14 @@ def arrival(
     slo_class: str = "",
 ) -> Arrival:
     request = Request(name, num_prompt, num_output, slo=slo, slo_class=slo_class)
-    return Arrival(request, arrival_s, num_output, hash_ids, BLOCK if hash_ids else 0, after)
+    return Arrival(
+        request,
+        arrival_s,
+        num_output,
+        hash_ids=hash_ids,
+        hash_block_size=BLOCK if hash_ids else 0,
+        after=after,
+    )
 
 
 def workload(
@@ -125,7 +137,6 @@ def test_a_prompt_above_the_budget_takes_several_steps() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_each_token_is_computed_once(policy: str) -> None:
     arrivals = [replace(a, hash_ids=()) for a in workload(1)]
-
     config = SimulationConfig(policy=policy_of(policy), num_workers=2, log_steps=True)
 
     result = simulate(arrivals, device(), config)
@@ -348,22 +359,21 @@ def test_a_cluster_has_a_worker() -> None:
         SimulationConfig(num_workers=0)
 
 
-def plan_of(*tasks: StageTask, deferred: tuple[()] = ()) -> BatchPlan:
-    return BatchPlan(tasks, deferred, (), 0.0, math.inf)
+def plan_of(*tasks: StageTask, preempted: tuple[str, ...] = ()) -> BatchPlan:
+    return BatchPlan(
+        tasks=tasks, deferred=(), preempted=preempted, predicted_s=0.0, limit_s=math.inf
+    )
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (
-            plan_of(StageTask("x", Stage.PREFILL, 10, 10, False)),
-            "tasks of unknown requests",
-        ),
+        (plan_of(StageTask("x", Stage.PREFILL, 10, 10, False)), "tasks of unknown requests"),
         (plan_of(StageTask("r", Stage.PREFILL, 101, 101, True)), "100 tokens are left"),
         (plan_of(StageTask("r", Stage.PREFILL, 0, 0, False)), "100 tokens are left"),
         (plan_of(StageTask("r", Stage.PREFILL, 10, 20, False)), "does not fit"),
         (plan_of(StageTask("r", Stage.PREFILL, 10, 10, True)), "does not fit"),
-        (BatchPlan((), (), ("r",), 0.0, 0.0), "names each request once"),
+        (plan_of(preempted=("r",)), "names each request once"),
         (plan_of(), "names each request once"),
     ],
 )
@@ -383,8 +393,8 @@ def test_a_plan_that_breaks_a_limit_is_an_error(
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_num_batched_tokens": 150}, "200 tokens in a step; at most 150 may be"),
-        ({"max_num_seqs": 1}, "2 requests run; at most 1 may"),
+        ({"max_num_batched_tokens": 150}, "200 tokens in a step; at most 150 fit"),
+        ({"max_num_seqs": 1}, "2 requests run; at most 1 can"),
         ({"num_kv_blocks": 10}, "the KV cache is full"),
     ],
 )
