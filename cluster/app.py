@@ -35,10 +35,7 @@ def build_app(args: dict[str, Any]) -> Application:
             else {"num_replicas": config.num_workers}
         ),
         ray_actor_options=_worker_resources(config),
-        request_router_config=RequestRouterConfig(
-            request_router_class=PlacementRouter,
-            request_router_kwargs={"scheduler_name": "GlobalScheduler"},
-        ),
+        request_router_config=RequestRouterConfig(request_router_class=PlacementRouter),
         graceful_shutdown_timeout_s=config.drain_timeout_s,
     ).bind(config, scheduler)
     # Nobody calls the draft workers; an argument is what makes them a part of the app.

@@ -1,8 +1,12 @@
-"""The errors a user can cause, each with its HTTP status."""
+"""The errors that are answered to a user, each with its HTTP status."""
+
+from http import HTTPStatus
+
+from scheduler.placement import RefusalReason, Refused
 
 
 class XYServeError(Exception):
-    """Base of the errors that are answered to the user; `status` is the HTTP status."""
+    """An error that is answered to the user; `status` is the HTTP status."""
 
     status = 500
 
@@ -22,10 +26,28 @@ class RequestFailed(XYServeError):
 
     def __init__(self, message: str, status: int = 500) -> None:
         super().__init__(message, status)  # both, or unpickling loses the status
+        self.message = message
         self.status = status
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return self.message
+
+
+class RequestRefused(RequestFailed):
+    """The cluster does not take a request now: status 429 or 503, to be tried again later."""
+
+    def __init__(self, refused: Refused) -> None:
+        message = f"{refused.reason.text}; retry after {refused.retry_after_s:g} s"
+        super().__init__(message, _STATUS_OF_REFUSAL[refused.reason])
+        self.args = (refused,)  # what unpickling makes it of
+        self.retry_after_s = refused.retry_after_s
+
+
+_STATUS_OF_REFUSAL = {
+    RefusalReason.NO_WORKER: HTTPStatus.SERVICE_UNAVAILABLE,
+    RefusalReason.OVERLOAD: HTTPStatus.SERVICE_UNAVAILABLE,
+    RefusalReason.QUOTA: HTTPStatus.TOO_MANY_REQUESTS,
+}
 
 
 class AppNotFound(XYServeError):

@@ -1,10 +1,11 @@
 """The actors of the app as replicas of Serve: wired to each other, measured, traced and logged."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -12,140 +13,167 @@ from ray.util import get_node_ip_address
 
 from cluster.config.app_config import AppConfig
 from cluster.models.model import resolve_model
-from cluster.observe.exporter import DraftWorkerMetrics, Exporter, PlacementMetrics, WorkerMetrics
+from cluster.observe.exporter import DraftWorkerMetrics, Exporter, PlacementMetrics
 from cluster.observe.logs import replica_context, set_up_logs
-from cluster.observe.metrics import PEAK_FLOPS, PEAK_MEMORY_BANDWIDTH
 from cluster.observe.phases import phases
+from cluster.observe.telemetry import SchedulerTelemetry, WorkerTelemetry
 from cluster.observe.tracing import Tracing
 from cluster.placement.global_scheduler import GlobalScheduler
+from scheduler.placement import Placed, Placement, Refused, WorkerLoad
 from scheduler.request import Request
-from scheduler.task import StepReport
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.make import make_drafters
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
+from workers.engine_request import EngineRequest
+from workers.errors import WrongWorker
 from workers.plugin.vllm_seams import check_seams
-from workers.reports import DraftWorkerReport, WorkerReport
+from workers.reports import (
+    DraftWorkerReport,
+    DraftWorkerStatus,
+    WorkerReport,
+    WorkerStatus,
+    WorkerSteps,
+)
+from workers.step_history import RequestStep, StepHistory
+from workers.timeline import Span
 from workers.token_stream import StreamAddress
 from workers.worker import Worker
-
-if TYPE_CHECKING:
-    from cluster.observe.vllm_metrics import SchedulerMetrics
 
 logger = logging.getLogger(__name__)
 
 EXPORT_LOADS_S = 2.0
-"""How often the GlobalScheduler's view of the workers is exported."""
+"""Period at which the GlobalScheduler's view of the workers is exported."""
 
 
-class GlobalSchedulerReplica(GlobalScheduler):
-    """The GlobalScheduler as a replica of Serve."""
+class Replica:
+    """An actor in a replica of Serve, which calls the public methods and knows the replica's id."""
 
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, role: str) -> None:
+        """`role` names its service in traces."""
+        self._at_end = contextlib.ExitStack()
+        """The actor's shutdown, before that of what it reports to."""
         context = replica_context()
         set_up_logs(config.logs, **context)
-        metrics = PlacementMetrics(Exporter(config.model_name, config.metrics))
-        self._tracing = Tracing(config.tracing, "scheduler", context["replica"])
-        super().__init__(
-            on_placement=lambda request, placement: metrics.count_placement(placement),
-            on_collapse=metrics.count_collapse,
-        )
-        self._exporting = asyncio.get_running_loop().create_task(self._export(metrics))
-        logger.info("GlobalScheduler ready")
-
-    async def place(self, request: Request, worker_ids: Sequence[str]) -> str | None:
-        """Choose a worker, and trace that."""
-        began_s = time.time()
-        chosen = await super().place(request, worker_ids)
-        if self._tracing.is_on and chosen is not None:
-            placement = (await self.placements([request.request_id]))[request.request_id]
-            self._tracing.add(
-                "placement",
-                request.traceparent,
-                began_s,
-                time.time(),
-                {
-                    "xyserve.worker": chosen,
-                    "xyserve.reason": placement.reason,
-                    "xyserve.runner_up": placement.runner_up.worker_id
-                    if placement.runner_up
-                    else "",
-                },
-            )
-        return chosen
+        self._replica_id = context["replica"]
+        self._tracing = Tracing(config.tracing, role, self._replica_id)
+        self._at_end.callback(self._tracing.shut_down)
 
     def __del__(self) -> None:
         """Serve's hook for the end of a replica, also of one whose constructor failed."""
-        if hasattr(self, "_tracing"):
-            self._tracing.shut_down()
+        if hasattr(self, "_at_end"):
+            self._at_end.close()
+
+
+class GlobalSchedulerReplica(Replica):
+    """Has the GlobalScheduler."""
+
+    def __init__(self, config: AppConfig) -> None:
+        super().__init__(config, "scheduler")
+        metrics = PlacementMetrics(Exporter(config.model_name, config.metrics))
+        self._scheduler = GlobalScheduler(observer=SchedulerTelemetry(metrics, self._tracing))
+        self._exporting = asyncio.get_running_loop().create_task(self._export(metrics))
+        logger.info("GlobalScheduler ready")
+
+    async def place(self, request: Request, worker_ids: Sequence[str]) -> Placed | Refused:
+        """Choose one of the workers."""
+        return await self._scheduler.place(request, worker_ids)
+
+    async def placements(self, request_ids: Sequence[str]) -> dict[str, Placement]:
+        """Where requests were placed and why."""
+        return await self._scheduler.placements(request_ids)
+
+    async def report(self, report: WorkerReport) -> DraftWorkerAddress | None:
+        """Take a worker's report; returns the draft worker that drafts for it."""
+        return await self._scheduler.report(report)
+
+    async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
+        """Take a draft worker's report; returns the other draft workers."""
+        return await self._scheduler.report_draft_worker(report)
+
+    async def draft_workers(self) -> list[DraftWorkerStatus]:
+        """The current view of all draft workers."""
+        return await self._scheduler.draft_workers()
+
+    async def loads(self) -> list[WorkerLoad]:
+        """The current view of all workers."""
+        return await self._scheduler.loads()
 
     async def _export(self, metrics: PlacementMetrics) -> None:
         while True:
-            for load, report_age_s in self.loads_by_age():
+            for load, report_age_s in self._scheduler.loads_by_age():
                 metrics.set_load(load, report_age_s)
             await asyncio.sleep(EXPORT_LOADS_S)
 
 
-class WorkerReplica(Worker):
-    """A worker as a replica of Serve."""
+class WorkerReplica(Replica):
+    """Has a worker, and remembers its steps."""
 
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
-        context = replica_context()
-        set_up_logs(config.logs, **context)
-        exporter = Exporter(config.model_name, config.metrics)
-        metrics = WorkerMetrics(exporter)
-        self._tracing = Tracing(config.tracing, "worker", context["replica"])
-        self._scheduler_metrics: SchedulerMetrics | None = None
-
-        def make_engine() -> Engine:
-            check_seams(config.worker.device)
-            # vLLM takes long to import; only this process of the cluster package needs it.
-            from cluster.observe.vllm_metrics import SchedulerMetrics
-            from workers.profiling import vllm_calibrated_engine
-
-            told = on_step if config.metrics or config.tracing else None
-            engine = vllm_calibrated_engine.make_engine(
-                resolve_model(config.model), config.worker, told, config.draft
-            )
-            if config.metrics:
-                self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, config.model_name)
-                engine.on_stats = self._scheduler_metrics.add
-            if engine.peaks:
-                self.peaks = engine.peaks
-                exporter.keep(PEAK_FLOPS, engine.peaks.flops_per_s)
-                exporter.keep(PEAK_MEMORY_BANDWIDTH, engine.peaks.bytes_per_s)
-            return engine
-
-        def on_step(step: StepReport) -> None:
-            metrics.add_step(step)
-            self.history.add(step)
-
-        def send(report: WorkerReport) -> None:
-            metrics.export(report.drafts)
-            if self._scheduler_metrics:
-                self._scheduler_metrics.export()
-            answer = scheduler.report.remote(report)
-            if report.drafts:
-                asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
-
-        loop = asyncio.get_running_loop()
-        self._draft_worker: DraftWorkerAddress | None = None
-        super().__init__(context["replica"], config.worker, make_engine, send)
+        super().__init__(config, "worker")
+        self._history = StepHistory()
+        self._telemetry = _ReportingTelemetry(config, self._history, self, scheduler)
+        self._worker = Worker(
+            self._replica_id, config.worker, lambda: self._make_engine(config), self._telemetry
+        )
+        self._at_end.callback(self._worker.shutdown)
 
     async def generate(
-        self, request: Request, engine_request: list[bytes], reply_to: StreamAddress
-    ) -> str:
-        """Run a request, and trace that."""
+        self, worker_id: str, request: EngineRequest, reply_to: StreamAddress
+    ) -> str | WrongWorker:
+        """Run a request that was placed on the worker of that id, and trace that.
+
+        WrongWorker is returned: Serve would log it as a crash of this replica if it were raised.
+        """
         began_s, outcome = time.time(), "error"
         try:
-            outcome = await super().generate(request, engine_request, reply_to)
+            outcome = await self._worker.generate(worker_id, request, reply_to)
             return outcome
+        except WrongWorker as wrong:
+            return wrong
         finally:
-            if self._tracing.is_on and request.traceparent:
-                self._trace(request, began_s, outcome)
+            if self._tracing.is_on and request.request.traceparent:
+                self._trace(request.request, began_s, outcome)
+
+    async def status(self) -> WorkerStatus:
+        """The worker's load and place on its node."""
+        return await self._worker.status()
+
+    async def spans(self, since_s: float) -> tuple[str, list[Span]]:
+        """The worker's id, and its steps that ended after a time, by the wall clock."""
+        return self._replica_id, self._history.spans(since_s)
+
+    async def steps(self, since_s: float, most: int) -> WorkerSteps:
+        """The latest `most` of its steps that ended after a time, by the wall clock."""
+        steps = self._history.summaries(since_s, most)
+        return WorkerSteps(self._replica_id, steps, self._telemetry.peaks)
+
+    async def steps_of(self, request_ids: list[str]) -> tuple[str, dict[str, list[RequestStep]]]:
+        """The worker's id, and the steps that each request had a part in, or waited through."""
+        found = {request_id: self._history.of_request(request_id) for request_id in request_ids}
+        return self._replica_id, {request_id: steps for request_id, steps in found.items() if steps}
+
+    def check_health(self) -> None:
+        """Serve's hook: it replaces this replica when this raises."""
+        self._worker.check_health()
+
+    async def follow(self, answer: "DeploymentResponse[DraftWorkerAddress | None]") -> None:
+        """Have the draft worker that the GlobalScheduler names make the drafts."""
+        with _while_the_scheduler_restarts():
+            self._worker.assign_draft_worker(await answer)
+
+    def _make_engine(self, config: AppConfig) -> Engine:
+        check_seams(config.worker.device)
+        # vLLM takes long to import; only this process of the cluster package needs it.
+        from workers.profiling.vllm_calibrated_engine import make_engine
+
+        took_step = self._telemetry.took_step if config.metrics or config.tracing else None
+        engine = make_engine(resolve_model(config.model), config.worker, took_step, config.draft)
+        self._telemetry.watch(engine)
+        return engine
 
     def _trace(self, request: Request, began_s: float, outcome: str) -> None:
-        steps = self.history.of_request(request.request_id, began_s)
+        steps = self._history.of_request(request.request_id, began_s)
         for phase in phases(steps, began_s):
             self._tracing.add(
                 phase.name,
@@ -159,61 +187,73 @@ class WorkerReplica(Worker):
                 },
             )
 
-    async def _follow(self, answer: "DeploymentResponse[DraftWorkerAddress | None]") -> None:
-        """Have the draft worker that the GlobalScheduler names make the drafts."""
-        draft_worker = await _answered(answer, self._draft_worker)
-        if draft_worker != self._draft_worker:
-            self._draft_worker = draft_worker
-            self.assign_draft_worker(draft_worker)
 
-    def __del__(self) -> None:
-        """Serve's hook for the end of a replica, also of one whose constructor failed."""
-        if hasattr(self, "_loop"):
-            self.shutdown()
-            self._tracing.shut_down()
+class _ReportingTelemetry(WorkerTelemetry):
+    """Sends a worker's reports to the GlobalScheduler too, which answers with a draft worker."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        history: StepHistory,
+        replica: WorkerReplica,
+        scheduler: "DeploymentHandle[Any]",
+    ) -> None:
+        super().__init__(config, history)
+        self._replica = replica
+        self._send = scheduler.report
+        self._event_loop = asyncio.get_running_loop()
+
+    def reported(self, report: WorkerReport) -> None:
+        """Export and send a report."""
+        super().reported(report)
+        answer = self._send.remote(report)
+        if report.drafts:
+            asyncio.run_coroutine_threadsafe(self._replica.follow(answer), self._event_loop)
 
 
-class DraftReplica(DraftWorker):
-    """A draft worker as a replica of Serve."""
+class DraftReplica(Replica):
+    """Has a draft worker."""
 
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
         assert config.draft
-        context = replica_context()
-        set_up_logs(config.logs, **context)
-        draft = config.draft
-        metrics = DraftWorkerMetrics(Exporter(config.model_name, config.metrics))
+        super().__init__(config, "draft_worker")
+        draft, metrics = (
+            config.draft,
+            DraftWorkerMetrics(Exporter(config.model_name, config.metrics)),
+        )
+        event_loop = asyncio.get_running_loop()
 
         def send(report: DraftWorkerReport) -> None:
             metrics.export(report.status)
             answer = scheduler.report_draft_worker.remote(report)
-            asyncio.run_coroutine_threadsafe(self._follow(answer), loop)
+            asyncio.run_coroutine_threadsafe(self._follow(answer), event_loop)
 
-        loop = asyncio.get_running_loop()
-        super().__init__(
-            context["replica"],
+        self._draft_worker = DraftWorker(
+            self._replica_id,
             draft,
             lambda: make_drafters(draft, resolve_model(config.model), resolve_model),
             send,
             get_node_ip_address(),
         )
+        self._at_end.callback(self._draft_worker.shutdown)
+
+    async def spans(self, since_s: float) -> tuple[str, list[Span]]:
+        """Its id, and its drafting that ended after a time, by the wall clock."""
+        return await self._draft_worker.spans(since_s)
+
+    def check_health(self) -> None:
+        """Serve's hook: it replaces this replica when this raises."""
+        self._draft_worker.check_health()
 
     async def _follow(self, answer: "DeploymentResponse[list[DraftWorkerAddress]]") -> None:
-        self.set_peers(await _answered(answer, []))
-
-    def __del__(self) -> None:
-        """Serve's hook for the end of a replica, also of one whose constructor failed."""
-        if hasattr(self, "_thread"):
-            self.shutdown()
+        with _while_the_scheduler_restarts():
+            self._draft_worker.set_peers(await answer)
 
 
-T = TypeVar("T")
-
-
-async def _answered(answer: "DeploymentResponse[T]", otherwise: T) -> T:
-    """The GlobalScheduler's answer, or `otherwise` while it restarts."""
+@contextlib.contextmanager
+def _while_the_scheduler_restarts() -> Iterator[None]:
+    """Go on with what the GlobalScheduler answered before, if it does not answer."""
     try:
-        result: T = await answer
-        return result
+        yield
     except (RayError, RuntimeError) as error:
         logger.warning("the GlobalScheduler did not answer", extra={"error": repr(error)})
-        return otherwise

@@ -18,13 +18,13 @@ class WorkerLoad:
     draining: bool = False
     """Finishes what it has and takes nothing new."""
     tokens_per_span: float = 1.0
-    """Output tokens that a decode gives in the mean: more than one where drafts are accepted."""
+    """Mean output tokens per decode: more than one where drafts are accepted."""
     silent: bool = False
     """Has not reported for long: perhaps it hangs, and its load is out of date."""
 
     @property
     def num_expected_spans(self) -> float:
-        """The outstanding tokens, less where drafts are accepted: they take less time by that."""
+        """Outstanding tokens divided by tokens per decode: accepted drafts shorten the work."""
         return self.num_outstanding_tokens / self.tokens_per_span
 
 
@@ -43,6 +43,35 @@ class PlacementReason(Worded):
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """The answer to a client whose request has a worker."""
+
+    worker_id: str
+
+
+class RefusalReason(Worded):
+    """Why a request was placed nowhere."""
+
+    NO_WORKER = "no_worker", "no worker takes new requests"
+    OVERLOAD = "overload", "the workers could not serve the request in time"
+    QUOTA = "quota", "the share of this tenant is used up"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The answer to a client whose request has no worker."""
+
+    reason: RefusalReason
+    retry_after_s: float
+    """Seconds until the client should ask again."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the request fails; otherwise it waits and is placed again."""
+        return self.reason is not RefusalReason.NO_WORKER
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """A choice, and what it was made from."""
 
@@ -50,15 +79,15 @@ class Placement:
     runner_up: WorkerLoad | None
     reason: PlacementReason
     num_draining: int
-    """Workers that were left out because they drain."""
+    """Workers that were left out because they are draining."""
 
 
 def place(request: Request, workers: Iterable[WorkerLoad]) -> Placement | None:
     """Choose the worker for `request`: the one with the least outstanding tokens.
 
-    Where drafts are accepted, tokens take less time by that much, and count for less. Among equals
-    the one with fewer requests wins, then the smaller id, so that the same view gives the same
-    choice. A silent worker is the last resort. None when no worker takes new requests.
+    Tokens count for less where drafts are accepted, which shortens the work. Among equals the one
+    with fewer requests wins, then the smaller id, so that the same view gives the same choice. A
+    silent worker is the last resort. None when no worker takes new requests.
     """
     workers = list(workers)
     candidates = sorted((worker for worker in workers if not worker.draining), key=_rank)

@@ -57,11 +57,13 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"simulation"}),
     ),
     "workers": (
-        frozenset({"config", "cpus", "errors", "home", "seams", "sockets", "timeline"}),
+        frozenset(
+            {"config", "cpus", "engine_request", "errors", "home", "seams", "sockets", "timeline"}
+        ),
         frozenset({"kernels", "token_stream"}),
         frozenset({"drafts", "plugin", "step_history"}),
         frozenset({"reports"}),
-        frozenset({"engine"}),
+        frozenset({"engine", "observer"}),
         frozenset({"drafters", "profiling"}),
         frozenset({"worker"}),
     ),

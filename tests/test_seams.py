@@ -296,7 +296,7 @@ MEANT_TO_BE_SET = {
     "converter", "default_msec_format", "default_time_format", "handlers", "propagate",  # logging
     "restype",  # ctypes
     "decoder", "pre_tokenizer",  # tokenizers
-    "packed_number",  # a name of ours on vLLM's layers
+    "packed_number", "scheduled_as",  # names of ours on vLLM's layers and requests
     "_replace",  # of named tuples
 }  # fmt: skip
 """Names that no class of ours defines, and that no table needs."""

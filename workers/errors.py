@@ -1,8 +1,12 @@
-"""Errors of a worker that its callers tell apart."""
+"""Errors of a worker that its callers handle in different ways."""
 
 
 class WorkerDraining(RuntimeError):
     """The worker takes no new requests; another one should be asked."""
+
+
+class WrongWorker(RuntimeError):
+    """The request was placed on another worker, which Serve could not reach; ask for another."""
 
 
 class EngineDead(RuntimeError):

@@ -1,6 +1,7 @@
 """The worker actor: one engine on one device, its tokens leaving by the token stream."""
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable
@@ -8,76 +9,81 @@ from pathlib import Path
 
 import psutil
 
-from scheduler.request import Request
 from workers.config import WorkerConfig
 from workers.cpus import CpuClaim, claim_cpus
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
-from workers.engine.engine_loop import EngineLoop
-from workers.errors import WorkerDraining
-from workers.reports import Peaks, WorkerReport, WorkerStatus, WorkerSteps
-from workers.step_history import RequestStep, StepHistory
-from workers.timeline import Span
+from workers.engine.engine_loop import EngineLoop, LoopState
+from workers.engine_request import EngineRequest
+from workers.errors import WorkerDraining, WrongWorker
+from workers.observer import WorkerObserver
+from workers.reports import WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress
 
 REPORT_HEARTBEAT_S = 2.0
-"""A report goes out this often even when nothing changed."""
+"""Max time between two reports, also when nothing has changed."""
 
 
 class Worker:
-    """Runs requests on an engine. `report` is called in the engine's thread."""
+    """Runs requests on an engine."""
 
     def __init__(
         self,
         worker_id: str,
         config: WorkerConfig,
         make_engine: Callable[[], Engine],
-        report: Callable[[WorkerReport], object],
+        observer: WorkerObserver | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`clock` times the reports."""
         self.worker_id = worker_id
         self._config = config
-        self._report = report
-        self._reported_at = 0.0
+        self._observer = observer or WorkerObserver()
+        self._clock = clock
         self._reported: WorkerReport | None = None
+        self._reported_s = -math.inf
         self._draining = False
-        self.history = StepHistory()
-        self.peaks: Peaks | None = None
         self._cpus: CpuClaim | None = None
         if config.device == "cpu":
             self._cpus = claim_cpus(config.cpus)
             self._cpus.pin_process()
         try:
-            self._loop = EngineLoop(lambda: self._recorded(make_engine()), self._report_load)
+            self._engine_loop = EngineLoop(
+                lambda: self._recorded(make_engine()), self, config.report_interval_s, clock
+            )
         except BaseException:
             self._release_cpus()
             raise
 
     async def generate(
-        self, request: Request, engine_request: list[bytes], reply_to: StreamAddress
+        self, worker_id: str, request: EngineRequest, reply_to: StreamAddress
     ) -> str:
         """Run `request`, its tokens going to `reply_to`; returns the finish reason at the end.
 
         The call lasts as long as its request, so that the death of either side is noticed by
         the other, and a replica that is asked to stop waits for what it runs. Cancelling the
-        call aborts the request. Raises ValueError for a malformed request, WorkerDraining,
-        EngineDead, and ClientLost when `reply_to` takes nothing any more.
+        call aborts the request. Raises ValueError for a malformed request, WrongWorker if it was
+        placed on another one, WorkerDraining, EngineDead, and ClientLost when the client no longer
+        reads its stream.
         """
+        if worker_id != self.worker_id:
+            raise WrongWorker(f"worker {worker_id} is gone, and this is {self.worker_id}")
         if self._draining:
             raise WorkerDraining(f"worker {self.worker_id} is draining")
         self.check_health()
         try:
-            return await asyncio.wrap_future(self._loop.add(request, engine_request, reply_to))
+            return await asyncio.wrap_future(self._engine_loop.add(request, reply_to))
         except asyncio.CancelledError:
-            self._loop.abort([request.request_id])
+            self._engine_loop.abort([request.request.request_id])
             raise
 
     async def abort(self, request_ids: list[str]) -> None:
         """Free the slots of these requests before the next step; unknown ids are ignored."""
-        self._loop.abort(request_ids)
+        self._engine_loop.abort(request_ids)
 
     async def status(self) -> WorkerStatus:
         """The worker's load and place on its node."""
-        state = await asyncio.wrap_future(self._loop.state())
+        state = await asyncio.wrap_future(self._engine_loop.state())
         return WorkerStatus(
             worker_id=self.worker_id,
             pid=os.getpid(),
@@ -94,34 +100,31 @@ class Worker:
 
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Have this draft worker make the drafts from the next step on."""
-        self._loop.assign_draft_worker(draft_worker)
-
-    async def spans(self, since_s: float) -> tuple[str, list[Span]]:
-        """The worker's id, and its steps that ended after a time, by the wall clock."""
-        return self.worker_id, self.history.spans(since_s)
-
-    async def steps(self, since_s: float, most: int) -> WorkerSteps:
-        """The latest `most` of its steps that ended after a time, by the wall clock."""
-        return WorkerSteps(self.worker_id, self.history.summaries(since_s, most), self.peaks)
-
-    async def steps_of(self, request_ids: list[str]) -> tuple[str, dict[str, list[RequestStep]]]:
-        """The worker's id, and the steps that each request had a part in, or waited through."""
-        found = {request_id: self.history.of_request(request_id) for request_id in request_ids}
-        return self.worker_id, {request_id: steps for request_id, steps in found.items() if steps}
+        self._engine_loop.assign_draft_worker(draft_worker)
 
     async def drain(self) -> None:
         """Take nothing new and return when the last request has ended."""
         self._draining = True
-        while (await asyncio.wrap_future(self._loop.state())).outstanding:
+        while (await asyncio.wrap_future(self._engine_loop.state())).outstanding:
             await asyncio.sleep(0.1)
+
+    def report_load(self, state: LoopState) -> None:
+        """Report the state of the engine's loop if there is news, or else now and then."""
+        report = WorkerReport(
+            self.worker_id, state.outstanding, state.finished, self._draining, state.engine.drafts
+        )
+        now = self._clock()
+        if report != self._reported or now - self._reported_s >= REPORT_HEARTBEAT_S:
+            self._reported, self._reported_s = report, now
+            self._observer.reported(report)
 
     def check_health(self) -> None:
         """Raise EngineDead when the engine's thread ended or a step hangs."""
-        self._loop.check(self._config.step_timeout_s)
+        self._engine_loop.check(self._config.step_timeout_s)
 
     def shutdown(self) -> None:
         """End the engine and give the cores back."""
-        self._loop.stop()
+        self._engine_loop.stop()
         self._release_cpus()
 
     def _recorded(self, engine: Engine) -> Engine:
@@ -132,19 +135,3 @@ class Worker:
     def _release_cpus(self) -> None:
         if self._cpus:
             self._cpus.release()
-
-    def _report_load(self, loop: EngineLoop) -> None:
-        now = time.monotonic()
-        if now - self._reported_at < self._config.report_interval_s:
-            return
-        report = WorkerReport(
-            self.worker_id,
-            loop.outstanding(),
-            loop.take_finished(),
-            self._draining,
-            loop.engine_stats().drafts,
-        )
-        if report == self._reported and now - self._reported_at < REPORT_HEARTBEAT_S:
-            return
-        self._reported_at, self._reported = now, report
-        self._report(report)

@@ -1,28 +1,30 @@
-"""Calls of the API: what each is called, its span, and which were refused."""
+"""Calls of the API: what each brings, which requests become of it, and how it is answered."""
 
 import contextvars
+import math
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
 from opentelemetry.trace import Status, StatusCode
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import RequestFailed
-from cluster.observe.request_history import Refusal
-from cluster.observe.tracing import Tracing, current_traceparent
-
-CALL_ID_HEADER = "x-request-id"
-"""A client may name its call, else Serve does; the answer tells the name, and vLLM makes it a part
-of the requests' ids."""
-TRACE_HEADER = "traceparent"
+from cluster.config.slo import SloConfig
+from cluster.errors import RequestFailed, RequestRefused
+from cluster.ingress.observer import IngressObserver
+from cluster.ingress.protocol import HEADERS, Names
+from cluster.ingress.targets import NO_TARGETS, Targets, read_targets
+from cluster.observe.request_history import Refusal, RequestRecord
+from cluster.observe.tracing import Tracing, traceparent_of
 
 MAX_MESSAGE_BYTES = 1000
-"""Of a refusal's message, as it is kept."""
+"""Length to which a refusal's message is cut."""
 
 
 @dataclass(slots=True)
@@ -30,13 +32,23 @@ class Call:
     """A call of the API, which may become several requests."""
 
     call_id: str
+    targets: Targets = NO_TARGETS
+    traceparent: str = ""
+    """W3C trace context of its span; empty if it is not traced."""
+    tenant: str = ""
     began_s: float = field(default_factory=time.time)
-    """By the wall clock."""
-    admitted: bool = False
-    """Whether a request was made of it."""
+    """Start, by the wall clock."""
+    records: list[RequestRecord] = field(default_factory=list)
+    """Its requests, in order; a call without any was not admitted."""
     status: int = HTTPStatus.OK
     message: str = ""
-    """Of the error that it was answered with."""
+    """Text of the error that it was answered with."""
+
+    @property
+    def refusal(self) -> RequestRefused | None:
+        """The error to answer it with, if one of its requests was refused a worker."""
+        refused = [record.refused for record in self.records if record.refused]
+        return RequestRefused(max(refused, key=lambda one: one.retry_after_s)) if refused else None
 
 
 current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
@@ -46,25 +58,34 @@ current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
 
 
 class Calls:
-    """The calls of one ingress; `refused` is told of those that came to nothing."""
+    """The calls of one ingress."""
 
     def __init__(
         self,
+        slo: SloConfig,
         tracing: Tracing | None = None,
-        refused: Callable[[Refusal], None] = lambda refusal: None,
+        observer: IngressObserver | None = None,
     ) -> None:
+        self._slo = slo
         self._tracing = tracing or Tracing(None, "", "")
-        self._refused = refused
+        self._observer = observer or IngressObserver()
 
     @contextmanager
-    def answering(self, call_id: str | None, traceparent: str | None) -> Iterator[Call]:
-        """A call from now on to its end, in the context of whoever answers it."""
+    def answering(self, given: Mapping[str, Any], names: Names) -> Iterator[Call]:
+        """A call from now on to its end, in the context of whoever answers it.
+
+        `given` holds what it brought under `names`. RequestFailed if that cannot be used.
+        """
+        call_id, traceparent = (
+            value if isinstance(value := given.get(name), str) else ""
+            for name in (names.call_id, names.traceparent)
+        )
         call_id = call_id or uuid.uuid4().hex
-        attributes = {"xyserve.call_id": call_id}
-        with self._tracing.call("ingress", traceparent or "", attributes) as span:
-            call = Call(call_id)
+        with self._tracing.call("ingress", traceparent, {"xyserve.call_id": call_id}) as span:
+            call = Call(call_id, traceparent=traceparent_of(span))
             token = current_call.set(call)
             try:
+                call.targets = read_targets(self._slo, given, names)
                 yield call
             except RequestFailed as failure:
                 call.status, call.message = failure.status, str(failure)
@@ -73,38 +94,57 @@ class Calls:
                 current_call.reset(token)
                 if call.status >= HTTPStatus.BAD_REQUEST:
                     span.set_status(Status(StatusCode.ERROR, call.message))
-                    if not call.admitted:
+                    if not call.records:
                         self._refuse(call)
 
     def _refuse(self, call: Call) -> None:
         now = time.time()
-        self._tracing.add(
-            "admission", current_traceparent(), call.began_s, now, {}, error=call.message
-        )
-        self._refused(Refusal(call.call_id, now, call.status, call.message))
+        self._tracing.add("admission", call.traceparent, call.began_s, now, {}, error=call.message)
+        self._observer.refused(Refusal(call.call_id, now, call.status, call.message))
 
 
 class CallsByHeader:
-    """Makes a call of each POST under /v1/, with the names that its headers give it."""
+    """Makes a call of each POST, with the name, trace and targets that its headers give it.
 
-    def __init__(self, app: ASGIApp, calls: Calls) -> None:
+    The answer names the class of its targets. Every POST has targets, so that no route that
+    generates is forgotten; only those below /v1/ are traced, and kept when they are refused.
+    """
+
+    def __init__(self, app: ASGIApp, calls: Calls, others: Calls) -> None:
+        """`others` are the calls that are neither traced nor kept."""
         self._app = app
         self._calls = calls
+        self._others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on with its call in the context."""
-        if scope["type"] != "http" or scope["method"] != "POST" or "/v1/" not in scope["path"]:
+        """Pass a request on with its call in the context, or answer why there is none."""
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        with self._calls.answering(headers.get(CALL_ID_HEADER), headers.get(TRACE_HEADER)) as call:
+        calls = self._calls if "/v1/" in scope["path"] else self._others
+        try:
+            with calls.answering(Headers(scope=scope), HEADERS) as call:
 
-            async def watched(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    call.status = message["status"]
-                elif call.status >= HTTPStatus.BAD_REQUEST:
-                    text = message.get("body", b"").decode(errors="replace")
-                    call.message = (call.message + text)[:MAX_MESSAGE_BYTES]
-                await send(message)
+                async def watched(message: Message) -> None:
+                    if message["type"] == "http.response.start":
+                        call.status = message["status"]
+                        headers = MutableHeaders(scope=message)
+                        headers[HEADERS.slo_class] = call.targets.slo_class
+                        if refusal := call.refusal:
+                            headers["retry-after"] = str(math.ceil(refusal.retry_after_s))
+                    elif call.status >= HTTPStatus.BAD_REQUEST:
+                        text = message.get("body", b"").decode(errors="replace")
+                        call.message = (call.message + text)[:MAX_MESSAGE_BYTES]
+                    await send(message)
 
-            await self._app(scope, receive, watched)
+                await self._app(scope, receive, watched)
+        except RequestFailed as failure:
+            await answer_failure(failure)(scope, receive, send)
+
+
+def answer_failure(failure: RequestFailed) -> JSONResponse:
+    """The answer to a call that does not reach the API, in the OpenAI form."""
+    status = HTTPStatus(failure.status)
+    kind = "BadRequestError" if status == HTTPStatus.BAD_REQUEST else status.phrase
+    error = {"message": str(failure), "type": kind, "param": None, "code": status}
+    return JSONResponse({"error": error}, status)

@@ -2,29 +2,38 @@
 
 import asyncio
 import contextvars
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from cluster.errors import RequestRefused
+from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import Attempt, RequestRecord
+from cluster.placement.directory import WorkerDirectory
+from scheduler.placement import Placed
 from scheduler.request import Request
-from workers.errors import EngineDead, WorkerDraining
+from workers.engine_request import EngineRequest
+from workers.errors import EngineDead, WorkerDraining, WrongWorker
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """Workers that may die under a request before its first token."""
+NO_WORKER = ""
+"""Worker id of a call that Serve holds until a worker is there, which then answers `WrongWorker`.
+Serve counts what it holds, and so starts workers where it may."""
+RESTART_S = 0.1
+"""Pause before a GlobalScheduler that died is asked again."""
 
 
 class RequestOutput(Protocol):
-    """What a step added to one request, as far as this file reads it."""
+    """The part of a step's output for one request that this file reads."""
 
     request_id: str
     new_token_ids: list[int]
@@ -42,13 +51,23 @@ class StepOutputs(Protocol):
 Outputs = TypeVar("Outputs", bound=StepOutputs)
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The end of a request by an error."""
+
+    request_id: str
+    error: Exception
+
+
 @dataclass(slots=True)
 class _Live:
     """A request that was submitted and has not ended."""
 
     record: RequestRecord
-    encode: Callable[[str], list[bytes]]
-    response: DeploymentResponse[str] | None = None
+    request: EngineRequest
+    tried: set[str] = field(default_factory=set)
+    """Workers on which it was placed; it is placed there again only if there is no other."""
+    response: DeploymentResponse[str | WrongWorker] | None = None
     task: asyncio.Task[None] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -56,66 +75,52 @@ class _Live:
     def request_id(self) -> str:
         return self.record.request.request_id
 
-    def begin_attempt(self) -> str:
-        """A new id on the worker for each attempt: it fences off a lost worker's outputs."""
+    def begin_attempt(self) -> EngineRequest:
+        """The request under a new id for each attempt: it fences off a lost worker's outputs."""
         attempt_id = f"{self.request_id}.{len(self.record.attempts)}"
         self.record.attempts.append(Attempt(attempt_id, time.time()))
-        return attempt_id
-
-
-@dataclass(frozen=True, slots=True)
-class RequestListeners:
-    """Who is told of requests, in the event loop."""
-
-    began: Callable[[RequestRecord], None] = lambda record: None
-    retried: Callable[[str], None] = lambda reason: None
-    """That a request lost its worker and goes on with another; with the error's name."""
-    ended: Callable[[RequestRecord], None] = lambda record: None
-
-
-NOBODY = RequestListeners()
+        return self.request.for_attempt(attempt_id, self.record.output_token_ids)
 
 
 class EngineClient(Generic[Outputs]):
     """A client of all workers; used from one event loop.
 
-    `decode` turns the frames of a step into its outputs; `failed` makes the outputs that end a
-    request with an error.
+    `decode` turns the frames of a step into its outputs.
     """
 
     def __init__(
         self,
         workers: "DeploymentHandle[Any]",
+        directory: WorkerDirectory,
+        scheduler: "DeploymentHandle[Any]",
         receiver: StreamReceiver,
         decode: Callable[[list[bytes]], Outputs],
-        failed: Callable[[str, Exception], Outputs],
-        listeners: RequestListeners = NOBODY,
+        observer: IngressObserver | None = None,
     ) -> None:
-        self._workers = workers
+        # To name a method is what has Serve make a router, which the directory needs.
+        self._generate = workers.generate
+        self._directory = directory
+        self._place = scheduler.place
+        self._loads = scheduler.loads
         self._receiver = receiver
         self._decode = decode
-        self._failed = failed
-        self._listeners = listeners
+        self._observer = observer or IngressObserver()
         self._live: dict[str, _Live] = {}
         self._attempts: dict[str, _Live] = {}
-        self._outputs: asyncio.Queue[Outputs] = asyncio.Queue()
+        self._outputs: asyncio.Queue[Outputs | Failure] = asyncio.Queue()
         self._receiving: asyncio.Task[None] | None = None
 
-    def submit(
-        self, request: Request, arrived_s: float, encode: Callable[[str], list[bytes]]
-    ) -> None:
-        """Start a request that arrived at a time by the wall clock.
-
-        `encode` gives it in the engine's encoding under a given id.
-        """
+    def submit(self, request: EngineRequest, arrived_s: float) -> RequestRecord:
+        """Start a request that arrived at a time by the wall clock; what becomes of it."""
         if self._receiving is None:
             self._receiving = asyncio.create_task(self._receive())
-        live = _Live(RequestRecord(request, arrived_s), encode)
-        self._live[request.request_id] = live
-        self._listeners.began(live.record)
+        live = _Live(RequestRecord(request.request, arrived_s), request)
+        self._live[live.request_id] = live
+        self._observer.began(live.record)
         # In a context of its own: Serve names its calls after the HTTP request in the context, and
         # its router keeps only one of two calls of the same name, as n=2 makes.
         live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
+        return live.record
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests wherever they are; nothing more comes from them."""
@@ -126,9 +131,13 @@ class EngineClient(Generic[Outputs]):
                 if live.task is not None:
                     live.task.cancel()
 
-    async def next_outputs(self) -> Outputs:
-        """What the next step of any worker produced for this client's requests."""
+    async def next_outputs(self) -> Outputs | Failure:
+        """What comes next for this client's requests: a step's outputs, or the end of one."""
         return await self._outputs.get()
+
+    async def has_workers(self) -> bool:
+        """Whether a worker has reported lately."""
+        return any(not load.silent for load in await self._loads.remote())
 
     @property
     def num_live(self) -> int:
@@ -136,7 +145,7 @@ class EngineClient(Generic[Outputs]):
         return len(self._live)
 
     async def close(self) -> None:
-        """Abort what runs and stop listening."""
+        """Abort all requests and stop listening."""
         self.abort(list(self._live))
         if self._receiving is not None:
             self._receiving.cancel()
@@ -144,39 +153,76 @@ class EngineClient(Generic[Outputs]):
 
     async def _run(self, live: _Live) -> None:
         """Keep the request on some worker until it ends."""
-        record = live.record
-        while True:
-            attempt_id = live.begin_attempt()
-            self._attempts[attempt_id] = live
-            attempt = dataclasses.replace(record.request, request_id=attempt_id)
-            try:
-                response: Any = self._workers.generate.remote(
-                    attempt, live.encode(attempt_id), self._receiver.address
-                )
-                live.response = response
-                if await response == "abort":  # not by this client
-                    raise RuntimeError("the request was aborted on its worker")
-                await self._last_outputs(live)
-                return
-            except (RayActorError, EngineDead, WorkerDraining) as error:
-                self._attempts.pop(attempt_id, None)
-                if live.response is not None:
-                    live.response.cancel()  # the worker may only have been out of reach
-                record.attempts[-1].lost = f"{type(error).__name__}: {error}"
-                if record.num_output_tokens or len(record.attempts) == MAX_ATTEMPTS:
-                    self._fail(live, error)
-                    return
+        try:
+            while not await self._attempt(live):
                 logger.warning(
                     "request lost its worker and is placed again",
-                    extra={"request_id": live.request_id, "error": record.attempts[-1].lost},
+                    extra={
+                        "request_id": live.request_id,
+                        "error": live.record.attempts[-1].lost,
+                    },
                 )
-                self._listeners.retried(type(error).__name__)
-            except Exception as error:
-                self._fail(live, error)
-                return
+        except Exception as error:  # of any kind: nobody else would end the request
+            self._fail(live, error)
+
+    async def _attempt(self, live: _Live) -> bool:
+        """Run the request on one worker; False if it lost that worker and may have another."""
+        attempt = live.begin_attempt()
+        attempt_id = attempt.request.request_id
+        self._attempts[attempt_id] = live
+        try:
+            if await self._result(live, attempt) == "abort":  # not by this client
+                raise RuntimeError("the request was aborted on its worker")
+        except (RayActorError, EngineDead, WorkerDraining) as error:
+            record = live.record
+            self._attempts.pop(attempt_id, None)
+            if live.response is not None:
+                live.response.cancel()  # the worker may only have been out of reach
+            # Ray wraps what a worker raised, and adds its traceback to the text.
+            reason = error.cause if isinstance(error, RayTaskError) else error
+            name = type(reason).__name__
+            record.attempts[-1].lost = f"{name}: {reason}"
+            if record.output_token_ids or len(record.attempts) == MAX_ATTEMPTS:
+                raise
+            self._observer.retried(record, name)
+            return False
+        await self._last_outputs(live)
+        return True
+
+    async def _result(self, live: _Live, attempt: EngineRequest) -> str:
+        """The finish reason of an attempt on the worker that it is placed on."""
+        while True:
+            worker_id = await self._worker_for(live, attempt.request)
+            live.tried.add(worker_id)
+            response: Any = self._generate.remote(worker_id, attempt, self._receiver.address)
+            live.response = response
+            result = await response
+            if not isinstance(result, WrongWorker):  # or it is gone, and another one answered
+                return str(result)
+
+    async def _worker_for(self, live: _Live, request: Request) -> str:
+        """The worker that the GlobalScheduler chooses; raises RequestRefused if it refuses."""
+        while True:
+            alive = self._directory.worker_ids()
+            untried = [worker_id for worker_id in alive if worker_id not in live.tried]
+            try:
+                answer = await self._place.remote(request, untried or alive)
+            except RayActorError as error:
+                logger.warning("the GlobalScheduler restarts", extra={"error": repr(error)})
+                await asyncio.sleep(RESTART_S)
+                continue
+            if isinstance(answer, Placed):
+                return answer.worker_id
+            if answer.is_final:
+                live.record.refused = answer
+                raise RequestRefused(answer)
+            if not alive and NO_WORKER not in live.tried:
+                return NO_WORKER
+            live.tried.clear()
+            await asyncio.sleep(answer.retry_after_s)
 
     async def _last_outputs(self, live: _Live) -> None:
-        """Wait for what comes by the stream, and so may come after the call's result."""
+        """Wait for the last outputs: they come by the stream, perhaps after the call's result."""
         try:
             await asyncio.wait_for(live.ended.wait(), LOST_AFTER_S)
         except TimeoutError:
@@ -184,10 +230,12 @@ class EngineClient(Generic[Outputs]):
 
     def _fail(self, live: _Live, error: Exception) -> None:
         if self._end(live.request_id, "error", repr(error)):
-            logger.error(
-                "request failed", extra={"request_id": live.request_id, "error": repr(error)}
-            )
-            self._outputs.put_nowait(self._failed(live.request_id, error))
+            extra = {"request_id": live.request_id, "error": repr(error)}
+            if isinstance(error, RequestRefused):
+                logger.info("request refused", extra=extra)
+            else:
+                logger.error("request failed", extra=extra)
+            self._outputs.put_nowait(Failure(live.request_id, error))
 
     async def _receive(self) -> None:
         while True:
@@ -202,7 +250,7 @@ class EngineClient(Generic[Outputs]):
                 if (live := self._attempts.get(output.request_id)) is None:
                     continue  # aborted here, or from a worker that was given up
                 output.request_id = live.request_id
-                live.record.deliver(len(output.new_token_ids), now)
+                live.record.deliver(output.new_token_ids, now)
                 kept.append(output)
                 if output.finish_reason is not None:
                     self._end(live.request_id, str(output.finish_reason))
@@ -217,5 +265,5 @@ class EngineClient(Generic[Outputs]):
                 self._attempts.pop(record.attempts[-1].attempt_id, None)
             record.outcome, record.error = outcome, error
             live.ended.set()
-            self._listeners.ended(record)
+            self._observer.ended(record)
         return live

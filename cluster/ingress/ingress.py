@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections import defaultdict
@@ -15,9 +14,10 @@ from ray.util import get_node_ip_address
 from cluster.config.app_config import AppConfig
 from cluster.errors import RequestFailed
 from cluster.ingress import vllm_seams
-from cluster.ingress.calls import Calls, current_call
-from cluster.ingress.engine_client import EngineClient, RequestListeners
+from cluster.ingress.calls import Calls
+from cluster.ingress.engine_client import EngineClient
 from cluster.ingress.protocol import Api, AppStatus, Chunk
+from cluster.ingress.telemetry import IngressTelemetry
 from cluster.models.model import resolve_model
 from cluster.observe.explanation import AttemptTrace
 from cluster.observe.exporter import Exporter, RequestMetrics
@@ -25,6 +25,7 @@ from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
 from cluster.observe.tracing import Tracing
 from cluster.placement import ray_seams
+from cluster.placement.directory import WorkerDirectory
 from workers.reports import WorkerSteps
 from workers.timeline import Span
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
@@ -32,14 +33,14 @@ from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.2
-"""How often the streams to client handles are looked after."""
+"""Period at which the streams to client handles are polled."""
 
 ASK_TIMEOUT_S = 60.0
-"""A replica that does not answer within this hangs, and the one who asks is told so."""
+"""A replica that does not answer within this time hangs, and is left out of the answer."""
 
 
 class Ingress:
-    """One replica of the front end; stateless but for the requests in flight."""
+    """One replica of the front end; stateless except for the requests in flight."""
 
     def __init__(
         self,
@@ -53,28 +54,29 @@ class Ingress:
         ray_seams.check_seams()
         vllm_seams.check_seams(config.worker.device)
         # vLLM takes long to import; only this process of the cluster package needs it.
-        from cluster.ingress.vllm_frontend import Frontend, decode_outputs, failed_outputs
+        from cluster.ingress.vllm_frontend import Frontend, decode_outputs
 
         self._config = config
         self._workers = workers
         self._scheduler = scheduler
         self._draft_workers = draft_workers
-        self._metrics = RequestMetrics(Exporter(config.model_name, config.metrics))
         self._tracing = Tracing(config.tracing, "ingress", context["replica"])
         self._history = RequestHistory()
+        metrics = RequestMetrics(Exporter(config.model_name, config.metrics))
+        observer = IngressTelemetry(metrics, self._tracing, self._history)
         self._client = EngineClient(
             workers,
+            WorkerDirectory(workers),
+            scheduler,
             StreamReceiver(get_node_ip_address()),
             decode_outputs(),
-            failed_outputs,
-            RequestListeners(self._began, self._metrics.count_retry, self._ended),
+            observer,
         )
         self._frontend = Frontend(
             config,
             resolve_model(config.model),
             self._client,
-            self._has_workers,
-            Calls(self._tracing, self._refuse),
+            Calls(config.slo, self._tracing, observer),
         )
         self._senders = StreamSenders()
         self._chunks: defaultdict[StreamAddress, list[Chunk]] = defaultdict(list)
@@ -121,7 +123,7 @@ class Ingress:
         return None
 
     async def status(self) -> AppStatus:
-        """The state of all workers; of draft workers what they told the GlobalScheduler last."""
+        """The state of all workers, and of draft workers as they last reported it."""
         workers = await _ask_all(self._workers, "status")
         return AppStatus(
             self._config.model_name,
@@ -145,7 +147,7 @@ class Ingress:
         return sorted(found, key=lambda of_worker: of_worker.worker_id)
 
     async def recall(self, query: str) -> list[RequestRecord | Refusal]:
-        """What became of the calls and requests of this ingress whose ids contain `query`."""
+        """The calls and requests of this ingress whose ids contain `query`."""
         return self._history.find(query)
 
     async def attempt_traces(self, attempt_ids: list[str]) -> list[AttemptTrace]:
@@ -159,42 +161,6 @@ class Ingress:
             )
             for attempt_id in attempt_ids
         ]
-
-    def _began(self, record: RequestRecord) -> None:
-        self._history.add(record)
-        self._metrics.set_live(self._client.num_live)
-        if (call := current_call.get()) is None or call.admitted:
-            return
-        call.admitted = True
-        self._metrics.count_admission("admitted")
-        self._tracing.add(
-            "admission", record.request.traceparent, call.began_s, time.time(),
-            {"xyserve.slo_class": record.request.slo_class},
-        )  # fmt: skip
-
-    def _ended(self, record: RequestRecord) -> None:
-        self._metrics.set_live(self._client.num_live)
-        self._metrics.count_end(record)
-        for before, attempt in itertools.pairwise(record.attempts):
-            back_s = min(record.first_token_s, time.time())
-            self._tracing.add(
-                "retry", record.request.traceparent, attempt.began_s, back_s,
-                {"xyserve.lost": before.lost, "xyserve.attempt_id": attempt.attempt_id},
-            )  # fmt: skip
-        logger.debug(
-            "request ended",
-            extra={
-                "request_id": record.request.request_id,
-                "outcome": record.outcome,
-                "ttft_s": record.ttft_s,
-                "e2e_s": record.e2e_s,
-                "num_output_tokens": record.num_output_tokens,
-            },
-        )
-
-    def _refuse(self, refusal: Refusal) -> None:
-        self._history.add(refusal)
-        self._metrics.count_admission(refusal.outcome)
 
     def _send(self, reply_to: StreamAddress, chunk: Chunk) -> None:
         # What one step produced for one client leaves as one message: the streams that it
@@ -212,9 +178,6 @@ class Ingress:
         while True:
             self._senders.poll(time.monotonic())
             await asyncio.sleep(POLL_INTERVAL_S)
-
-    async def _has_workers(self) -> bool:
-        return any(not load.silent for load in await self._scheduler.loads.remote())
 
 
 async def _ask_all(replicas: "DeploymentHandle[Any]", method: str, *args: Any) -> list[Any]:

@@ -1,13 +1,32 @@
-"""What an ingress and the client handle exchange."""
+"""What an ingress exchanges with its clients."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from workers.reports import DraftWorkerStatus, WorkerStatus
 
 Api = Literal["chat", "completion"]
+
+
+class Names(NamedTuple):
+    """Names of what a call brings in addition to the request itself."""
+
+    call_id: str
+    """Id of the call, the client's own or else Serve's; the answer repeats it, and vLLM makes it a
+    part of the requests' ids."""
+    traceparent: str
+    slo_class: str
+    ttft_ms: str
+    tpot_ms: str
+
+
+HEADERS = Names("x-request-id", "traceparent", "x-slo-class", "x-slo-ttft-ms", "x-slo-tpot-ms")
+"""Headers of an HTTP request."""
+
+PARAMETERS = Names("request_id", "traceparent", "slo_class", "slo_ttft_ms", "slo_tpot_ms")
+"""Parameters of a call of the client handle."""
 
 
 class Chunk(msgspec.Struct, array_like=True):
@@ -24,5 +43,5 @@ class AppStatus:
     model: str
     workers: list[WorkerStatus]
     num_live_requests: int
-    """Of this ingress."""
+    """Requests in flight at this ingress."""
     draft_workers: list[DraftWorkerStatus]

@@ -1,20 +1,20 @@
 """Service classes: which targets a request has, by its class or by numbers of its own."""
 
-import contextvars
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 from cluster.config.slo import SloConfig
 from cluster.errors import RequestFailed
+from cluster.ingress.protocol import Names
 from scheduler.request import Slo
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What one request is held to, and the class that it came in."""
+    """The service level objectives of one request, and the class that it came in."""
 
     slo: Slo
     slo_class: str
@@ -23,32 +23,15 @@ class Targets:
 NO_TARGETS = Targets(Slo(), "")
 
 
-class Names(NamedTuple):
-    """What a request's class and targets are called where it brings them."""
-
-    slo_class: str
-    ttft_ms: str
-    tpot_ms: str
-
-
-HEADERS = Names("x-slo-class", "x-slo-ttft-ms", "x-slo-tpot-ms")
-"""Of an HTTP request."""
-
-PARAMETERS = Names("slo_class", "slo_ttft_ms", "slo_tpot_ms")
-"""Of a call of the client handle."""
-
 NO_TARGET = ("none", "inf")
 """Values that lift the target of the class."""
 
-current_targets = contextvars.ContextVar("current_targets", default=NO_TARGETS)
-"""Targets of the call that is being answered; vLLM's code between has no place for them."""
-
 
 def read_targets(config: SloConfig, given: Mapping[str, Any], names: Names) -> Targets:
-    """The targets of a request: those of its class but for the numbers it brings itself.
+    """The targets of a request: those of its class, except the numbers that it brings itself.
 
-    `given` holds what it brought under `names`, None counting as nothing. RequestFailed names
-    what cannot be used, and the remedy.
+    `given` holds what it brought under `names`; None counts as absent. RequestFailed names what
+    cannot be used, and the remedy.
     """
     name = given.get(names.slo_class)
     name = config.default if name is None else _text(name)

@@ -4,8 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from cluster.ingress.vllm_seams import FRONT_END, check_seams  # before vLLM: se
 
 # isort: split
 
-import msgspec
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -23,7 +21,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -31,21 +29,21 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerFactory
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.config.app_config import AppConfig
-from cluster.errors import RequestFailed
-from cluster.ingress.calls import TRACE_HEADER, Call, Calls
-from cluster.ingress.engine_client import EngineClient
-from cluster.ingress.targets import PARAMETERS, current_targets, read_targets
-from cluster.ingress.vllm_http import error_in, http_app
-from cluster.observe.tracing import current_traceparent
+from cluster.errors import RequestFailed, RequestRefused
+from cluster.ingress.calls import Call, Calls, current_call
+from cluster.ingress.engine_client import EngineClient, Failure
+from cluster.ingress.protocol import PARAMETERS
+from cluster.ingress.vllm_http import VALIDATOR_ERRORS, error_in, http_app
 from cluster.observe.vllm_metrics import STAT_LOGGERS
 from scheduler.request import Request
 from workers.engine.vllm_engine import encoder, engine_args
+from workers.engine_request import EngineRequest
 
 logger = logging.getLogger(__name__)
 
@@ -53,53 +51,77 @@ SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
 
 
 class WorkersCore(EngineCoreClient):
-    """All workers together, in the place where vLLM expects the client of one engine core."""
+    """All workers together, where vLLM expects the client of one engine core."""
 
     engine_ranks_managed = (0,)
 
     def __init__(self, client: EngineClient[EngineCoreOutputs]) -> None:
         self._client = client
         self._encode = encoder()
+        self.output_processor: OutputProcessor | None = None
+        """Set by `ClusterLLM`; gives each sequence's outputs to its call."""
         self.resources = SimpleNamespace(engine_dead=False)
 
     async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
-        """What chat and completion models do."""
+        """The tasks of chat and completion models."""
         return SUPPORTED_TASKS
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Send a request to a worker; returns at once."""
+        """Send a request to a worker; returns at once.
+
+        ValueError, TypeError or OverflowError if it cannot be encoded: huge integers, halves of
+        characters.
+        """
         sampling = request.sampling_params
         if sampling is None:
             raise NotImplementedError("the served model generates text; it has no pooling tasks")
         num_prompt_tokens = len(request.prompt_token_ids or request.prompt_is_token_ids or ())
         assert sampling.max_tokens is not None  # set by vLLM's InputProcessor
-        targets = current_targets.get()
-        self._client.submit(
-            Request(
-                request.request_id,
-                num_prompt_tokens,
-                sampling.max_tokens,
-                request.priority,
-                targets.slo,
-                targets.slo_class,
-                current_traceparent(),
-            ),
-            request.arrival_time,
-            lambda attempt_id: self._encode(
-                msgspec.structs.replace(request, request_id=attempt_id)
-            ),
+        call = current_call.get() or Call(request.request_id)  # of a WebSocket
+        ours = Request(
+            request.request_id,
+            num_prompt_tokens,
+            sampling.max_tokens,
+            request.priority,
+            call.targets.slo,
+            call.targets.slo_class,
+            call.traceparent,
         )
+        sent = EngineRequest(ours, self._encode(request))
+        call.records.append(self._client.submit(sent, request.arrival_time))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Stop requests on their workers."""
         self._client.abort(request_ids)
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        """What the next step of any worker produced."""
-        return await self._client.next_outputs()
+        """The outputs of the next step of any worker, or those that end a request with status 500.
+
+        A call that was refused a worker ends with its own status, and all its sequences with it.
+        """
+        while True:
+            outputs = await self._client.next_outputs()
+            if not isinstance(outputs, Failure):
+                return outputs
+            if not isinstance(outputs.error, RequestRefused):
+                failed = EngineCoreOutput(outputs.request_id, [], finish_reason=FinishReason.ERROR)
+                return EngineCoreOutputs(outputs=[failed])
+            self._refuse(outputs.request_id, outputs.error)
+
+    def _refuse(self, request_id: str, error: RequestRefused) -> None:
+        assert self.output_processor is not None
+        state = self.output_processor.request_states.get(request_id)
+        if state is None or (queue := state.queue) is None:
+            return  # its client has left
+        queue.put(GracefulHTTPError(str(error), HTTPStatus(error.status)))
+        self._client.abort(self.output_processor.abort_requests([queue.request_id], internal=True))
+
+    async def has_workers(self) -> bool:
+        """Whether a worker has reported lately."""
+        return await self._client.has_workers()
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """The workers live on without this front end."""
+        """Do nothing: the workers live on without this front end."""
 
 
 class ClusterLLM(AsyncLLM):
@@ -109,7 +131,6 @@ class ClusterLLM(AsyncLLM):
         self,
         vllm_config: VllmConfig,
         core: WorkersCore,
-        has_workers: Callable[[], Awaitable[bool]],
         stat_loggers: Sequence[StatLoggerFactory] = (),
     ) -> None:
         with _engine_core(core):
@@ -120,23 +141,33 @@ class ClusterLLM(AsyncLLM):
                 log_requests=False,
                 stat_loggers=list(stat_loggers),
             )
-        self._has_workers = has_workers
-        self._encode = encoder()
+        self._core = core
+        core.output_processor = self.output_processor
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> RequestOutputCollector:
-        """Start a request. What cannot be read, or sent to a worker, is the client's error."""
+        """Start a request; VLLMClientError if it cannot be read or sent to a worker."""
         try:
-            self._encode(params)  # fails for huge integers and halves of characters
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
         except (ValueError, TypeError, OverflowError) as error:
             raise VLLMClientError(str(error)) from error
 
+    async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
+        """Start one sequence; one that was not sent leaves nothing behind, as in a call with n=2.
+
+        vLLM has the output processor expect it before it is sent.
+        """
+        try:
+            await super()._add_request(request, *args)
+        except BaseException:
+            await self.abort(request.request_id, internal=True)
+            raise
+
     async def check_health(self) -> None:
-        """Raise EngineDeadError while no worker is there."""
+        """Raise EngineDeadError while there is no worker."""
         await super().check_health()
-        if not await self._has_workers():
+        if not await self._core.has_workers():
             raise EngineDeadError
 
 
@@ -154,13 +185,6 @@ def decode_outputs() -> Callable[[list[bytes]], EngineCoreOutputs]:
     return decode
 
 
-def failed_outputs(request_id: str, error: Exception) -> EngineCoreOutputs:
-    """The outputs that end a request with an error, which vLLM answers with status 500."""
-    return EngineCoreOutputs(
-        outputs=[EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)]
-    )
-
-
 class Frontend:
     """The OpenAI API for one model."""
 
@@ -169,18 +193,16 @@ class Frontend:
         config: AppConfig,
         model: str,
         client: EngineClient[EngineCoreOutputs],
-        has_workers: Callable[[], Awaitable[bool]],
         calls: Calls,
     ) -> None:
         check_seams(config.worker.device)
-        self._slo = config.slo
         self._calls = calls
         self._args = _serve_args(config, model)
         args = engine_args(model, config.worker)
         args.served_model_name = config.model_name  # in messages and metrics
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         stat_loggers = STAT_LOGGERS if config.metrics else ()
-        self._llm = ClusterLLM(vllm_config, WorkersCore(client), has_workers, stat_loggers)
+        self._llm = ClusterLLM(vllm_config, WorkersCore(client), stat_loggers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
         self.asgi_app = http_app(self._app, config, calls)
 
@@ -191,41 +213,35 @@ class Frontend:
         self._app.state.server = SimpleNamespace(should_exit=False)
 
     def check_health(self) -> None:
-        """Raise EngineDeadError when nothing reads the workers' outputs any more."""
+        """Raise EngineDeadError when nothing reads the workers' outputs any longer."""
         if self._llm.errored:
             raise EngineDeadError
 
     async def complete(self, api: str, payload: dict[str, Any]) -> str:
         """Answer one call of `api` ("chat" or "completion") as the JSON of its OpenAI response."""
-        with self._answering(payload) as call:
+        with self._calls.answering(payload, PARAMETERS) as call:
             response = await self._respond(call, api, payload)
             return str(response.model_dump_json())
 
     async def stream(self, api: str, payload: dict[str, Any]) -> Any:
         """The chunks of one streaming call, each as the JSON of its OpenAI chunk."""
-        with self._answering(payload) as call:
+        with self._calls.answering(payload, PARAMETERS) as call:
             async for event in await self._respond(call, api, payload | {"stream": True}):
                 data = event.removeprefix("data: ").strip()
                 if error := error_in(data):
-                    raise RequestFailed(error.message, error.code)
+                    raise call.refusal or RequestFailed(error.message, error.code)
                 if data and data != "[DONE]":
                     yield data
 
-    def _answering(self, payload: dict[str, Any]) -> AbstractContextManager[Call]:
-        names = [payload.get(name) for name in ("request_id", TRACE_HEADER)]
-        call_id, traceparent = (name if isinstance(name, str) else None for name in names)
-        return self._calls.answering(call_id, traceparent)
-
     async def _respond(self, call: Call, api: str, payload: dict[str, Any]) -> Any:
         state = self._app.state
-        current_targets.set(read_targets(self._slo, payload, PARAMETERS))
-        ours = (*PARAMETERS, TRACE_HEADER)
-        payload = {"request_id": call.call_id} | {
+        ours = set(PARAMETERS) - {PARAMETERS.call_id}
+        payload = {PARAMETERS.call_id: call.call_id} | {
             name: payload[name] for name in payload if name not in ours
         }
         try:
             request = (ChatCompletionRequest if api == "chat" else CompletionRequest)(**payload)
-        except Exception as error:  # of any kind, see VALIDATOR_ERRORS
+        except (ValueError, TypeError, OverflowError, *VALIDATOR_ERRORS) as error:
             raise RequestFailed(str(error), HTTPStatus.BAD_REQUEST) from None
         try:
             if api == "chat":
@@ -233,6 +249,8 @@ class Frontend:
             else:
                 response = await state.openai_serving_completion.create_completion(request)
         except Exception as error:  # as in vLLM's handlers for HTTP
+            if refusal := call.refusal:
+                raise refusal from None
             response = create_error_response(error)
             if response.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 logger.exception("a call of a client handle failed", extra={"api": api})

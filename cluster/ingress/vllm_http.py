@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.dependencies.utils import request_body_to_args
 from fastapi.responses import JSONResponse
 from ray.exceptions import TaskCancelledError
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,16 +19,14 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 
 from cluster.config.app_config import AppConfig
-from cluster.config.slo import SloConfig
-from cluster.errors import RequestFailed
 from cluster.ingress.calls import Calls, CallsByHeader
-from cluster.ingress.targets import HEADERS, current_targets, read_targets
 from cluster.ingress.vllm_seams import FRONT_END
 
 logger = logging.getLogger(__name__)
 
 VALIDATOR_ERRORS = (AttributeError, LookupError)
-"""What vLLM's validators raise, among others, when a field has not the type that they expect."""
+"""Raised by vLLM's validators, in addition to ValueError and TypeError, for a field of a wrong
+type."""
 
 UNSUPPORTED_ROUTES = {
     "/v1/embeddings": "embeddings",
@@ -47,11 +45,11 @@ UNSUPPORTED_ROUTES = {
 """Known routes of the OpenAI API and vLLM that a text generation model cannot serve."""
 
 ENGINE_ROUTES = {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
-"""Routes of vLLM that rebuild the engine beside its server; the workers' engines are elsewhere."""
+"""Routes of vLLM that rebuild the engine next to its server; the workers' engines are elsewhere."""
 
 
 def http_app(app: FastAPI, config: AppConfig, calls: Calls) -> ASGIApp:
-    """vLLM's `app` with the targets, errors, limits and ends of requests that clients expect."""
+    """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect."""
     _answer_unsupported_routes(app, config.model_name)
     app.add_exception_handler(HTTPException, _answer_http_error)
     for error in VALIDATOR_ERRORS:
@@ -59,7 +57,7 @@ def http_app(app: FastAPI, config: AppConfig, calls: Calls) -> ASGIApp:
     # It was built already, without these handlers.
     FRONT_END.replace(app, "middleware_stack", None)
     sized = RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes)
-    return DisconnectByMessage(CallsByHeader(TargetsByHeader(sized, config.slo), calls))
+    return DisconnectByMessage(CallsByHeader(sized, calls, Calls(config.slo)))
 
 
 def error_in(data: str) -> ErrorInfo | None:
@@ -70,7 +68,7 @@ def error_in(data: str) -> ErrorInfo | None:
 
 
 def _answer_unsupported_routes(app: FastAPI, model_name: str) -> None:
-    """Say what the model cannot do instead of a bare 404; drop what no model does here."""
+    """Answer what the model cannot do with a sentence, not a bare 404; drop routes of no use."""
     routes = [route for route in app.routes if getattr(route, "path", None) not in ENGINE_ROUTES]
     FRONT_END.replace(app.router, "routes", routes)
 
@@ -112,37 +110,6 @@ async def _answer_validator_error(request: Request, error: Exception) -> JSONRes
         logger.error("a request failed", exc_info=error, extra={"path": request.url.path})
     answer: JSONResponse = await exception_handler(request, error)
     return answer
-
-
-class TargetsByHeader:
-    """Reads the targets of a request from its headers; the answer's header tells its class.
-
-    It does so for every POST, so that no route that generates is forgotten.
-    """
-
-    def __init__(self, app: ASGIApp, config: SloConfig) -> None:
-        self._app = app
-        self._config = config
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on with its targets in the context, or answer what is wrong with them."""
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        try:
-            targets = read_targets(self._config, Headers(scope=scope), HEADERS)
-        except RequestFailed as failure:
-            error = create_error_response(str(failure))
-            await JSONResponse(error.model_dump(), failure.status)(scope, receive, send)
-            return
-
-        async def with_class(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADERS.slo_class] = targets.slo_class
-            await send(message)
-
-        current_targets.set(targets)
-        await self._app(scope, receive, with_class)
 
 
 class RequestSizeLimit:
@@ -211,7 +178,7 @@ class EarlyStreamErrors:
 
 
 class DisconnectByMessage:
-    """Tells an app by message that its client is gone, as ASGI says, where Serve cancels the call.
+    """Sends an app the message that its client is gone, as ASGI says; Serve cancels the call.
 
     vLLM's handlers wait for the message; cancelled, they would leave what they started running.
     """

@@ -1,13 +1,16 @@
 """What happened to the latest requests of an ingress, kept for `xyserve explain`."""
 
 import math
+from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from scheduler.placement import Refused
 from scheduler.request import Request
 
 MAX_RECORDS = 10_000
-"""Requests and refusals that are kept, about 1 kB each."""
+"""Requests and refusals that are kept, about 1 kB each and 4 bytes per output token."""
 MIN_QUERY = 4
 """Minimum length of a query; fewer characters would match too many ids."""
 
@@ -32,17 +35,26 @@ class RequestRecord:
     attempts: list[Attempt] = field(default_factory=list)
     first_token_s: float = math.inf
     last_token_s: float = math.inf
-    num_output_tokens: int = 0
+    output_token_ids: "array[int]" = field(default_factory=lambda: array("I"))
+    """Tokens that have come, in 4 bytes each: the history keeps them."""
     outcome: str = ""
     """vLLM's finish reason; empty while the request is in flight."""
     error: str = ""
+    refused: Refused | None = None
+    """The refusal that it failed with, if it was one."""
 
-    def deliver(self, num_tokens: int, now: float) -> None:
-        """Record that `num_tokens` more output tokens have arrived."""
-        if num_tokens:
+    def deliver(self, token_ids: Iterable[int], now: float) -> None:
+        """Take new output tokens, if there are any."""
+        num_before = self.num_output_tokens
+        self.output_token_ids.extend(token_ids)
+        if self.num_output_tokens > num_before:
             self.first_token_s = min(self.first_token_s, now)
             self.last_token_s = now
-            self.num_output_tokens += num_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens that have come."""
+        return len(self.output_token_ids)
 
     @property
     def ttft_s(self) -> float:
@@ -79,7 +91,7 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A call of the API that was answered with an error before anything was computed."""
+    """A call of the API that was answered with an error before any request was made of it."""
 
     call_id: str
     refused_s: float

@@ -1,6 +1,5 @@
 """OpenTelemetry spans of a request, in the ingress, the GlobalScheduler and the worker."""
 
-import contextvars
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +20,11 @@ Attributes = Mapping[str, str | int | float | bool]
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
-_traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent", default="")
-
-
-def current_traceparent() -> str:
-    """W3C trace context of the current call; empty if it is not traced."""
-    return _traceparent.get()
+def traceparent_of(span: Span) -> str:
+    """W3C trace context of a span; empty if nothing is traced."""
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier, trace.set_span_in_context(span, Context()))
+    return carrier.get("traceparent", "")
 
 
 class Tracing:
@@ -59,11 +57,7 @@ class Tracing:
         with self._tracer.start_as_current_span(
             name, _context(traceparent), SpanKind.SERVER, attributes
         ) as span:
-            token = _traceparent.set(_inject(span))
-            try:
-                yield span
-            finally:
-                _traceparent.reset(token)
+            yield span
 
     def add(
         self,
@@ -108,12 +102,6 @@ def _exporter(config: TracingConfig) -> SpanExporter:
 
 def _context(traceparent: str) -> Context:
     return _PROPAGATOR.extract({"traceparent": traceparent}, Context())
-
-
-def _inject(span: Span) -> str:
-    carrier: dict[str, str] = {}
-    _PROPAGATOR.inject(carrier, trace.set_span_in_context(span, Context()))
-    return carrier.get("traceparent", "")
 
 
 def _ns(seconds: float) -> int:

@@ -7,31 +7,40 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from cluster.placement.observer import SchedulerObserver
 from scheduler.drafting import (
-    CollapseReason,
     DraftReport,
     DraftWatch,
     DraftWorkerLoad,
     choose_draft_worker,
 )
-from scheduler.placement import Placement, WorkerLoad, place
+from scheduler.placement import (
+    Placed,
+    Placement,
+    RefusalReason,
+    Refused,
+    WorkerLoad,
+    place,
+)
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.reports import DraftStats, DraftWorkerReport, DraftWorkerStatus, WorkerReport
 
 logger = logging.getLogger(__name__)
 
+NO_WORKER_RETRY_S = 0.5
+"""Pause of a request before it asks again, while no worker takes new ones."""
 FORGET_AFTER_S = 30.0
-"""A placement that its worker has not reported by then never arrived there."""
+"""A placement not confirmed by its worker's report within this time is dropped."""
 SILENT_AFTER_S = 30.0
 """A worker that has not reported for this long perhaps hangs; a live one does every 2 s."""
 GONE_AFTER_S = 300.0
-"""A worker that was silent for so long is no more; Serve would have replaced one that hangs."""
+"""A worker that was silent for this long is gone; Serve would have replaced one that hangs."""
 DRAFT_WORKER_SILENT_AFTER_S = 3.0
 """A draft worker that has not reported, or owes an answer, for this long may be stopped; a live
 one reports twice a second."""
 MAX_PLACEMENTS = 10_000
-"""Placements that are kept for those who ask why."""
+"""Placements that are kept for `explain`."""
 
 
 @dataclass(slots=True)
@@ -81,27 +90,21 @@ class _DraftWorkerView:
 
 
 class GlobalScheduler:
-    """One actor of the app. Its state is soft: workers tell it again after a restart."""
+    """One actor of the app. Its state is soft: workers report again after a restart."""
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        on_placement: Callable[[Request, Placement], None] = lambda request, placement: None,
-        on_collapse: Callable[[str, CollapseReason], None] = lambda worker_id, reason: None,
+        observer: SchedulerObserver | None = None,
     ) -> None:
-        """`on_placement` is told of each placement.
-
-        `on_collapse` is called when the drafts for a worker are no longer accepted, and why.
-        """
         self._clock = clock
-        self._on_placement = on_placement
-        self._on_collapse = on_collapse
+        self._observer = observer or SchedulerObserver()
         self._placements: OrderedDict[str, Placement] = OrderedDict()
         self._workers: dict[str, _WorkerView] = {}
         self._draft_workers: dict[str, _DraftWorkerView] = {}
 
-    async def place(self, request: Request, worker_ids: Sequence[str]) -> str | None:
-        """Choose one of `worker_ids`, which Serve holds for alive; None while all are draining."""
+    async def place(self, request: Request, worker_ids: Sequence[str]) -> Placed | Refused:
+        """Choose one of `worker_ids`, which Serve believes to be alive."""
         now = self._clock()
         for gone in self._workers.keys() - set(worker_ids):
             if self._workers[gone].is_silent(now):
@@ -110,23 +113,25 @@ class GlobalScheduler:
         self._note_silence(loads)
         placement = place(request, loads)
         if placement is None:
-            return None
+            refused = Refused(RefusalReason.NO_WORKER, NO_WORKER_RETRY_S)
+            self._observer.refused(request, refused)
+            return refused
         chosen = placement.chosen.worker_id
         placed = (request.num_outstanding_tokens(), now)
         self._workers[chosen].placed[request.request_id] = placed
         self._placements[request.request_id] = placement
         if len(self._placements) > MAX_PLACEMENTS:
             self._placements.popitem(last=False)
-        self._on_placement(request, placement)
-        return chosen
+        self._observer.placed(request, placement, self._clock() - now)
+        return Placed(chosen)
 
     async def placements(self, request_ids: Sequence[str]) -> dict[str, Placement]:
-        """Where requests were placed and why, of those that are still known."""
+        """Where requests were placed and why; those no longer known are left out."""
         known = self._placements
         return {request_id: known[request_id] for request_id in request_ids if request_id in known}
 
     async def report(self, report: WorkerReport) -> DraftWorkerAddress | None:
-        """Take a worker's own account of its requests; the draft worker that drafts for it."""
+        """Take a worker's report of its requests; returns the draft worker that drafts for it."""
         now = self._clock()
         view = self._view(report.worker_id, now)
         view.heard_s = now
@@ -141,7 +146,7 @@ class GlobalScheduler:
         return self._choose_draft_worker(view, now)
 
     async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
-        """Take a draft worker's own account; the other draft workers, to share memories with."""
+        """Take a draft worker's report; returns the others, with which it shares memories."""
         now = self._clock()
         if (draft_worker_id := report.address.draft_worker_id) not in self._draft_workers:
             logger.info("draft worker found", extra={"draft_worker": draft_worker_id})
@@ -153,7 +158,7 @@ class GlobalScheduler:
         ]
 
     async def draft_workers(self) -> list[DraftWorkerStatus]:
-        """The present view of all draft workers."""
+        """The current view of all draft workers."""
         now = self._clock()
         return [
             dataclasses.replace(view.report.status, silent=view.is_silent(now))
@@ -169,7 +174,7 @@ class GlobalScheduler:
         view.has_reported, view.silence_noted = True, False
 
     def _note_silence(self, loads: Sequence[WorkerLoad]) -> None:
-        """Log, once, which of the workers that Serve holds for alive are silent."""
+        """Log, once, which of the workers that Serve believes to be alive are silent."""
         for load in loads:
             view = self._workers[load.worker_id]
             if load.silent and not view.silence_noted:
@@ -180,7 +185,7 @@ class GlobalScheduler:
                 )
 
     def _watch(self, worker_id: str, view: _WorkerView, stats: DraftStats, now: float) -> None:
-        """Learn how well drafts serve a worker, and say so when they no longer do."""
+        """Learn how well drafts serve a worker, and log it when they no longer do."""
         view.tokens_per_span = stats.tokens_per_span
         reason = view.drafts.observe(
             DraftReport(
@@ -202,7 +207,7 @@ class GlobalScheduler:
                     "reason": reason.text,
                 },
             )
-            self._on_collapse(worker_id, reason)
+            self._observer.collapsed(worker_id, reason)
 
     def _choose_draft_worker(self, view: _WorkerView, now: float) -> DraftWorkerAddress | None:
         for gone, draft_worker in list(self._draft_workers.items()):
@@ -220,13 +225,13 @@ class GlobalScheduler:
                 for draft_worker_id, draft_worker in self._draft_workers.items()
             ],
         )
-        # While there is none but silent ones, the old one may come back.
+        # While all are silent, the old one may come back.
         view.draft_worker = chosen or view.draft_worker
         known = self._draft_workers.get(view.draft_worker) if view.draft_worker else None
         return known.report.address if known else None
 
     async def loads(self) -> list[WorkerLoad]:
-        """The present view of all workers."""
+        """The current view of all workers."""
         return [load for load, _ in self.loads_by_age()]
 
     def loads_by_age(self) -> list[tuple[WorkerLoad, float]]:

@@ -1,38 +1,33 @@
-"""Serve's router for workers: carries out what the GlobalScheduler decides."""
+"""Serve's router for workers: sends a call to the worker that was chosen for it."""
 
-import asyncio
-from typing import Any
-
-from ray import serve
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from scheduler.request import Request
+from cluster.placement.directory import keep_router
 
 
 class PlacementRouter(RequestRouter):
-    """Routes a call that carries a `Request` to the worker on which it is placed."""
+    """Routes a call to the worker whose id is its first argument."""
 
-    def initialize_state(self, *, scheduler_name: str) -> None:
-        """Remember where the GlobalScheduler is; called by Serve with the router's kwargs."""
-        self._scheduler = serve.get_deployment_handle(scheduler_name, self.app_name)
-        self._sending = asyncio.Lock()
+    def initialize_state(self) -> None:
+        """Let the client of the workers know which ones there are; called by Serve."""
+        keep_router(self)
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """The one replica chosen by the GlobalScheduler; none while all are draining."""
-        request: Any = pending_request.args[0] if pending_request and pending_request.args else None
-        if pending_request is None or not isinstance(request, Request):
+        """The worker that was chosen, then all.
+
+        If it is gone, full, or does not answer Serve, any other one answers `WrongWorker` at once,
+        and the client asks for another placement.
+        """
+        if pending_request is None or not pending_request.args:
             return [candidate_replicas]
-        # Without this Serve asks again without pause as long as every worker drains.
+        # Otherwise Serve tries again without a pause while no worker has room.
         pending_request.routing_context.should_backoff = True
-        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        async with self._sending:
-            # The first use of a handle waits for this event loop, so it must not block it.
-            placing = await asyncio.to_thread(
-                lambda: self._scheduler.place.remote(request, list(replicas))
-            )
-        chosen = await placing
-        return [[replicas[chosen]]] if chosen is not None else []
+        chosen = pending_request.args[0]
+        return [
+            [r for r in candidate_replicas if r.replica_id.unique_id == chosen],
+            candidate_replicas,
+        ]

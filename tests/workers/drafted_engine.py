@@ -14,6 +14,7 @@ from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafts.draft_client import DraftCounts
 from workers.drafts.draft_stream import DraftWorkerAddress
+from workers.engine_request import EngineRequest
 from workers.token_stream import StreamAddress
 
 NUM_DRAFTS = 6
@@ -181,7 +182,7 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
                     logprobs[index] += [float(row[0]) for row in lists.logprobs]
     if worker is not None:
         worker.shutdown()
-    counts = drafts.counts if drafts is not None else None
+    counts = sum(drafts.counts_of.values(), DraftCounts()) if drafts is not None else None
     return Ran(tokens, logprobs, drafter.hidden_states if drafter else {}, counts, num_steps)
 
 
@@ -216,4 +217,4 @@ def _add(engine: Any, name: str, call: Call) -> None:
         data_parallel_rank=None,
     )
     request = Request(name, len(call.prompt), params.max_tokens or 1)
-    engine.add_request(request, engine._encode(core_request), CLIENT)
+    engine.add_request(EngineRequest(request, engine._encode(core_request)), CLIENT)

@@ -11,6 +11,7 @@ import msgspec
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
+from workers.engine_request import EngineRequest
 from workers.token_stream import StreamAddress
 
 STEP_S = 0.001
@@ -57,13 +58,11 @@ class FakeEngine:
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         self.draft_worker = draft_worker
 
-    def add_request(
-        self, request: Request, engine_request: list[bytes], client: StreamAddress
-    ) -> None:
+    def add_request(self, request: EngineRequest, client: StreamAddress) -> None:
         self.threads.add(threading.current_thread().name)
-        if engine_request == MALFORMED:
+        if request.core == MALFORMED:
             raise ValueError("malformed")
-        self._sequences[request.request_id] = _Sequence(request, client)
+        self._sequences[request.request.request_id] = _Sequence(request.request, client)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         self.threads.add(threading.current_thread().name)

@@ -17,6 +17,7 @@ from scheduler.step_planner import StepPlanner
 from scheduler.task import BatchPlan, StepReport, StepView
 from tests.workers.tiny_models import VOCAB_SIZE
 from workers.config import WorkerConfig
+from workers.engine_request import EngineRequest
 from workers.step_history import RequestStep, StepHistory
 from workers.token_stream import StreamAddress
 
@@ -263,7 +264,7 @@ def add_job(engine: Any, name: str, job: Job) -> None:
         engine._core.add_request(*engine._core.preprocess_add_request(core_request))
         return
     request = Request(name, len(job.prompt), job.max_tokens, job.priority, job.slo, "test")
-    engine.add_request(request, engine._encode(core_request), CLIENT)
+    engine.add_request(EngineRequest(request, engine._encode(core_request)), CLIENT)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -13,7 +13,9 @@ from scheduler.request import Request
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.config import WorkerConfig
 from workers.cpus import claim_cpus
-from workers.errors import ClientLost, EngineDead, WorkerDraining
+from workers.engine_request import EngineRequest
+from workers.errors import ClientLost, EngineDead, WorkerDraining, WrongWorker
+from workers.observer import WorkerObserver
 from workers.reports import WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress, StreamReceiver
 from workers.worker import Worker
@@ -27,37 +29,52 @@ LONG = 10**9
 """Output tokens of a request that does not end by itself."""
 
 
+@dataclasses.dataclass
 class FakeClock:
     """Time that moves when a test says so."""
 
-    def __init__(self, now: float) -> None:
-        self.now = now
+    now: float = 100.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
+class Reports(WorkerObserver):
+    """Keeps a worker's reports."""
+
+    def __init__(self) -> None:
+        self.sent: list[WorkerReport] = []
+
+    def reported(self, report: WorkerReport) -> None:
+        self.sent.append(report)
+
+
 class Setup:
-    """A worker with what surrounds it: its engine, the GlobalScheduler and a client."""
+    """A worker with what surrounds it: its engine, its observer and a client."""
 
     def __init__(self, **config: Any) -> None:
         self.engine = FakeEngine()
-        self.reports: list[WorkerReport] = []
+        self.clock = FakeClock()
+        observer = Reports()
+        self.reports = observer.sent
         self.receiver = StreamReceiver("127.0.0.1")
         self.worker = Worker(
             "w",
             WorkerConfig(**({"device": "cuda"} | config)),
             lambda: self.engine,
-            self.reports.append,
+            observer,
+            self.clock,
         )
 
     def generate(
-        self, request_id: str, max_tokens: int = 3, engine_request: list[bytes] | None = None
+        self, request_id: str, max_tokens: int = 3, core: list[bytes] | None = None
     ) -> asyncio.Task[str]:
         """Call `generate` with a prompt of ten tokens."""
         return asyncio.create_task(
             self.worker.generate(
-                Request(request_id, 10, max_tokens), engine_request or [], self.receiver.address
+                "w",
+                EngineRequest(Request(request_id, 10, max_tokens), core or []),
+                self.receiver.address,
             )
         )
 
@@ -95,13 +112,6 @@ async def make_setup() -> AsyncIterator[MakeSetup]:
 @pytest.fixture
 def setup(make_setup: MakeSetup) -> Setup:
     return make_setup()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
-    clock = FakeClock(100.0)
-    monkeypatch.setattr("workers.worker.time", clock)
-    return clock
 
 
 @pytest.fixture
@@ -174,12 +184,20 @@ async def test_abort_ends_generate(setup: Setup) -> None:
 
 
 async def test_a_malformed_request_fails_alone(setup: Setup) -> None:
-    good, bad = setup.generate("a"), setup.generate("b", engine_request=MALFORMED)
+    good, bad = setup.generate("a"), setup.generate("b", core=MALFORMED)
 
     with pytest.raises(ValueError, match="malformed"):
         await bad
     assert await good == "length"
     setup.worker.check_health()
+
+
+async def test_a_request_that_was_placed_on_another_worker_is_refused(setup: Setup) -> None:
+    request = EngineRequest(Request("a", 10, 3), [])
+
+    with pytest.raises(WrongWorker, match="worker dead is gone, and this is w"):
+        await setup.worker.generate("dead", request, setup.receiver.address)
+    assert not setup.engine.has_requests()
 
 
 async def test_a_failed_engine_fails_every_request_and_the_health_check(setup: Setup) -> None:
@@ -220,8 +238,10 @@ async def test_a_client_that_is_lost_fails_its_requests(
 ) -> None:
     monkeypatch.setattr("workers.token_stream.LOST_AFTER_S", 0.1)
 
-    with pytest.raises(ClientLost, match="is it reachable from this node"):
-        await asyncio.wait_for(setup.worker.generate(Request("a", 10, LONG), [], NOBODY), 30)
+    with pytest.raises(ClientLost, match="is not reading its stream"):
+        await asyncio.wait_for(
+            setup.worker.generate("w", EngineRequest(Request("a", 10, LONG), []), NOBODY), 30
+        )
     assert not setup.engine.has_requests()
 
 
@@ -279,9 +299,9 @@ async def test_the_status_counts_what_runs_and_waits(setup: Setup, make_setup: M
     )
 
 
-async def test_an_idle_worker_reports_as_a_heartbeat(clock: FakeClock, setup: Setup) -> None:
+async def test_an_idle_worker_reports_as_a_heartbeat(setup: Setup) -> None:
     counts = []
-    for clock.now in (100.0, 101.9, 102.0, 103.9, 104.0):
+    for setup.clock.now in (100.0, 101.75, 102.0, 103.75, 104.0):
         await turn(setup.worker)
         counts.append(len(setup.reports))
 
@@ -289,31 +309,29 @@ async def test_an_idle_worker_reports_as_a_heartbeat(clock: FakeClock, setup: Se
     assert setup.reports == [WorkerReport("w", {}, (), draining=False)] * 3
 
 
-async def test_changes_are_reported_together_once_the_interval_is_over(
-    clock: FakeClock, setup: Setup
-) -> None:
+async def test_changes_are_reported_together_once_the_interval_is_over(setup: Setup) -> None:
     await turn(setup.worker)
     await setup.generate("a")
-    await asyncio.gather(setup.generate("b", engine_request=MALFORMED), return_exceptions=True)
+    await asyncio.gather(setup.generate("b", core=MALFORMED), return_exceptions=True)
     setup.engine.go_on.clear()
     call = setup.generate("c", LONG)
     await until(setup.engine.is_stepping.is_set)
-    clock.now = 100.24
+    setup.clock.now = 100.24
     setup.engine.runs_model = False
     setup.engine.go_on.set()
     await turn(setup.worker)
     assert setup.reports[1:] == []
-    clock.now = 100.25
+    setup.clock.now = 100.25
     await turn(setup.worker)
     call.cancel()
 
     assert setup.reports[1:] == [WorkerReport("w", {"c": 10 + LONG}, ("a", "b"), draining=False)]
 
 
-async def test_draining_is_reported(clock: FakeClock, setup: Setup) -> None:
+async def test_draining_is_reported(setup: Setup) -> None:
     await turn(setup.worker)
     await setup.worker.drain()
-    clock.now = 100.25
+    setup.clock.now = 100.25
     await turn(setup.worker)
 
     assert setup.reports[1:] == [WorkerReport("w", {}, (), draining=True)]
@@ -337,7 +355,7 @@ def test_a_worker_whose_engine_cannot_be_made_raises_its_error_and_gives_its_cor
         raise OSError("no such device")
 
     with pytest.raises(OSError, match="no such device") as kept:  # and what it refers to
-        Worker("w", WorkerConfig(cpus=3), make_engine, lambda report: None)
+        Worker("w", WorkerConfig(cpus=3), make_engine)
 
     again = claim_cpus(3, timeout_s=0)
     assert (again.cpus, kept.type) == ((100, 101, 102), OSError)

@@ -22,6 +22,7 @@ from scheduler.request import Request
 from workers.config import WorkerConfig
 from workers.drafters.drafter import ContextKey, Draft, Drafter, HiddenStates
 from workers.engine.vllm_engine import VllmEngine, encoder
+from workers.engine_request import EngineRequest
 from workers.token_stream import StreamAddress
 
 BLOCK_SIZE = 32
@@ -262,7 +263,7 @@ class ModelDrafter(Drafter):
             data_parallel_rank=None,
         )
         request = Request(request_id, len(token_ids), max_tokens)
-        self._engine.add_request(request, self._encode(core_request), NOWHERE)
+        self._engine.add_request(EngineRequest(request, self._encode(core_request)), NOWHERE)
         self._keys[request_id] = key
         context.request_id, context.is_running = request_id, True
 

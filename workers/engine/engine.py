@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
+from workers.engine_request import EngineRequest
 from workers.reports import DraftStats
 from workers.token_stream import StreamAddress
 
@@ -37,14 +37,8 @@ class EngineStats:
 class Engine(Protocol):
     """Generates tokens; used from one thread only."""
 
-    def add_request(
-        self, request: Request, engine_request: list[bytes], client: StreamAddress
-    ) -> None:
-        """Queue a request whose outputs go to `client`; ValueError if it is malformed.
-
-        `engine_request` is the request in the engine's own encoding (vLLM's
-        `EngineCoreRequest`), opaque to everything between the front end and the engine.
-        """
+    def add_request(self, request: EngineRequest, client: StreamAddress) -> None:
+        """Queue a request whose outputs go to `client`; ValueError if it is malformed."""
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Forget these requests and free their memory; unknown ids are ignored."""

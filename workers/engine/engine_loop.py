@@ -3,29 +3,31 @@
 import concurrent.futures
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
+from workers.engine_request import EngineRequest
 from workers.errors import ClientLost, EngineDead
 from workers.token_stream import StreamAddress, StreamSenders
 
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 30.0
-"""How long the end of the engine is waited for."""
+"""Max wait for the end of the engine."""
 IDLE_WAIT_S = 0.2
-"""How long an idle loop sleeps before it looks after its streams."""
+"""Period at which an idle loop polls its streams."""
 EMPTY_STEP_WAIT_S = 0.001
 """Pause after a step that found nothing to compute, e.g. while a grammar compiles."""
 FLUSH_S = 5.0
-"""How long an ending loop waits for its last outputs to be acknowledged."""
+"""Max wait of an ending loop for the acknowledgement of its last outputs."""
 
 
 @dataclass(slots=True)
@@ -46,13 +48,22 @@ class LoopState:
     num_steps: int
     outstanding: dict[str, int]
     """Tokens that each live request may still need, by request id."""
+    finished: tuple[str, ...] = ()
+    """Requests that ended since the last report; only in a report."""
+
+
+class LoopOwner(Protocol):
+    """Who is given the loop's reports."""
+
+    def report_load(self, state: LoopState) -> None:
+        """Take a report that is due; called in the engine's thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
     work: Callable[[], object]
     done: concurrent.futures.Future[Any]
-    """Fails if the engine thread ends before the call is taken."""
+    """Future that fails if the engine thread ends before it takes the call."""
 
 
 @dataclass(slots=True)
@@ -66,13 +77,20 @@ class EngineLoop:
     """Runs an engine in one thread. Every method may be called from any thread.
 
     `make_engine` runs in that thread too, which alone touches the engine; if it raises, so does
-    the constructor. `on_change` is called there after requests came, went or progressed.
+    the constructor. A report is due every `report_interval_s` seconds of `clock`.
     """
 
     def __init__(
-        self, make_engine: Callable[[], Engine], on_change: Callable[["EngineLoop"], None]
+        self,
+        make_engine: Callable[[], Engine],
+        owner: LoopOwner,
+        report_interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._on_change = on_change
+        self._owner = owner
+        self._report_interval_s = report_interval_s
+        self._clock = clock
+        self._reported_s = -math.inf
         self._inbox: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._live: dict[str, LiveRequest] = {}
         self._streams = StreamSenders()
@@ -87,12 +105,10 @@ class EngineLoop:
         self._thread.start()
         made.result()
 
-    def add(
-        self, request: Request, engine_request: list[bytes], client: StreamAddress
-    ) -> concurrent.futures.Future[str]:
+    def add(self, request: EngineRequest, client: StreamAddress) -> concurrent.futures.Future[str]:
         """Start a request; the future gives its finish reason, or fails with its error."""
-        live = LiveRequest(request, client, concurrent.futures.Future())
-        self._call(lambda: self._add(live, engine_request), live.done)
+        live = LiveRequest(request.request, client, concurrent.futures.Future())
+        self._call(lambda: self._add(live, request), live.done)
         return live.done
 
     def abort(self, request_ids: list[str]) -> None:
@@ -109,9 +125,7 @@ class EngineLoop:
         """The state after the step that is running now."""
         state: concurrent.futures.Future[LoopState] = concurrent.futures.Future()
         self._call(
-            lambda: state.set_result(
-                LoopState(self._engine.stats(), self._progress.num_steps, self.outstanding())
-            ),
+            lambda: state.set_result(self._state()),
             state,
         )
         return state
@@ -147,24 +161,22 @@ class EngineLoop:
             f"the engine failed: {self._failure!r}" if self._failure else "the engine was stopped"
         )
 
-    # What follows runs in the engine thread, or in `on_change`, which does.
+    # What follows runs in the engine thread.
 
-    def outstanding(self) -> dict[str, int]:
-        """Tokens that each live request may still need, by request id."""
-        return {
+    def _state(self, finished: tuple[str, ...] = ()) -> LoopState:
+        outstanding = {
             request_id: live.request.num_outstanding_tokens(live.num_output_tokens)
             for request_id, live in self._live.items()
         }
+        return LoopState(self._engine.stats(), self._progress.num_steps, outstanding, finished)
 
-    def engine_stats(self) -> EngineStats:
-        """The engine at this moment."""
-        return self._engine.stats()
-
-    def take_finished(self) -> tuple[str, ...]:
-        """The requests that ended since the last call."""
-        finished = tuple(self._progress.finished)
-        self._progress.finished.clear()
-        return finished
+    def _report_if_due(self) -> None:
+        now = self._clock()
+        if now - self._reported_s >= self._report_interval_s:
+            self._reported_s = now
+            finished = tuple(self._progress.finished)
+            self._progress.finished.clear()
+            self._owner.report_load(self._state(finished))
 
     def _run(
         self, make_engine: Callable[[], Engine], made: concurrent.futures.Future[None]
@@ -182,7 +194,7 @@ class EngineLoop:
                 self._tend_streams()
                 if self._engine.has_requests():
                     self._step()
-                self._on_change(self)
+                self._report_if_due()
         except Exception as error:
             logger.exception("the engine failed; its worker must be replaced")
             self._failure = error
@@ -236,10 +248,13 @@ class EngineLoop:
 
     def _tend_streams(self) -> None:
         for client in self._streams.poll(time.monotonic()):
-            error = ClientLost(f"{client.endpoint} took nothing; is it reachable from this node?")
+            error = ClientLost(
+                f"the client at {client.endpoint} is not reading its stream; is it reachable from "
+                "this node?"
+            )
             gone = [r for r, live in self._live.items() if live.client == client]
             logger.warning(
-                "a client took nothing; is it reachable from this node?",
+                "a client is not reading its stream; is it reachable from this node?",
                 extra={"client": client.endpoint, "num_requests": len(gone)},
             )
             self._engine.abort_requests(gone)
@@ -252,10 +267,10 @@ class EngineLoop:
             self._streams.poll(now)
             time.sleep(EMPTY_STEP_WAIT_S)
 
-    def _add(self, live: LiveRequest, engine_request: list[bytes]) -> None:
+    def _add(self, live: LiveRequest, request: EngineRequest) -> None:
         request_id = live.request.request_id
         try:
-            self._engine.add_request(live.request, engine_request, live.client)
+            self._engine.add_request(request, live.client)
         except Exception as error:
             logger.warning(
                 "the engine refused a request",

@@ -25,7 +25,6 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from scheduler.request import Request
 from scheduler.step_planner import StepPlanner
 from scheduler.task import StepReport
 from workers.config import DraftConfig, WorkerConfig
@@ -41,6 +40,7 @@ from workers.engine.vllm_sampling import (
 )
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.engine.vllm_speculation import HiddenStates, speculative_config
+from workers.engine_request import EngineRequest
 from workers.plugin.names import QUANTIZATION
 from workers.plugin.vllm_seams import check_seams
 from workers.reports import DraftStats, Peaks
@@ -144,18 +144,17 @@ class VllmEngine:
         """vLLM's scheduler, or ours in its place; touched between two steps only."""
         return self._core.scheduler
 
-    def add_request(
-        self, request: Request, engine_request: list[bytes], client: StreamAddress
-    ) -> None:
+    def add_request(self, request: EngineRequest, client: StreamAddress) -> None:
         """Decode and queue a request."""
-        core_request: EngineCoreRequest = self._decoder.decode(engine_request)
+        core_request: EngineCoreRequest = self._decoder.decode(request.core)
+        core_request.request_id = request.request.request_id
         if client not in self._clients:
             self._clients.append(client)
         # vLLM groups the outputs of a step by this index.
         core_request.client_index = self._clients.index(client)
         preprocessed, wave = self._core.preprocess_add_request(core_request)
-        if self._planned:
-            self._planned.expect(request)
+        # Our view rides on vLLM's request, so that nothing has to be joined again by id.
+        preprocessed.scheduled_as = request.request  # type: ignore[attr-defined]
         self._core.add_request(preprocessed, wave)
 
     def abort_requests(self, request_ids: list[str]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from scheduler.request import Request, RequestState, Slo
+from scheduler.request import Request, RequestState
 
 if TYPE_CHECKING:  # its tests need not import vLLM
     from vllm.v1.request import Request as VllmRequest
@@ -159,17 +159,14 @@ def _moved(
     )
 
 
-def _initial_state(request: VllmRequest, expected: Request | None, now: float) -> RequestState:
+def _initial_state(request: VllmRequest, ours: Request | None, now: float) -> RequestState:
+    """The state of a request that has just come; `ours` is None if only vLLM knows of it."""
+    if ours is None:
+        ours = Request(request.request_id, 0, 0, request.priority)
+    lengths = request.num_prompt_tokens, request.max_tokens
+    if (ours.num_prompt_tokens, ours.max_tokens) != lengths:  # e.g. a session's next turn
+        num_prompt_tokens, max_tokens = lengths
+        ours = replace(ours, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
     # Its arrival was noted by another process, maybe on another machine, by the wall clock.
     age_s = max(time.time() - request.arrival_time, 0.0)
-    return RequestState(
-        Request(
-            request.request_id,
-            request.num_prompt_tokens,
-            request.max_tokens,
-            request.priority,
-            expected.slo if expected else Slo(),
-            expected.slo_class if expected else "",
-        ),
-        now - age_s,
-    )
+    return RequestState(ours, now - age_s)

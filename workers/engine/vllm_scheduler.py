@@ -18,7 +18,6 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from scheduler.policy import StepPolicy
-from scheduler.request import Request
 from scheduler.step_planner import StepInFlight, StepPlanner
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
 from workers.engine.vllm_drafts import DraftOffers
@@ -58,7 +57,6 @@ class PlannedScheduler(Scheduler):
         self.drafts = DraftOffers(
             self.requests, self._live, self.num_spec_tokens, super().update_draft_token_ids
         )
-        self._expected: dict[str, Request] = {}
         self._shares: dict[str, int] | None = None
         """Tokens of each request in the step that vLLM is making; None: vLLM decides."""
         self._in_flight: deque[tuple[SchedulerOutput, StepInFlight | None]] = deque()
@@ -67,16 +65,11 @@ class PlannedScheduler(Scheduler):
         self._last_step_s = 0.0
         self._last_ended_s = -inf
 
-    def expect(self, request: Request) -> None:
-        """Announce the targets of a request that is about to be added."""
-        self._expected[request.request_id] = request
-
     def add_request(self, request: VllmRequest) -> None:
         """Queue a request."""
-        expected = self._expected.pop(request.request_id, None)
         if request.request_id not in self.requests:
-            state = _initial_state(request, expected, time.monotonic())
-            self._live.add(state)
+            ours = getattr(request, "scheduled_as", None)
+            self._live.add(_initial_state(request, ours, time.monotonic()))
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:

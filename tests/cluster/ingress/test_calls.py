@@ -1,31 +1,61 @@
+import json
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from cluster.config.slo import SloClass, SloConfig
 from cluster.errors import RequestFailed
-from cluster.ingress.calls import Calls, CallsByHeader, current_call
-from cluster.observe.request_history import Refusal
+from cluster.ingress.calls import Call, Calls, CallsByHeader, current_call
+from cluster.ingress.observer import IngressObserver
+from cluster.ingress.protocol import PARAMETERS
+from cluster.ingress.targets import Targets
+from cluster.observe.request_history import Refusal, RequestRecord
+from scheduler.request import Request, Slo
+
+SLO = SloConfig(classes={"fast": SloClass(ttft_ms=500, tpot_ms=50)})
+
+
+class Refusals(IngressObserver):
+    """Keeps the calls that came to nothing."""
+
+    def __init__(self) -> None:
+        self.found: list[Refusal] = []
+
+    def refused(self, refusal: Refusal) -> None:
+        self.found.append(refusal)
 
 
 class Api:
-    """Answers with a status and body; admits a request before that if it shall."""
+    """Answers with a status and body; makes a request of the call before that if it shall."""
 
-    def __init__(self, status: int, *body: bytes, admits: bool = False) -> None:
+    def __init__(self, status: int = 200, *body: bytes, admits: bool = False) -> None:
         self.status, self.body, self.admits = status, body, admits
-        self.call_ids: list[str] = []
+        self.calls: list[Call | None] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (call := current_call.get()) is not None:
-            self.call_ids.append(call.call_id)
-            call.admitted = self.admits
+        self.calls.append(call := current_call.get())
+        if call is not None and self.admits:
+            call.records.append(RequestRecord(Request("r", 1, 1), 0.0))
         await send({"type": "http.response.start", "status": self.status, "headers": []})
         for part in self.body:
             await send({"type": "http.response.body", "body": part, "more_body": True})
 
 
-async def post(api: Api, path: str = "/v1/completions", **headers: str) -> list[Refusal]:
-    refusals: list[Refusal] = []
+class Answer:
+    """What a client receives, and what the observer of the ingress sees."""
+
+    def __init__(self, sent: list[Message], refusals: list[Refusal]) -> None:
+        self.status = sent[0]["status"]
+        self.headers = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+        self.body = b"".join(message["body"] for message in sent[1:])
+        self.refusals = refusals
+
+
+async def send_to(
+    api: Api, path: str = "/v1/completions", method: str = "POST", **headers: str
+) -> Answer:
+    refusals = Refusals()
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -36,36 +66,77 @@ async def post(api: Api, path: str = "/v1/completions", **headers: str) -> list[
 
     scope: dict[str, Any] = {
         "type": "http",
-        "method": "POST",
+        "method": method,
         "path": path,
         "headers": [(key.replace("_", "-").encode(), v.encode()) for key, v in headers.items()],
     }
-    await CallsByHeader(api, Calls(refused=refusals.append))(scope, receive, send)
-    assert sent[0]["status"] == api.status
-    assert b"".join(message["body"] for message in sent[1:]) == b"".join(api.body)
-    return refusals
+    app = CallsByHeader(api, Calls(SLO, observer=refusals), Calls(SLO))
+    await app(scope, receive, send)
+    assert current_call.get() is None
+    return Answer(sent, refusals.found)
 
 
 async def test_a_call_has_the_name_that_its_header_gives_it() -> None:
-    api = Api(200)
+    api = Api()
 
-    await post(api, x_request_id="my-call")
-    await post(api)
+    await send_to(api, x_request_id="my-call")
+    await send_to(api)
 
-    assert api.call_ids[0] == "my-call"
-    assert len(api.call_ids[1]) == 32
-    assert current_call.get() is None
+    named, nameless = api.calls
+    assert named is not None
+    assert nameless is not None
+    assert named.call_id == "my-call"
+    assert len(nameless.call_id) == 32
 
 
-async def test_a_call_that_came_to_nothing_is_told_with_its_answer() -> None:
-    [refusal] = await post(Api(400, b'{"error":', b' "no"}'), x_request_id="bad")
+@pytest.mark.parametrize("path", ["/v1/completions", "/invocations"])
+async def test_every_post_has_targets_and_its_answer_names_their_class(path: str) -> None:
+    api = Api()
 
+    answer = await send_to(api, path, x_slo_class="fast", x_slo_ttft_ms="200")
+
+    [call] = api.calls
+    assert call is not None
+    assert call.targets == Targets(Slo(0.2, 0.05), "fast")
+    assert answer.headers["x-slo-class"] == "fast"
+
+
+async def test_what_is_no_post_is_no_call() -> None:
+    api = Api()
+
+    answer = await send_to(api, "/v1/models", "GET", x_slo_class="fastest")
+
+    assert (api.calls, answer.status, answer.headers) == ([None], 200, {})
+
+
+@pytest.mark.parametrize(("path", "num_kept"), [("/v1/completions", 1), ("/invocations", 0)])
+async def test_a_call_whose_targets_cannot_be_used_never_reaches_the_api(
+    path: str, num_kept: int
+) -> None:
+    api = Api()
+
+    answer = await send_to(api, path, x_slo_class="fastest", x_request_id="bad")
+
+    error = json.loads(answer.body)["error"]
+    assert (answer.status, error["code"], error["type"]) == (400, 400, "BadRequestError")
+    assert error["message"].startswith("x-slo-class: 'fastest' is no service class")
+    assert api.calls == []
+    assert [(refusal.call_id, refusal.message) for refusal in answer.refusals] == [
+        ("bad", error["message"])
+    ] * num_kept
+
+
+async def test_a_call_that_came_to_nothing_is_kept_with_its_answer() -> None:
+    answer = await send_to(Api(400, b'{"error":', b' "no"}'), x_request_id="bad")
+
+    [refusal] = answer.refusals
     assert (refusal.call_id, refusal.status) == ("bad", 400)
     assert refusal.message == '{"error": "no"}'
+    assert (answer.status, answer.body) == (400, b'{"error": "no"}')
 
 
 async def test_of_a_long_answer_the_beginning_is_kept() -> None:
-    [refusal] = await post(Api(503, b"x" * 600, b"y" * 600))
+    [refusal] = (await send_to(Api(503, b"x" * 600, b"y" * 600))).refusals
 
     assert refusal.message == "x" * 600 + "y" * 400
 
@@ -80,21 +151,33 @@ async def test_of_a_long_answer_the_beginning_is_kept() -> None:
     ids=["answered", "failed after it was admitted", "no call that generates"],
 )
 async def test_other_calls_are_no_refusals(api: Api, path: str) -> None:
-    assert await post(api, path) == []
+    assert (await send_to(api, path)).refusals == []
+
+
+def test_a_handles_call_brings_the_same_as_parameters() -> None:
+    given = {"request_id": "mine", "slo_class": "fast", "slo_tpot_ms": "none", "prompt": "Hello"}
+
+    with Calls(SLO).answering(given, PARAMETERS) as call:
+        assert current_call.get() is call
+
+    assert (call.call_id, call.traceparent, call.tenant) == ("mine", "", "")
+    assert call.targets == Targets(Slo(ttft_s=0.5), "fast")
+    assert current_call.get() is None
 
 
 def test_a_failure_of_a_handles_call_is_a_refusal_unless_it_was_admitted() -> None:
-    refusals: list[Refusal] = []
-    calls = Calls(refused=refusals.append)
+    refusals = Refusals()
+    calls = Calls(SLO, observer=refusals)
 
     def fail(admitted: bool) -> None:
-        with calls.answering("c", None) as call:
-            call.admitted = admitted
+        with calls.answering({"request_id": "c"}, PARAMETERS) as call:
+            if admitted:
+                call.records.append(RequestRecord(Request("r", 1, 1), 0.0))
             raise RequestFailed("no such class", 400)
 
     for admitted in (False, True):
         with pytest.raises(RequestFailed):
             fail(admitted)
 
-    [refusal] = refusals
+    [refusal] = refusals.found
     assert (refusal.call_id, refusal.status, refusal.message) == ("c", 400, "no such class")

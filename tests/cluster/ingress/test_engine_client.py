@@ -1,18 +1,22 @@
 import asyncio
 import time
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import RequestCancelledError
 
-from cluster.ingress.engine_client import MAX_ATTEMPTS, EngineClient
+from cluster.ingress.engine_client import MAX_ATTEMPTS, NO_WORKER, EngineClient, Failure
+from cluster.ingress.observer import IngressObserver
+from cluster.observe.request_history import RequestRecord
+from scheduler.placement import Placed, RefusalReason, Refused
 from scheduler.request import Request
-from workers.errors import ClientLost, EngineDead, WorkerDraining
-from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
+from tests.cluster.ingress.fake_cluster import DRAINING, FakeScheduler, FakeWorkers
+from workers.engine_request import EngineRequest
+from workers.errors import ClientLost, EngineDead, WorkerDraining, WrongWorker
+from workers.token_stream import StreamReceiver
 
 GARBAGE = [b"garbage"]
 
@@ -37,79 +41,25 @@ def decode(frames: list[bytes]) -> FakeOutputs:
     return FakeOutputs(msgspec.msgpack.decode(frames[0], type=list[FakeOutput]))
 
 
-def failed(request_id: str, error: Exception) -> FakeOutputs:
-    return FakeOutputs([FakeOutput(request_id, [], f"error: {error}")])
-
-
-class FakeResponse:
-    """A call of a worker, awaited and cancelled as Serve's response is."""
-
-    def __init__(self) -> None:
-        self.result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.was_cancelled = False
-
-    def cancel(self) -> None:
-        self.was_cancelled = True
-        self.result.cancel()
-
-    def __await__(self) -> Generator[Any, None, str]:
-        try:
-            return (yield from self.result.__await__())
-        except asyncio.CancelledError:
-            if self.was_cancelled:
-                raise RequestCancelledError("call") from None
-            raise
-
-
-@dataclass
-class Call:
-    """One call of `generate`."""
-
-    request: Request
-    engine_request: list[bytes]
-    response: FakeResponse
-
-
-class FakeWorkers:
-    """The handle of the workers, and the stream on which the tokens come from them."""
-
-    def __init__(self) -> None:
-        self.generate = self
-        self.calls: list[Call] = []
-        self.refusal: Exception | None = None
-        self._senders = StreamSenders()
-        self._reply_to: StreamAddress | None = None
-
-    def remote(
-        self, request: Request, engine_request: list[bytes], reply_to: StreamAddress
-    ) -> FakeResponse:
-        if self.refusal is not None:
-            raise self.refusal
-        self._reply_to = reply_to
-        self.calls.append(Call(request, engine_request, FakeResponse()))
-        return self.calls[-1].response
-
-    async def called(self, count: int) -> Call:
-        """The last of `count` calls, once it is made."""
-        async with asyncio.timeout(30):
-            while len(self.calls) < count:
-                await asyncio.sleep(0)
-        assert len(self.calls) == count
-        return self.calls[-1]
-
-    def send(self, *outputs: FakeOutput) -> None:
-        """Send what one step produced."""
-        self.send_frames([msgspec.msgpack.encode(outputs)])
-
-    def send_frames(self, frames: list[bytes]) -> None:
-        assert self._reply_to is not None
-        self._senders.send(self._reply_to, frames, now=0.0)
-
-    def close(self) -> None:
-        self._senders.close()
-
-
 Client = EngineClient[FakeOutputs]
+
+
+class Observer(IngressObserver):
+    """Keeps the records of requests, and the reasons of their retries."""
+
+    def __init__(self) -> None:
+        self.records: list[RequestRecord] = []
+        self.retries: list[str] = []
+        self.num_ended = 0
+
+    def began(self, record: RequestRecord) -> None:
+        self.records.append(record)
+
+    def retried(self, record: RequestRecord, reason: str) -> None:
+        self.retries.append(reason)
+
+    def ended(self, record: RequestRecord) -> None:
+        self.num_ended += 1
 
 
 @pytest.fixture
@@ -120,22 +70,43 @@ async def workers() -> AsyncIterator[FakeWorkers]:
 
 
 @pytest.fixture
-async def client(workers: FakeWorkers) -> AsyncIterator[Client]:
-    client: Client = EngineClient(workers, StreamReceiver("127.0.0.1"), decode, failed)
+def scheduler() -> FakeScheduler:
+    return FakeScheduler()
+
+
+@pytest.fixture
+def observer() -> Observer:
+    return Observer()
+
+
+def make_client(workers: Any, scheduler: Any, observer: IngressObserver | None = None) -> Client:
+    receiver = StreamReceiver("127.0.0.1")
+    return EngineClient(workers, scheduler, scheduler, receiver, decode, observer)
+
+
+@pytest.fixture
+async def client(
+    workers: FakeWorkers, scheduler: FakeScheduler, observer: Observer
+) -> AsyncIterator[Client]:
+    client = make_client(workers, scheduler, observer)
     yield client
     await client.close()
 
 
-def submit(client: Client, request_id: str) -> None:
-    client.submit(
-        Request(request_id, num_prompt_tokens=10, max_tokens=5),
-        time.time(),
-        lambda attempt_id: [f"{attempt_id} encoded".encode()],
-    )
+def submit(client: Client, request_id: str) -> RequestRecord:
+    return client.submit(as_sent(request_id), time.time())
+
+
+def as_sent(request_id: str) -> EngineRequest:
+    return EngineRequest(Request(request_id, num_prompt_tokens=10, max_tokens=5), [b"encoded"])
 
 
 async def next_outputs(client: Client) -> list[FakeOutput]:
-    return (await asyncio.wait_for(client.next_outputs(), 30)).outputs
+    """The outputs of the next step, or one that tells of a failure."""
+    outputs = await asyncio.wait_for(client.next_outputs(), 30)
+    if isinstance(outputs, Failure):
+        return [FakeOutput(outputs.request_id, [], f"error: {outputs.error}")]
+    return outputs.outputs
 
 
 def as_serve_raises(error: Exception) -> Exception:
@@ -150,7 +121,7 @@ async def test_a_request_is_submitted_to_the_workers_under_the_id_of_its_attempt
     submit(client, "r")
     call = await workers.called(1)
 
-    assert (call.request, call.engine_request) == (Request("r.0", 10, 5), [b"r.0 encoded"])
+    assert call.request == as_sent("r.0")
 
 
 async def test_outputs_come_under_the_id_of_their_request(
@@ -216,8 +187,7 @@ async def test_a_request_that_loses_its_worker_before_its_first_token_is_placed_
     workers.send(FakeOutput("r.0", [666]))  # late, from the worker that was given up
     workers.send(FakeOutput("r.1", [1], "stop"), FakeOutput("r.0", [666], "stop"))
 
-    assert second.request == Request("r.1", 10, 5)
-    assert second.engine_request == [b"r.1 encoded"]
+    assert second.request == as_sent("r.1")
     assert await next_outputs(client) == [FakeOutput("r", [1], "stop")]
     assert client.num_live == 0
 
@@ -273,15 +243,6 @@ async def test_a_request_that_cannot_be_sent_ends_with_an_error(
     assert client.num_live == 0
 
 
-async def test_a_request_that_cannot_be_encoded_ends_with_an_error(client: Client) -> None:
-    def encode(attempt_id: str) -> list[bytes]:
-        raise TypeError("no such field")
-
-    client.submit(Request("r", 10, 5), time.time(), encode)
-
-    assert await next_outputs(client) == [FakeOutput("r", [], "error: no such field")]
-
-
 async def test_abort_cancels_the_call_and_nothing_more_comes(
     client: Client, workers: FakeWorkers
 ) -> None:
@@ -304,7 +265,7 @@ async def test_a_request_aborted_at_once_is_never_sent(
     client.abort(["r"])
     submit(client, "other")
 
-    assert (await workers.called(1)).request == Request("other.0", 10, 5)
+    assert (await workers.called(1)).request == as_sent("other.0")
     assert client.num_live == 1
 
 
@@ -316,7 +277,7 @@ async def test_an_aborted_request_is_not_placed_again(client: Client, workers: F
     submit(client, "other")
     await asyncio.sleep(0.01)
 
-    assert [call.request.request_id for call in workers.calls] == ["r.0", "other.0"]
+    assert [call.request.request.request_id for call in workers.calls] == ["r.0", "other.0"]
 
 
 async def test_outputs_that_cannot_be_read_do_not_stop_those_that_can(
@@ -332,7 +293,7 @@ async def test_outputs_that_cannot_be_read_do_not_stop_those_that_can(
 
 async def test_closing_cancels_what_runs_and_leaves_no_task(workers: FakeWorkers) -> None:
     before = asyncio.all_tasks()
-    client: Client = EngineClient(workers, StreamReceiver("127.0.0.1"), decode, failed)
+    client = make_client(workers, FakeScheduler())
     submit(client, "r")
     call = await workers.called(1)
     await client.close()
@@ -341,3 +302,163 @@ async def test_closing_cancels_what_runs_and_leaves_no_task(workers: FakeWorkers
             await asyncio.sleep(0)
 
     assert (call.response.was_cancelled, client.num_live) == (True, 0)
+
+
+# Placement
+
+
+async def test_a_request_goes_to_the_worker_that_the_global_scheduler_chooses(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.answers = [Placed("b")]
+    submit(client, "r")
+
+    assert (await workers.called(1)).worker_id == "b"
+    assert scheduler.asked == [("r.0", ["a", "b", "c"])]
+
+
+async def test_a_request_waits_while_no_worker_takes_new_ones(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler, observer: Observer
+) -> None:
+    scheduler.answers = [DRAINING] * 3
+    submit(client, "r")
+
+    assert (await workers.called(1)).worker_id == "a"
+    assert scheduler.asked == [("r.0", ["a", "b", "c"])] * 4
+    assert (client.num_live, observer.num_ended) == (1, 0)
+
+
+async def test_a_request_that_waits_for_a_worker_can_be_aborted(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.answers = [DRAINING] * 2
+    submit(client, "r")
+    while len(scheduler.asked) < 2:
+        await asyncio.sleep(0)
+    client.abort(["r"])
+    submit(client, "other")
+
+    assert (await workers.called(1)).request == as_sent("other.0")
+    assert client.num_live == 1
+
+
+async def test_serve_holds_a_request_while_there_is_no_worker_at_all(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.alive = []
+    record = submit(client, "r")
+    held = await workers.called(1)
+    assert (held.worker_id, scheduler.asked) == (NO_WORKER, [("r.0", [])])
+    scheduler.alive = ["new"]
+    held.response.result.set_result(WrongWorker("this is new"))
+
+    assert (await workers.called(2)).worker_id == "new"
+    assert len(record.attempts) == 1
+
+
+async def test_a_worker_that_serve_knows_and_the_directory_does_not_is_waited_for(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.alive = []
+    submit(client, "r")
+    for count in (1, 2):
+        held = await workers.called(count)
+        held.response.result.set_result(WrongWorker("this is new"))
+    await workers.called(3)
+
+    assert len(scheduler.asked) == 5  # each time once more after a pause
+
+
+async def test_workers_that_were_tried_are_asked_again_if_no_other_takes_the_request(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.alive = ["a", "b"]
+    scheduler.answers = [Placed("a"), DRAINING]
+    submit(client, "r")
+    call = await workers.called(1)
+    call.response.result.set_result(WrongWorker("a does not answer"))
+
+    assert (await workers.called(2)).worker_id == "a"
+    assert [worker_ids for _, worker_ids in scheduler.asked] == [["a", "b"], ["b"], ["a", "b"]]
+
+
+async def test_a_request_outlives_a_restart_of_the_global_scheduler(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.ingress.engine_client.RESTART_S", 0.001)
+    scheduler.answers = [RayActorError(), RayActorError(), Placed("c")]
+    record = submit(client, "r")
+
+    assert (await workers.called(1)).worker_id == "c"
+    assert [attempt.lost for attempt in record.attempts] == [""]
+
+
+async def test_a_global_scheduler_that_fails_fails_the_request(
+    client: Client, scheduler: FakeScheduler
+) -> None:
+    scheduler.answers = [as_serve_raises(KeyError("worker"))]
+    submit(client, "r")
+    [output] = await next_outputs(client)
+
+    assert output.request_id == "r"
+    assert str(output.finish_reason).startswith("error: ")
+    assert client.num_live == 0
+
+
+async def test_a_final_refusal_ends_the_request_and_is_on_its_record(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    refused = Refused(RefusalReason.QUOTA, retry_after_s=7)
+    scheduler.answers = [refused]
+    record = submit(client, "r")
+
+    assert await next_outputs(client) == [
+        FakeOutput("r", [], "error: the share of this tenant is used up; retry after 7 s")
+    ]
+    assert (record.refused, record.outcome) == (refused, "error")
+    assert (workers.calls, client.num_live) == ([], 0)
+
+
+async def test_a_worker_that_is_gone_costs_no_attempt_and_another_is_asked_for_at_once(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler, observer: Observer
+) -> None:
+    record = submit(client, "r")
+    for number in range(2 * MAX_ATTEMPTS):
+        scheduler.alive = [f"w{number}", f"w{number + 1}"]
+        call = await workers.called(number + 1)
+        if number < 2 * MAX_ATTEMPTS - 1:
+            call.response.result.set_result(WrongWorker("w is gone"))
+
+    assert [(call.request, call.worker_id) for call in workers.calls[1:]] == [
+        (as_sent("r.0"), f"w{number}") for number in range(1, 2 * MAX_ATTEMPTS)
+    ]
+    assert [attempt.lost for attempt in record.attempts] == [""]
+    assert observer.retries == []
+
+
+async def test_a_request_that_lost_a_worker_is_placed_there_again_only_if_there_is_no_other(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler, observer: Observer
+) -> None:
+    scheduler.alive = ["a", "b"]
+    submit(client, "r")
+    for attempt in range(2):
+        call = await workers.called(attempt + 1)
+        call.response.result.set_exception(as_serve_raises(WorkerDraining("draining")))
+    await workers.called(3)
+
+    assert scheduler.asked == [("r.0", ["a", "b"]), ("r.1", ["b"]), ("r.2", ["a", "b"])]
+    assert observer.retries == ["WorkerDraining"] * 2
+
+
+async def test_the_tokens_of_a_request_are_on_its_record(
+    client: Client, workers: FakeWorkers, observer: Observer
+) -> None:
+    record = submit(client, "r")
+    await workers.called(1)
+    workers.send(FakeOutput("r.0", [1, 2]))
+    workers.send(FakeOutput("r.0", [3], "stop"))
+    await next_outputs(client)
+    await next_outputs(client)
+
+    assert (list(record.output_token_ids), record.num_output_tokens) == ([1, 2, 3], 3)
+    assert (observer.records, observer.num_ended) == ([record], 1)

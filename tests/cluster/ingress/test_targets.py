@@ -8,7 +8,8 @@ from starlette.datastructures import Headers
 
 from cluster.config.slo import SloClass, SloConfig
 from cluster.errors import RequestFailed
-from cluster.ingress.targets import HEADERS, PARAMETERS, Names, Targets, read_targets
+from cluster.ingress.protocol import HEADERS, PARAMETERS, Names
+from cluster.ingress.targets import Targets, read_targets
 from scheduler.request import Slo
 
 CONFIG = SloConfig(classes={"fast": SloClass(ttft_ms=500, tpot_ms=50)})

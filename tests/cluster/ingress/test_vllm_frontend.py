@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import AsyncIterator, Callable
+import pickle
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -13,12 +14,18 @@ import pytest_asyncio
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
 from cluster.config.app_config import AppConfig, parse_args
-from cluster.errors import RequestFailed
+from cluster.errors import RequestFailed, RequestRefused
 from cluster.ingress.calls import Calls
+from cluster.ingress.engine_client import EngineClient
 from cluster.ingress.protocol import Api
-from cluster.ingress.vllm_frontend import Frontend
+from cluster.ingress.vllm_frontend import Frontend, decode_outputs
 from cluster.models.model import fetch_default_model
+from cluster.observe.request_history import RequestRecord
+from scheduler.placement import RefusalReason, Refused
 from scheduler.request import Request, Slo
+from tests.cluster.ingress.fake_cluster import FakeScheduler, FakeWorkers
+from workers.engine_request import EngineRequest
+from workers.token_stream import StreamReceiver
 
 CONFIG = parse_args(
     {"slo": {"classes": {"fast": {"ttft_ms": 500, "tpot_ms": 50}}}, "worker": {"kernels": "vllm"}}
@@ -43,18 +50,22 @@ class Workers:
         self.requests: list[Request] = []
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
 
-    def submit(
-        self, request: Request, arrived_s: float, encode: Callable[[str], list[bytes]]
-    ) -> None:
-        self.requests.append(request)
-        output = EngineCoreOutput(request.request_id, [28], finish_reason=FinishReason.LENGTH)
+    def submit(self, request: EngineRequest, arrived_s: float) -> RequestRecord:
+        self.requests.append(request.request)
+        output = EngineCoreOutput(
+            request.request.request_id, [28], finish_reason=FinishReason.LENGTH
+        )
         self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+        return RequestRecord(request.request, arrived_s)
 
     def abort(self, request_ids: list[str]) -> None:
         """All have ended."""
 
     async def next_outputs(self) -> EngineCoreOutputs:
         return await self._outputs.get()
+
+    async def has_workers(self) -> bool:
+        return True
 
     def take_targets(self) -> list[tuple[str, Slo]]:
         """Class and targets of the requests since the last call."""
@@ -63,17 +74,12 @@ class Workers:
 
 
 class App:
-    """A front end with its client and the workers behind."""
+    """A front end and its client."""
 
-    def __init__(self, config: AppConfig) -> None:
-        self.workers = Workers()
-        self.frontend = Frontend(
-            config,
-            str(fetch_default_model()),
-            self.workers,  # type: ignore[arg-type]
-            lambda: asyncio.sleep(0, True),
-            Calls(),
-        )
+    def __init__(self, config: AppConfig, workers: Any) -> None:
+        """`workers` is an EngineClient, or what stands for one."""
+        self.workers = workers
+        self.frontend = Frontend(config, str(fetch_default_model()), workers, Calls(config.slo))
         transport = httpx.ASGITransport(self.frontend.asgi_app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://app")
 
@@ -85,10 +91,25 @@ class App:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app() -> AsyncIterator[App]:
-    app = App(CONFIG)
+    app = App(CONFIG, Workers())
     await app.frontend.start()
     async with app.http:
         yield app
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def refusing() -> AsyncIterator[tuple[App, FakeScheduler]]:
+    """An app whose scheduler answers as a test has it answer."""
+    workers: Any = FakeWorkers()
+    scheduler: Any = FakeScheduler()
+    receiver = StreamReceiver("127.0.0.1")
+    client = EngineClient(workers, scheduler, scheduler, receiver, decode_outputs())
+    app = App(CONFIG, client)
+    await app.frontend.start()
+    async with app.http:
+        yield app, scheduler
+    await client.close()
+    workers.close()
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -174,6 +195,27 @@ async def test_routes_that_take_no_body_have_no_targets(app: App) -> None:
     assert (answer.status_code, answer.headers.get("x-slo-class")) == (200, None)
 
 
+UNSENDABLE = [f'"seed": {2**70}', '"stop": "\\ud800"', '"vllm_xargs": {"a": "\\ud800"}']
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("field", UNSENDABLE)
+async def test_what_cannot_be_sent_to_a_worker_is_refused_and_forgotten(
+    app: App, field: str, n: int
+) -> None:
+    answer = await app.http.post(
+        "/v1/completions",
+        content=f'{{"prompt": "Hello", "n": {n}, "temperature": 1, {field}}}',
+        headers={"content-type": "application/json"},
+    )
+
+    assert answer.status_code == 400, answer.text
+    assert app.workers.take_targets() == []
+    processor = app.frontend._llm.output_processor
+    assert (processor.request_states, processor.parent_requests) == ({}, {})
+    assert not processor.external_req_ids
+
+
 # The client handle
 
 PAYLOADS: dict[Api, dict[str, Any]] = {
@@ -217,3 +259,57 @@ async def test_parameters_that_cannot_be_used_fail_the_handles_call(
             await anext(chunks)
     assert refused.value.status == 400
     assert app.workers.take_targets() == []
+
+
+# Refusals
+
+OVERLOAD, QUOTA = Refused(RefusalReason.OVERLOAD, 1.2), Refused(RefusalReason.QUOTA, 30)
+REFUSALS = [
+    (OVERLOAD, 503, "2", "the workers could not serve the request in time; retry after 1.2 s"),
+    (QUOTA, 429, "30", "the share of this tenant is used up; retry after 30 s"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(("refused", "status", "retry_after", "message"), REFUSALS)
+async def test_a_refused_request_is_answered_with_its_status_and_when_to_retry(
+    refusing: tuple[App, FakeScheduler],
+    path: str,
+    stream: bool,
+    refused: Refused,
+    status: int,
+    retry_after: str,
+    message: str,
+) -> None:
+    app, scheduler = refusing
+    scheduler.answers = [refused, refused]
+    answer = await app.post(path, FAST, stream=stream, n=2, temperature=1)
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["message"]) == (status, status, message)
+    assert (answer.headers["retry-after"], answer.headers["x-slo-class"]) == (retry_after, "fast")
+    assert app.frontend._llm.output_processor.request_states == {}
+
+
+@pytest.mark.parametrize("api", PAYLOADS)
+@pytest.mark.parametrize(("refused", "status", "retry_after", "message"), REFUSALS)
+async def test_a_refused_call_of_the_handle_fails_with_the_same(
+    refusing: tuple[App, FakeScheduler],
+    api: Api,
+    refused: Refused,
+    status: int,
+    retry_after: str,
+    message: str,
+) -> None:
+    app, scheduler = refusing
+    scheduler.answers = [refused, refused]
+    with pytest.raises(RequestRefused) as complete:
+        await app.frontend.complete(api, PAYLOADS[api])
+    with pytest.raises(RequestRefused) as streamed:
+        async with contextlib.aclosing(app.frontend.stream(api, PAYLOADS[api])) as chunks:
+            await anext(chunks)
+
+    for failure in (complete.value, pickle.loads(pickle.dumps(streamed.value))):
+        assert (str(failure), failure.status) == (message, status)
+        assert failure.retry_after_s == refused.retry_after_s

@@ -20,8 +20,8 @@ PLACEMENT = Placement(
 def record(*attempts: Attempt, outcome: str = "length", error: str = "") -> RequestRecord:
     request = Request("cmpl-1", 24, 60, slo=Slo(ttft_s=4.0, tpot_s=3.0), slo_class="interactive")
     one = RequestRecord(request, 0.5, list(attempts), outcome=outcome, error=error)
-    one.deliver(1, 6.0)
-    one.deliver(5, 12.0)
+    one.deliver([7], 6.0)
+    one.deliver([7] * 5, 12.0)
     return one
 
 

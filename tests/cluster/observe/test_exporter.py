@@ -134,7 +134,7 @@ def ended(outcome: str, *times: float) -> RequestRecord:
     slo = Slo(ttft_s=1.0, tpot_s=0.5)
     record = RequestRecord(Request("r", 7, 9, slo=slo, slo_class="chat"), 10.0, outcome=outcome)
     for time in times:
-        record.deliver(1, time)
+        record.deliver([7], time)
     return record
 
 

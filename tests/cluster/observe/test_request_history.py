@@ -17,7 +17,7 @@ def delivered(*times: float, outcome: str = "length", slo: Slo = NO_TARGETS) -> 
     """One whose tokens came at these times, one at each."""
     one = record(slo=slo)
     for time in times:
-        one.deliver(1, time)
+        one.deliver([7], time)
     one.outcome = outcome
     return one
 
@@ -30,7 +30,7 @@ def test_the_latencies_are_those_of_the_first_and_the_last_token() -> None:
 
 def test_an_output_without_tokens_is_no_delivery() -> None:
     one = record()
-    one.deliver(0, 101.0)
+    one.deliver([], 101.0)
 
     assert (one.ttft_s, one.tpot_s, one.e2e_s) == (inf, 0.0, inf)
 

@@ -6,7 +6,7 @@ import pytest
 from cluster.config.app_config import parse_args
 from cluster.config.observe import TracingConfig
 from cluster.errors import ConfigError
-from cluster.observe.tracing import Tracing, current_traceparent
+from cluster.observe.tracing import Tracing, traceparent_of
 from tests.collector import Collector, collecting
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -29,8 +29,8 @@ def test_a_call_is_below_the_clients_span_and_what_follows_below_the_call(
 ) -> None:
     mine = tracing(collector)
 
-    with mine.call("ingress", SAMPLED, {"id": "x"}):
-        mine.add("queue", current_traceparent(), 10.0, 12.5, {"n": 3})
+    with mine.call("ingress", SAMPLED, {"id": "x"}) as span:
+        mine.add("queue", traceparent_of(span), 10.0, 12.5, {"n": 3})
     mine.shut_down()
 
     queue, ingress = sorted(collector.spans, key=lambda span: span.began_s)
@@ -62,8 +62,8 @@ def test_the_client_decides_what_is_traced_and_else_the_ratio(
 ) -> None:
     mine = tracing(collector, sample_ratio)
 
-    with mine.call("ingress", traceparent, {}):
-        mine.add("queue", current_traceparent(), 10.0, 12.5, {})
+    with mine.call("ingress", traceparent, {}) as span:
+        mine.add("queue", traceparent_of(span), 10.0, 12.5, {})
     mine.shut_down()
 
     assert len(collector.spans) == num_spans
@@ -95,20 +95,11 @@ def test_without_a_config_nothing_is_traced() -> None:
 
     with mine.call("ingress", SAMPLED, {}) as span:
         assert not span.is_recording()
-        assert current_traceparent() == ""
+        assert traceparent_of(span) == ""
         mine.add("queue", SAMPLED, 1.0, 2.0, {})
     mine.shut_down()
 
     assert not mine.is_on
-
-
-def test_the_traceparent_of_a_call_ends_with_it(collector: Collector) -> None:
-    mine = tracing(collector)
-    with mine.call("ingress", SAMPLED, {}):
-        assert TRACE in current_traceparent()
-
-    assert current_traceparent() == ""
-    mine.shut_down()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.placement.global_scheduler import FORGET_AFTER_S, SILENT_AFTER_S, GlobalScheduler
-from scheduler.placement import WorkerLoad
+from cluster.placement.global_scheduler import (
+    FORGET_AFTER_S,
+    NO_WORKER_RETRY_S,
+    SILENT_AFTER_S,
+    GlobalScheduler,
+)
+from cluster.placement.observer import SchedulerObserver
+from scheduler.placement import Placed, Placement, RefusalReason, Refused, WorkerLoad
 from scheduler.request import Request
 from workers.reports import WorkerReport
 
 A_REQUEST = Request("r", num_prompt_tokens=10, max_tokens=5)
+NO_WORKER = Refused(RefusalReason.NO_WORKER, NO_WORKER_RETRY_S)
 
 
 @dataclass
@@ -37,6 +44,12 @@ def request(request_id: str) -> Request:
     return Request(request_id, num_prompt_tokens=10, max_tokens=5)
 
 
+async def choose(scheduler: GlobalScheduler, request_id: str, worker_ids: list[str]) -> str:
+    answer = await scheduler.place(request(request_id), worker_ids)
+    assert isinstance(answer, Placed)
+    return answer.worker_id
+
+
 def report(
     worker_id: str,
     outstanding: dict[str, int] | None = None,
@@ -49,7 +62,7 @@ def report(
 async def test_requests_are_spread_over_workers_that_have_not_reported_yet(
     scheduler: GlobalScheduler,
 ) -> None:
-    chosen = [await scheduler.place(request(str(number)), ["a", "b"]) for number in range(4)]
+    chosen = [await choose(scheduler, str(number), ["a", "b"]) for number in range(4)]
 
     assert chosen == ["a", "b", "a", "b"]
 
@@ -59,7 +72,7 @@ async def test_a_request_goes_to_the_worker_that_reports_least_outstanding(
 ) -> None:
     await scheduler.report(report("a", {"x": 100}))
     await scheduler.report(report("b", {"y": 20}))
-    chosen = [await scheduler.place(request(str(number)), ["a", "b"]) for number in range(7)]
+    chosen = [await choose(scheduler, str(number), ["a", "b"]) for number in range(7)]
 
     assert chosen == ["b"] * 6 + ["a"]  # 20 + 5 * 15 < 100, 20 + 6 * 15 > 100
 
@@ -112,7 +125,7 @@ async def test_a_silent_worker_is_the_last_resort(
     assert [
         await scheduler.place(A_REQUEST, ["hung", "busy"]),
         await scheduler.place(A_REQUEST, ["hung"]),
-    ] == ["busy", "hung"]
+    ] == [Placed("busy"), Placed("hung")]
 
 
 async def test_a_silent_worker_that_serve_lists_no_more_is_forgotten(
@@ -132,14 +145,40 @@ async def test_a_draining_worker_gets_no_requests(scheduler: GlobalScheduler) ->
         await scheduler.place(A_REQUEST, ["a", "b"]),
         await scheduler.place(A_REQUEST, ["a"]),
         await scheduler.place(A_REQUEST, []),
-    ] == ["b", None, None]
+    ] == [Placed("b"), NO_WORKER, NO_WORKER]
+
+
+class Decisions(SchedulerObserver):
+    """Keeps what was decided."""
+
+    def __init__(self) -> None:
+        self.made: list[Placement | Refused] = []
+
+    def placed(self, request: Request, placement: Placement, took_s: float) -> None:
+        assert request == A_REQUEST
+        assert took_s == 0
+        self.made.append(placement)
+
+    def refused(self, request: Request, refused: Refused) -> None:
+        assert request == A_REQUEST
+        self.made.append(refused)
+
+
+async def test_every_decision_is_observed(clock: FakeClock) -> None:
+    decisions = Decisions()
+    scheduler = GlobalScheduler(clock, decisions)
+    await scheduler.place(A_REQUEST, [])
+    await scheduler.place(A_REQUEST, ["a"])
+
+    placements = await scheduler.placements(["r"])
+    assert decisions.made == [NO_WORKER, placements["r"]]
 
 
 async def test_only_a_worker_that_serve_lists_is_chosen(scheduler: GlobalScheduler) -> None:
     await scheduler.report(report("gone"))
     await scheduler.report(report("a", {"x": 100}))
 
-    assert await scheduler.place(A_REQUEST, ["a"]) == "a"
+    assert await scheduler.place(A_REQUEST, ["a"]) == Placed("a")
 
 
 async def test_after_a_restart_reports_restore_the_view(clock: FakeClock) -> None:
@@ -200,9 +239,9 @@ async def test_whatever_happens_no_load_is_negative_and_in_the_end_all_are_zero(
         match event:
             case "place":
                 new = Request(str(number), num_prompt_tokens=3, max_tokens=max_tokens[number])
-                chosen = await scheduler.place(new, list(workers))
-                assert chosen is not None
-                workers[chosen].on_their_way.append(new)
+                answer = await scheduler.place(new, list(workers))
+                assert isinstance(answer, Placed)
+                workers[answer.worker_id].on_their_way.append(new)
             case "restart":
                 scheduler = GlobalScheduler(clock)
             case "wait":

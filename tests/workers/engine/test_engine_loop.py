@@ -3,6 +3,7 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,12 +12,39 @@ from scheduler.request import Request
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.engine.engine import EngineStats
 from workers.engine.engine_loop import EngineLoop, LoopState
+from workers.engine_request import EngineRequest
 from workers.errors import ClientLost, EngineDead
 from workers.token_stream import StreamAddress, StreamReceiver
 
 NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
 
 StartLoop = Callable[[FakeEngine], EngineLoop]
+
+
+class Reports:
+    """Keeps what a loop reports."""
+
+    def __init__(self) -> None:
+        self.states: list[LoopState] = []
+        self.threads: set[str] = set()
+
+    def report_load(self, state: LoopState) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.states.append(state)
+
+
+@dataclass
+class FakeClock:
+    """Time that moves when a test says so."""
+
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_loop(engine: FakeEngine) -> EngineLoop:
+    return EngineLoop(lambda: engine, Reports(), 1.0)
 
 
 class Client:
@@ -62,7 +90,7 @@ async def start(client: Client) -> AsyncIterator[StartLoop]:
     loops: list[tuple[FakeEngine, EngineLoop]] = []
 
     def start(engine: FakeEngine) -> EngineLoop:
-        loops.append((engine, EngineLoop(lambda: engine, lambda _: None)))
+        loops.append((engine, make_loop(engine)))
         return loops[-1][1]
 
     yield start
@@ -89,15 +117,21 @@ async def state(loop: EngineLoop) -> LoopState:
     return await asyncio.wait_for(asyncio.wrap_future(loop.state()), 30)
 
 
-def request(request_id: str, max_tokens: int = 3) -> Request:
-    return Request(request_id, num_prompt_tokens=10, max_tokens=max_tokens)
+async def turn(loop: EngineLoop) -> None:
+    """Wait until the loop has come round, with the report that this may bring."""
+    for _ in range(2):
+        await state(loop)
+
+
+def request(request_id: str, max_tokens: int = 3, core: list[bytes] | None = None) -> EngineRequest:
+    return EngineRequest(Request(request_id, 10, max_tokens), core or [])
 
 
 async def test_tokens_arrive_in_order_and_the_future_gives_the_finish_reason(
     start: StartLoop, client: Client
 ) -> None:
     loop = start(FakeEngine())
-    futures = [loop.add(request(name, max_tokens=5), [b""], client.address) for name in "ab"]
+    futures = [loop.add(request(name, max_tokens=5), client.address) for name in "ab"]
 
     assert [await outcome(future) for future in futures] == ["length", "length"]
     await client.has({"a": [0, 1, 2, 3, 4], "b": [0, 1, 2, 3, 4]})
@@ -108,8 +142,8 @@ async def test_each_client_gets_the_tokens_of_its_own_requests(
 ) -> None:
     loop = start(FakeEngine())
     futures = [
-        loop.add(request("a"), [b""], client.address),
-        loop.add(request("b"), [b""], other_client.address),
+        loop.add(request("a"), client.address),
+        loop.add(request("b"), other_client.address),
     ]
 
     assert [await outcome(future) for future in futures] == ["length", "length"]
@@ -120,7 +154,7 @@ async def test_each_client_gets_the_tokens_of_its_own_requests(
 async def test_only_the_engine_thread_touches_the_engine(start: StartLoop, client: Client) -> None:
     engine = FakeEngine()
     loop = start(engine)
-    done = loop.add(request("a"), [b""], client.address)
+    done = loop.add(request("a"), client.address)
     loop.abort(["b"])
     await state(loop)
     await outcome(done)
@@ -133,9 +167,9 @@ async def test_an_aborted_request_is_in_no_further_step(start: StartLoop, client
     engine = FakeEngine()
     loop = start(engine)
     engine.go_on.clear()
-    aborted = loop.add(request("a"), [b""], client.address)
+    aborted = loop.add(request("a"), client.address)
     await until(engine.is_stepping.is_set)
-    other = loop.add(request("b"), [b""], client.address)
+    other = loop.add(request("b"), client.address)
     loop.abort(["a", "unknown"])
     engine.go_on.set()
 
@@ -150,9 +184,9 @@ async def test_a_request_cancelled_before_it_reached_the_engine_never_does(
     engine = FakeEngine()
     loop = start(engine)
     engine.go_on.clear()
-    first = loop.add(request("a"), [b""], client.address)
+    first = loop.add(request("a"), client.address)
     await until(engine.is_stepping.is_set)
-    cancelled = loop.add(request("b"), [b""], client.address)
+    cancelled = loop.add(request("b"), client.address)
     assert cancelled.cancel()
     engine.go_on.set()
     await outcome(first)
@@ -162,8 +196,8 @@ async def test_a_request_cancelled_before_it_reached_the_engine_never_does(
 
 async def test_a_refused_request_fails_alone(start: StartLoop, client: Client) -> None:
     loop = start(FakeEngine())
-    good = loop.add(request("a"), [b""], client.address)
-    bad = loop.add(request("b"), MALFORMED, client.address)
+    good = loop.add(request("a"), client.address)
+    bad = loop.add(request("b", core=MALFORMED), client.address)
 
     assert [await outcome(good), repr(await outcome(bad))] == ["length", "ValueError('malformed')"]
     loop.check(step_timeout_s=60)
@@ -175,15 +209,15 @@ async def test_an_engine_that_fails_takes_all_its_requests_with_it(
     engine = FakeEngine()
     loop = start(engine)
     engine.go_on.clear()
-    futures = [loop.add(request("in the step"), [b""], client.address)]
+    futures = [loop.add(request("in the step"), client.address)]
     await until(engine.is_stepping.is_set)
-    futures += [loop.add(request("not yet taken"), [b""], client.address)]
+    futures += [loop.add(request("not yet taken"), client.address)]
     unanswered = loop.state()
     engine.step_error = OSError("device gone")
     engine.go_on.set()
     outcomes = [await outcome(future) for future in futures]
     outcomes += [await outcome(unanswered)]
-    outcomes += [await outcome(loop.add(request("too late"), [b""], client.address))]
+    outcomes += [await outcome(loop.add(request("too late"), client.address))]
     outcomes += [await outcome(loop.state())]
 
     dead = repr(EngineDead("the engine failed: OSError('device gone')"))
@@ -204,7 +238,7 @@ async def test_no_caller_is_left_waiting_when_the_engine_fails_under_load(
             future
             for number in range(200)
             for future in (
-                loop.add(request(f"{name}{number}", 10**9), [b""], client.address),
+                loop.add(request(f"{name}{number}", 10**9), client.address),
                 loop.state(),
             )
         ]
@@ -235,7 +269,7 @@ async def test_a_caller_that_no_longer_waits_for_the_state_does_no_harm(
     engine = FakeEngine()
     loop = start(engine)
     engine.go_on.clear()
-    done = loop.add(request("a"), [b""], client.address)
+    done = loop.add(request("a"), client.address)
     await until(engine.is_stepping.is_set)
     assert loop.state().cancel()
     engine.go_on.set()
@@ -250,7 +284,7 @@ async def test_only_a_step_that_runs_too_long_counts_as_hanging(
     loop = start(engine)
     loop.check(step_timeout_s=0)
     engine.go_on.clear()
-    done = loop.add(request("a"), [b""], client.address)
+    done = loop.add(request("a"), client.address)
     await until(engine.is_stepping.is_set)
     loop.check(step_timeout_s=60)
     with pytest.raises(EngineDead, match="a step has been running for 0 s"):
@@ -266,7 +300,7 @@ def test_the_constructor_raises_what_making_the_engine_raises() -> None:
         raise OSError("no such device")
 
     with pytest.raises(OSError, match="no such device"):
-        EngineLoop(make_engine, lambda _: None)
+        EngineLoop(make_engine, Reports(), 1.0)
     assert "engine" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -277,9 +311,9 @@ async def test_the_state_counts_requests_steps_and_outstanding_tokens(
     loop = start(engine)
     before = await state(loop)
     engine.go_on.clear()
-    futures = [loop.add(request("a", max_tokens=2), [b""], client.address)]
+    futures = [loop.add(request("a", max_tokens=2), client.address)]
     await until(engine.is_stepping.is_set)
-    futures += [loop.add(request("b", max_tokens=2), [b""], client.address)]
+    futures += [loop.add(request("b", max_tokens=2), client.address)]
     during = loop.state()
     engine.go_on.set()
     during_state = await asyncio.wait_for(asyncio.wrap_future(during), 30)
@@ -299,7 +333,7 @@ async def test_a_step_that_does_not_run_the_model_is_not_counted(
     engine = FakeEngine()
     engine.runs_model = False
     loop = start(engine)
-    done = loop.add(request("a"), [b""], client.address)
+    done = loop.add(request("a"), client.address)
     await until(lambda: engine.num_empty_steps > 0)
     num_steps = (await state(loop)).num_steps
     engine.runs_model = True
@@ -313,39 +347,70 @@ async def test_a_client_that_is_lost_loses_its_requests_and_no_other(
     monkeypatch.setattr("workers.token_stream.LOST_AFTER_S", 0.2)
     engine = FakeEngine()
     loop = start(engine)
-    gone = [loop.add(request(name, max_tokens=10**9), [b""], NOBODY) for name in "ab"]
+    gone = [loop.add(request(name, max_tokens=10**9), NOBODY) for name in "ab"]
     outcomes = [await outcome(future) for future in gone]
-    other = loop.add(request("c"), [b""], client.address)
+    other = loop.add(request("c"), client.address)
 
     assert [type(outcome) for outcome in outcomes] == [ClientLost, ClientLost]
     assert await outcome(other) == "length"
     assert not engine.has_requests()
 
 
-async def test_changes_are_told_with_what_is_outstanding_and_what_ended(client: Client) -> None:
-    told: list[tuple[dict[str, int], tuple[str, ...]]] = []
-    engine = FakeEngine()
-    loop = EngineLoop(
-        lambda: engine, lambda loop: told.append((loop.outstanding(), loop.take_finished()))
-    )
-    engine.go_on.clear()
-    done = loop.add(request("a", max_tokens=2), [b""], client.address)
-    await until(engine.is_stepping.is_set)
-    told.clear()
-    refused = loop.add(request("b"), MALFORMED, client.address)
-    loop.abort(["never came"])
-    engine.go_on.set()
+async def test_a_report_is_due_once_in_an_interval_with_all_that_ended_since(
+    client: Client,
+) -> None:
+    reports, clock, engine = Reports(), FakeClock(), FakeEngine()
+    loop = EngineLoop(lambda: engine, reports, 0.25, clock)
+    await until(lambda: len(reports.states) == 1)
+    done = loop.add(request("a", max_tokens=2), client.address)
     await outcome(done)
-    await outcome(refused)
+    await outcome(loop.add(request("b", core=MALFORMED), client.address))
+    loop.abort(["never came"])
+    clock.now += 0.24
+    await turn(loop)
+    num_early = len(reports.states)
+    engine.go_on.clear()
+    engine.is_stepping.clear()
+    running = loop.add(request("c", max_tokens=2), client.address)
+    await until(engine.is_stepping.is_set)
+    clock.now += 0.01
+    engine.go_on.set()
+    await outcome(running)
+    clock.now += 0.25
+    await turn(loop)
     await asyncio.to_thread(loop.stop)
 
-    assert told[:2] == [({"a": 1}, ()), ({}, ("b", "never came", "a"))]
+    assert num_early == 1
+    assert reports.states == [
+        LoopState(EngineStats(0, 0, 0.0), num_steps=0, outstanding={}),
+        LoopState(
+            EngineStats(1, 0, 1 / 8),
+            num_steps=3,
+            outstanding={"c": 1},
+            finished=("a", "b", "never came"),
+        ),
+        LoopState(EngineStats(0, 0, 0.0), num_steps=4, outstanding={}, finished=("c",)),
+    ]
+    assert reports.threads == {"engine"}
+
+
+async def test_asking_for_the_state_takes_nothing_from_the_next_report(client: Client) -> None:
+    reports, clock = Reports(), FakeClock()
+    loop = EngineLoop(FakeEngine, reports, 0.25, clock)
+    await until(lambda: len(reports.states) == 1)
+    await outcome(loop.add(request("a"), client.address))
+    asked = await state(loop)
+    clock.now += 1
+    await turn(loop)
+    await asyncio.to_thread(loop.stop)
+
+    assert (asked.finished, reports.states[-1].finished) == ((), ("a",))
 
 
 async def test_stopping_waits_for_the_last_tokens_to_arrive() -> None:
-    loop = EngineLoop(FakeEngine, lambda _: None)
+    loop = make_loop(FakeEngine())
     receiver = StreamReceiver("127.0.0.1")
-    assert await outcome(loop.add(request("a", max_tokens=1), [b""], receiver.address)) == "length"
+    assert await outcome(loop.add(request("a", max_tokens=1), receiver.address)) == "length"
     stopping = asyncio.create_task(asyncio.to_thread(loop.stop))
     await asyncio.sleep(0.05)
     assert not stopping.done()
@@ -360,8 +425,8 @@ async def test_stopping_waits_for_a_client_that_takes_nothing_only_for_a_while(
 ) -> None:
     monkeypatch.setattr("workers.engine.engine_loop.FLUSH_S", 0.05)
     engine = FakeEngine()
-    loop = EngineLoop(lambda: engine, lambda _: None)
-    assert await outcome(loop.add(request("a", max_tokens=1), [b""], NOBODY)) == "length"
+    loop = make_loop(engine)
+    assert await outcome(loop.add(request("a", max_tokens=1), NOBODY)) == "length"
     await asyncio.to_thread(loop.stop)
 
     assert engine.is_shut_down
@@ -370,10 +435,10 @@ async def test_stopping_waits_for_a_client_that_takes_nothing_only_for_a_while(
 async def test_stopping_leaves_nothing_behind(client: Client) -> None:
     num_files = len(os.listdir("/proc/self/fd"))
     engine = FakeEngine()
-    loop = EngineLoop(lambda: engine, lambda _: None)
-    finished = loop.add(request("a"), [b""], client.address)
+    loop = make_loop(engine)
+    finished = loop.add(request("a"), client.address)
     assert await outcome(finished) == "length"
-    running = loop.add(request("b", max_tokens=10**9), [b""], client.address)
+    running = loop.add(request("b", max_tokens=10**9), client.address)
     await until(lambda: "b" in client.tokens)
     await asyncio.to_thread(loop.stop)
     await asyncio.to_thread(loop.stop)

@@ -15,6 +15,7 @@ from scheduler.task import Limits
 from tests.workers.engine_process import EngineProcesses
 from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
 from workers.config import EngineConfig, WorkerConfig
+from workers.engine_request import EngineRequest
 from workers.profiling.engine_profile import (
     Checked,
     EngineProfile,
@@ -97,7 +98,8 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
             cache_salt=None,
             data_parallel_rank=None,
         )
-        engine.add_request(Request(str(index), len(prompt), 12), encode(request), client)
+        ours = Request(str(index), len(prompt), 12)
+        engine.add_request(EngineRequest(ours, encode(request)), client)
     tokens: list[list[int]] = [[] for _ in range(5)]
     num_cached = 0
     while engine.has_requests():

@@ -1,0 +1,84 @@
+"""What the actors let others see of their work: metrics, spans and history."""
+
+import time
+from typing import TYPE_CHECKING
+
+from cluster.config.app_config import AppConfig
+from cluster.observe.exporter import Exporter, PlacementMetrics, WorkerMetrics
+from cluster.observe.metrics import PEAK_FLOPS, PEAK_MEMORY_BANDWIDTH
+from cluster.observe.tracing import Tracing
+from cluster.placement.observer import SchedulerObserver
+from scheduler.drafting import CollapseReason
+from scheduler.placement import Placement
+from scheduler.request import Request
+from scheduler.task import StepReport
+from workers.observer import WorkerObserver
+from workers.reports import Peaks, WorkerReport
+from workers.step_history import StepHistory
+
+if TYPE_CHECKING:
+    from cluster.observe.vllm_metrics import SchedulerMetrics
+    from workers.engine.vllm_engine import VllmEngine
+
+
+class SchedulerTelemetry(SchedulerObserver):
+    """Counts and traces placements, and counts collapses of drafting."""
+
+    def __init__(self, metrics: PlacementMetrics, tracing: Tracing) -> None:
+        self._metrics = metrics
+        self._tracing = tracing
+
+    def placed(self, request: Request, placement: Placement, took_s: float) -> None:
+        """Count a placement, and make a span of it."""
+        self._metrics.count_placement(placement)
+        ended_s = time.time()
+        runner_up = placement.runner_up
+        self._tracing.add(
+            "placement", request.traceparent, ended_s - took_s, ended_s,
+            {
+                "xyserve.worker": placement.chosen.worker_id,
+                "xyserve.reason": placement.reason,
+                "xyserve.runner_up": runner_up.worker_id if runner_up else "",
+            },
+        )  # fmt: skip
+
+    def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
+        """Count that the drafts for a worker are no longer accepted."""
+        self._metrics.count_collapse(worker_id, reason)
+
+
+class WorkerTelemetry(WorkerObserver):
+    """Counts and remembers a worker's steps, and exports what they add up to with each report."""
+
+    def __init__(self, config: AppConfig, history: StepHistory) -> None:
+        self._config = config
+        self._exporter = Exporter(config.model_name, config.metrics)
+        self._metrics = WorkerMetrics(self._exporter)
+        self._history = history
+        self._scheduler_metrics: SchedulerMetrics | None = None
+        self.peaks: Peaks | None = None
+        """Peaks of the worker's device; None if they were not measured."""
+
+    def watch(self, engine: "VllmEngine") -> None:
+        """Take part in what vLLM's scheduler sees, and note the device's peaks."""
+        if self._config.metrics:
+            # vLLM takes long to import; it is there by now, but not where this file is read.
+            from cluster.observe.vllm_metrics import SchedulerMetrics
+
+            self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, self._config.model_name)
+            engine.on_stats = self._scheduler_metrics.add
+        if engine.peaks:
+            self.peaks = engine.peaks
+            self._exporter.keep(PEAK_FLOPS, engine.peaks.flops_per_s)
+            self._exporter.keep(PEAK_MEMORY_BANDWIDTH, engine.peaks.bytes_per_s)
+
+    def took_step(self, step: StepReport) -> None:
+        """Count and remember a step."""
+        self._metrics.add_step(step)
+        self._history.add(step)
+
+    def reported(self, report: WorkerReport) -> None:
+        """Export what the steps since the last report add up to."""
+        self._metrics.export(report.drafts)
+        if self._scheduler_metrics:
+            self._scheduler_metrics.export()

@@ -1,0 +1,18 @@
+"""Who sees what the GlobalScheduler decides."""
+
+from scheduler.drafting import CollapseReason
+from scheduler.placement import Placement, Refused
+from scheduler.request import Request
+
+
+class SchedulerObserver:
+    """Called in the event loop of the GlobalScheduler; this one does nothing."""
+
+    def placed(self, request: Request, placement: Placement, took_s: float) -> None:
+        """A request was placed, by a decision that took `took_s` seconds."""
+
+    def refused(self, request: Request, refused: Refused) -> None:
+        """A request was placed nowhere."""
+
+    def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
+        """The drafts for a worker are no longer accepted."""

@@ -1,0 +1,185 @@
+"""The actors' replicas with what they have, without Serve around them."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from cluster.config.app_config import parse_args
+from cluster.replicas import DraftReplica, GlobalSchedulerReplica, Replica, WorkerReplica
+from scheduler.placement import Placed
+from scheduler.request import Request
+from tests.workers.fake_engine import FakeEngine, decode_tokens
+from workers.drafts.draft_stream import DraftWorkerAddress
+from workers.engine.engine import EngineStats
+from workers.engine_request import EngineRequest
+from workers.errors import EngineDead, WrongWorker
+from workers.reports import DraftStats, DraftWorkerReport, WorkerReport
+from workers.token_stream import StreamAddress, StreamReceiver
+
+CONFIG = parse_args(
+    {
+        "metrics": False,
+        "worker": {"device": "cuda", "report_interval_s": 0.01},
+        "draft": {"drafters": ["suffix"], "cpus": 0},
+    }
+)
+DRAFTER = DraftWorkerAddress("d", "incarnation", StreamAddress("tcp://127.0.0.1:1", b"token"))
+NO_DRAFTS = DraftStats({}, 0.0, 1.0, None, 0.0)
+
+
+class DraftedEngine(FakeEngine):
+    """One whose drafts another process makes."""
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0.0, NO_DRAFTS)
+
+
+@dataclass
+class Answer:
+    """What an actor answers, or the error that the call ends with."""
+
+    value: Any
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from asyncio.sleep(0).__await__()
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+class SchedulerHandle:
+    """The handle of a GlobalScheduler that answers each report with the next of `answers`."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.report = self.report_draft_worker = self
+        self.reports: list[WorkerReport | DraftWorkerReport] = []
+        self._answers = list(answers)
+
+    def remote(self, report: WorkerReport | DraftWorkerReport) -> Any:
+        self.reports.append(report)
+        return Answer(self._answers.pop(0) if len(self._answers) > 1 else self._answers[0])
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def _serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Serve tells a replica of itself; the logs stay those of the tests."""
+    monkeypatch.setattr("cluster.replicas.replica_context", lambda: {"replica": "w1"})
+    monkeypatch.setattr("cluster.replicas.set_up_logs", lambda config, **context: None)
+
+
+@pytest.fixture
+async def ended() -> AsyncIterator[list[Replica]]:
+    """Replicas that end with the test, as Serve ends them."""
+    replicas: list[Replica] = []
+    yield replicas
+    for replica in replicas:
+        await asyncio.to_thread(replica.__del__)
+
+
+def make_worker(
+    monkeypatch: pytest.MonkeyPatch, engine: FakeEngine, scheduler: Any
+) -> WorkerReplica:
+    monkeypatch.setattr(WorkerReplica, "_make_engine", lambda self, config: engine)
+    return WorkerReplica(CONFIG, scheduler)
+
+
+async def test_a_workers_replica_runs_what_was_placed_on_it_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
+) -> None:
+    replica = make_worker(monkeypatch, FakeEngine(), SchedulerHandle(None))
+    ended.append(replica)
+    receiver = StreamReceiver("127.0.0.1")
+    request = EngineRequest(Request("r.0", 10, 1), [])
+
+    assert await replica.generate("w1", request, receiver.address) == "length"
+    assert decode_tokens(await receiver.receive()) == {"r.0": [0]}
+    assert isinstance(await replica.generate("w2", request, receiver.address), WrongWorker)
+    assert (await replica.status()).worker_id == "w1"
+    receiver.close()
+
+
+async def test_a_workers_replica_follows_what_its_reports_are_answered(
+    monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
+) -> None:
+    engine, scheduler = DraftedEngine(), SchedulerHandle(RayActorError(), DRAFTER)
+    ended.append(make_worker(monkeypatch, engine, scheduler))
+    await asyncio.sleep(0)
+    await until(lambda: len(scheduler.reports) >= 1)
+    ended[0]._worker._draining = True  # type: ignore[attr-defined]  # a change to report
+    await until(lambda: engine.draft_worker == DRAFTER)
+
+    assert scheduler.reports[:2] == [
+        WorkerReport("w1", {}, (), draining, NO_DRAFTS) for draining in (False, True)
+    ]
+
+
+async def test_the_end_of_a_workers_replica_ends_its_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = FakeEngine()
+    replica = make_worker(monkeypatch, engine, SchedulerHandle(None))
+    replica.check_health()
+    await asyncio.to_thread(replica.__del__)
+    await asyncio.to_thread(replica.__del__)  # Serve and Python may both call it
+
+    assert engine.is_shut_down
+    with pytest.raises(EngineDead):
+        replica.check_health()
+
+
+async def test_a_replica_whose_engine_cannot_be_made_ends_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: WorkerReplica, config: object) -> FakeEngine:
+        raise OSError("no such device")
+
+    monkeypatch.setattr(WorkerReplica, "_make_engine", fail)
+    replica = WorkerReplica.__new__(WorkerReplica)
+    with pytest.raises(OSError, match="no such device"):
+        replica.__init__(CONFIG, SchedulerHandle(None))  # type: ignore[misc]
+    replica.__del__()
+
+
+async def test_the_global_schedulers_replica_places_and_takes_reports(
+    ended: list[Replica],
+) -> None:
+    replica = GlobalSchedulerReplica(CONFIG)
+    ended.append(replica)
+    await replica.report(WorkerReport("busy", {"x": 100}, (), draining=False))
+
+    assert await replica.place(Request("r", 10, 5), ["busy", "idle"]) == Placed("idle")
+    assert (await replica.placements(["r"]))["r"].chosen.worker_id == "idle"
+    assert [load.worker_id for load in await replica.loads()] == ["busy", "idle"]
+    assert await replica.draft_workers() == []
+    replica._exporting.cancel()
+
+
+async def test_a_draft_workers_replica_reports_and_meets_the_others(
+    monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
+) -> None:
+    monkeypatch.setattr("cluster.replicas.make_drafters", lambda *_: {})
+    scheduler = SchedulerHandle([DRAFTER])
+    replica = DraftReplica(CONFIG, scheduler)
+    ended.append(replica)
+    await until(lambda: replica._draft_worker._peers == [DRAFTER])
+
+    [report, *_] = scheduler.reports
+    assert isinstance(report, DraftWorkerReport)
+    assert report.address.draft_worker_id == "w1"
+    assert await replica.spans(0.0) == ("w1", [])
+    replica.check_health()
+    await asyncio.to_thread(replica.__del__)
+    with pytest.raises(RuntimeError):
+        replica.check_health()
+    assert "drafter" not in {thread.name for thread in threading.enumerate()}
