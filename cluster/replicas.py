@@ -14,10 +14,9 @@ from ray.util import get_node_ip_address
 from cluster.config.app_config import AppConfig
 from cluster.models.model import resolve_model
 from cluster.observe.exporter import DraftWorkerMetrics, Exporter, PlacementMetrics
-from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.phases import phases
+from cluster.observe.replica import Replica
 from cluster.observe.telemetry import SchedulerTelemetry, WorkerTelemetry
-from cluster.observe.tracing import Tracing
 from cluster.placement.global_scheduler import GlobalScheduler
 from scheduler.placement import Placed, Placement, Refused, WorkerLoad
 from scheduler.request import Request
@@ -44,25 +43,6 @@ logger = logging.getLogger(__name__)
 
 EXPORT_LOADS_S = 2.0
 """Period at which the GlobalScheduler's view of the workers is exported."""
-
-
-class Replica:
-    """An actor in a replica of Serve, which calls the public methods and knows the replica's id."""
-
-    def __init__(self, config: AppConfig, role: str) -> None:
-        """`role` names its service in traces."""
-        self._at_end = contextlib.ExitStack()
-        """The actor's shutdown, before that of what it reports to."""
-        context = replica_context()
-        set_up_logs(config.logs, **context)
-        self._replica_id = context["replica"]
-        self._tracing = Tracing(config.tracing, role, self._replica_id)
-        self._at_end.callback(self._tracing.shut_down)
-
-    def __del__(self) -> None:
-        """Serve's hook for the end of a replica, also of one whose constructor failed."""
-        if hasattr(self, "_at_end"):
-            self._at_end.close()
 
 
 class GlobalSchedulerReplica(Replica):
@@ -101,7 +81,7 @@ class GlobalSchedulerReplica(Replica):
 
     async def _export(self, metrics: PlacementMetrics) -> None:
         while True:
-            for load, report_age_s in self._scheduler.loads_by_age():
+            for load, report_age_s in self._scheduler.loads_and_ages():
                 metrics.set_load(load, report_age_s)
             await asyncio.sleep(EXPORT_LOADS_S)
 
@@ -164,7 +144,7 @@ class WorkerReplica(Replica):
 
     def _make_engine(self, config: AppConfig) -> Engine:
         check_seams(config.worker.device)
-        # vLLM takes long to import; only this process of the cluster package needs it.
+        # vLLM takes long to import, and is checked first.
         from workers.profiling.vllm_calibrated_engine import make_engine
 
         took_step = self._telemetry.took_step if config.metrics or config.tracing else None
@@ -178,9 +158,9 @@ class WorkerReplica(Replica):
             self._tracing.add(
                 phase.name,
                 request.traceparent,
-                phase.began_s,
-                phase.ended_s,
-                {
+                began_s=phase.began_s,
+                ended_s=phase.ended_s,
+                attributes={
                     "xyserve.request_id": request.request_id,
                     "xyserve.outcome": outcome,
                     **phase.attributes(),

@@ -99,7 +99,9 @@ class Calls:
 
     def _refuse(self, call: Call) -> None:
         now = time.time()
-        self._tracing.add("admission", call.traceparent, call.began_s, now, {}, error=call.message)
+        self._tracing.add(
+            "admission", call.traceparent, began_s=call.began_s, ended_s=now, error=call.message
+        )
         self._observer.refused(Refusal(call.call_id, now, call.status, call.message))
 
 

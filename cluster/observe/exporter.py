@@ -195,8 +195,8 @@ class PlacementMetrics:
         worker = placement.chosen.worker_id
         self._exporter.add(metrics.PLACEMENTS, worker=worker, reason=placement.reason)
 
-    def count_collapse(self, worker_id: str, reason: CollapseReason) -> None:
-        """Count that the drafts for a worker are no longer accepted."""
+    def count_collapse(self, reason: CollapseReason) -> None:
+        """Count that the drafts for some worker are no longer accepted."""
         self._exporter.add(metrics.DRAFT_COLLAPSES, reason=reason)
 
     def set_load(self, load: WorkerLoad, report_age_s: float) -> None:

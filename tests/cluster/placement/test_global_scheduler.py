@@ -148,30 +148,24 @@ async def test_a_draining_worker_gets_no_requests(scheduler: GlobalScheduler) ->
     ] == [Placed("b"), NO_WORKER, NO_WORKER]
 
 
-class Decisions(SchedulerObserver):
-    """Keeps what was decided."""
+class Placements(SchedulerObserver):
+    """Keeps the placements."""
 
     def __init__(self) -> None:
-        self.made: list[Placement | Refused] = []
+        self.made: list[tuple[Request, Placement, float]] = []
 
     def placed(self, request: Request, placement: Placement, took_s: float) -> None:
-        assert request == A_REQUEST
-        assert took_s == 0
-        self.made.append(placement)
-
-    def refused(self, request: Request, refused: Refused) -> None:
-        assert request == A_REQUEST
-        self.made.append(refused)
+        self.made.append((request, placement, took_s))
 
 
-async def test_every_decision_is_observed(clock: FakeClock) -> None:
-    decisions = Decisions()
-    scheduler = GlobalScheduler(clock, decisions)
+async def test_every_placement_is_observed(clock: FakeClock) -> None:
+    observed = Placements()
+    scheduler = GlobalScheduler(clock, observed)
     await scheduler.place(A_REQUEST, [])
     await scheduler.place(A_REQUEST, ["a"])
 
     placements = await scheduler.placements(["r"])
-    assert decisions.made == [NO_WORKER, placements["r"]]
+    assert observed.made == [(A_REQUEST, placements["r"], 0.0)]
 
 
 async def test_only_a_worker_that_serve_lists_is_chosen(scheduler: GlobalScheduler) -> None:
