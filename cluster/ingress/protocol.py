@@ -11,10 +11,10 @@ Api = Literal["chat", "completion"]
 
 
 class Names(NamedTuple):
-    """How that is called which a call brings besides the request itself."""
+    """Names of what a call may carry in addition to the request itself."""
 
     call_id: str
-    """A client may name its call, else Serve does; the answer repeats the name, and vLLM makes it a
+    """Id of the call, by default one that Serve makes; the answer repeats it, and vLLM makes it a
     part of the requests' ids."""
     traceparent: str
     slo_class: str

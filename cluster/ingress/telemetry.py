@@ -1,4 +1,4 @@
-"""What an ingress lets others see of its requests: metrics, spans, history and log."""
+"""The telemetry of an ingress: metrics, spans, history and log of its requests."""
 
 import itertools
 import logging
@@ -23,7 +23,7 @@ class IngressTelemetry(IngressObserver):
         self._num_live = 0
 
     def refused(self, refusal: Refusal) -> None:
-        """Remember and count a call that came to nothing."""
+        """Remember and count a call that was refused."""
         self._history.add(refusal)
         self._metrics.count_admission(refusal.outcome)
 

@@ -1,4 +1,4 @@
-"""What the actors let others see of their work: metrics, spans and history."""
+"""The telemetry of workers and the GlobalScheduler: metrics, spans and history."""
 
 import time
 from typing import TYPE_CHECKING
@@ -63,9 +63,9 @@ class WorkerTelemetry(WorkerObserver):
         """Peaks of the worker's device; None if they were not measured."""
 
     def watch(self, engine: "VllmEngine") -> None:
-        """Take part in what vLLM's scheduler sees, and note the device's peaks."""
+        """Export the statistics of the engine's vLLM scheduler, and the peaks of its device."""
         if self._config.metrics:
-            # vLLM takes long to import; it is there by now, but not where this file is read.
+            # Imports vLLM: slow, unless the engine has done so.
             from cluster.observe.vllm_metrics import SchedulerMetrics
 
             self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, self._config.model_name)

@@ -1,4 +1,4 @@
-"""The hook through which others see what the GlobalScheduler decides."""
+"""The hooks through which others follow what the GlobalScheduler decides."""
 
 from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement
