@@ -23,7 +23,7 @@ REFRESH_S = 5.0
 
 
 class _Nowhere:
-    """A metric of Ray's that is not exported."""
+    """A stand-in for Ray's metrics where none are exported."""
 
     def inc(self, amount: float, labels: dict[str, str]) -> None:
         """Drop what a counter is given."""
@@ -120,7 +120,7 @@ class WorkerMetrics:
             sums[metrics.DEFERRALS, deferral.reason] += 1
 
     def export(self, drafts: DraftStats | None) -> None:
-        """Send the sums, and what has been added to the drafts' counts."""
+        """Send the sums, and the growth of the drafts' counts, since the last export."""
         for (metric, label), amount in self._sums.items():
             if amount:
                 self._exporter.add(metric, amount, **dict.fromkeys(metric.labels, label))
