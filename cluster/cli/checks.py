@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.models.model import DEFAULT_MODEL
-from cluster.models.model_files import missing_files
+from cluster.models.default_model import DEFAULT_MODEL
+from cluster.models.model import missing_files
 from cluster.placement.ray_seams import VERSION as RAY
 from workers.config import DraftConfig
 from workers.plugin.vllm_seams import VERSION as VLLM

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from cluster.cli.model import show_fetch
 from cluster.cli.options import fail
-from cluster.models.model import DEFAULT_MODEL, FetchError, resolve_model
+from cluster.models.default_model import DEFAULT_MODEL, FetchError
+from cluster.models.model import resolve_model
 from workers.config import WorkerConfig
 
 draft_head_app = typer.Typer(

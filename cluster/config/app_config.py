@@ -16,7 +16,7 @@ import pydantic
 from cluster.config.observe import LogConfig, TracingConfig
 from cluster.config.slo import SloConfig
 from cluster.errors import ConfigError
-from cluster.models.model import DEFAULT_MODEL
+from cluster.models.default_model import DEFAULT_MODEL
 from workers.config import DraftConfig, EngineConfig, WorkerConfig
 
 

@@ -63,9 +63,9 @@ class WorkerTelemetry(WorkerObserver):
         """Peaks of the worker's device; None if they were not measured."""
 
     def watch(self, engine: "VllmEngine") -> None:
-        """Export the statistics of the engine's vLLM scheduler, and the peaks of its device."""
+        """Take part in what vLLM's scheduler sees, and note the device's peaks."""
         if self._config.metrics:
-            # Imports vLLM: slow, unless the engine has done so.
+            # vLLM takes long to import; it is there by now, but not where this file is read.
             from cluster.observe.vllm_metrics import SchedulerMetrics
 
             self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, self._config.model_name)
