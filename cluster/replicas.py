@@ -1,10 +1,10 @@
-"""The actors of the app as replicas of Serve: wired to each other, measured, traced and logged."""
+"""The actors of the app, except the ingress, as replicas of Serve: wired, measured and traced."""
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from ray.exceptions import RayError
@@ -18,7 +18,6 @@ from cluster.observe.phases import phases
 from cluster.observe.replica import Replica
 from cluster.observe.telemetry import SchedulerTelemetry, WorkerTelemetry
 from cluster.placement.global_scheduler import GlobalScheduler
-from scheduler.placement import Placed, Placement, Refused, WorkerLoad
 from scheduler.request import Request
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.make import make_drafters
@@ -27,13 +26,7 @@ from workers.engine.engine import Engine
 from workers.engine_request import EngineRequest
 from workers.errors import WrongWorker
 from workers.plugin.vllm_seams import check_seams
-from workers.reports import (
-    DraftWorkerReport,
-    DraftWorkerStatus,
-    WorkerReport,
-    WorkerStatus,
-    WorkerSteps,
-)
+from workers.reports import DraftWorkerReport, WorkerReport, WorkerStatus, WorkerSteps
 from workers.step_history import RequestStep, StepHistory
 from workers.timeline import Span
 from workers.token_stream import StreamAddress
@@ -45,43 +38,19 @@ EXPORT_LOADS_S = 2.0
 """Period at which the GlobalScheduler's view of the workers is exported."""
 
 
-class GlobalSchedulerReplica(Replica):
-    """Has the GlobalScheduler."""
+class GlobalSchedulerReplica(Replica, GlobalScheduler):
+    """The GlobalScheduler, which exports its view of the workers."""
 
     def __init__(self, config: AppConfig) -> None:
-        super().__init__(config, "scheduler")
+        Replica.__init__(self, config, "scheduler")
         metrics = PlacementMetrics(Exporter(config.model_name, config.metrics))
-        self._scheduler = GlobalScheduler(observer=SchedulerTelemetry(metrics, self._tracing))
+        GlobalScheduler.__init__(self, observer=SchedulerTelemetry(metrics, self._tracing))
         self._exporting = asyncio.get_running_loop().create_task(self._export(metrics))
         logger.info("GlobalScheduler ready")
 
-    async def place(self, request: Request, worker_ids: Sequence[str]) -> Placed | Refused:
-        """Choose one of the workers."""
-        return await self._scheduler.place(request, worker_ids)
-
-    async def placements(self, request_ids: Sequence[str]) -> dict[str, Placement]:
-        """Where requests were placed and why."""
-        return await self._scheduler.placements(request_ids)
-
-    async def report(self, report: WorkerReport) -> DraftWorkerAddress | None:
-        """Take a worker's report; returns the draft worker that drafts for it."""
-        return await self._scheduler.report(report)
-
-    async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
-        """Take a draft worker's report; returns the other draft workers."""
-        return await self._scheduler.report_draft_worker(report)
-
-    async def draft_workers(self) -> list[DraftWorkerStatus]:
-        """The current view of all draft workers."""
-        return await self._scheduler.draft_workers()
-
-    async def loads(self) -> list[WorkerLoad]:
-        """The current view of all workers."""
-        return await self._scheduler.loads()
-
     async def _export(self, metrics: PlacementMetrics) -> None:
         while True:
-            for load, report_age_s in self._scheduler.loads_and_ages():
+            for load, report_age_s in self.loads_and_ages():
                 metrics.set_load(load, report_age_s)
             await asyncio.sleep(EXPORT_LOADS_S)
 
@@ -101,9 +70,10 @@ class WorkerReplica(Replica):
     async def generate(
         self, worker_id: str, request: EngineRequest, reply_to: StreamAddress
     ) -> str | WrongWorker:
-        """Run a request that was placed on the worker of that id, and trace that.
+        """Run a request, with spans of its phases, on the worker of id `worker_id`.
 
-        WrongWorker is returned: Serve would log it as a crash of this replica if it were raised.
+        WrongWorker, if that is another one, is returned: Serve would log it as a crash of this
+        replica if it were raised.
         """
         began_s, outcome = time.time(), "error"
         try:
@@ -129,7 +99,7 @@ class WorkerReplica(Replica):
         return WorkerSteps(self._replica_id, steps, self._telemetry.peaks)
 
     async def steps_of(self, request_ids: list[str]) -> tuple[str, dict[str, list[RequestStep]]]:
-        """The worker's id, and the steps that each request had a part in, or waited through."""
+        """The worker's id, and the steps that each request took part in or was deferred in."""
         found = {request_id: self._history.of_request(request_id) for request_id in request_ids}
         return self._replica_id, {request_id: steps for request_id, steps in found.items() if steps}
 
@@ -138,7 +108,7 @@ class WorkerReplica(Replica):
         self._worker.check_health()
 
     async def follow(self, answer: "DeploymentResponse[DraftWorkerAddress | None]") -> None:
-        """Have the draft worker that the GlobalScheduler names make the drafts."""
+        """Take drafts from the draft worker that the GlobalScheduler names."""
         with _while_the_scheduler_restarts():
             self._worker.assign_draft_worker(await answer)
 
@@ -169,7 +139,7 @@ class WorkerReplica(Replica):
 
 
 class _ReportingTelemetry(WorkerTelemetry):
-    """Sends a worker's reports to the GlobalScheduler too, which answers with a draft worker."""
+    """Sends a worker's reports to the GlobalScheduler too, which names a draft worker in return."""
 
     def __init__(
         self,
@@ -197,10 +167,8 @@ class DraftReplica(Replica):
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
         assert config.draft
         super().__init__(config, "draft_worker")
-        draft, metrics = (
-            config.draft,
-            DraftWorkerMetrics(Exporter(config.model_name, config.metrics)),
-        )
+        draft = config.draft
+        metrics = DraftWorkerMetrics(Exporter(config.model_name, config.metrics))
         event_loop = asyncio.get_running_loop()
 
         def send(report: DraftWorkerReport) -> None:
@@ -218,7 +186,7 @@ class DraftReplica(Replica):
         self._at_end.callback(self._draft_worker.shutdown)
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
-        """Its id, and its drafting that ended after a time, by the wall clock."""
+        """The draft worker's id, and the drafts it made after a time, by the wall clock."""
         return await self._draft_worker.spans(since_s)
 
     def check_health(self) -> None:
@@ -232,7 +200,7 @@ class DraftReplica(Replica):
 
 @contextlib.contextmanager
 def _while_the_scheduler_restarts() -> Iterator[None]:
-    """Go on with what the GlobalScheduler answered before, if it does not answer."""
+    """Keep the GlobalScheduler's last answer if this call of it fails."""
     try:
         yield
     except (RayError, RuntimeError) as error:

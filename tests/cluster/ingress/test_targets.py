@@ -2,7 +2,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
@@ -122,6 +122,7 @@ written = raw | numbers.map(str) | st.sampled_from(sorted(CONFIG.classes))
 
 
 @given(st.dictionaries(st.sampled_from(HEADERS), written))
+@settings(deadline=None)
 @example({"x-slo-ttft-ms": "9" * 400})
 @example({"x-slo-class": "fast", "x-slo-tpot-ms": "\u0661"})
 def test_any_headers_give_targets_or_the_refusal(given: dict[str, str]) -> None:
@@ -137,6 +138,7 @@ def test_any_headers_give_targets_or_the_refusal(given: dict[str, str]) -> None:
         st.none() | st.booleans() | numbers | st.text(st.characters()) | st.binary(),
     )
 )
+@settings(deadline=None)
 @example({"slo_class": "\ud800"})
 def test_any_parameters_give_targets_or_the_refusal(given: dict[str, Any]) -> None:
     status, text = answer_to(given, PARAMETERS)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pythonjsonlogger.core import RESERVED_ATTRS
 
@@ -118,6 +118,7 @@ def test_what_json_does_not_know_is_written_as_text(
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.text()))
+@settings(deadline=None)
 def test_quoted_values_can_be_read_back(fields: dict[str, str]) -> None:
     line = " ".join(f"{key}={quoted(value)}" for key, value in fields.items())
 
