@@ -1,4 +1,4 @@
-"""The actors' replicas with what they have, without Serve around them."""
+"""Tests of the actors' replicas, without Serve around them."""
 
 import asyncio
 import threading
@@ -74,7 +74,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(autouse=True)
 def _serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Serve tells a replica of itself; the logs stay those of the tests."""
+    """A replica's context without Serve; the logs stay those of the tests."""
     monkeypatch.setattr("cluster.observe.replica.replica_context", lambda: {"replica": "w1"})
     monkeypatch.setattr("cluster.observe.replica.set_up_logs", lambda config, **context: None)
 

@@ -186,7 +186,7 @@ def test_torchvision_may_be_absent_or_a_cpu_build(versions: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize(("path", "level"), [("/usr/bin/c++", "ok"), (None, "warn")])
-def test_a_compiler_is_wanted(path: str | None, level: Level) -> None:
+def test_a_missing_compiler_is_a_warning(path: str | None, level: Level) -> None:
     assert checks.check_compiler(path).level == level
 
 

