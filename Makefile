@@ -25,7 +25,7 @@ help:
 	@echo "  make test-fast  only the tests without engine and Ray: under 90 s on two cores"
 	@echo "  make lint       ruff, clang-format and mypy --strict only"
 	@echo "  make fix        let ruff and clang-format change what they can"
-	@echo "  make dashboards write deploy/grafana/*.json and deploy/alerts.yml anew, after a change of them"
+	@echo "  make dashboards write deploy/grafana/*.json and deploy/alerts.yml again, after a change of them"
 	@echo "  make docs       write the config reference in deploy/README.md again, after a change of the config"
 	@echo "  make install    only make .venv; the second time it has nothing to do"
 	@echo "                    PYTHON=python3.12         another Python, 3.11 or newer"
@@ -54,7 +54,7 @@ test: lint
 test-fast: install
 	$(call phase,pytest,$(BIN)/pytest --fast $(ARGS))
 
-# What is in git; a test compares it with cluster/dashboards.
+# What is in git; a test compares it with cluster/observe/dashboards.
 dashboards: install
 	@$(BIN)/python -m cluster.observe.dashboards.grafana
 

@@ -123,7 +123,7 @@ class QueryTiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanCut:
-    """What besides its spans decides how a step's attention is cut."""
+    """What decides, in addition to its spans, how a step's attention is cut."""
 
     group: int
     """Query heads per KV head."""

@@ -1,6 +1,6 @@
 """The seams with vLLM below its HTTP API, and the version of vLLM that they are written for.
 
-vLLM promises to keep its command line, its HTTP API and `LLM`. What we need besides lies behind
+vLLM promises to keep its command line, its HTTP API and `LLM`. What else we need lies behind
 those: an engine in our own process, a scheduler that plans its steps, kernels in place of its own.
 """
 
