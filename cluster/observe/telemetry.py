@@ -1,4 +1,4 @@
-"""What the actors let others see of their work: metrics, spans and history."""
+"""The telemetry of workers and the GlobalScheduler: metrics, spans and history."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -33,17 +33,20 @@ class SchedulerTelemetry(SchedulerObserver):
         ended_s = time.time()
         runner_up = placement.runner_up
         self._tracing.add(
-            "placement", request.traceparent, ended_s - took_s, ended_s,
-            {
+            "placement",
+            request.traceparent,
+            began_s=ended_s - took_s,
+            ended_s=ended_s,
+            attributes={
                 "xyserve.worker": placement.chosen.worker_id,
                 "xyserve.reason": placement.reason,
                 "xyserve.runner_up": runner_up.worker_id if runner_up else "",
             },
-        )  # fmt: skip
+        )
 
     def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
         """Count that the drafts for a worker are no longer accepted."""
-        self._metrics.count_collapse(worker_id, reason)
+        self._metrics.count_collapse(reason)
 
 
 class WorkerTelemetry(WorkerObserver):

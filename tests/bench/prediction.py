@@ -19,7 +19,8 @@ import random
 import statistics
 from typing import Any
 
-from cluster.models.model import DEFAULT_MODEL, resolve_model
+from cluster.models.default_model import DEFAULT_MODEL
+from cluster.models.model import resolve_model
 from scheduler.request import Slo
 from scheduler.task import StepReport
 from tests.bench.report import make_parser, publish

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.models.model import fetch_default_model, is_fetched
+from cluster.models.default_model import fetch_default_model, is_fetched
 from tests.workers.tiny_heads import tiny_head, write_head
 from tests.workers.tiny_models import write_checkpoint
 from workers.drafters.draft_head import DEFAULT_HEAD, DraftHead, attend
