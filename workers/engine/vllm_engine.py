@@ -34,9 +34,8 @@ from workers.engine.engine import EngineStats, StepOutput
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_sampling import (
     all_logits_processors,
-    fix_cpu_sampling,
+    fix_sampling,
     runner_of,
-    sample_cheaply,
 )
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.engine.vllm_speculation import HiddenStates, speculative_config
@@ -104,7 +103,7 @@ class VllmEngine:
         with all_logits_processors() if draft else contextlib.nullcontext():
             self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
         if config.device == "cpu":
-            fix_cpu_sampling(runner_of(self._core))
+            fix_sampling(runner_of(self._core))
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
         self.peaks: Peaks | None = None
@@ -112,9 +111,10 @@ class VllmEngine:
         self._planned: PlannedScheduler | None = None
         if isinstance(scheduler := self._core.scheduler, PlannedScheduler):
             scheduler.planner = StepPlanner(scheduler.limits, config.step_policy, on_step=on_step)
+            scheduler.drafts.verifies_all = config.device == "cpu"
             self._planned = scheduler
             if draft:
-                self._connect(scheduler.drafts, draft, is_cpu=config.device == "cpu")
+                self._connect(scheduler.drafts, draft)
         self.on_stats: Callable[[SchedulerStats], None] | None = None
         """Called with the statistics of vLLM's scheduler after each step."""
         self._decoder = MsgpackDecoder(EngineCoreRequest)
@@ -233,14 +233,11 @@ class VllmEngine:
     def _draft_client(self) -> DraftClient | None:
         return self._planned.drafts.client if self._planned else None
 
-    def _connect(self, drafts: DraftOffers, draft: DraftConfig, *, is_cpu: bool) -> None:
-        runner = runner_of(self._core)
-        if is_cpu:
-            sample_cheaply(runner)
+    def _connect(self, drafts: DraftOffers, draft: DraftConfig) -> None:
         wants_states = "head" in draft.drafters
         drafts.connect(
             DraftClient(secrets.token_hex(8)),
-            HiddenStates(runner.model).rows if wants_states else None,
+            HiddenStates(runner_of(self._core).model).rows if wants_states else None,
         )
 
 

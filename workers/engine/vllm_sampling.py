@@ -1,16 +1,18 @@
 """What vLLM's sampling lacks in an engine in this process, with drafts and on CPUs."""
 
 import copy
+import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.outputs import SamplerOutput
-from vllm.v1.sample import rejection_sampler
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -34,7 +36,7 @@ def all_logits_processors() -> Iterator[None]:
     """Have an engine that is made meanwhile keep what it would drop for speculation.
 
     vLLM's verification knows nothing of `min_p`, `logit_bias` and custom processors, and so it
-    loads none. But a request without drafts is sampled as ever, and those requests get none.
+    loads none. Ours does; with vLLM's such requests get no drafts and are sampled as ever.
     """
     build: Any = gpu_model_runner.build_logitsprocs  # type: ignore[attr-defined]
 
@@ -47,27 +49,26 @@ def all_logits_processors() -> Iterator[None]:
         yield
 
 
-def sample_cheaply(runner: Runner) -> None:
-    """Spare steps what vLLM's verification does in vain: all without drafts, most if greedy."""
-    verify = runner.rejection_sampler
+def verify_as_without_drafts(runner: Runner) -> None:
+    """Have a step that verifies drafts give what steps without drafts would give.
 
-    def sample(
+    vLLM's verification ends the engine at some parameters, ignores others, and samples the token
+    behind the drafts under what held before them.
+    """
+
+    def verify(
         metadata: SpecDecodeMetadata,
         draft_probs: torch.Tensor | None,
         logits: torch.Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
-        if metadata.max_spec_len == 0:
-            output: SamplerOutput = runner.sampler(
-                logits=logits, sampling_metadata=sampling_metadata
-            )
-        elif _takes_the_likeliest(sampling_metadata):
-            output = SamplerOutput(verify_greedily(metadata, logits), logprobs_tensors=None)
-        else:
-            output = verify(metadata, draft_probs, logits, sampling_metadata)
-        return output
+        if _takes_the_likeliest(sampling_metadata):
+            return SamplerOutput(verify_greedily(metadata, logits), logprobs_tensors=None)
+        return verify_by_sampling(runner, metadata, logits, sampling_metadata)
 
-    VLLM.replace(runner, "rejection_sampler", sample)
+    VLLM.replace(runner, "rejection_sampler", verify)
+    if (holder := runner.input_batch.thinking_budget_state_holder) is not None:
+        holder.in_spec_mode = False  # it always sees one token of each request
 
 
 def _takes_the_likeliest(sampling: SamplingMetadata) -> bool:
@@ -102,10 +103,118 @@ def verify_greedily(metadata: SpecDecodeMetadata, logits: torch.Tensor) -> torch
         own, likeliest = likeliest[: num_drafts + 1], likeliest[num_drafts + 1 :]
         guessed, drafts = drafts[:num_drafts], drafts[num_drafts:]
         num_right = next((i for i in range(num_drafts) if guessed[i] != own[i]), num_drafts)
-        rows.append(
-            own[: num_right + 1] + [PLACEHOLDER_TOKEN_ID] * (metadata.max_spec_len - num_right)
-        )
+        rows.append(own[: num_right + 1])
+    return _padded(rows, metadata.max_spec_len + 1)
+
+
+def verify_by_sampling(
+    runner: Runner, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata
+) -> SamplerOutput:
+    """Sample the tokens of each request one after another, until one is not the draft in its place.
+
+    A draft that was sampled counts as output from then on. So each parameter, logits processor and
+    seed does what it does without drafts, and random tokens keep their distribution: a draft is
+    accepted with the probability that the token has. `logits` has the rows of `verify_greedily`.
+    """
+    num_drafts = metadata.num_draft_tokens
+    drafts = [of_request.tolist() for of_request in metadata.draft_token_ids.split(num_drafts)]
+    first_rows = list(accumulate((num + 1 for num in num_drafts[:-1]), initial=0))
+    outputs = runner.input_batch.req_output_token_ids
+    sampled: list[list[int]] = [[] for _ in num_drafts]
+    logprobs: list[LogprobsTensors | None] = []
+    open_rows = list(range(len(num_drafts)))
+    for place in range(metadata.max_spec_len + 1):
+        # vLLM's processors know requests by their row, so those that are done keep theirs.
+        rows = [row + min(place, num) for row, num in zip(first_rows, num_drafts, strict=True)]
+        output = _sample_rows(runner, logits[rows], sampling, open_rows)
+        logprobs.append(output.logprobs_tensors)
+        tokens = output.sampled_token_ids[:, 0].tolist()
+        for row in open_rows:
+            sampled[row].append(tokens[row])
+        open_rows = [row for row in open_rows if drafts[row][place : place + 1] == [tokens[row]]]
+        if not open_rows:
+            break
+        for row in open_rows:
+            outputs[row].append(tokens[row])
+    for row, tokens in enumerate(sampled):
+        # vLLM appends all tokens of the step later.
+        del outputs[row][len(outputs[row]) - len(tokens) + 1 :]
+    return SamplerOutput(_padded(sampled, len(logprobs)), _in_rows(logprobs))
+
+
+def _sample_rows(
+    runner: Runner, logits: torch.Tensor, sampling: SamplingMetadata, open_rows: list[int]
+) -> SamplerOutput:
+    """Sample one token of each request; for those not in `open_rows` it leaves no trace."""
+    is_open = set(open_rows)
+    for processor in sampling.logitsprocs.non_argmax_invariant:
+        if isinstance(processor, MinTokensLogitsProcessor):
+            processor.update_state(None)
+    thinking: dict[int, Any] = {}
+    if holder := sampling.thinking_budget_state_holder:
+        thinking = holder._state
+    done = {row: thinking.pop(row) for row in list(thinking) if row not in is_open}
+    generators = {row: made for row, made in sampling.generators.items() if row in is_open}
+    output: SamplerOutput = runner.sampler(
+        logits=logits,
+        sampling_metadata=dataclasses.replace(sampling, generators=generators, spec_token_ids=None),
+    )
+    thinking.update(done)
+    return output
+
+
+def _padded(tokens: list[list[int]], width: int) -> torch.Tensor:
+    """Tokens of each request as `[num_requests, width]`."""
+    rows = [row + [PLACEHOLDER_TOKEN_ID] * (width - len(row)) for row in tokens]
     return torch.tensor(rows, dtype=torch.int32)
+
+
+def _in_rows(logprobs: list[LogprobsTensors | None]) -> LogprobsTensors | None:
+    """Log probabilities of each place of all requests, put together request by request."""
+    present = [of_place for of_place in logprobs if of_place is not None]
+    if not present:
+        return None
+    fields = zip(*(of_place[:3] for of_place in present), strict=True)
+    token_ids, values, ranks = (torch.stack(field, dim=1).flatten(0, 1) for field in fields)
+    return LogprobsTensors(token_ids, values, ranks)
+
+
+def keep_logprobs_apart(runner: Runner) -> None:
+    """Have each request get the log probabilities that it asks for.
+
+    With vLLM's sampler one request with `logprob_token_ids` leaves the others in its batch without
+    those of the likeliest tokens.
+    """
+    sampler = runner.sampler
+    gather_chosen = sampler.gather_specific_token_logprobs
+
+    def gather(
+        logprobs: torch.Tensor, logprob_token_ids: dict[int, list[int]], sampled: torch.Tensor
+    ) -> LogprobsTensors | None:
+        chosen: LogprobsTensors | None = gather_chosen(logprobs, logprob_token_ids, sampled)
+        num_logprobs = runner.input_batch.sampling_metadata.max_num_logprobs
+        if chosen is None or num_logprobs is None:
+            return chosen
+        likeliest = sampler.gather_logprobs(logprobs, num_logprobs, sampled)
+        chooses = torch.zeros(len(sampled), 1, dtype=torch.bool)
+        chooses[list(logprob_token_ids)] = True
+        num_columns = max(chosen.logprobs.shape[1], likeliest.logprobs.shape[1])
+
+        def merge(of_chosen: torch.Tensor, of_likeliest: torch.Tensor, fill: float) -> torch.Tensor:
+            pad = torch.nn.functional.pad
+            return torch.where(
+                chooses,
+                pad(of_chosen, (0, num_columns - of_chosen.shape[1]), value=fill),
+                pad(of_likeliest, (0, num_columns - of_likeliest.shape[1]), value=fill),
+            )
+
+        return LogprobsTensors(
+            merge(chosen.logprob_token_ids, likeliest.logprob_token_ids, 0),
+            merge(chosen.logprobs, likeliest.logprobs, -math.inf),
+            likeliest.selected_token_ranks,
+        )
+
+    VLLM.replace(sampler, "gather_specific_token_logprobs", gather)
 
 
 def keep_seeds_through_chunks(runner: Runner) -> None:
@@ -141,24 +250,9 @@ def keep_seeds_through_chunks(runner: Runner) -> None:
     VLLM.replace(runner, "_bookkeeping_sync", bookkeep_without)
 
 
-def expand_batch_to_tokens(
-    x: torch.Tensor,
-    cu_num_tokens: torch.Tensor,
-    num_tokens: int,
-    replace_from: float = 0,
-    replace_to: float = 0,
-) -> torch.Tensor:
-    """Repeat `x [batch_size]` for the draft tokens of each request: `[num_tokens]`.
-
-    vLLM's own on the CPU takes temperatures for integers and gives back what was in memory, so
-    that drafts would be verified against another distribution.
-    """
-    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    replaced = torch.where(x == replace_from, replace_to, x).to(x.dtype)
-    return replaced.repeat_interleave(counts, output_size=num_tokens)
-
-
-def fix_cpu_sampling(runner: Runner) -> None:
-    """Mend what of vLLM's sampling goes wrong on a CPU."""
+def fix_sampling(runner: Runner) -> None:
+    """Fix what of vLLM's sampling goes wrong in its runner for CPUs."""
     keep_seeds_through_chunks(runner)
-    VLLM.replace(rejection_sampler, "expand_batch_to_tokens", expand_batch_to_tokens)
+    keep_logprobs_apart(runner)
+    if runner.speculative_config:
+        verify_as_without_drafts(runner)
