@@ -51,6 +51,8 @@ class Setting:
     is_dead: bool = False
     is_trusted: bool = False
     """Whether every draft is taken for a sure one, so that it is verified."""
+    verifies_all: bool = True
+    """Whether the engine trusts its verification with every parameter; False as on GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,7 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
     if drafts is not None:
         drafts.counts_of.clear()
         engine._planned.planner.acceptance = Trust() if setting.is_trusted else Acceptance()
+        engine._planned.drafts.verifies_all = setting.verifies_all
         engine.assign_draft_worker(DEAD if setting.is_dead else None)
     if setting.drafts is not None and not setting.is_dead:
         drafter = OracleDrafter(calls, setting)

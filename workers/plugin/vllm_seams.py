@@ -242,7 +242,7 @@ vllm.v1.spec_decode.metadata:SpecDecodeMetadata
     read num_draft_tokens: list[int]
     read draft_token_ids max_spec_len
 vllm.v1.sample.metadata:SamplingMetadata
-    written generators spec_token_ids
+    written spec_token_ids
     read all_greedy: bool
     read bad_words_token_ids: dict[int, list[list[int]]]
     read logprob_token_ids: dict[int, list[int]] | None
@@ -251,12 +251,17 @@ vllm.v1.sample.metadata:SamplingMetadata
     read allowed_token_ids_mask logitsprocs thinking_budget_state_holder
 vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder
     called has_tracked_requests(self)
-    written in_spec_mode
-    read _state
+    written _state in_spec_mode
 vllm.v1.sample.logits_processor.state:LogitsProcessors
-    read non_argmax_invariant
+    called __init__(self, logitsprocs=None)
+    read all non_argmax_invariant
+vllm.v1.sample.logits_processor.interface:LogitsProcessor
+    overridden apply(self, logits)
+    overridden is_argmax_invariant(self)
 vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor
     read biases
+vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor
+    read min_p_count
 vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor
     called update_state(self, batch_update)
     read min_toks

@@ -124,6 +124,48 @@ def test_a_request_for_a_custom_logits_processor_gets_no_drafts(engines: Engines
     assert drafted.counts.proposed == 0
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logit_bias": {7: 5.0}},
+        {"min_p": 0.9, "temperature": 1.0},
+        {"seed": 6, "temperature": 1.0},
+        {"min_tokens": 10},
+    ],
+)
+def test_what_vllms_own_verification_does_wrong_gets_no_drafts(
+    engines: Engines, params: dict[str, Any]
+) -> None:
+    calls = [Call(make_prompt(30), params)]
+    drafts = [make_prompt(24)]
+
+    with_vllms, with_ours = engines.run(
+        (calls, Setting(drafts, verifies_all=False)), (calls, Setting(drafts))
+    )
+
+    assert with_vllms.counts is not None
+    assert with_ours.counts is not None
+    assert with_vllms.counts.proposed == 0
+    assert with_ours.counts.proposed > 0
+
+
+def test_vllms_own_verification_meets_no_chosen_log_probabilities(engines: Engines) -> None:
+    scoring = Call(make_prompt(30), {"logprob_token_ids": [5, 6], "max_tokens": 60})
+    calls = [*GREEDY[:4], scoring]
+    [plain] = engines.run((calls, Setting()))
+
+    [alone, together] = engines.run(
+        (calls[:4], Setting(plain.tokens[:4], verifies_all=False)),
+        (calls, Setting(plain.tokens, verifies_all=False)),
+    )
+
+    assert alone.counts is not None
+    assert together.counts is not None
+    assert alone.counts.verified > 0
+    assert together.counts.verified == 0
+    assert together.tokens == plain.tokens
+
+
 def test_drafts_that_come_when_they_like_change_no_token(engines: Engines) -> None:
     plain = engines.plain()["greedy"]
 
