@@ -30,8 +30,8 @@ DEAD = DraftWorkerAddress("dead", "dead", StreamAddress("tcp://127.0.0.1:1", b"-
 class Call:
     """A request with its sampling parameters, in vLLM's words.
 
-    `regex` and `bad_token_ids` stand for what a front end makes of `structured_outputs` and
-    `bad_words`.
+    `regex`, `bad_token_ids` and `eos_token_id` stand for what a front end makes of
+    `structured_outputs`, `bad_words` and the model's config.
     """
 
     prompt: Sequence[int]
@@ -239,7 +239,7 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
                     answer.end.extend([str(of_request.finish_reason), of_request.stop_reason])
     if worker is not None:
         worker.shutdown()
-    counts = drafts.counts if drafts is not None else None
+    counts = None if drafts is None else sum(drafts.counts_of.values(), DraftCounts())
     return Ran(answers, drafter.hidden_states if drafter else {}, counts, num_steps)
 
 
@@ -269,6 +269,7 @@ def _add(engine: Any, name: str, call: Call) -> Any:
     given = {"temperature": 0, "max_tokens": 24, "ignore_eos": True} | call.params
     regex = given.pop("regex", None)
     bad_token_ids = given.pop("bad_token_ids", None)
+    eos_token_id = given.pop("eos_token_id", 2)
     if "repetition_detection" in given:
         given["repetition_detection"] = RepetitionDetectionParams(**given["repetition_detection"])
     params = SamplingParams(detokenize=False, **given)
@@ -276,7 +277,7 @@ def _add(engine: Any, name: str, call: Call) -> Any:
     if regex is not None:
         params.structured_outputs = StructuredOutputsParams(regex=regex)
         params.structured_outputs._backend = "xgrammar"
-    params.update_from_generation_config({}, 2)
+    params.update_from_generation_config({}, eos_token_id)
     core_request = EngineCoreRequest(
         request_id=name,
         prompt_token_ids=list(call.prompt),

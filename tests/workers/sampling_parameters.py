@@ -72,8 +72,8 @@ def choices(answer: Sequence[int]) -> dict[str, list[Params]]:
         "stop_token_ids": [stop, {"stop_token_ids": [*answer[20:22], 4]}],
         "min_tokens": [stop | {"min_tokens": max(natural + offset, 1)} for offset in range(-4, 4)],
         "eos": [
-            {"ignore_eos": False, "logit_bias": {2: 9.0}},
-            {"ignore_eos": False, "logit_bias": {2: 9.0}, "min_tokens": 12},
+            {"ignore_eos": False, "eos_token_id": answer[natural - 1]},
+            {"ignore_eos": False, "eos_token_id": answer[natural - 1], "min_tokens": natural + 2},
         ],
         "bad_words": [
             {"bad_token_ids": [[answer[3]]]},

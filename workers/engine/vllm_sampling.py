@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker import gpu_model_runner
 
 from workers.engine.vllm_verification import verify_as_without_drafts
@@ -114,9 +116,29 @@ def keep_seeds_through_chunks(runner: Runner) -> None:
     VLLM.replace(runner, "_bookkeeping_sync", bookkeep_without)
 
 
+def keep_thinking_apart(runner: Runner) -> None:
+    """Have no request inherit the thinking budget of the one whose row in the batch it takes.
+
+    vLLM would end its thinking when that of the other was to end.
+    """
+    if (holder := runner.input_batch.thinking_budget_state_holder) is None:
+        return
+    sync = holder.sync_batch
+
+    def sync_batch(batch_update: BatchUpdate | None) -> None:
+        if batch_update:
+            one_way = MoveDirectionality.UNIDIRECTIONAL
+            taken = [row for _, row, direction in batch_update.moved if direction is one_way]
+            batch_update = replace(batch_update, removed=[*batch_update.removed, *taken])
+        sync(batch_update)
+
+    VLLM.replace(holder, "sync_batch", sync_batch)
+
+
 def fix_sampling(runner: Runner) -> None:
     """Fix what of vLLM's sampling goes wrong in its runner for CPUs."""
     keep_seeds_through_chunks(runner)
     keep_logprobs_apart(runner)
+    keep_thinking_apart(runner)
     if runner.speculative_config:
         verify_as_without_drafts(runner)

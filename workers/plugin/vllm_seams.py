@@ -251,6 +251,7 @@ vllm.v1.sample.metadata:SamplingMetadata
     read allowed_token_ids_mask logitsprocs thinking_budget_state_holder
 vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder
     called has_tracked_requests(self)
+    replaced sync_batch(self, batch_update)
     written _state in_spec_mode
 vllm.v1.sample.logits_processor.state:LogitsProcessors
     called __init__(self, logitsprocs=None)
@@ -258,6 +259,10 @@ vllm.v1.sample.logits_processor.state:LogitsProcessors
 vllm.v1.sample.logits_processor.interface:LogitsProcessor
     overridden apply(self, logits)
     overridden is_argmax_invariant(self)
+vllm.v1.sample.logits_processor.interface:BatchUpdate
+    read removed moved
+vllm.v1.sample.logits_processor.interface:MoveDirectionality
+    read UNIDIRECTIONAL
 vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor
     read biases
 vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor
