@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from scheduler.speculation import Acceptance
 from tests.workers.planned_engine import CLIENT
-from workers.config import DraftConfig, WorkerConfig
+from tests.workers.tiny_models import MAX_MODEL_LEN
+from workers.config import DraftConfig, EngineConfig, WorkerConfig
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafts.draft_client import DraftCounts
@@ -18,13 +20,19 @@ from workers.engine_request import EngineRequest
 from workers.token_stream import StreamAddress
 
 NUM_DRAFTS = 6
+BLOCK = 32
+BLOCK_BYTES = 2 * 2 * 2 * 32 * BLOCK * 4
 DEAD = DraftWorkerAddress("dead", "dead", StreamAddress("tcp://127.0.0.1:1", b"-"))
 """A draft worker at whose address nobody listens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request with its sampling parameters, in vLLM's words."""
+    """A request with its sampling parameters, in vLLM's words.
+
+    `regex`, `bad_token_ids` and `eos_token_id` stand for what a front end makes of
+    `structured_outputs`, `bad_words` and the model's config.
+    """
 
     prompt: Sequence[int]
     params: dict[str, Any] = field(default_factory=dict)
@@ -43,19 +51,45 @@ class Setting:
     is_dead: bool = False
     is_trusted: bool = False
     """Whether every draft is taken for a sure one, so that it is verified."""
+    verifies_all: bool = True
+    """Whether the engine trusts its verification with every parameter; False as on GPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """All that a caller gets."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[tuple[int, dict[int, float]]] = field(default_factory=list)
+    """At each output token its rank, and log probabilities by token; empty if not asked for."""
+    prompt_logprobs: list[tuple[int, dict[int, float]]] = field(default_factory=list)
+    """The same at each prompt token except the first."""
+    end: list[object] = field(default_factory=list)
+    """Reason of the end, and what stopped the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
     """What came of the calls."""
 
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    """Log probability of each output token; empty if not asked for."""
+    answers: list[Answer]
     hidden_states: dict[int, list[bytes]]
     """By call: hidden states that the drafter got with each extension."""
     counts: DraftCounts | None
     num_steps: int
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Output tokens of each call."""
+        return [answer.tokens for answer in self.answers]
+
+    @property
+    def logprobs(self) -> list[list[float]]:
+        """Log probability of each output token of each call; empty if they were not asked for."""
+        return [
+            [likely[token] for token, (_, likely) in zip(answer.tokens, answer.logprobs)]  # noqa: B905
+            for answer in self.answers
+        ]
 
 
 class Trust(Acceptance):
@@ -130,6 +164,25 @@ class OracleDrafter:
         pass
 
 
+def tiny_config(
+    num_blocks: int = 600, max_num_seqs: int = 8, extra_args: dict[str, Any] | None = None
+) -> WorkerConfig:
+    """An engine of the tiny model."""
+    return WorkerConfig(
+        calibrate_at_start=False,
+        step_policy=StepPolicy(name="hybrid"),
+        engine=EngineConfig(
+            dtype="float32",
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(64, 4 * max_num_seqs),
+            max_model_len=MAX_MODEL_LEN,
+            kv_cache_gib=num_blocks * BLOCK_BYTES / 2**30,
+            block_size=BLOCK,
+            extra_args=extra_args or {},
+        ),
+    )
+
+
 def run_calls(model: str, config: WorkerConfig, *runs: tuple[Sequence[Call], Setting]) -> list[Ran]:
     """Run calls one set after another on one new engine, which speculates if any run does."""
     from workers.engine.vllm_engine import VllmEngine
@@ -156,6 +209,7 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
     if drafts is not None:
         drafts.counts_of.clear()
         engine._planned.planner.acceptance = Trust() if setting.is_trusted else Acceptance()
+        engine._planned.drafts.verifies_all = setting.verifies_all
         engine.assign_draft_worker(DEAD if setting.is_dead else None)
     if setting.drafts is not None and not setting.is_dead:
         drafter = OracleDrafter(calls, setting)
@@ -164,10 +218,8 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
         )
         engine.assign_draft_worker(worker.address)
     decoder = MsgpackDecoder(EngineCoreOutputs)
-    tokens: list[list[int]] = [[] for _ in calls]
-    logprobs: list[list[float]] = [[] for _ in calls]
-    for index, call in enumerate(calls):
-        _add(engine, str(index), call)
+    answers = [Answer() for _ in calls]
+    params = [_add(engine, str(index), call) for index, call in enumerate(calls)]
     num_steps = 0
     while engine.has_requests():
         if worker is not None and setting.is_patient:
@@ -177,13 +229,18 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
         for output in outputs.values():
             for of_request in decoder.decode(output.frames).outputs:
                 index = int(of_request.request_id)
-                tokens[index] += of_request.new_token_ids
-                if (lists := of_request.new_logprobs) is not None:
-                    logprobs[index] += [float(row[0]) for row in lists.logprobs]
+                answer, asked = answers[index], params[index]
+                answer.tokens.extend(of_request.new_token_ids)
+                if of_request.new_logprobs is not None:
+                    answer.logprobs.extend(_by_token(of_request.new_logprobs, asked.num_logprobs))
+                if (of_prompt := of_request.new_prompt_logprobs_tensors) is not None:
+                    answer.prompt_logprobs.extend(_by_token(of_prompt, asked.prompt_logprobs))
+                if of_request.finish_reason is not None:
+                    answer.end.extend([str(of_request.finish_reason), of_request.stop_reason])
     if worker is not None:
         worker.shutdown()
     counts = sum(drafts.counts_of.values(), DraftCounts()) if drafts is not None else None
-    return Ran(tokens, logprobs, drafter.hidden_states if drafter else {}, counts, num_steps)
+    return Ran(answers, drafter.hidden_states if drafter else {}, counts, num_steps)
 
 
 def _wait_for_drafts(drafts: Any) -> None:
@@ -193,18 +250,34 @@ def _wait_for_drafts(drafts: Any) -> None:
         drafts.poll(now)
 
 
-def _add(engine: Any, name: str, call: Call) -> None:
+def _by_token(lists: Any, num_logprobs: int) -> list[tuple[int, dict[int, float]]]:
+    """The ranks, and as many log probabilities as were asked for and that of the token itself."""
+    rows = zip(*(column.tolist() for column in lists[:3]), strict=True)
+    num = len(lists[0][0]) if num_logprobs == -1 else num_logprobs + 1
+    return [
+        (rank, dict(zip(token_ids[:num], values[:num], strict=True)))
+        for token_ids, values, rank in rows
+    ]
+
+
+def _add(engine: Any, name: str, call: Call) -> Any:
+    """Add a call; gives its `SamplingParams`."""
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
     from vllm.v1.engine import EngineCoreRequest
 
     given = {"temperature": 0, "max_tokens": 24, "ignore_eos": True} | call.params
     regex = given.pop("regex", None)
+    bad_token_ids = given.pop("bad_token_ids", None)
+    eos_token_id = given.pop("eos_token_id", 2)
+    if "repetition_detection" in given:
+        given["repetition_detection"] = RepetitionDetectionParams(**given["repetition_detection"])
     params = SamplingParams(detokenize=False, **given)
+    params._bad_words_token_ids = bad_token_ids
     if regex is not None:
         params.structured_outputs = StructuredOutputsParams(regex=regex)
         params.structured_outputs._backend = "xgrammar"
-    params.update_from_generation_config({}, 2)
+    params.update_from_generation_config({}, eos_token_id)
     core_request = EngineCoreRequest(
         request_id=name,
         prompt_token_ids=list(call.prompt),
@@ -218,3 +291,4 @@ def _add(engine: Any, name: str, call: Call) -> None:
     )
     request = Request(name, len(call.prompt), params.max_tokens or 1)
     engine.add_request(EngineRequest(request, engine._encode(core_request)), CLIENT)
+    return params

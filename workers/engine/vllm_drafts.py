@@ -36,6 +36,8 @@ class DraftOffers:
         drafts, of which it keeps those that a grammar allows.
         """
         self.client: DraftClient | None = None
+        self.verifies_all = False
+        """Whether drafts change no answer, whatever a request asks for."""
         self._requests = requests
         self._live = live
         self._num_speculative_tokens = num_speculative_tokens
@@ -66,6 +68,7 @@ class DraftOffers:
                 self.client.poll(now)
             else:
                 self.client.await_answer(step_s, now)
+        max_drafts = 0 if self._must_withhold() else self._num_speculative_tokens
         offers = {}
         decodes = False
         for request in running:
@@ -74,7 +77,7 @@ class DraftOffers:
             if request.is_prefill_chunk or not request.num_output_tokens:
                 continue
             decodes = True
-            if chances := self._offer(request, acceptance):
+            if chances := self._offer(request, acceptance, max_drafts):
                 offers[request.request_id] = notes.draft_chances = chances
         if decodes and (probe := acceptance.next_probe(offers)):
             self._live[probe].draft_chances = (1.0,)
@@ -116,7 +119,7 @@ class DraftOffers:
         row = 0
         for request_id in req_ids:
             request = self._requests.get(request_id)
-            if request and request_id in self._live and _may_speculate(request):
+            if request and request_id in self._live and self._may_speculate(request):
                 # Hidden states of rejected drafts are of no use.
                 num_rows = max(request.num_computed_tokens - starts[request_id], 0)
                 states = self._collect(request_id, row, row + num_rows)
@@ -135,7 +138,9 @@ class DraftOffers:
         if self.client:
             self.client.finish(request_id)
 
-    def _offer(self, request: VllmRequest, acceptance: Acceptance) -> tuple[float, ...]:
+    def _offer(
+        self, request: VllmRequest, acceptance: Acceptance, max_drafts: int
+    ) -> tuple[float, ...]:
         """Choose the request's drafts: the path with most tokens expected to be accepted."""
         request_id = request.request_id
         if self.client is None:
@@ -146,7 +151,7 @@ class DraftOffers:
         request.spec_token_ids = []
         # The last token is never a draft: it would be the one that verification adds.
         num_left = request.max_tokens - request.num_output_tokens - 1
-        max_drafts = max(min(self._num_speculative_tokens, num_left), 0)
+        max_drafts = max(min(max_drafts, num_left), 0)
         best: DraftPath | None = None
         best_chances: tuple[float, ...] = ()
         for path in self.client.paths(request_id, request.all_token_ids):
@@ -169,13 +174,24 @@ class DraftOffers:
         del states[:-MAX_HIDDEN_STATES]
         return states
 
+    def _may_speculate(self, request: VllmRequest) -> bool:
+        """Whether the verification of drafts honours all that the request asks for.
 
-def _may_speculate(request: VllmRequest) -> bool:
-    """Whether vLLM's verification of drafts honours all that the request asks for.
+        A custom logits processor, which `extra_args` are for, may count steps. vLLM's own
+        verification ignores more, and uses up random numbers, so that an equal seed would no
+        longer give an equal answer.
+        """
+        params = request.sampling_params
+        if params is None or params.extra_args:
+            return False
+        if self.verifies_all:
+            return True
+        is_seeded = params.sampling_type is SamplingType.RANDOM_SEED
+        return not (params.min_p or params.logit_bias or params.min_tokens or is_seeded)
 
-    Drafts use up random numbers, so that an equal seed would no longer give an equal answer.
-    """
-    params = request.sampling_params
-    if params is None or params.min_p or params.logit_bias or params.extra_args:
-        return False
-    return params.seed is None or params.sampling_type is SamplingType.GREEDY
+    def _must_withhold(self) -> bool:
+        """Whether the next step could hold a request next to which vLLM can verify no drafts."""
+        return not self.verifies_all and any(
+            request.sampling_params and request.sampling_params.logprob_token_ids is not None
+            for request in self._requests.values()
+        )

@@ -28,9 +28,8 @@ from workers.engine.engine import EngineStats, StepOutput
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_sampling import (
     all_logits_processors,
-    fix_cpu_sampling,
+    fix_sampling,
     runner_of,
-    sample_cheaply,
 )
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.engine.vllm_speculation import LastHiddenStates, speculative_config
@@ -100,7 +99,7 @@ class VllmEngine:
             self.core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
             """vLLM's engine core; touched between two steps only."""
         if config.device == "cpu":
-            fix_cpu_sampling(runner_of(self.core))
+            fix_sampling(runner_of(self.core))
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
         self.peaks: Peaks | None = None
@@ -112,9 +111,10 @@ class VllmEngine:
                 config.step_policy,
                 on_step=observer.took_step if observer else None,
             )
+            scheduler.drafts.verifies_all = config.device == "cpu"
             self._planned = scheduler
             if draft:
-                self._connect(scheduler.drafts, draft, is_cpu=config.device == "cpu")
+                self._connect(scheduler.drafts, draft)
         self._observer = observer
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._encode = encoder()
@@ -216,14 +216,11 @@ class VllmEngine:
     def _draft_client(self) -> DraftClient | None:
         return self._planned.drafts.client if self._planned else None
 
-    def _connect(self, drafts: DraftOffers, draft: DraftConfig, *, is_cpu: bool) -> None:
-        runner = runner_of(self.core)
-        if is_cpu:
-            sample_cheaply(runner)
+    def _connect(self, drafts: DraftOffers, draft: DraftConfig) -> None:
         wants_states = "head" in draft.drafters
         drafts.connect(
             DraftClient(secrets.token_hex(8)),
-            LastHiddenStates(runner.model).rows if wants_states else None,
+            LastHiddenStates(runner_of(self.core).model).rows if wants_states else None,
         )
 
 

@@ -1,24 +1,22 @@
 """What vLLM's sampling lacks in an engine in this process, with drafts and on CPUs."""
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.outputs import SamplerOutput
-from vllm.v1.sample import rejection_sampler
-from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
-from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker import gpu_model_runner
 
+from workers.engine.vllm_verification import verify_as_without_drafts
 from workers.plugin.vllm_seams import VLLM
-
-PLACEHOLDER_TOKEN_ID = -1
 
 # The runner, its samplers and its metadata are vLLM's own affair: looked at, not declared.
 Runner = Any
@@ -34,7 +32,7 @@ def all_logits_processors() -> Iterator[None]:
     """Have an engine that is made meanwhile keep what it would drop for speculation.
 
     vLLM's verification knows nothing of `min_p`, `logit_bias` and custom processors, and so it
-    loads none. But a request without drafts is sampled as ever, and those requests get none.
+    loads none. Ours does; with vLLM's such requests get no drafts and are sampled as ever.
     """
     build: Any = gpu_model_runner.build_logitsprocs  # type: ignore[attr-defined]
 
@@ -47,65 +45,42 @@ def all_logits_processors() -> Iterator[None]:
         yield
 
 
-def sample_cheaply(runner: Runner) -> None:
-    """Spare steps what vLLM's verification does in vain: all without drafts, most if greedy."""
-    verify = runner.rejection_sampler
+def keep_logprobs_apart(runner: Runner) -> None:
+    """Have each request get the log probabilities that it asks for.
 
-    def sample(
-        metadata: SpecDecodeMetadata,
-        draft_probs: torch.Tensor | None,
-        logits: torch.Tensor,
-        sampling_metadata: SamplingMetadata,
-    ) -> SamplerOutput:
-        if metadata.max_spec_len == 0:
-            output: SamplerOutput = runner.sampler(
-                logits=logits, sampling_metadata=sampling_metadata
-            )
-        elif _takes_the_likeliest(sampling_metadata):
-            output = SamplerOutput(verify_greedily(metadata, logits), logprobs_tensors=None)
-        else:
-            output = verify(metadata, draft_probs, logits, sampling_metadata)
-        return output
-
-    VLLM.replace(runner, "rejection_sampler", sample)
-
-
-def _takes_the_likeliest(sampling: SamplingMetadata) -> bool:
-    """Whether the token of the greatest logit is all that any request asks for."""
-    thinking = sampling.thinking_budget_state_holder
-    return (
-        sampling.all_greedy
-        and sampling.max_num_logprobs is None
-        and sampling.no_penalties
-        and sampling.allowed_token_ids_mask is None
-        and not sampling.bad_words_token_ids
-        and not sampling.logprob_token_ids
-        and not (thinking and thinking.has_tracked_requests())
-        and all(
-            (isinstance(processor, LogitBiasLogitsProcessor) and not processor.biases)
-            or (isinstance(processor, MinTokensLogitsProcessor) and not processor.min_toks)
-            for processor in sampling.logitsprocs.non_argmax_invariant
-        )
-    )
-
-
-def verify_greedily(metadata: SpecDecodeMetadata, logits: torch.Tensor) -> torch.Tensor:
-    """The drafts of each request up to the first that is not the likeliest token, and that token.
-
-    `logits [num_drafts + num_requests, vocab_size]`: of each request a row for each of its drafts
-    and one for what follows them. Gives `[num_requests, max_spec_len + 1]`, padded with -1.
+    With vLLM's sampler one request with `logprob_token_ids` leaves the others in its batch without
+    those of the likeliest tokens.
     """
-    likeliest = logits.argmax(dim=-1).tolist()
-    drafts = metadata.draft_token_ids.tolist()
-    rows = []
-    for num_drafts in metadata.num_draft_tokens:
-        own, likeliest = likeliest[: num_drafts + 1], likeliest[num_drafts + 1 :]
-        guessed, drafts = drafts[:num_drafts], drafts[num_drafts:]
-        num_right = next((i for i in range(num_drafts) if guessed[i] != own[i]), num_drafts)
-        rows.append(
-            own[: num_right + 1] + [PLACEHOLDER_TOKEN_ID] * (metadata.max_spec_len - num_right)
+    sampler = runner.sampler
+    gather_chosen = sampler.gather_specific_token_logprobs
+
+    def gather(
+        logprobs: torch.Tensor, logprob_token_ids: dict[int, list[int]], sampled: torch.Tensor
+    ) -> LogprobsTensors | None:
+        chosen: LogprobsTensors | None = gather_chosen(logprobs, logprob_token_ids, sampled)
+        num_logprobs = runner.input_batch.sampling_metadata.max_num_logprobs
+        if chosen is None or num_logprobs is None:
+            return chosen
+        likeliest = sampler.gather_logprobs(logprobs, num_logprobs, sampled)
+        chooses = torch.zeros(len(sampled), 1, dtype=torch.bool)
+        chooses[list(logprob_token_ids)] = True
+        num_columns = max(chosen.logprobs.shape[1], likeliest.logprobs.shape[1])
+
+        def merge(of_chosen: torch.Tensor, of_likeliest: torch.Tensor, fill: float) -> torch.Tensor:
+            pad = torch.nn.functional.pad
+            return torch.where(
+                chooses,
+                pad(of_chosen, (0, num_columns - of_chosen.shape[1]), value=fill),
+                pad(of_likeliest, (0, num_columns - of_likeliest.shape[1]), value=fill),
+            )
+
+        return LogprobsTensors(
+            merge(chosen.logprob_token_ids, likeliest.logprob_token_ids, 0),
+            merge(chosen.logprobs, likeliest.logprobs, -math.inf),
+            likeliest.selected_token_ranks,
         )
-    return torch.tensor(rows, dtype=torch.int32)
+
+    VLLM.replace(sampler, "gather_specific_token_logprobs", gather)
 
 
 def keep_seeds_through_chunks(runner: Runner) -> None:
@@ -141,24 +116,29 @@ def keep_seeds_through_chunks(runner: Runner) -> None:
     VLLM.replace(runner, "_bookkeeping_sync", bookkeep_without)
 
 
-def expand_batch_to_tokens(
-    x: torch.Tensor,
-    cu_num_tokens: torch.Tensor,
-    num_tokens: int,
-    replace_from: float = 0,
-    replace_to: float = 0,
-) -> torch.Tensor:
-    """Repeat `x [batch_size]` for the draft tokens of each request: `[num_tokens]`.
+def keep_thinking_apart(runner: Runner) -> None:
+    """Have no request inherit the thinking budget of the one whose row in the batch it takes.
 
-    vLLM's own on the CPU takes temperatures for integers and gives back what was in memory, so
-    that drafts would be verified against another distribution.
+    vLLM would end its thinking when that of the other was to end.
     """
-    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    replaced = torch.where(x == replace_from, replace_to, x).to(x.dtype)
-    return replaced.repeat_interleave(counts, output_size=num_tokens)
+    if (holder := runner.input_batch.thinking_budget_state_holder) is None:
+        return
+    sync = holder.sync_batch
+
+    def sync_batch(batch_update: BatchUpdate | None) -> None:
+        if batch_update:
+            one_way = MoveDirectionality.UNIDIRECTIONAL
+            taken = [row for _, row, direction in batch_update.moved if direction is one_way]
+            batch_update = replace(batch_update, removed=[*batch_update.removed, *taken])
+        sync(batch_update)
+
+    VLLM.replace(holder, "sync_batch", sync_batch)
 
 
-def fix_cpu_sampling(runner: Runner) -> None:
-    """Mend what of vLLM's sampling goes wrong on a CPU."""
+def fix_sampling(runner: Runner) -> None:
+    """Fix what of vLLM's sampling goes wrong in its runner for CPUs."""
     keep_seeds_through_chunks(runner)
-    VLLM.replace(rejection_sampler, "expand_batch_to_tokens", expand_batch_to_tokens)
+    keep_logprobs_apart(runner)
+    keep_thinking_apart(runner)
+    if runner.speculative_config:
+        verify_as_without_drafts(runner)

@@ -222,24 +222,27 @@ vllm.v1.worker.gpu_model_runner:GPUModelRunner
         num_scheduled_tokens)
     replaced _sample(self, logits, spec_decode_metadata)
     replaced rejection_sampler
-    read discard_request_mask sampler
+    read discard_request_mask sampler speculative_config
 vllm.v1.utils:CpuGpuBuffer
     read np
 vllm.v1.worker.gpu_input_batch:InputBatch
-    read generators
-vllm.v1.sample.rejection_sampler
-    replaced expand_batch_to_tokens(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0)
+    read generators req_output_token_ids sampling_metadata thinking_budget_state_holder
 vllm.v1.sample.rejection_sampler:RejectionSampler
     overridden forward(self, metadata, draft_probs, logits, sampling_metadata)
 vllm.v1.sample.sampler:Sampler
     called forward(self, logits, sampling_metadata, predict_bonus_token=False,
         logprobs_mode_override=None)
+    called gather_logprobs(logprobs, num_logprobs, token_ids)
+    replaced gather_specific_token_logprobs(self, logprobs, logprob_token_ids, sampled)
 vllm.v1.outputs:SamplerOutput
     read sampled_token_ids logprobs_tensors
+vllm.v1.outputs:LogprobsTensors
+    read logprob_token_ids logprobs selected_token_ranks
 vllm.v1.spec_decode.metadata:SpecDecodeMetadata
     read num_draft_tokens: list[int]
     read draft_token_ids max_spec_len
 vllm.v1.sample.metadata:SamplingMetadata
+    written spec_token_ids
     read all_greedy: bool
     read bad_words_token_ids: dict[int, list[list[int]]]
     read logprob_token_ids: dict[int, list[int]] | None
@@ -248,11 +251,24 @@ vllm.v1.sample.metadata:SamplingMetadata
     read allowed_token_ids_mask logitsprocs thinking_budget_state_holder
 vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder
     called has_tracked_requests(self)
+    replaced sync_batch(self, batch_update)
+    written _state in_spec_mode
 vllm.v1.sample.logits_processor.state:LogitsProcessors
-    read non_argmax_invariant
+    called __init__(self, logitsprocs=None)
+    read all non_argmax_invariant
+vllm.v1.sample.logits_processor.interface:LogitsProcessor
+    overridden apply(self, logits)
+    overridden is_argmax_invariant(self)
+vllm.v1.sample.logits_processor.interface:BatchUpdate
+    read removed moved
+vllm.v1.sample.logits_processor.interface:MoveDirectionality
+    read UNIDIRECTIONAL
 vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor
     read biases
+vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor
+    read min_p_count
 vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor
+    called update_state(self, batch_update)
     read min_toks
 
 # The plug-in: attention, linear layers, embeddings and models on our kernels.

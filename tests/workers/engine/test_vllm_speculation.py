@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scheduler.policy import StepPolicy
-from tests.workers.drafted_engine import NUM_DRAFTS, Call, Ran, Setting, run_calls
+from tests.workers.drafted_engine import (
+    BLOCK,
+    NUM_DRAFTS,
+    Call,
+    Ran,
+    Setting,
+    run_calls,
+    tiny_config,
+)
 from tests.workers.engine_process import EngineProcesses
 from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE
-from workers.config import EngineConfig, WorkerConfig
 
-BLOCK = 32
-BLOCK_BYTES = 2 * 2 * 2 * 32 * BLOCK * 4
 DRAW = random.Random(1)
 
 
@@ -43,15 +47,11 @@ PARAMS: list[dict[str, Any]] = [
     {"max_tokens": 5},
     {"logprobs": 5},
     {"prompt_logprobs": 2},
+    {"logit_bias": {7: 50.0}},
+    {"min_p": 0.9, "temperature": 1.0, "seed": 5},
+    {"temperature": 1.0, "seed": 6},
 ]
 SPECIAL = [Call(make_prompt(20 + 3 * i), params) for i, params in enumerate(PARAMS)]
-UNVERIFIABLE = [
-    Call(make_prompt(30), {"logit_bias": {7: 50.0}}),
-    Call(make_prompt(30), {"min_p": 0.9, "temperature": 1.0, "seed": 5}),
-    Call(make_prompt(30), {"temperature": 1.0, "seed": 6}),
-    *GREEDY[:4],
-]
-"""With drafts the first three would not get what they ask for."""
 LONG = [Call(make_prompt(MAX_MODEL_LEN - 20), {"max_tokens": 20})]
 """Up to the longest that the model can."""
 CROWD = [Call(make_prompt(100), {"max_tokens": 60}) for _ in range(8)]
@@ -59,7 +59,6 @@ CROWD = [Call(make_prompt(100), {"max_tokens": 60}) for _ in range(8)]
 SETS: dict[str, list[Call]] = {
     "greedy": GREEDY,
     "special": SPECIAL,
-    "unverifiable": UNVERIFIABLE,
     "long": LONG,
     "crowd": CROWD,
 }
@@ -77,18 +76,7 @@ class Engines:
     def run(
         self, *runs: tuple[Sequence[Call], Setting], num_blocks: int = 600, max_num_seqs: int = 8
     ) -> list[Ran]:
-        config = WorkerConfig(
-            calibrate_at_start=False,
-            step_policy=StepPolicy(name="hybrid"),
-            engine=EngineConfig(
-                dtype="float32",
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max(64, 4 * max_num_seqs),
-                max_model_len=MAX_MODEL_LEN,
-                kv_cache_gib=num_blocks * BLOCK_BYTES / 2**30,
-                block_size=BLOCK,
-            ),
-        )
+        config = tiny_config(num_blocks, max_num_seqs)
         ran: list[Ran] = self._processes.call(run_calls, str(self._folder), config, *runs)
         return ran
 
@@ -117,8 +105,7 @@ def test_drafts_change_no_token(engines: Engines, name: str) -> None:
     assert drafted.tokens == plain.tokens
     assert drafted.counts is not None
     assert 0 < drafted.counts.accepted < drafted.counts.verified
-    # Those without drafts need as many steps as ever.
-    assert drafted.num_steps < plain.num_steps or name == "unverifiable"
+    assert drafted.num_steps < plain.num_steps
 
 
 def test_drafts_change_no_bit_of_a_log_probability(engines: Engines) -> None:
@@ -126,14 +113,57 @@ def test_drafts_change_no_bit_of_a_log_probability(engines: Engines) -> None:
     assert all(len(of_call) == 24 for of_call in engines.plain()["greedy"].logprobs)
 
 
-def test_what_drafts_would_change_gets_none(engines: Engines) -> None:
-    plain = engines.plain()["unverifiable"]
+def test_a_request_for_a_custom_logits_processor_gets_no_drafts(engines: Engines) -> None:
+    calls = [Call(make_prompt(30), {"extra_args": {"mine": 1}})]
+    [plain] = engines.run((calls, Setting()))
 
-    [drafted] = engines.run((UNVERIFIABLE[:3], Setting(plain.tokens[:3])))
+    [drafted] = engines.run((calls, Setting(plain.tokens)))
 
-    assert drafted.tokens == plain.tokens[:3]
+    assert drafted.tokens == plain.tokens
     assert drafted.counts is not None
     assert drafted.counts.proposed == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logit_bias": {7: 5.0}},
+        {"min_p": 0.9, "temperature": 1.0},
+        {"seed": 6, "temperature": 1.0},
+        {"min_tokens": 10},
+    ],
+)
+def test_what_vllms_own_verification_does_wrong_gets_no_drafts(
+    engines: Engines, params: dict[str, Any]
+) -> None:
+    calls = [Call(make_prompt(30), params)]
+    drafts = [make_prompt(24)]
+
+    with_vllms, with_ours = engines.run(
+        (calls, Setting(drafts, verifies_all=False)), (calls, Setting(drafts))
+    )
+
+    assert with_vllms.counts is not None
+    assert with_ours.counts is not None
+    assert with_vllms.counts.proposed == 0
+    assert with_ours.counts.proposed > 0
+
+
+def test_vllms_own_verification_meets_no_chosen_log_probabilities(engines: Engines) -> None:
+    scoring = Call(make_prompt(30), {"logprob_token_ids": [5, 6], "max_tokens": 60})
+    calls = [*GREEDY[:4], scoring]
+    [plain] = engines.run((calls, Setting()))
+
+    [alone, together] = engines.run(
+        (calls[:4], Setting(plain.tokens[:4], verifies_all=False)),
+        (calls, Setting(plain.tokens, verifies_all=False)),
+    )
+
+    assert alone.counts is not None
+    assert together.counts is not None
+    assert alone.counts.verified > 0
+    assert together.counts.verified == 0
+    assert together.tokens == plain.tokens
 
 
 def test_drafts_that_come_when_they_like_change_no_token(engines: Engines) -> None:
