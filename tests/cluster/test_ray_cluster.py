@@ -196,11 +196,16 @@ def test_token_mode_without_a_token(tmp_path: Path) -> None:
     )
 
 
-def test_the_command_line_says_it_in_one_line() -> None:
+def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "cluster.cli.main", "status", "--address", address]
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")  # Ray would warn that it is used
+    env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
 
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env | {"HOME": str(tmp_path)}
+    )
 
     assert (done.returncode, done.stdout) == (1, "")
     message = re.sub(r"\s+", " ", done.stderr)
