@@ -52,6 +52,7 @@ vllm.entrypoints.launchers.cli_args
     named class FrontendArgs
 vllm.entrypoints.launchers.cli_args:FrontendArgs
     written chat_template enable_auto_tool_choice enable_prompt_tokens_details tool_call_parser
+        tool_strict_level
 vllm.entrypoints.generate.api_router
     named state.openai_serving_chat
     named state.openai_serving_completion

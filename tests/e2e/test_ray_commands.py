@@ -63,7 +63,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     generated = run("ray", "get-auth-token", "--generate", **env)
     assert (home / ".ray" / "auth_token").read_text() == generated.stdout
     port, dashboard_port, temp_dir = free_port(), free_port(), Path(f"/tmp/xyh{free_port()}")
-    command = [
+    command: list[str | Path] = [
         *(BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=1"),
         *(f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={free_port()}"),
         *(f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={temp_dir}"),
