@@ -80,6 +80,49 @@ def test_the_one_model_is_listed_with_its_context_length(client: openai.OpenAI) 
     ]
 
 
+def test_a_model_is_found_by_its_id(client: openai.OpenAI, http: httpx.Client) -> None:
+    [listed] = http.get("/v1/models").json()["data"]
+
+    found = http.get(f"/v1/models/{MODEL}")
+
+    assert client.models.retrieve(MODEL).id == MODEL
+    assert found.status_code == 200
+    assert list(found.json()) == list(listed)
+    assert (found.json()["id"], found.json()["root"]) == (listed["id"], listed["root"])
+
+
+@pytest.mark.parametrize("path", ["another", "org/another", "org%2Fanother", f"{MODEL}/x", "a b"])
+def test_another_model_is_not_found(http: httpx.Client, path: str) -> None:
+    answer = http.get(f"/v1/models/{path}")
+
+    model = path.replace("%2F", "/")
+    assert (answer.status_code, answer.json()) == (
+        404,
+        {
+            "error": {
+                "message": f"The model `{model}` does not exist.",
+                "type": "NotFoundError",
+                "param": "model",
+                "code": 404,
+            }
+        },
+    )
+
+
+def test_clients_raise_what_they_raise_for_openai(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="The model `org/another` does not exist"):
+        client.models.retrieve("org/another")
+
+
+def test_the_tokenizer_is_described(http: httpx.Client) -> None:
+    """With what lm-eval's remote tokenizer reads."""
+    info = http.get("/tokenizer_info").json()
+
+    assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert "add_generation_prompt" in info["chat_template"]
+    assert not [value for value in info.values() if str(value).startswith("/")]  # no path of ours
+
+
 def test_the_server_says_that_it_is_healthy_and_its_version(http: httpx.Client) -> None:
     assert http.get("/health").status_code == 200
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", http.get("/version").json()["version"])
