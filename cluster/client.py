@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import logging
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Generator
@@ -14,9 +13,6 @@ import ray
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from ray import serve
-from ray._private.authentication.authentication_token_setup import (
-    maybe_enable_token_auth_if_token_available,
-)
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.util import get_node_ip_address
@@ -25,6 +21,7 @@ from cluster.errors import AppNotFound, RequestFailed
 from cluster.ingress.protocol import Api, AppStatus, Chunk
 from cluster.observe.explanation import Explanation
 from cluster.observe.request_history import Refusal
+from cluster.ray_cluster import join_ray_cluster
 from workers.reports import WorkerSteps
 from workers.timeline import Span
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
@@ -67,15 +64,13 @@ class XYServe:
 
     @classmethod
     def connect(cls, address: str | None = None, app: str = "xyserve") -> "XYServe":
-        """Connect to `app` on the Ray cluster at `address`, by default the one of this machine.
+        """Connect to `app` on the Ray cluster at `address`, which is HOST:PORT.
 
-        ConnectionError if no Ray cluster is there, AppNotFound if the app is not.
+        By default that is RAY_ADDRESS, or else the cluster of this machine. ConnectionError within
+        5 s if no Ray cluster is there, AppNotFound if the app is not.
         """
         if not ray.is_initialized():
-            # Ray itself does so only if it is to find the cluster, not for a given address.
-            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-            ray.init(address=address or "auto", log_to_driver=False, logging_level="warning")
-            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+            join_ray_cluster(address)
         try:
             return cls(serve.get_app_handle(app))
         except RayServeException:

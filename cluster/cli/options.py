@@ -14,7 +14,10 @@ from rich.progress import Progress, ProgressColumn
 DEFAULT_CONFIG = Path("deploy/local.yaml")
 Config = Annotated[Path, typer.Argument(help="A Serve config file.")]
 Address = Annotated[
-    str | None, typer.Option(help="Address of the Ray cluster; default: the one on this machine.")
+    str | None,
+    typer.Option(
+        help="HOST:PORT of the Ray cluster; default: RAY_ADDRESS, or the one on this machine."
+    ),
 ]
 AppName = Annotated[str, typer.Option("--app", help="The app's name in its config file.")]
 

@@ -32,6 +32,7 @@ from cluster.cli.checks import (
     check_python,
     check_ray,
     check_ray_port,
+    check_ray_token,
     check_shared_memory,
     check_torch,
     check_torch_companions,
@@ -99,6 +100,7 @@ def _examine_software(device: Device) -> list[Finding]:
     findings = [
         check_python(sys.version_info[:2]),
         check_ray(versions.get("ray")),
+        check_ray_token(os.environ.get("RAY_AUTH_MODE"), _has_ray_token()),
         check_vllm(versions, device),
         check_torch(torch, _torch_cuda(), device),
         check_compiler(next(filter(None, map(shutil.which, filter(None, compilers))), None)),
@@ -164,6 +166,12 @@ def _installed_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _has_ray_token() -> bool:
+    """Whether Ray would find a token; importing Ray to ask it takes seconds."""
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(file).is_file()
 
 
 def _torch_cuda() -> str | None:

@@ -267,9 +267,11 @@ def _serve_args(config: AppConfig, model: str) -> argparse.Namespace:
     args.served_model_name = [config.model_name]
     args.tool_call_parser = config.ingress.tool_call_parser
     args.enable_auto_tool_choice = config.ingress.tool_call_parser is not None
+    args.tool_strict_level = "parameter"  # most clients do not say `strict`, and rely on the schema
     args.structured_outputs_config.reasoning_parser = config.ingress.reasoning_parser or ""
     args.chat_template = config.ingress.chat_template
     args.enable_prompt_tokens_details = True
+    args.enable_tokenizer_info_endpoint = True  # for the remote tokenizer of lm-eval
     for name, value in config.ingress.extra_args.items():
         setattr(args, name, value)
     validate_parsed_serve_args(args)

@@ -5,6 +5,7 @@ import logging
 import traceback
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.dependencies.utils import request_body_to_args
@@ -44,6 +45,8 @@ UNSUPPORTED_ROUTES = {
 }
 """Known routes of the OpenAI API and vLLM that a text generation model cannot serve."""
 
+NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}}
+
 ENGINE_ROUTES = {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
 """Routes of vLLM that rebuild the engine next to its server; the workers' engines are elsewhere."""
 
@@ -51,6 +54,7 @@ ENGINE_ROUTES = {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
 def http_app(app: FastAPI, config: AppConfig, calls: Calls) -> ASGIApp:
     """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect."""
     _answer_unsupported_routes(app, config.model_name)
+    app.add_api_route("/v1/models/{model_id:path}", show_model, responses=NO_SUCH_MODEL)
     app.add_exception_handler(HTTPException, _answer_http_error)
     for error in VALIDATOR_ERRORS:
         app.add_exception_handler(error, _answer_validator_error)
@@ -58,6 +62,20 @@ def http_app(app: FastAPI, config: AppConfig, calls: Calls) -> ASGIApp:
     FRONT_END.replace(app, "middleware_stack", None)
     sized = RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes)
     return DisconnectByMessage(CallsByHeader(sized, calls, Calls(config.slo)))
+
+
+async def show_model(request: Request, model_id: str) -> JSONResponse:
+    """The card of one model, as OpenAI's clients ask for it; an id may hold slashes."""
+    models = await request.app.state.openai_serving_models.show_available_models()
+    if not model_id:  # "/v1/models/"
+        return JSONResponse(models.model_dump())
+    for card in models.data:
+        if card.id == model_id:
+            return JSONResponse(card.model_dump())
+    status = HTTPStatus.NOT_FOUND
+    message = f"The model `{model_id}` does not exist."  # vLLM's words where it is a parameter
+    error = create_error_response(message, "NotFoundError", status, "model")
+    return JSONResponse(error.model_dump(), status)
 
 
 def error_in(data: str) -> ErrorInfo | None:

@@ -52,9 +52,14 @@ vllm.entrypoints.launchers.cli_args
     named class FrontendArgs
 vllm.entrypoints.launchers.cli_args:FrontendArgs
     written chat_template enable_auto_tool_choice enable_prompt_tokens_details tool_call_parser
+        enable_tokenizer_info_endpoint tool_strict_level
 vllm.entrypoints.generate.api_router
     named state.openai_serving_chat
     named state.openai_serving_completion
+vllm.entrypoints.launchers.api_server.app_state
+    named state.openai_serving_models
+vllm.entrypoints.openai.models.serving:OpenAIServingModels
+    called show_available_models(self)
 vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat
     called create_chat_completion(self, request, raw_request=None)
 vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion

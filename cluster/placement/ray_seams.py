@@ -43,6 +43,14 @@ ray.serve.handle:DeploymentBroadcastResponse
 IN_COMMANDS = seams("""
 ray._private.authentication.authentication_token_setup
     called maybe_enable_token_auth_if_token_available(warn_if_disabled=True)
+ray._private.gcs_utils
+    called create_gcs_channel(address, aio=False)
+ray._private.services
+    called canonicalize_bootstrap_address(addr, temp_dir=None)
+ray.core.generated.gcs_service_pb2
+    read CheckAliveRequest
+ray.core.generated.gcs_service_pb2_grpc
+    read NodeInfoGcsServiceStub
 ray.dashboard.modules.serve.sdk:ServeSubmissionClient
     called __init__(self, dashboard_head_address, create_cluster_if_needed=False, cookies=None,
         metadata=None, headers=None)

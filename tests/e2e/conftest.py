@@ -102,7 +102,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
     ray_folder.mkdir()
     # A server of the user's may run on this machine and have claimed its cores: this one claims in
     # a folder of its own, so both run on the same cores. It starts a Ray of its own as well.
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ray_settings = ("RAY_ADDRESS", "RAY_AUTH_MODE")
+    env = {name: value for name, value in os.environ.items() if name not in ray_settings}
     env["TMPDIR"] = str(ray_folder)
     with log.open("w") as out:
         process = subprocess.Popen(

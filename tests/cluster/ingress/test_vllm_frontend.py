@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import math
 import pickle
@@ -313,3 +314,19 @@ async def test_a_refused_call_of_the_handle_fails_with_the_same(
     for failure in (complete.value, pickle.loads(pickle.dumps(streamed.value))):
         assert (str(failure), failure.status) == (message, status)
         assert failure.retry_after_s == refused.retry_after_s
+
+
+async def test_a_model_is_found_by_an_id_with_slashes() -> None:
+    config = dataclasses.replace(CONFIG, served_model_name="org/family/model")
+    app = App(config, Workers())
+    await app.frontend.start()
+    async with app.http:
+        plain = await app.http.get("/v1/models/org/family/model")
+        quoted = await app.http.get("/v1/models/org%2Ffamily%2Fmodel")
+        part = await app.http.get("/v1/models/org/family")
+        listed = await app.http.get("/v1/models/")
+
+    assert plain.status_code == quoted.status_code == listed.status_code == 200
+    assert plain.json()["id"] == quoted.json()["id"] == "org/family/model"
+    assert [model["id"] for model in listed.json()["data"]] == ["org/family/model"]
+    assert (part.status_code, part.json()["error"]["code"]) == (404, 404)
