@@ -17,7 +17,7 @@ from typing import Any
 from cluster.models.model import DEFAULT_MODEL, resolve_model
 from scheduler.request import Slo
 from scheduler.task import StepReport
-from tests.bench.report import make_parser, publish
+from tests.bench.report import make_parser, publish, say_row
 from tests.workers.planned_engine import Job, add_job
 from workers.config import EngineConfig, WorkerConfig
 
@@ -71,6 +71,7 @@ def main() -> None:
                 "share": decided_s / step_s,
             }
         )
+        say_row(rows[-1])
     summary = {f"share_{row['running']}_{row['waiting']}": row["share"] for row in rows} | {
         f"decision_ms_{row['running']}_{row['waiting']}": row["decision ms"] for row in rows
     }
