@@ -38,7 +38,7 @@ def build_app(args: dict[str, Any]) -> Application:
         request_router_config=RequestRouterConfig(request_router_class=PlacementRouter),
         graceful_shutdown_timeout_s=config.drain_timeout_s,
     ).bind(config, scheduler)
-    # Nobody calls the draft workers; an argument is what makes them a part of the app.
+    # Bound as an argument, the draft workers are part of the app.
     draft_workers = _draft_workers(config.draft).bind(config, scheduler) if config.draft else None
     return _deployment(
         serve.ingress()(Ingress),
@@ -100,12 +100,12 @@ def _check_device(config: AppConfig) -> None:
     resource, need = {"cpu": ("CPU", config.worker.cpus), "cuda": ("GPU", 1), "npu": ("NPU", 1)}[
         config.worker.device
     ]
-    most = max(
+    largest = max(
         (node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"]), default=0
     )
-    if most < need:
+    if largest < need:
         raise DeviceMissing(
             f"worker.device is {config.worker.device} and needs {need} {resource} on one node, but "
-            f"the largest node of this Ray cluster has {most:g}: add such a node, change "
+            f"the largest node of this Ray cluster has {largest:g}: add such a node, change "
             "worker.device or worker.cpus, or set wait_for_device if the cluster grows on demand"
         )

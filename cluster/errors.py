@@ -39,7 +39,7 @@ class RequestRefused(RequestFailed):
     def __init__(self, refused: Refused) -> None:
         message = f"{refused.reason.text}; retry after {refused.retry_after_s:g} s"
         super().__init__(message, _STATUS_OF_REFUSAL[refused.reason])
-        self.args = (refused,)  # what unpickling makes it of
+        self.args = (refused,)  # what unpickling passes to __init__
         self.retry_after_s = refused.retry_after_s
 
 

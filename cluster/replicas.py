@@ -1,4 +1,4 @@
-"""The actors of the app as replicas of Serve: wired to each other, measured, traced and logged."""
+"""The actors of the app, except the ingress, as replicas of Serve: wired, measured and traced."""
 
 import asyncio
 import contextlib
@@ -14,10 +14,9 @@ from ray.util import get_node_ip_address
 from cluster.config.app_config import AppConfig
 from cluster.models.model import resolve_model
 from cluster.observe.exporter import DraftWorkerMetrics, Exporter, PlacementMetrics
-from cluster.observe.logs import replica_context, set_up_logs
 from cluster.observe.phases import phases
+from cluster.observe.replica import Replica
 from cluster.observe.telemetry import SchedulerTelemetry, WorkerTelemetry
-from cluster.observe.tracing import Tracing
 from cluster.placement.global_scheduler import GlobalScheduler
 from scheduler.placement import Placed, Placement, Refused, WorkerLoad
 from scheduler.request import Request
@@ -46,27 +45,8 @@ EXPORT_LOADS_S = 2.0
 """Period at which the GlobalScheduler's view of the workers is exported."""
 
 
-class Replica:
-    """An actor in a replica of Serve, which calls the public methods and knows the replica's id."""
-
-    def __init__(self, config: AppConfig, role: str) -> None:
-        """`role` names its service in traces."""
-        self._at_end = contextlib.ExitStack()
-        """The actor's shutdown, before that of what it reports to."""
-        context = replica_context()
-        set_up_logs(config.logs, **context)
-        self._replica_id = context["replica"]
-        self._tracing = Tracing(config.tracing, role, self._replica_id)
-        self._at_end.callback(self._tracing.shut_down)
-
-    def __del__(self) -> None:
-        """Serve's hook for the end of a replica, also of one whose constructor failed."""
-        if hasattr(self, "_at_end"):
-            self._at_end.close()
-
-
 class GlobalSchedulerReplica(Replica):
-    """Has the GlobalScheduler."""
+    """Has the GlobalScheduler, and exports its view of the workers."""
 
     def __init__(self, config: AppConfig) -> None:
         super().__init__(config, "scheduler")
@@ -101,7 +81,7 @@ class GlobalSchedulerReplica(Replica):
 
     async def _export(self, metrics: PlacementMetrics) -> None:
         while True:
-            for load, report_age_s in self._scheduler.loads_by_age():
+            for load, report_age_s in self._scheduler.loads_and_ages():
                 metrics.set_load(load, report_age_s)
             await asyncio.sleep(EXPORT_LOADS_S)
 
@@ -121,9 +101,10 @@ class WorkerReplica(Replica):
     async def generate(
         self, worker_id: str, request: EngineRequest, reply_to: StreamAddress
     ) -> str | WrongWorker:
-        """Run a request that was placed on the worker of that id, and trace that.
+        """Run a request, with spans of its phases, on the worker of id `worker_id`.
 
-        WrongWorker is returned: Serve would log it as a crash of this replica if it were raised.
+        WrongWorker, if that is another one, is returned: Serve would log it as a crash of this
+        replica if it were raised.
         """
         began_s, outcome = time.time(), "error"
         try:
@@ -149,7 +130,7 @@ class WorkerReplica(Replica):
         return WorkerSteps(self._replica_id, steps, self._telemetry.peaks)
 
     async def steps_of(self, request_ids: list[str]) -> tuple[str, dict[str, list[RequestStep]]]:
-        """The worker's id, and the steps that each request had a part in, or waited through."""
+        """The worker's id, and the steps that each request took part in or was deferred in."""
         found = {request_id: self._history.of_request(request_id) for request_id in request_ids}
         return self._replica_id, {request_id: steps for request_id, steps in found.items() if steps}
 
@@ -158,17 +139,17 @@ class WorkerReplica(Replica):
         self._worker.check_health()
 
     async def follow(self, answer: "DeploymentResponse[DraftWorkerAddress | None]") -> None:
-        """Have the draft worker that the GlobalScheduler names make the drafts."""
+        """Take drafts from the draft worker that the GlobalScheduler names."""
         with _while_the_scheduler_restarts():
             self._worker.assign_draft_worker(await answer)
 
     def _make_engine(self, config: AppConfig) -> Engine:
         check_seams(config.worker.device)
-        # vLLM takes long to import; only this process of the cluster package needs it.
+        # vLLM takes long to import, and is checked first.
         from workers.profiling.vllm_calibrated_engine import make_engine
 
-        took_step = self._telemetry.took_step if config.metrics or config.tracing else None
-        engine = make_engine(resolve_model(config.model), config.worker, took_step, config.draft)
+        observer = self._telemetry if config.metrics or config.tracing else None
+        engine = make_engine(resolve_model(config.model), config.worker, observer, config.draft)
         self._telemetry.watch(engine)
         return engine
 
@@ -178,9 +159,9 @@ class WorkerReplica(Replica):
             self._tracing.add(
                 phase.name,
                 request.traceparent,
-                phase.began_s,
-                phase.ended_s,
-                {
+                began_s=phase.began_s,
+                ended_s=phase.ended_s,
+                attributes={
                     "xyserve.request_id": request.request_id,
                     "xyserve.outcome": outcome,
                     **phase.attributes(),
@@ -189,7 +170,7 @@ class WorkerReplica(Replica):
 
 
 class _ReportingTelemetry(WorkerTelemetry):
-    """Sends a worker's reports to the GlobalScheduler too, which answers with a draft worker."""
+    """Sends a worker's reports to the GlobalScheduler too, which names a draft worker in return."""
 
     def __init__(
         self,
@@ -217,10 +198,8 @@ class DraftReplica(Replica):
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
         assert config.draft
         super().__init__(config, "draft_worker")
-        draft, metrics = (
-            config.draft,
-            DraftWorkerMetrics(Exporter(config.model_name, config.metrics)),
-        )
+        draft = config.draft
+        metrics = DraftWorkerMetrics(Exporter(config.model_name, config.metrics))
         event_loop = asyncio.get_running_loop()
 
         def send(report: DraftWorkerReport) -> None:
@@ -238,7 +217,7 @@ class DraftReplica(Replica):
         self._at_end.callback(self._draft_worker.shutdown)
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
-        """Its id, and its drafting that ended after a time, by the wall clock."""
+        """The draft worker's id, and the drafts it made after a time, by the wall clock."""
         return await self._draft_worker.spans(since_s)
 
     def check_health(self) -> None:
@@ -252,7 +231,7 @@ class DraftReplica(Replica):
 
 @contextlib.contextmanager
 def _while_the_scheduler_restarts() -> Iterator[None]:
-    """Go on with what the GlobalScheduler answered before, if it does not answer."""
+    """Keep the GlobalScheduler's last answer if this call of it fails."""
     try:
         yield
     except (RayError, RuntimeError) as error:

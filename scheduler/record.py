@@ -48,16 +48,20 @@ class Recorder:
         now: float,
         *,
         tasks: tuple[StageTask, ...],
+        late: Iterable[RequestState],
         num_observed: int,
     ) -> dict[str, Any]:
         """What is known of a step when it begins, for `write_step` to complete.
 
-        `tasks` are computed in it, and the cost model had learnt from `num_observed` of the
-        recorded steps when it was planned. Requests that are new in it are written here and now,
-        so that nothing that happens to them until the step is over changes it.
+        `tasks` are computed in it, some perhaps of requests that came too `late` for the view. The
+        cost model had learnt from `num_observed` of the recorded steps when it was planned.
+        Requests that are new in it are written here and now, so that nothing that happens to them
+        until the step is over changes it.
         """
         running = [self._state(state) for state in view.running]
         waiting = [self._state(state) for state in view.waiting]
+        for state in late:
+            self._state(state)
         shared = {}
         if view.num_shared_kv_blocks:  # none are reported live
             rows = [[self._numbers[name], num] for name, num in view.num_shared_kv_blocks.items()]

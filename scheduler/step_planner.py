@@ -1,11 +1,12 @@
 """Plans a worker's steps, and learns from each one when it is over."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from scheduler.cost_model import CostModel
 from scheduler.policy import StepPolicy
 from scheduler.record import Recorder
+from scheduler.request import RequestState
 from scheduler.speculation import Acceptance
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepReport, StepView
 from scheduler.work import ModelWork
@@ -96,17 +97,19 @@ class StepPlanner:
         *,
         tasks: tuple[StageTask, ...] | None = None,
         preempted: frozenset[str] | None = None,
+        late: Sequence[RequestState] = (),
         decided_s: float = 0.0,
     ) -> StepInFlight:
         """Note the step that is computed now, `tasks` and `preempted` as planned if not given.
 
-        Called before the states in the view change, and only for a step that computes something.
+        `late` are the requests with a task that are missing in the view. Called before the states
+        in the view change, and only for a step that computes something.
         """
         tasks = plan.tasks if tasks is None else tasks
         recorded = None
         if self._recorder:
             recorded = self._recorder.decision(
-                view, plan, now, tasks=tasks, num_observed=self._num_observed
+                view, plan, now, tasks=tasks, late=late, num_observed=self._num_observed
             )
         return StepInFlight(
             step=view.step,
@@ -114,7 +117,7 @@ class StepPlanner:
             began_s=now,
             tasks=tasks,
             preempted=frozenset(plan.preempted) if preempted is None else preempted,
-            queued_s=self._queued_s(view, tasks, now),
+            queued_s=self._queued_s((*view.running, *view.waiting, *late), tasks, now),
             decided_s=decided_s,
             recorded=recorded,
         )
@@ -166,7 +169,7 @@ class StepPlanner:
         self._scheduler = self._policy.make(self.limits, cost_model)
 
     def _queued_s(
-        self, view: StepView, tasks: Iterable[StageTask], now: float
+        self, states: Iterable[RequestState], tasks: Iterable[StageTask], now: float
     ) -> tuple[tuple[str, float], ...]:
         """Service class and queueing time of each request whose first task is among `tasks`."""
         begun, prefill = self._begun, Stage.PREFILL
@@ -177,11 +180,10 @@ class StepPlanner:
         ]
         if not first:
             return ()
-        states = {state.request.request_id: state for state in (*view.running, *view.waiting)}
+        by_id = {state.request.request_id: state for state in states}
         queued = []
         for request_id in first:
-            # vLLM may take a request that became ready after the view was made.
-            if state := states.get(request_id):
+            if state := by_id.get(request_id):  # a replay knows no late requests
                 begun.add(request_id)
                 queued.append((state.request.slo_class, max(now - state.arrival_s, 0.0)))
         return tuple(queued)

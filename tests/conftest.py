@@ -18,7 +18,7 @@ NEEDS = {
         "*/test_ray_*",
         "cluster/test_*",
         "cluster/ingress/*",
-        "cluster/observe/test_chrome_trace.py",
+        "cluster/cli/test_trace.py",
         "cluster/observe/test_exporter.py",
         "cluster/placement/test_router.py",
     ),

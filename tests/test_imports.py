@@ -63,7 +63,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"kernels", "token_stream"}),
         frozenset({"drafts", "plugin", "step_history"}),
         frozenset({"reports"}),
-        frozenset({"engine", "observer"}),
+        frozenset({"engine"}),
         frozenset({"drafters", "profiling"}),
         frozenset({"worker"}),
     ),

@@ -41,9 +41,9 @@ class CpuClaim:
 def claim_cpus(count: int, *, timeout_s: float = 30.0, directory: Path | None = None) -> CpuClaim:
     """Claim `count` cores that no other claim on this node holds.
 
-    The locks are in `directory`, by default one of the user's in the folder for temporary files
-    (TMPDIR): processes with different folders share cores.
-    Waits up to `timeout_s` for workers that are shutting down; RuntimeError after that.
+    The locks are in `directory`, by default a folder of the user's in TMPDIR; claims in different
+    folders do not see each other. Waits up to `timeout_s` for workers that are shutting down;
+    RuntimeError after that.
     """
     directory = directory or Path(tempfile.gettempdir()) / f"xyserve-cpus-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A request on its way to an engine: what every station between the client and vLLM passes on."""
+"""A request on its way to an engine, as every hop between the client and vLLM passes it on."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ class EngineRequest:
 
     request: Request
     core: list[bytes]
-    """vLLM's `EngineCoreRequest`, encoded once per request. Its own id and client do not count: the
-    engine takes the id of `request` and the client that it is called for."""
+    """vLLM's `EngineCoreRequest`, encoded once per request. The engine ignores the id and client in
+    it: it uses the id of `request` and the client of the call."""
     output_token_ids: tuple[int, ...] = ()
     """Tokens that earlier attempts at the request produced."""
 
     def for_attempt(self, attempt_id: str, output_token_ids: Iterable[int] = ()) -> "EngineRequest":
-        """The same request under the id of one attempt, with the tokens produced before it."""
+        """This request under the id of one attempt, with the tokens produced before it."""
         return EngineRequest(
             dataclasses.replace(self.request, request_id=attempt_id),
             self.core,

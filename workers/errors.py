@@ -2,11 +2,11 @@
 
 
 class WorkerDraining(RuntimeError):
-    """The worker takes no new requests; another one should be asked."""
+    """The worker takes no new requests; place the request on another one."""
 
 
 class WrongWorker(RuntimeError):
-    """The request was placed on another worker, which Serve could not reach; ask for another."""
+    """The request was placed on another worker, which Serve could not reach; place it again."""
 
 
 class EngineDead(RuntimeError):

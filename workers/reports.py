@@ -1,17 +1,17 @@
-"""What workers and draft workers report of themselves."""
+"""What workers and draft workers report of themselves, and who sees it."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from scheduler.task import StepReport
 from workers.drafts.draft_client import DraftCounts
-from workers.drafts.draft_stream import (
-    DraftWorkerAddress,
-)
+from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.step_history import StepSummary
 
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """Of one worker's device, with its number of threads."""
+    """Peak rates of one worker's device, with its number of threads."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -19,28 +19,28 @@ class Peaks:
 
 @dataclass(frozen=True, slots=True)
 class DraftStats:
-    """What came of drafts, since the engine's start."""
+    """Drafts and their acceptance."""
 
     counts_of: dict[str, DraftCounts]
-    """By drafter."""
+    """Counts since the engine's start, by drafter."""
     acceptance_rate: float
-    """Share of the drafts verified lately that were right."""
+    """Fraction of the drafts verified lately that were accepted."""
     tokens_per_span: float
-    """Output tokens that a decode gave lately, drafts included."""
+    """Output tokens per decode lately, drafts included."""
     draft_worker: str | None
-    """Incarnation of the draft worker that makes them."""
+    """Incarnation of the assigned draft worker."""
     silent_s: float
-    """How long it has owed an answer and given none."""
+    """How long it has owed an answer and sent none."""
 
     @property
     def counts(self) -> DraftCounts:
-        """Of all drafters together."""
+        """Counts of all drafters together."""
         return sum(self.counts_of.values(), DraftCounts())
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """A worker's requests, as it tells the GlobalScheduler."""
+    """A worker's requests, as it reports them to the GlobalScheduler."""
 
     worker_id: str
     outstanding: dict[str, int]
@@ -66,7 +66,7 @@ class WorkerStatus:
     num_steps: int
     """Steps since the start that ran the model."""
     kv_cache_usage: float
-    """Share of the KV cache in use, 0 to 1."""
+    """Fraction of the KV cache in use."""
     memory_bytes: int
     """Resident memory of its process."""
     draining: bool
@@ -81,7 +81,7 @@ class WorkerSteps:
     worker_id: str
     steps: list[StepSummary]
     peaks: Peaks | None
-    """Of its device; None if they were not measured."""
+    """Peaks of its device; None if they were not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +96,28 @@ class DraftWorkerStatus:
     num_drafts: int
     """Draft tokens sent since the start."""
     busy_share: float
-    """Of the time since the report before, how much it spent drafting."""
+    """Fraction of the time since the previous report that it spent drafting."""
     memory_bytes: int
     silent: bool = False
-    """Has not reported for long: perhaps it is stopped or dead."""
+    """Whether it has not reported for long: perhaps it is stopped or dead."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftWorkerReport:
-    """What a draft worker tells the GlobalScheduler of itself."""
+    """A draft worker, as it reports itself to the GlobalScheduler."""
 
     address: DraftWorkerAddress
     status: DraftWorkerStatus
+
+
+class WorkerObserver:
+    """Sees what a worker does, called in its engine's thread; this one does nothing."""
+
+    def took_step(self, step: StepReport) -> None:
+        """The engine computed a step that a scheduler of ours decided."""
+
+    def saw_stats(self, stats: Any) -> None:
+        """The engine took a step, after which vLLM's scheduler has these `SchedulerStats`."""
+
+    def reported(self, report: WorkerReport) -> None:
+        """The worker reports its load: it has changed, or some time has passed."""

@@ -1,7 +1,7 @@
-"""Seams: members of another library that it does not promise to keep, and that we use all the same.
+"""Seams: members of another library that we use although it does not promise to keep them.
 
 A table names each of them with what we expect of it. It is checked when an engine or a front end
-starts, so that another version of the library is an error that says what has changed, and no
+starts, so that another version of the library is an error that says what has changed, not a
 puzzle in the middle of a request.
 """
 
@@ -22,18 +22,18 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 LAZILY: dict[str, Any] = {}
-"""From Python 3.14 on, what leaves annotations alone that cannot be evaluated."""
+"""Arguments of `inspect.signature`; from Python 3.14 on they leave annotations unevaluated."""
 if sys.version_info >= (3, 14):
     import annotationlib
 
     LAZILY["annotation_format"] = annotationlib.Format.FORWARDREF
 
 MAX_NAMED = 8
-"""Differences that one error names; the first ones say enough."""
+"""Max differences that one error names; the first ones say enough."""
 
 
 class Use(StrEnum):
-    """How we use a member; of several ways the one that depends most on the library."""
+    """How we use a member; if in several ways, the one that depends most on the library."""
 
     READ = "read"
     WRITTEN = "written"
@@ -41,7 +41,7 @@ class Use(StrEnum):
     OVERRIDDEN = "overridden"
     REPLACED = "replaced"
     NAMED = "named"
-    """A name that stands in the library's source: of an environment variable, or of what the
+    """Text in the library's source: the name of an environment variable, or of a member that the
     library looks up on an object of ours."""
 
 
@@ -91,7 +91,7 @@ def seams(table: str) -> tuple[Seam, ...]:
 
     An owner stands at the beginning of a line; below it, indented by four, how we use some of its
     members: `called name(parameters)`, `read name: type`, or `read name name name`. Lines that are
-    indented by more go on with the line before; `#` begins a comment.
+    indented by more continue the line before; `#` begins a comment.
     """
     rows: list[Seam] = []
     owner = ""
@@ -132,9 +132,9 @@ class SeamTable:
     packages: tuple[str, ...]
     """Distributions that the library comes as; one of them is installed."""
     version: str
-    """The pinned one. Others of its series, equal in major and minor, are the same to us."""
+    """The pinned version; others with the same major and minor are accepted, too."""
     remedy: str
-    """What installs it."""
+    """Advice that ends an error: how to install the pinned version."""
     seams: tuple[Seam, ...]
 
     def check(self, *, any_version: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""ZeroMQ sockets as all our streams need them: IPv6 where asked for, nothing kept after closing."""
+"""ZeroMQ sockets as all our streams need them: IPv6 if the address is, nothing kept when closed."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -30,6 +30,6 @@ def connect(context: "zmq.Context[Socket]", endpoint: str, options: Options) -> 
 
 
 def _set(socket: "zmq.Socket[Any]", is_ipv6: bool, options: Options) -> None:
-    """Set the options, which count for connections made afterwards only."""
+    """Set the options; they apply to connections made afterwards only."""
     for option, value in {zmq.LINGER: 0, zmq.IPV6: is_ipv6, **options}.items():
         socket.setsockopt(option, value)

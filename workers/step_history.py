@@ -9,9 +9,9 @@ from scheduler.task import Reason, Stage, StageTask, StepReport
 from workers.timeline import Span, wall_clock_ahead_s
 
 MAX_STEPS = 20_000
-"""Maximum of steps kept: a quarter of an hour at 50 ms a step."""
+"""Max steps kept: a quarter of an hour at 50 ms a step."""
 MAX_ENTRIES = 400_000
-"""Maximum of tasks and deferrals in all kept steps together, about 100 bytes each."""
+"""Max tasks and deferrals in all kept steps together, about 100 bytes each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class RequestStep:
     num_others: int
     """Other requests with a task in it."""
     task: StageTask | None
-    """The request's task; None if it had none."""
+    """Task of the request; None if it had none."""
     reason: Reason | None
     """Why it had none."""
     num_new_tokens: int
@@ -64,7 +64,7 @@ class StepHistory:
         self._num_entries = 0
 
     def add(self, step: StepReport) -> None:
-        """Keep a step, and drop the oldest while there are too many."""
+        """Keep a step, and drop the oldest ones beyond the limits."""
         self._steps.append(step)
         self._num_entries += _num_entries(step)
         while len(self._steps) > MAX_STEPS or self._num_entries > self._max_entries:
@@ -103,7 +103,7 @@ class StepHistory:
 
 
 def _num_entries(step: StepReport) -> int:
-    """The room that a step takes in a history."""
+    """Entries that a step takes in a history."""
     return 1 + len(step.tasks) + len(step.plan.deferred)
 
 

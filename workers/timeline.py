@@ -1,4 +1,4 @@
-"""The last spans of work of a process, for people to look at."""
+"""The latest spans of work of a process, for people to look at."""
 
 import time
 from collections import deque
@@ -9,7 +9,7 @@ MAX_SPANS = 20_000
 
 
 class Span(NamedTuple):
-    """A piece of work with its begin and end."""
+    """A piece of work with its begin and end, in seconds."""
 
     name: str
     began_s: float

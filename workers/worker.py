@@ -16,12 +16,11 @@ from workers.engine.engine import Engine
 from workers.engine.engine_loop import EngineLoop, LoopState
 from workers.engine_request import EngineRequest
 from workers.errors import WorkerDraining, WrongWorker
-from workers.observer import WorkerObserver
-from workers.reports import WorkerReport, WorkerStatus
+from workers.reports import WorkerObserver, WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress
 
 REPORT_HEARTBEAT_S = 2.0
-"""Max time between two reports, also when nothing has changed."""
+"""Interval of reports while nothing changes."""
 
 
 class Worker:
@@ -61,7 +60,7 @@ class Worker:
         """Run `request`, its tokens going to `reply_to`; returns the finish reason at the end.
 
         The call lasts as long as its request, so that the death of either side is noticed by
-        the other, and a replica that is asked to stop waits for what it runs. Cancelling the
+        the other, and a replica that is to stop waits for the requests it runs. Cancelling the
         call aborts the request. Raises ValueError for a malformed request, WrongWorker if it was
         placed on another one, WorkerDraining, EngineDead, and ClientLost when the client no longer
         reads its stream.
@@ -99,7 +98,7 @@ class Worker:
         )
 
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
-        """Have this draft worker make the drafts from the next step on."""
+        """Take drafts from this draft worker from the next step on."""
         self._engine_loop.assign_draft_worker(draft_worker)
 
     async def drain(self) -> None:
@@ -109,7 +108,7 @@ class Worker:
             await asyncio.sleep(0.1)
 
     def report_load(self, state: LoopState) -> None:
-        """Report the state of the engine's loop if there is news, or else now and then."""
+        """Report the state of the engine's loop if it has changed or a heartbeat is due."""
         report = WorkerReport(
             self.worker_id, state.outstanding, state.finished, self._draining, state.engine.drafts
         )

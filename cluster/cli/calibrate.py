@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.options import DEFAULT_CONFIG, Config, fail, show_progress
+from cluster.models.model import resolve_model
 
 if TYPE_CHECKING:
     from cluster.config.app_config import AppConfig
@@ -64,7 +65,7 @@ def _calibrate_kernels(force: bool) -> None:
         from workers.profiling.calibrate import current_calibration
 
         before = current_calibration()
-    except ImportError as error:  # its message says how to build the library
+    except ImportError as error:  # the message says how to build the kernels' library
         raise fail(str(error)) from error
 
     if before.is_measured and not force:
@@ -83,7 +84,6 @@ def _calibrate_kernels(force: bool) -> None:
 
 
 def _calibrate_engine(config: Path, app_config: AppConfig, force: bool) -> None:
-    from cluster.models.model import resolve_model
     from workers.profiling.calibrate import EngineNotMeasured, calibrate_engine, current_profile
 
     model, worker = resolve_model(app_config.model), app_config.worker

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.models.model import DEFAULT_MODEL
-from cluster.models.model_files import missing_files
+from cluster.models.default_model import DEFAULT_MODEL
+from cluster.models.model import missing_files
 from cluster.placement.ray_seams import VERSION as RAY
 from workers.config import DraftConfig
 from workers.plugin.vllm_seams import VERSION as VLLM
@@ -214,7 +214,7 @@ def check_cores(
 
 def check_draft_head(head: Path | None, model: Path) -> Finding:
     """The draft head: it must be trained for this model."""
-    # This import loads the kernels' library; the other checks must also work without it.
+    # Loads the kernels' library; the other checks must also work without it.
     from workers.drafters.draft_head import DEFAULT_HEAD, fingerprint, read_config
 
     head = head or DEFAULT_HEAD
@@ -286,12 +286,7 @@ def check_model(name: str, directory: Path | None) -> Finding:
         return Finding("model", "warn", detail, fetch)
     if not directory.is_dir():
         detail = f"{name!r} is neither a directory nor a hub id such as org/name."
-        return Finding(
-            "model",
-            "fail",
-            detail,
-            f"change model, e.g. to {DEFAULT_MODEL}",
-        )
+        return Finding("model", "fail", detail, f"change model, e.g. to {DEFAULT_MODEL}")
     missing = missing_files(directory)
     if not missing:
         return Finding("model", "ok", f"{name} in {directory}.")

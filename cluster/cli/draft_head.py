@@ -15,7 +15,9 @@ from rich.table import Table
 
 from cluster.cli.model import show_fetch
 from cluster.cli.options import fail
-from cluster.models.model import DEFAULT_MODEL, FetchError, resolve_model
+from cluster.models.default_model import DEFAULT_MODEL, FetchError
+from cluster.models.model import resolve_model
+from workers.config import WorkerConfig
 
 draft_head_app = typer.Typer(
     help="Train a draft head for a model, and show what a head contains.", no_args_is_help=True
@@ -58,7 +60,7 @@ def train(
 
         xyserve draft-head train --prompts prompts.jsonl --out my-model.head.safetensors
     """
-    from workers.config import WorkerConfig
+    # Loads the kernels' library; the other commands also work without it.
     from workers.profiling.calibrate import ENGINE_ENV
 
     try:
@@ -94,6 +96,7 @@ def info(
 
     Example: xyserve draft-head info
     """
+    # Loads the kernels' library; the other commands also work without it.
     from workers.drafters.draft_head import DEFAULT_HEAD, read_config
 
     file = file or DEFAULT_HEAD

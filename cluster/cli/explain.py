@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 
 from cluster.cli.options import Address, AppName, fail, output_console
+from cluster.observe.explanation_text import describe, describe_refusal, steps_table
+from cluster.observe.request_history import Refusal
 
 
 def explain(
@@ -26,8 +28,6 @@ def explain(
     """
     # Importing Ray takes seconds.
     from cluster.client import XYServe
-    from cluster.observe.explanation_text import describe, describe_refusal, steps_table
-    from cluster.observe.request_history import Refusal
 
     console = output_console(width=140)
     with XYServe.connect(address, app_name) as handle:

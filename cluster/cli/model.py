@@ -18,15 +18,14 @@ from rich.progress import (
 )
 
 from cluster.cli.options import fail, show_progress
-from cluster.models.model import (
+from cluster.models.default_model import (
     DEFAULT_MODEL,
     FetchError,
     FetchProgress,
     fetch_default_model,
     is_fetched,
-    list_models,
-    resolve_model,
 )
+from cluster.models.model import list_models, resolve_model
 from workers.home import home
 
 model_app = typer.Typer(

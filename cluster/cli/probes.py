@@ -40,8 +40,8 @@ from cluster.cli.checks import (
     check_vllm_ascend,
 )
 from cluster.config.serve_file import ServeFile
-from cluster.models.model import DEFAULT_MODEL
-from cluster.models.model_files import find_model, weights_bytes
+from cluster.models.default_model import DEFAULT_MODEL
+from cluster.models.model import find_model, weights_bytes
 from workers.home import home
 
 

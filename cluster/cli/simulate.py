@@ -24,7 +24,7 @@ from scheduler.simulation.arrivals import (
     with_slo,
 )
 from scheduler.simulation.compare import compare, to_dict
-from scheduler.simulation.device import DeviceProfile, read_device
+from scheduler.simulation.device import read_device
 from scheduler.simulation.simulated_worker import SimulationError
 from scheduler.simulation.simulator import SimulationConfig, Speculation
 from scheduler.simulation.traces import read_trace
@@ -137,11 +137,12 @@ def simulate(
         if plot is not None:
             _make_folder(plot)
         profile = read_device(device)
-        arrivals = _arrivals(
-            trace, profile, rate=rate, seed=seed, duration_s=duration, count=requests,
-            max_tokens=max_tokens, max_model_len=max_model_len,
-            slo=Slo(*(math.inf if ms is None else ms / 1e3 for ms in (ttft_ms, tpot_ms))),
-        )  # fmt: skip
+        arrivals = _arrivals(trace, rate, duration, requests, seed)
+        if max_tokens is not None:
+            arrivals = with_max_tokens(arrivals, max_tokens)
+        arrivals = clip_lengths(arrivals, max_model_len or profile.num_kv_tokens)
+        slo = Slo(*(math.inf if ms is None else ms / 1e3 for ms in (ttft_ms, tpot_ms)))
+        arrivals = with_slo(arrivals, slo)
         speculation = None
         if drafts:
             speculation = Speculation(num_drafts=drafts, acceptance_rate=acceptance)
@@ -164,9 +165,8 @@ def simulate(
         raise BadSimulation(str(error)) from error
     print_runs(runs, profile, workers, len(arrivals))
     if json_file is not None:
-        _write_text(
-            json_file, json.dumps(to_dict(runs, profile, workers), indent=1, allow_nan=False)
-        )
+        figures = to_dict(runs, profile, workers)
+        _write_text(json_file, json.dumps(figures, indent=1, allow_nan=False))
         typer.echo(f"Figures: {json_file}")
     if plot is not None:
         typer.echo("Plots: " + ", ".join(map(str, write_plots(plot, runs))))
@@ -189,20 +189,15 @@ def _loads(text: str) -> list[float]:
 
 
 def _arrivals(
-    trace: Path,
-    profile: DeviceProfile,
-    *,
-    rate: float | None,
-    seed: int,
-    duration_s: float | None,
-    count: int | None,
-    max_tokens: int | None,
-    max_model_len: int | None,
-    slo: Slo,
+    trace: Path, rate: float | None, duration_s: float | None, count: int | None, seed: int
 ) -> list[Arrival]:
-    """The arrivals at load 1."""
-    arrivals, is_scaled = _read(trace, rate, duration_s, seed)
-    if rate is not None and not is_scaled:
+    """The arrivals of the part of a trace that is simulated, at load 1."""
+    arrivals = read_trace(
+        trace, rate_rps=rate, duration_s=duration_s or DEFAULT_DURATION_S, seed=seed
+    )
+    # Traces of rates and of sessions have no times; theirs were drawn at `rate`.
+    is_drawn = trace.name.split(".gz")[0].endswith("_arrivals.csv")
+    if rate is not None and not is_drawn and not any(arrival.after for arrival in arrivals):
         arrivals = scale_rate(arrivals, rate)
     if duration_s is not None:
         arrivals = first_seconds(arrivals, duration_s)
@@ -210,19 +205,7 @@ def _arrivals(
         arrivals = first_requests(arrivals, count)
     if not arrivals:
         raise BadSimulation(f"{trace}: no requests left; use a longer --duration")
-    if max_tokens is not None:
-        arrivals = with_max_tokens(arrivals, max_tokens)
-    return with_slo(clip_lengths(arrivals, max_model_len or profile.num_kv_tokens), slo)
-
-
-def _read(
-    trace: Path, rate: float | None, duration_s: float | None, seed: int
-) -> tuple[list[Arrival], bool]:
-    """The arrivals, and whether `rate` is already applied: some traces have no times."""
-    duration_s = duration_s or DEFAULT_DURATION_S
-    arrivals = read_trace(trace, rate_rps=rate, duration_s=duration_s, seed=seed)
-    drawn = trace.name.split(".gz")[0].endswith("_arrivals.csv")
-    return arrivals, drawn or any(arrival.after for arrival in arrivals)
+    return arrivals
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.options import Address, AppName, fail, show_progress
+from cluster.observe.chrome_trace import chrome_trace, hidden_share, split
 
 POLL_S = 0.1
 """Time between two updates of the progress bar."""
@@ -27,7 +28,6 @@ def trace(
     """
     # Importing Ray takes seconds.
     from cluster.client import XYServe
-    from cluster.observe.chrome_trace import chrome_trace, hidden_share, split
 
     if not out.parent.is_dir():
         raise fail(f"--out ({out}): there is no folder {out.parent}")

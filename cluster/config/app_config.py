@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.util
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pydantic
 from cluster.config.observe import LogConfig, TracingConfig
 from cluster.config.slo import SloConfig
 from cluster.errors import ConfigError
-from cluster.models.model import DEFAULT_MODEL
+from cluster.models.default_model import DEFAULT_MODEL
 from workers.config import DraftConfig, EngineConfig, WorkerConfig
 
 
@@ -124,7 +125,8 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in (*parents, key))
     if problem["type"] == "unexpected_keyword_argument":
         known = [f.name for f in dataclasses.fields(_config_at(parents))]
-        return f"{where}: unknown key{_did_you_mean(key, known)}"
+        hint = _did_you_mean(key, known) or f"; known keys: {', '.join(sorted(known))}"
+        return f"{where}: unknown key{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {message}" if problem["loc"] else message
@@ -142,9 +144,9 @@ def _config_at(loc: list[str]) -> Any:
     return cls
 
 
-def _did_you_mean(name: str, known: list[str]) -> str:
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(sorted(known))}"
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 _OWN_KEYS = {
@@ -164,8 +166,7 @@ def _check_names(where: str, args: dict[str, Any], known: frozenset[str]) -> Non
         if name in _OWN_KEYS:
             raise ValueError(f"{where}.{name}: use {_OWN_KEYS[name]} instead")
         if known and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = _did_you_mean(name, known)
             raise ValueError(f"{where}.{name}: vLLM has no such argument{hint}")
 
 

@@ -1,1 +1,1 @@
-"""The HTTP front end and what it asks of the workers."""
+"""The HTTP front end, and its client of the workers."""

@@ -1,4 +1,4 @@
-"""Calls of the API: what each brings, which requests become of it, and how it is answered."""
+"""Calls of the API: the id, targets and trace of each, its requests, and its status."""
 
 import contextvars
 import math
@@ -29,7 +29,7 @@ MAX_MESSAGE_BYTES = 1000
 
 @dataclass(slots=True)
 class Call:
-    """A call of the API, which may become several requests."""
+    """A call of the API, which may make several requests."""
 
     call_id: str
     targets: Targets = NO_TARGETS
@@ -54,7 +54,8 @@ class Call:
 current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
     "current_call", default=None
 )
-"""The call that is being answered; vLLM's code between has no place for it."""
+"""The call that is being answered: vLLM's code, between its start and its requests, cannot pass it
+on."""
 
 
 class Calls:
@@ -72,9 +73,10 @@ class Calls:
 
     @contextmanager
     def answering(self, given: Mapping[str, Any], names: Names) -> Iterator[Call]:
-        """A call from now on to its end, in the context of whoever answers it.
+        """Open a call, which is `current_call` and has a span until the block ends.
 
-        `given` holds what it brought under `names`. RequestFailed if that cannot be used.
+        `given` holds its headers or parameters, called `names`. RequestFailed if one of them cannot
+        be used.
         """
         call_id, traceparent = (
             value if isinstance(value := given.get(name), str) else ""
@@ -99,25 +101,27 @@ class Calls:
 
     def _refuse(self, call: Call) -> None:
         now = time.time()
-        self._tracing.add("admission", call.traceparent, call.began_s, now, {}, error=call.message)
+        self._tracing.add(
+            "admission", call.traceparent, began_s=call.began_s, ended_s=now, error=call.message
+        )
         self._observer.refused(Refusal(call.call_id, now, call.status, call.message))
 
 
 class CallsByHeader:
-    """Makes a call of each POST, with the name, trace and targets that its headers give it.
+    """Makes each POST a call, with the id, trace and targets in its headers.
 
-    The answer names the class of its targets. Every POST has targets, so that no route that
-    generates is forgotten; only those below /v1/ are traced, and kept when they are refused.
+    The answer names the class of the targets. Every POST has targets, so that no route that
+    generates is forgotten; only those below /v1/ are traced, and remembered when refused.
     """
 
     def __init__(self, app: ASGIApp, calls: Calls, others: Calls) -> None:
-        """`others` are the calls that are neither traced nor kept."""
+        """`others` are the calls that are neither traced nor remembered."""
         self._app = app
         self._calls = calls
         self._others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on with its call in the context, or answer why there is none."""
+        """Pass a request on with its call in the context, or answer why it cannot be a call."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return

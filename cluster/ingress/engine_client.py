@@ -24,28 +24,19 @@ from workers.token_stream import LOST_AFTER_S, StreamReceiver
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""Workers that may die under a request before its first token."""
+"""Workers that a request may be placed on, if they die before its first token."""
 NO_WORKER = ""
-"""Worker id of a call that Serve holds until a worker is there, which then answers `WrongWorker`.
-Serve counts what it holds, and so starts workers where it may."""
+"""Worker id of a call that Serve holds until a worker is up, which then answers `WrongWorker`.
+Serve counts the calls it holds, so that autoscaling starts workers."""
 RESTART_S = 0.1
 """Pause before a GlobalScheduler that died is asked again."""
 
 
-class RequestOutput(Protocol):
-    """The part of a step's output for one request that this file reads."""
-
-    request_id: str
-    new_token_ids: list[int]
-
-    @property
-    def finish_reason(self) -> object: ...  # noqa: D102
-
-
 class StepOutputs(Protocol):
-    """What one step of one worker produced for this client."""
+    """What one step of one worker produced for this client, in vLLM's form."""
 
     outputs: list[Any]
+    """One for each request, with `request_id`, `new_token_ids` and `finish_reason`."""
 
 
 Outputs = TypeVar("Outputs", bound=StepOutputs)
@@ -97,7 +88,7 @@ class EngineClient(Generic[Outputs]):
         decode: Callable[[list[bytes]], Outputs],
         observer: IngressObserver | None = None,
     ) -> None:
-        # To name a method is what has Serve make a router, which the directory needs.
+        # Serve makes the router, which the directory needs, when a method is first named.
         self._generate = workers.generate
         self._directory = directory
         self._place = scheduler.place
@@ -111,14 +102,14 @@ class EngineClient(Generic[Outputs]):
         self._receiving: asyncio.Task[None] | None = None
 
     def submit(self, request: EngineRequest, arrived_s: float) -> RequestRecord:
-        """Start a request that arrived at a time by the wall clock; what becomes of it."""
+        """Start a request; `arrived_s` is by the wall clock. Returns the record of its progress."""
         if self._receiving is None:
             self._receiving = asyncio.create_task(self._receive())
         live = _Live(RequestRecord(request.request, arrived_s), request)
         self._live[live.request_id] = live
         self._observer.began(live.record)
-        # In a context of its own: Serve names its calls after the HTTP request in the context, and
-        # its router keeps only one of two calls of the same name, as n=2 makes.
+        # In an empty context: Serve names its calls after the HTTP request in the context, and its
+        # router keeps only one of two calls with the same name, such as those of n=2.
         live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
         return live.record
 
@@ -132,7 +123,7 @@ class EngineClient(Generic[Outputs]):
                     live.task.cancel()
 
     async def next_outputs(self) -> Outputs | Failure:
-        """What comes next for this client's requests: a step's outputs, or the end of one."""
+        """The next outputs of a step for this client's requests, or the failure of one of them."""
         return await self._outputs.get()
 
     async def has_workers(self) -> bool:
@@ -162,11 +153,11 @@ class EngineClient(Generic[Outputs]):
                         "error": live.record.attempts[-1].lost,
                     },
                 )
-        except Exception as error:  # of any kind: nobody else would end the request
+        except Exception as error:  # any kind: nothing else would end the request
             self._fail(live, error)
 
     async def _attempt(self, live: _Live) -> bool:
-        """Run the request on one worker; False if it lost that worker and may have another."""
+        """Run the request on one worker; False if it lost that worker and is to be retried."""
         attempt = live.begin_attempt()
         attempt_id = attempt.request.request_id
         self._attempts[attempt_id] = live
@@ -197,7 +188,7 @@ class EngineClient(Generic[Outputs]):
             response: Any = self._generate.remote(worker_id, attempt, self._receiver.address)
             live.response = response
             result = await response
-            if not isinstance(result, WrongWorker):  # or it is gone, and another one answered
+            if not isinstance(result, WrongWorker):  # which another worker returns if it is gone
                 return str(result)
 
     async def _worker_for(self, live: _Live, request: Request) -> str:
@@ -222,7 +213,7 @@ class EngineClient(Generic[Outputs]):
             await asyncio.sleep(answer.retry_after_s)
 
     async def _last_outputs(self, live: _Live) -> None:
-        """Wait for the last outputs: they come by the stream, perhaps after the call's result."""
+        """Wait for the last outputs: the stream may deliver them after the call's result."""
         try:
             await asyncio.wait_for(live.ended.wait(), LOST_AFTER_S)
         except TimeoutError:
@@ -248,7 +239,7 @@ class EngineClient(Generic[Outputs]):
             kept, now = [], time.time()
             for output in step.outputs:
                 if (live := self._attempts.get(output.request_id)) is None:
-                    continue  # aborted here, or from a worker that was given up
+                    continue  # aborted by this client, or from a worker that was given up
                 output.request_id = live.request_id
                 live.record.deliver(output.new_token_ids, now)
                 kept.append(output)

@@ -21,9 +21,8 @@ from cluster.ingress.telemetry import IngressTelemetry
 from cluster.models.model import resolve_model
 from cluster.observe.explanation import AttemptTrace
 from cluster.observe.exporter import Exporter, RequestMetrics
-from cluster.observe.logs import replica_context, set_up_logs
+from cluster.observe.replica import Replica
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
-from cluster.observe.tracing import Tracing
 from cluster.placement import ray_seams
 from cluster.placement.directory import WorkerDirectory
 from workers.reports import WorkerSteps
@@ -34,12 +33,11 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.2
 """Period at which the streams to client handles are polled."""
-
 ASK_TIMEOUT_S = 60.0
-"""A replica that does not answer within this time hangs, and is left out of the answer."""
+"""A replica that does not answer within this time is taken to hang, and left out."""
 
 
-class Ingress:
+class Ingress(Replica):
     """One replica of the front end; stateless except for the requests in flight."""
 
     def __init__(
@@ -49,18 +47,16 @@ class Ingress:
         scheduler: "DeploymentHandle[Any]",
         draft_workers: "DeploymentHandle[Any] | None" = None,
     ) -> None:
-        context = replica_context()
-        set_up_logs(config.logs, **context)
+        super().__init__(config, "ingress")
         ray_seams.check_seams()
         vllm_seams.check_seams(config.worker.device)
-        # vLLM takes long to import; only this process of the cluster package needs it.
+        # vLLM takes long to import, and is checked first.
         from cluster.ingress.vllm_frontend import Frontend, decode_outputs
 
         self._config = config
         self._workers = workers
         self._scheduler = scheduler
         self._draft_workers = draft_workers
-        self._tracing = Tracing(config.tracing, "ingress", context["replica"])
         self._history = RequestHistory()
         metrics = RequestMetrics(Exporter(config.model_name, config.metrics))
         observer = IngressTelemetry(metrics, self._tracing, self._history)
@@ -80,18 +76,13 @@ class Ingress:
         )
         self._senders = StreamSenders()
         self._chunks: defaultdict[StreamAddress, list[Chunk]] = defaultdict(list)
-        self._tending: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's hook for the HTTP app."""
         await self._frontend.start()
         logger.info("app ready", extra={"model": self._config.model_name})
         return self._frontend.asgi_app
-
-    def __del__(self) -> None:
-        """Serve's hook for the end of a replica, also of one whose constructor failed."""
-        if hasattr(self, "_tracing"):
-            self._tracing.shut_down()
 
     async def check_health(self) -> None:
         """Serve's hook: it replaces this replica when this raises."""
@@ -100,7 +91,7 @@ class Ingress:
     async def call(self, api: Api, payload: dict[str, Any]) -> str | RequestFailed:
         """Answer a client handle. Cancelling the call frees its slots.
 
-        A failure is returned: Serve would log one that is raised as a crash of this replica.
+        A failure is returned: Serve would log it as a crash of this replica if it were raised.
         """
         try:
             return await self._frontend.complete(api, payload)
@@ -110,9 +101,9 @@ class Ingress:
     async def stream(
         self, api: Api, payload: dict[str, Any], call_id: str, reply_to: StreamAddress
     ) -> RequestFailed | None:
-        """The same with chunks sent to `reply_to`; returns after the last."""
-        if self._tending is None:
-            self._tending = asyncio.create_task(self._tend())
+        """`call` with the answer sent to `reply_to` in chunks; returns after the last one."""
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._poll_senders())
         try:
             async with contextlib.aclosing(self._frontend.stream(api, payload)) as chunks:
                 async for data in chunks:
@@ -174,14 +165,14 @@ class Ingress:
             self._senders.send(reply_to, [msgspec.msgpack.encode(chunks)], time.monotonic())
         self._chunks.clear()
 
-    async def _tend(self) -> None:
+    async def _poll_senders(self) -> None:
         while True:
             self._senders.poll(time.monotonic())
             await asyncio.sleep(POLL_INTERVAL_S)
 
 
 async def _ask_all(replicas: "DeploymentHandle[Any]", method: str, *args: Any) -> list[Any]:
-    """What each replica answers; one that dies meanwhile is left out."""
+    """The answers of all replicas; one that dies or hangs is left out."""
     response = replicas.broadcast(method, *args)
     answers = await response.results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
     return [answer for answer in answers if not isinstance(answer, BaseException)]

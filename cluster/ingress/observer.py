@@ -1,4 +1,4 @@
-"""Who sees what becomes of the calls and requests of an ingress."""
+"""The hooks through which others follow the calls and requests of an ingress."""
 
 from cluster.observe.request_history import Refusal, RequestRecord
 
@@ -13,7 +13,7 @@ class IngressObserver:
         """A request began, in the context of its call."""
 
     def retried(self, record: RequestRecord, reason: str) -> None:
-        """A request lost its worker, by an error of that name, and is placed again."""
+        """A request lost its worker and is placed again; `reason` is the error's name."""
 
     def ended(self, record: RequestRecord) -> None:
         """A request ended."""

@@ -11,10 +11,10 @@ Api = Literal["chat", "completion"]
 
 
 class Names(NamedTuple):
-    """Names of what a call brings in addition to the request itself."""
+    """Names of what a call may carry in addition to the request itself."""
 
     call_id: str
-    """Id of the call, the client's own or else Serve's; the answer repeats it, and vLLM makes it a
+    """Id of the call, by default one that Serve makes; the answer repeats it, and vLLM makes it a
     part of the requests' ids."""
     traceparent: str
     slo_class: str

@@ -22,16 +22,15 @@ class Targets:
 
 NO_TARGETS = Targets(Slo(), "")
 
-
 NO_TARGET = ("none", "inf")
 """Values that lift the target of the class."""
 
 
 def read_targets(config: SloConfig, given: Mapping[str, Any], names: Names) -> Targets:
-    """The targets of a request: those of its class, except the numbers that it brings itself.
+    """The targets of a request: the numbers it gives, otherwise those of its class.
 
-    `given` holds what it brought under `names`; None counts as absent. RequestFailed names what
-    cannot be used, and the remedy.
+    `given` holds the call's headers or parameters, called `names`; None counts as absent.
+    RequestFailed names the value that cannot be used, and the remedy.
     """
     name = given.get(names.slo_class)
     name = config.default if name is None else _text(name)

@@ -1,4 +1,4 @@
-"""What an ingress lets others see of its requests: metrics, spans, history and log."""
+"""The telemetry of an ingress: metrics, spans, history and log of its requests."""
 
 import itertools
 import logging
@@ -23,7 +23,7 @@ class IngressTelemetry(IngressObserver):
         self._num_live = 0
 
     def refused(self, refusal: Refusal) -> None:
-        """Remember and count a call that came to nothing."""
+        """Remember and count a call that was refused."""
         self._history.add(refusal)
         self._metrics.count_admission(refusal.outcome)
 
@@ -35,9 +35,12 @@ class IngressTelemetry(IngressObserver):
             return
         self._metrics.count_admission("admitted")
         self._tracing.add(
-            "admission", call.traceparent, call.began_s, time.time(),
-            {"xyserve.slo_class": record.request.slo_class},
-        )  # fmt: skip
+            "admission",
+            call.traceparent,
+            began_s=call.began_s,
+            ended_s=time.time(),
+            attributes={"xyserve.slo_class": record.request.slo_class},
+        )
 
     def retried(self, record: RequestRecord, reason: str) -> None:
         """Count a request that lost its worker and is placed again."""
@@ -48,11 +51,13 @@ class IngressTelemetry(IngressObserver):
         self._set_live(self._num_live - 1)
         self._metrics.count_end(record)
         for before, attempt in itertools.pairwise(record.attempts):
-            back_s = min(record.first_token_s, time.time())
             self._tracing.add(
-                "retry", record.request.traceparent, attempt.began_s, back_s,
-                {"xyserve.lost": before.lost, "xyserve.attempt_id": attempt.attempt_id},
-            )  # fmt: skip
+                "retry",
+                record.request.traceparent,
+                began_s=attempt.began_s,
+                ended_s=min(record.first_token_s, time.time()),
+                attributes={"xyserve.lost": before.lost, "xyserve.attempt_id": attempt.attempt_id},
+            )
         logger.debug(
             "request ended",
             extra={

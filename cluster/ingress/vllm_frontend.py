@@ -9,7 +9,7 @@ from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
-from cluster.ingress.vllm_seams import FRONT_END, check_seams  # before vLLM: sets what it reads
+from cluster.ingress.vllm_seams import FRONT_END  # before vLLM: sets what it reads
 
 # isort: split
 
@@ -95,9 +95,9 @@ class WorkersCore(EngineCoreClient):
         self._client.abort(request_ids)
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        """The outputs of the next step of any worker, or those that end a request with status 500.
+        """The outputs of the next step of any worker, or the end of a request with status 500.
 
-        A call that was refused a worker ends with its own status, and all its sequences with it.
+        A refused call ends with the status of its refusal, and so do all its sequences.
         """
         while True:
             outputs = await self._client.next_outputs()
@@ -154,9 +154,9 @@ class ClusterLLM(AsyncLLM):
             raise VLLMClientError(str(error)) from error
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
-        """Start one sequence; one that was not sent leaves nothing behind, as in a call with n=2.
+        """Start one sequence of a call; if it cannot be sent, the output processor forgets it.
 
-        vLLM has the output processor expect it before it is sent.
+        vLLM registers it there before it is sent.
         """
         try:
             await super()._add_request(request, *args)
@@ -195,7 +195,6 @@ class Frontend:
         client: EngineClient[EngineCoreOutputs],
         calls: Calls,
     ) -> None:
-        check_seams(config.worker.device)
         self._calls = calls
         self._args = _serve_args(config, model)
         args = engine_args(model, config.worker)

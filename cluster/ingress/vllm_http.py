@@ -1,4 +1,4 @@
-"""The HTTP side of the front end: what vLLM's app lacks as a public one behind Ray Serve."""
+"""The HTTP side of the front end: what vLLM's app lacks to be public behind Ray Serve."""
 
 import asyncio
 import logging
@@ -54,7 +54,7 @@ def http_app(app: FastAPI, config: AppConfig, calls: Calls) -> ASGIApp:
     app.add_exception_handler(HTTPException, _answer_http_error)
     for error in VALIDATOR_ERRORS:
         app.add_exception_handler(error, _answer_validator_error)
-    # It was built already, without these handlers.
+    # Starlette has already built it, without these handlers.
     FRONT_END.replace(app, "middleware_stack", None)
     sized = RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes)
     return DisconnectByMessage(CallsByHeader(sized, calls, Calls(config.slo)))
@@ -143,7 +143,7 @@ def _is_event_stream(head: Message) -> bool:
 
 
 class EarlyStreamErrors:
-    """Answers a stream that fails before its first chunk with the error, not with status 200.
+    """Answers a stream that fails before its first chunk with its error, not with status 200.
 
     vLLM checks some parameters, such as grammars, only when the stream has begun.
     """
@@ -200,7 +200,7 @@ class DisconnectByMessage:
                 await asyncio.wait({receiving, leaving}, return_when=asyncio.FIRST_COMPLETED)
                 if receiving.done():
                     return receiving.result()
-            except TaskCancelledError:  # the same, from Serve's own call for the message
+            except TaskCancelledError:  # Serve's own call for the message was cancelled too
                 pass
             finally:
                 receiving.cancel()

@@ -1,4 +1,4 @@
-"""The seams with vLLM's front end, and with the web framework that it stands on."""
+"""The seams with vLLM's front end, and with its web framework."""
 
 import dataclasses
 import os
@@ -87,5 +87,8 @@ FRONT_END = dataclasses.replace(VLLM, seams=SEAMS)
 
 @cache
 def check_seams(device: str) -> None:
-    """Raise SeamBroken if vLLM is not the one that the front end of workers on `device` needs."""
+    """Raise SeamBroken if vLLM is not the one that the front end of workers on `device` needs.
+
+    Call it before importing what uses vLLM, so that a module that has moved is named by this error.
+    """
     FRONT_END.check(any_version=device == "npu")

@@ -1,1 +1,1 @@
-"""What users see of a running app: metrics, logs, traces, explanations."""
+"""What a running app shows: metrics, logs, traces, explanations."""

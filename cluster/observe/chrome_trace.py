@@ -8,10 +8,10 @@ from typing import Any
 from workers.timeline import Span
 
 NUM_REQUESTS = 64
-"""Requests with tracks of their own: the first ones seen. More would be too many to look at."""
+"""Requests with tracks of their own: the first ones seen. More would be too many to view."""
 
 Timelines = Mapping[str, Sequence[Span]]
-"""Spans by the name of their process."""
+"""Spans by process name: `worker ID` or `draft worker ID`."""
 
 
 def chrome_trace(timelines: Timelines) -> str:
@@ -31,13 +31,13 @@ def chrome_trace(timelines: Timelines) -> str:
     for span, process in spans:
         args = dict(span.of_requests)
         events.append(_event(span, start_s, tracks[process], _process_label(span), args))
-    return json.dumps({"traceEvents": events + _of_requests(spans, start_s, len(tracks) + 1)})
+    return json.dumps({"traceEvents": events + _request_events(spans, start_s, len(tracks) + 1)})
 
 
 def hidden_share(draft_spans: Iterable[Span], worker_spans: Iterable[Span]) -> float:
     """Fraction of the drafting time in which a worker computed a step; NaN if nothing was drafted.
 
-    In the rest no worker had anything to do, except perhaps to wait for drafts.
+    In the rest of that time no worker computed: it was idle or waited for drafts.
     """
     busy = _union(worker_spans)
     starts = [began_s for began_s, _ in busy]
@@ -51,21 +51,16 @@ def hidden_share(draft_spans: Iterable[Span], worker_spans: Iterable[Span]) -> f
 
 
 def split(timelines: Timelines) -> tuple[list[Span], list[Span]]:
-    """The spans of all workers, and those of all draft workers."""
-    of_workers, of_draft_workers = (
-        [
-            span
-            for process in timelines
-            if is_draft_worker(process) == drafts
-            for span in timelines[process]
-        ]
-        for drafts in (False, True)
-    )
-    return of_workers, of_draft_workers
+    """The spans of all workers, and the spans of all draft workers."""
+    worker_spans: list[Span] = []
+    draft_spans: list[Span] = []
+    for process, spans in timelines.items():
+        (draft_spans if is_draft_worker(process) else worker_spans).extend(spans)
+    return worker_spans, draft_spans
 
 
 def is_draft_worker(process: str) -> bool:
-    """Whether the name of a process is a draft worker's, not a worker's."""
+    """Whether a process is a draft worker, by its name."""
     return process.startswith("draft worker ")
 
 
@@ -80,7 +75,7 @@ def _union(spans: Iterable[Span]) -> list[tuple[float, float]]:
     return union
 
 
-def _of_requests(
+def _request_events(
     spans: Sequence[tuple[Span, str]], start_s: float, pid: int
 ) -> list[dict[str, Any]]:
     """The events of the requests' tracks: two for each, since steps and drafting overlap."""

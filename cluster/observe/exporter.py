@@ -23,7 +23,7 @@ REFRESH_S = 5.0
 
 
 class _Nowhere:
-    """A metric of Ray's that is not exported."""
+    """A stand-in for Ray's metrics where none are exported."""
 
     def inc(self, amount: float, labels: dict[str, str]) -> None:
         """Drop what a counter is given."""
@@ -120,7 +120,7 @@ class WorkerMetrics:
             sums[metrics.DEFERRALS, deferral.reason] += 1
 
     def export(self, drafts: DraftStats | None) -> None:
-        """Send the sums, and what has been added to the drafts' counts."""
+        """Send the sums, and the growth of the drafts' counts, since the last export."""
         for (metric, label), amount in self._sums.items():
             if amount:
                 self._exporter.add(metric, amount, **dict.fromkeys(metric.labels, label))
@@ -195,8 +195,8 @@ class PlacementMetrics:
         worker = placement.chosen.worker_id
         self._exporter.add(metrics.PLACEMENTS, worker=worker, reason=placement.reason)
 
-    def count_collapse(self, worker_id: str, reason: CollapseReason) -> None:
-        """Count that the drafts for a worker are no longer accepted."""
+    def count_collapse(self, reason: CollapseReason) -> None:
+        """Count that the drafts for some worker are no longer accepted."""
         self._exporter.add(metrics.DRAFT_COLLAPSES, reason=reason)
 
     def set_load(self, load: WorkerLoad, report_age_s: float) -> None:

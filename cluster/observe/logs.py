@@ -59,19 +59,6 @@ def set_up_logs(config: LogConfig, **context: str) -> None:
         logger.propagate = False
 
 
-def replica_context() -> dict[str, str]:
-    """Fields that identify this process's replica of Serve."""
-    # Importing Ray takes seconds, and the command line sets up logs too.
-    from ray import serve
-
-    replica = serve.get_replica_context()
-    return {
-        "app": replica.app_name,
-        "deployment": replica.deployment,
-        "replica": replica.replica_id.unique_id,
-    }
-
-
 class _TextFormatter(logging.Formatter):
     """Time, level and message, then `key=value` as in logfmt; a traceback follows."""
 

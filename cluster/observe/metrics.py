@@ -128,7 +128,7 @@ REQUEST_TOKENS = _counter(
 RETRIES = _counter(
     "request_retries",
     "requests",
-    "Times that a request lost its worker and was retried on another, by what happened to it.",
+    "Times that a request lost its worker and was retried on another, by the name of the error.",
     "reason",
 )
 

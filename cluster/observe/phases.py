@@ -50,7 +50,7 @@ class Phase:
         for step in self.steps:
             if step.reason is not None:
                 waited[step.reason] += step.measured_s
-        return dict(sorted(waited.items(), key=lambda of_reason: -of_reason[1]))
+        return dict(sorted(waited.items(), key=lambda item: -item[1]))
 
     def attributes(self) -> dict[str, float]:
         """All figures of the phase, as attributes of a span."""

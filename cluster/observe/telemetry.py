@@ -1,7 +1,7 @@
-"""What the actors let others see of their work: metrics, spans and history."""
+"""The telemetry of workers and the GlobalScheduler: metrics, spans and history."""
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.config.app_config import AppConfig
 from cluster.observe.exporter import Exporter, PlacementMetrics, WorkerMetrics
@@ -12,8 +12,7 @@ from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement
 from scheduler.request import Request
 from scheduler.task import StepReport
-from workers.observer import WorkerObserver
-from workers.reports import Peaks, WorkerReport
+from workers.reports import Peaks, WorkerObserver, WorkerReport
 from workers.step_history import StepHistory
 
 if TYPE_CHECKING:
@@ -34,17 +33,20 @@ class SchedulerTelemetry(SchedulerObserver):
         ended_s = time.time()
         runner_up = placement.runner_up
         self._tracing.add(
-            "placement", request.traceparent, ended_s - took_s, ended_s,
-            {
+            "placement",
+            request.traceparent,
+            began_s=ended_s - took_s,
+            ended_s=ended_s,
+            attributes={
                 "xyserve.worker": placement.chosen.worker_id,
                 "xyserve.reason": placement.reason,
                 "xyserve.runner_up": runner_up.worker_id if runner_up else "",
             },
-        )  # fmt: skip
+        )
 
     def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
         """Count that the drafts for a worker are no longer accepted."""
-        self._metrics.count_collapse(worker_id, reason)
+        self._metrics.count_collapse(reason)
 
 
 class WorkerTelemetry(WorkerObserver):
@@ -60,13 +62,14 @@ class WorkerTelemetry(WorkerObserver):
         """Peaks of the worker's device; None if they were not measured."""
 
     def watch(self, engine: "VllmEngine") -> None:
-        """Take part in what vLLM's scheduler sees, and note the device's peaks."""
+        """Export the statistics of its scheduler, and note its device's peaks."""
         if self._config.metrics:
             # vLLM takes long to import; it is there by now, but not where this file is read.
             from cluster.observe.vllm_metrics import SchedulerMetrics
 
-            self._scheduler_metrics = SchedulerMetrics(engine.vllm_config, self._config.model_name)
-            engine.on_stats = self._scheduler_metrics.add
+            self._scheduler_metrics = SchedulerMetrics(
+                engine.core.vllm_config, self._config.model_name
+            )
         if engine.peaks:
             self.peaks = engine.peaks
             self._exporter.keep(PEAK_FLOPS, engine.peaks.flops_per_s)
@@ -76,6 +79,11 @@ class WorkerTelemetry(WorkerObserver):
         """Count and remember a step."""
         self._metrics.add_step(step)
         self._history.add(step)
+
+    def saw_stats(self, stats: Any) -> None:
+        """Add the statistics of a step."""
+        if self._scheduler_metrics:
+            self._scheduler_metrics.add(stats)
 
     def reported(self, report: WorkerReport) -> None:
         """Export what the steps since the last report add up to."""

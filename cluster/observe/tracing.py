@@ -63,14 +63,16 @@ class Tracing:
         self,
         name: str,
         traceparent: str,
+        *,
         began_s: float,
         ended_s: float,
-        attributes: Attributes,
+        attributes: Attributes | None = None,
         error: str = "",
     ) -> None:
-        """Create a span that is over, as a child of `traceparent`; wall-clock times.
+        """Create a span that is over, as a child of `traceparent`; times by the wall clock.
 
-        Creates none if the request is not traced, or if what it covers never began or ended.
+        Creates none if the request is not traced, or if a time is infinite or the two are not in
+        order.
         """
         if not self.is_on or not traceparent or not began_s <= ended_s < math.inf:
             return

@@ -10,7 +10,7 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
 STAT_LOGGERS = (RayPrometheusStatLogger, PrometheusStatLogger)
-"""vLLM's loggers of what an ingress' requests saw; the second one serves its page `/metrics`."""
+"""vLLM's loggers for an ingress: to Ray's endpoint, and for the ingress' own page `/metrics`."""
 
 GAUGES = (
     "num_running_reqs",
@@ -21,7 +21,7 @@ GAUGES = (
     "waiting_lora_adapters",
     "running_lora_adapters",
 )
-"""Fields of vLLM's statistics of a step that describe the moment."""
+"""Fields of vLLM's statistics of a step that describe its moment."""
 SUMS = ("prefix_cache_stats", "connector_prefix_cache_stats", "spec_decoding_stats")
 """Fields that add up over steps."""
 

@@ -1,1 +1,1 @@
-"""The GlobalScheduler actor and the router that carries its choices out."""
+"""The GlobalScheduler, and the router of Serve that carries out its choices."""

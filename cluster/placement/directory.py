@@ -10,9 +10,9 @@ _ROUTERS: dict[str, RequestRouter] = {}
 
 
 def keep_router(router: RequestRouter) -> None:
-    """Let `WorkerDirectory` find a router: Serve makes it, and gives nobody a way to it.
+    """Let `WorkerDirectory` find a router, which Serve makes and gives no access to.
 
-    Serve sends the router's whole module along with its class, so this cannot be there.
+    `_ROUTERS` cannot be in the router's own module: Serve sends a copy of that with the class.
     """
     _ROUTERS[router.app_name] = router
 
@@ -24,6 +24,6 @@ class WorkerDirectory:
         self._app_name = workers.app_name
 
     def worker_ids(self) -> list[str]:
-        """Their ids; none before Serve has made the router, at the first use of the handle."""
+        """Ids of the workers; none until Serve makes the router, at the first use of the handle."""
         router = _ROUTERS.get(self._app_name)
         return [replica_id.unique_id for replica_id in list(router.curr_replicas)] if router else []

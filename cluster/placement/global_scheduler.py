@@ -29,13 +29,13 @@ from workers.reports import DraftStats, DraftWorkerReport, DraftWorkerStatus, Wo
 logger = logging.getLogger(__name__)
 
 NO_WORKER_RETRY_S = 0.5
-"""Pause of a request before it asks again, while no worker takes new ones."""
+"""Time after which a request asks again, while no worker takes new ones."""
 FORGET_AFTER_S = 30.0
 """A placement not confirmed by its worker's report within this time is dropped."""
 SILENT_AFTER_S = 30.0
-"""A worker that has not reported for this long perhaps hangs; a live one does every 2 s."""
+"""A worker that has not reported for this long may hang; a live one reports every 2 s."""
 GONE_AFTER_S = 300.0
-"""A worker that was silent for this long is gone; Serve would have replaced one that hangs."""
+"""A worker that has been silent for this long is gone; Serve replaces one that hangs."""
 DRAFT_WORKER_SILENT_AFTER_S = 3.0
 """A draft worker that has not reported, or owes an answer, for this long may be stopped; a live
 one reports twice a second."""
@@ -45,7 +45,7 @@ MAX_PLACEMENTS = 10_000
 
 @dataclass(slots=True)
 class _WorkerView:
-    """The last report of a worker, and what was placed there since."""
+    """The last report of a worker, and the requests placed on it since."""
 
     heard_s: float
     """Time of the last report, or of the first mention."""
@@ -113,9 +113,7 @@ class GlobalScheduler:
         self._note_silence(loads)
         placement = place(request, loads)
         if placement is None:
-            refused = Refused(RefusalReason.NO_WORKER, NO_WORKER_RETRY_S)
-            self._observer.refused(request, refused)
-            return refused
+            return Refused(RefusalReason.NO_WORKER, NO_WORKER_RETRY_S)
         chosen = placement.chosen.worker_id
         placed = (request.num_outstanding_tokens(), now)
         self._workers[chosen].placed[request.request_id] = placed
@@ -185,7 +183,7 @@ class GlobalScheduler:
                 )
 
     def _watch(self, worker_id: str, view: _WorkerView, stats: DraftStats, now: float) -> None:
-        """Learn how well drafts serve a worker, and log it when they no longer do."""
+        """Note how well drafts serve a worker, and log it when they no longer do."""
         view.tokens_per_span = stats.tokens_per_span
         reason = view.drafts.observe(
             DraftReport(
@@ -232,10 +230,10 @@ class GlobalScheduler:
 
     async def loads(self) -> list[WorkerLoad]:
         """The current view of all workers."""
-        return [load for load, _ in self.loads_by_age()]
+        return [load for load, _ in self.loads_and_ages()]
 
-    def loads_by_age(self) -> list[tuple[WorkerLoad, float]]:
-        """The same, each with the seconds since its worker has reported."""
+    def loads_and_ages(self) -> list[tuple[WorkerLoad, float]]:
+        """The current view of all workers, and the age of each one's last report in seconds."""
         now = self._clock()
         return [
             (view.load(worker_id, now), now - view.heard_s)

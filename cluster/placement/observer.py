@@ -1,7 +1,7 @@
-"""Who sees what the GlobalScheduler decides."""
+"""The hooks through which others follow what the GlobalScheduler decides."""
 
 from scheduler.drafting import CollapseReason
-from scheduler.placement import Placement, Refused
+from scheduler.placement import Placement
 from scheduler.request import Request
 
 
@@ -9,10 +9,7 @@ class SchedulerObserver:
     """Called in the event loop of the GlobalScheduler; this one does nothing."""
 
     def placed(self, request: Request, placement: Placement, took_s: float) -> None:
-        """A request was placed, by a decision that took `took_s` seconds."""
-
-    def refused(self, request: Request, refused: Refused) -> None:
-        """A request was placed nowhere."""
+        """A request was placed; the decision took `took_s` seconds."""
 
     def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
         """The drafts for a worker are no longer accepted."""

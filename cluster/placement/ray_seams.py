@@ -1,7 +1,7 @@
 """The seams with Ray, and the version of Ray that they are written for.
 
-No member shows these two: Ray forgets gauges in 20 s, and `broadcast` is meant to be rare, while
-`xyserve steps --follow` calls it twice a second.
+Two things we rely on are not in the table: Ray forgets gauges after 20 s, and `broadcast` is meant
+to be rare, while `xyserve steps --follow` calls it twice a second.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ ray.serve.handle:DeploymentBroadcastResponse
     called results_async(self, *, timeout_s=None, return_exceptions=False)
 """)
 
-# Of the client handle, `xyserve up` and the tests: more than a replica would import.
+# Used by the client handle, `xyserve up` and the tests; a replica would not import this much.
 IN_COMMANDS = seams("""
 ray._private.authentication.authentication_token_setup
     called maybe_enable_token_auth_if_token_available(warn_if_disabled=True)

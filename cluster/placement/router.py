@@ -9,7 +9,7 @@ class PlacementRouter(RequestRouter):
     """Routes a call to the worker whose id is its first argument."""
 
     def initialize_state(self) -> None:
-        """Let the client of the workers know which ones there are; called by Serve."""
+        """Serve's hook: let the client of the workers know which ones are alive."""
         keep_router(self)
 
     async def choose_replicas(
@@ -17,10 +17,10 @@ class PlacementRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """The worker that was chosen, then all.
+        """The chosen worker first, then all.
 
-        If it is gone, full, or does not answer Serve, any other one answers `WrongWorker` at once,
-        and the client asks for another placement.
+        If the chosen one is gone, full, or does not answer Serve, another one answers `WrongWorker`
+        at once, and the client asks for another placement.
         """
         if pending_request is None or not pending_request.args:
             return [candidate_replicas]

@@ -14,11 +14,12 @@ import random
 import statistics
 from typing import Any
 
-from cluster.models.model import DEFAULT_MODEL, resolve_model
+from cluster.models.default_model import DEFAULT_MODEL
+from cluster.models.model import resolve_model
 from scheduler.request import Slo
 from scheduler.task import StepReport
 from tests.bench.report import make_parser, publish, say_row
-from tests.workers.planned_engine import Job, add_job
+from tests.workers.planned_engine import Job, KeptSteps, add_job
 from workers.config import EngineConfig, WorkerConfig
 
 CASES = ((16, 0), (64, 0), (256, 0), (256, 256))
@@ -54,8 +55,9 @@ def main() -> None:
     os.environ.update(config.thread_env)
     from workers.profiling.vllm_calibrated_engine import make_engine
 
-    reports: list[StepReport] = []
-    engine = make_engine(resolve_model(DEFAULT_MODEL), config, reports.append)
+    kept = KeptSteps()
+    reports = kept.reports
+    engine = make_engine(resolve_model(DEFAULT_MODEL), config, kept)
     rows = []
     for num_running, num_waiting in CASES:
         reports.clear()

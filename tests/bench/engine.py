@@ -50,7 +50,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cluster.models.model import DEFAULT_MODEL, SOURCE, resolve_model
+from cluster.models.default_model import DEFAULT_MODEL, SOURCE
+from cluster.models.model import resolve_model
 from tests.bench.report import make_parser, publish, say
 from tests.workload import conversation_lengths, prompts_of
 from workers.config import EngineConfig, WorkerConfig

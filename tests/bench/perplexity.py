@@ -30,7 +30,8 @@ from typing import Any
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from cluster.models.model import DEFAULT_MODEL, resolve_model
+from cluster.models.default_model import DEFAULT_MODEL
+from cluster.models.model import resolve_model
 from tests.bench.report import make_parser, publish, say
 from tests.workload import DATA
 from workers.config import EngineConfig, WorkerConfig

@@ -19,11 +19,12 @@ import random
 import statistics
 from typing import Any
 
-from cluster.models.model import DEFAULT_MODEL, resolve_model
+from cluster.models.default_model import DEFAULT_MODEL
+from cluster.models.model import resolve_model
 from scheduler.request import Slo
 from scheduler.task import StepReport
 from tests.bench.report import make_parser, publish
-from tests.workers.planned_engine import Job, add_job
+from tests.workers.planned_engine import Job, KeptSteps, add_job
 from tests.workload import conversation_lengths
 from workers.config import EngineConfig, WorkerConfig
 
@@ -57,8 +58,9 @@ def main() -> None:
     os.environ.update(config.thread_env)
     from workers.profiling.vllm_calibrated_engine import make_engine
 
-    reports: list[StepReport] = []
-    engine: Any = make_engine(resolve_model(DEFAULT_MODEL), config, reports.append)
+    kept = KeptSteps()
+    reports = kept.reports
+    engine: Any = make_engine(resolve_model(DEFAULT_MODEL), config, kept)
     draw = random.Random(0)
     lengths = conversation_lengths()
     names = map(str, itertools.count())
@@ -66,7 +68,7 @@ def main() -> None:
     def run_steps() -> list[StepReport]:
         reports.clear()
         while len(reports) < options.steps:
-            while sum(engine._core.scheduler.get_request_counts()) < options.running:
+            while sum(engine.core.scheduler.get_request_counts()) < options.running:
                 prompt, output = draw.choice(lengths)
                 tokens = [draw.randrange(1000, 40_000) for _ in range(min(max(prompt, 16), 400))]
                 job = Job(tokens, max_tokens=min(max(output, 8), 100), slo=SLO)

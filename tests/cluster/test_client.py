@@ -48,7 +48,7 @@ class Method:
 
 
 class FakeIngress:
-    """Answers each call with what it was given, or as told, and streams likewise."""
+    """Answers each call with its arguments, or as its attributes say, and streams likewise."""
 
     def __init__(self) -> None:
         self.call, self.stream = Method(self._call), Method(self._stream)

@@ -1,4 +1,4 @@
-"""The actors' replicas with what they have, without Serve around them."""
+"""Tests of the actors' replicas, without Serve around them."""
 
 import asyncio
 import threading
@@ -10,7 +10,8 @@ import pytest
 from ray.exceptions import RayActorError
 
 from cluster.config.app_config import parse_args
-from cluster.replicas import DraftReplica, GlobalSchedulerReplica, Replica, WorkerReplica
+from cluster.observe.replica import Replica
+from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
 from scheduler.placement import Placed
 from scheduler.request import Request
 from tests.workers.fake_engine import FakeEngine, decode_tokens
@@ -73,9 +74,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(autouse=True)
 def _serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Serve tells a replica of itself; the logs stay those of the tests."""
-    monkeypatch.setattr("cluster.replicas.replica_context", lambda: {"replica": "w1"})
-    monkeypatch.setattr("cluster.replicas.set_up_logs", lambda config, **context: None)
+    """A replica's context without Serve; the logs stay those of the tests."""
+    monkeypatch.setattr("cluster.observe.replica.replica_context", lambda: {"replica": "w1"})
+    monkeypatch.setattr("cluster.observe.replica.set_up_logs", lambda config, **context: None)
 
 
 @pytest.fixture

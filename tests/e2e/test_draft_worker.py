@@ -92,7 +92,7 @@ def test_drafts_are_made_and_accepted(handle: XYServe) -> None:
     assert draft_worker(handle).num_drafts > 0
 
 
-def test_a_stopped_draft_worker_holds_nobody_up(
+def test_a_stopped_draft_worker_delays_no_request(
     handle: XYServe, prompts: list[str], expected: list[list[int]]
 ) -> None:
     pid = draft_worker(handle).pid

@@ -90,7 +90,7 @@ def test_each_of_several_answers_is_explained_by_the_calls_name(
     assert all(isinstance(one, Explanation) for one in found)
 
 
-def test_a_call_of_the_handle_is_explained_by_the_name_given_to_it(handle: XYServe) -> None:
+def test_a_call_of_the_handle_is_explained_by_its_request_id(handle: XYServe) -> None:
     handle.generate(PROMPT, max_tokens=3, request_id="by-handle-1")
     for _ in handle.stream(PROMPT, max_tokens=3, request_id="by-handle-2"):
         pass
@@ -179,7 +179,7 @@ def test_steps_are_followed_until_one_has_seen_enough(
 
 
 @pytest.mark.usefixtures("restored")
-def test_a_request_that_loses_its_worker_before_its_first_token_tells_so(
+def test_a_retried_request_is_explained_with_its_lost_worker(
     handle: XYServe, collector: Collector
 ) -> None:
     """Both workers compute a long prompt when one of them is killed."""

@@ -117,7 +117,7 @@ def test_scaling_down_and_up_breaks_no_stream(
     assert streams.num_tokens + late.num_tokens == [150] * 6 + [20] * 2
 
 
-def test_a_changed_config_is_taken_over_with_streams_in_flight(
+def test_a_changed_config_is_applied_with_streams_in_flight(
     server: Server, client: openai.OpenAI, original: dict[str, Any]
 ) -> None:
     original["applications"][0]["args"]["ingress"]["max_n"] = 3

@@ -68,7 +68,7 @@ def test_a_call_of_the_handle_is_traced_too(handle: XYServe, collector: Collecto
     assert names(spans) == OF_A_REQUEST
 
 
-def test_of_a_refused_call_the_admission_tells_the_error(
+def test_the_admission_span_of_a_refused_call_has_the_error(
     http: httpx.Client, collector: Collector
 ) -> None:
     trace_id = secrets.token_hex(16)

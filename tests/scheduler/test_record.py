@@ -8,7 +8,7 @@ from scheduler.record import arrivals, read_record
 from scheduler.replay import replay
 from scheduler.request import Request, RequestState
 from scheduler.step_planner import StepPlanner
-from scheduler.task import StepView
+from scheduler.task import Stage, StageTask, StepView
 from tests.scheduler.records import steady, write
 from tests.scheduler.scenes import LIMITS, cost_model, decoding, waiting
 
@@ -53,6 +53,27 @@ def test_states_may_change_while_their_step_runs() -> None:
     [recorded] = read_record(file.getvalue().splitlines()).steps
 
     assert recorded.view == StepView(1, [decoding("r", num_output_tokens=7)], [], 100, {"r": 3})
+
+
+def test_a_request_that_came_too_late_for_the_view_of_its_first_step_is_recorded() -> None:
+    file, late = io.StringIO(), waiting("late", 50, arrival_s=2.0)
+    planner = StepPlanner(LIMITS, StepPolicy(), cost_model())
+    planner.record(file)
+    empty = StepView(1, [], [], 100)
+    computed = (StageTask("late", Stage.PREFILL, 50, 50, True),)
+    plan = planner.plan(empty, 5.0)
+    planner.end(planner.begin(empty, plan, 5.0, tasks=computed, late=[late]), 0.1, {"late": 1})
+    running = decoding("late", num_prompt_tokens=50, num_output_tokens=1, arrival_s=2.0)
+    view = StepView(2, [running], [], 100)
+    planner.end(planner.begin(view, planner.plan(view, 6.0), 6.0), 0.1, {"late": 1})
+    lines = file.getvalue().splitlines()
+
+    first, second = read_record(lines).steps
+
+    assert (first.view, first.plan, first.tasks) == (empty, plan, computed)
+    assert second.view == view
+    assert [row["input_length"] for row in arrivals(lines)] == [50]
+    assert all(report.plan == plan for report, plan in replay(lines))
 
 
 def test_arrivals_are_the_requests_in_their_order() -> None:

@@ -132,6 +132,17 @@ def test_the_queueing_time_of_a_request_is_reported_once() -> None:
     assert [report.queued_s for report in reports] == [(("chat", 3.0),), (), (("", 0.5),)]
 
 
+def test_a_request_that_came_too_late_for_the_view_has_queued_too() -> None:
+    reports: list[StepReport] = []
+    planner = StepPlanner(LIMITS, StepPolicy(), on_step=reports.append)
+    computed, late = (StageTask("r", Stage.PREFILL, 70, 70, True),), [waiting("r", 70)]
+
+    step = planner.begin(view(), planner.plan(view(), 5.0), 5.0, tasks=computed, late=late)
+    planner.end(step, 0.1, {})
+
+    assert [report.queued_s for report in reports] == [(("", 5.0),)]
+
+
 def test_decodes_and_accepted_drafts_make_the_tokens_per_decode() -> None:
     planner = StepPlanner(LIMITS, StepPolicy(), cost_model())
     acceptance = planner.acceptance

@@ -37,7 +37,7 @@ class Setting:
     drafts: Sequence[Sequence[int]] | None = None
     """What to propose for each call's whole output; None: no speculation."""
     error_rate: float = 0.0
-    """Share of the proposed tokens that are others; the right one is then a branch beside it."""
+    """Share of the proposed tokens that are others; the right one is then another branch."""
     is_patient: bool = True
     """Whether the engine begins no step before the drafts for it have come."""
     is_dead: bool = False
@@ -51,9 +51,9 @@ class Ran:
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
-    """Of each output token; empty if they were not asked for."""
+    """Log probability of each output token; empty if not asked for."""
     hidden_states: dict[int, list[bytes]]
-    """By call: what the drafter was told with each extension."""
+    """By call: hidden states that the drafter got with each extension."""
     counts: DraftCounts | None
     num_steps: int
 
@@ -66,7 +66,7 @@ class Trust(Acceptance):
 
 
 class OracleDrafter:
-    """A `Drafter` that was told what every request will say."""
+    """A `Drafter` that knows what every request will say."""
 
     hidden_size = 96
 
@@ -91,11 +91,11 @@ class OracleDrafter:
         self._lengths[key] = position + len(token_ids)
         self._changed[key] = None
         if hidden_states is not None:
-            told = self.hidden_states.setdefault(int(key.request_id), [])
-            told += [row.tobytes() for row in hidden_states]
+            states = self.hidden_states.setdefault(int(key.request_id), [])
+            states += [row.tobytes() for row in hidden_states]
 
     def learn(self, token_ids: list[int]) -> None:
-        """It knows all answers already."""
+        """Nothing: all answers are known already."""
 
     def forget(self, key: ContextKey) -> None:
         self._lengths.pop(key, None)
@@ -140,10 +140,10 @@ def run_calls(model: str, config: WorkerConfig, *runs: tuple[Sequence[Call], Set
     if speculates:
         # Any of the drafters may want the states; here one that is not in the config does.
         from workers.engine.vllm_sampling import runner_of
-        from workers.engine.vllm_speculation import HiddenStates
+        from workers.engine.vllm_speculation import LastHiddenStates
 
         drafts = engine._planned.drafts
-        drafts.connect(drafts.client, HiddenStates(runner_of(engine._core).model).rows)
+        drafts.connect(drafts.client, LastHiddenStates(runner_of(engine.core).model).rows)
     return [_run(engine, *run) for run in runs]
 
 
@@ -182,7 +182,7 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
                     logprobs[index] += [float(row[0]) for row in lists.logprobs]
     if worker is not None:
         worker.shutdown()
-    counts = drafts.counts if drafts is not None else None
+    counts = sum(drafts.counts_of.values(), DraftCounts()) if drafts is not None else None
     return Ran(tokens, logprobs, drafter.hidden_states if drafter else {}, counts, num_steps)
 
 

@@ -32,9 +32,9 @@ class Batch:
     prompt_logprobs: bool = True
     """Also the log probability of each prompt token; vLLM then computes cached ones again."""
     num_threads: int = 1
-    """Of our kernels."""
+    """Threads of our kernels."""
     max_step_tokens: int | None = None
-    """Cut longer prompts into chunks of so many tokens, whatever the engine's config."""
+    """Cut longer prompts into chunks of this many tokens, whatever the engine's config."""
     by_operators: bool = False
     """Keep our model classes from the one-call forward pass."""
 
@@ -59,7 +59,7 @@ class Facts:
     forward_refusal: str | None
     """None: one call for all layers."""
     attention_refusals: set[str | None]
-    """Of the layers; None: the meta-kernel serves it."""
+    """Reasons of the layers; None: the meta-kernel serves it."""
     packed: dict[str, str]
     """Format of each packed layer, by its name."""
 
@@ -70,9 +70,9 @@ class Run:
 
     facts: Facts
     outputs: list[list[Output]]
-    """Of each batch."""
+    """Outputs of each batch."""
     num_steps: list[int]
-    """Of each batch."""
+    """Steps of each batch."""
 
 
 class EngineFailed(RuntimeError):

@@ -39,6 +39,8 @@ class FakeEngine:
         self.steps: list[list[str]] = []
         """The requests of each step that ran the model."""
         self.num_empty_steps = 0
+        self.num_looks = 0
+        """How often it was asked for its requests: twice in each turn of the loop."""
         self.is_stepping = threading.Event()
         self.go_on = threading.Event()
         """While it is clear, a step hangs."""
@@ -70,6 +72,7 @@ class FakeEngine:
             self._sequences.pop(request_id, None)
 
     def has_requests(self) -> bool:
+        self.num_looks += 1
         return bool(self._sequences)
 
     def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:

@@ -18,13 +18,14 @@ from scheduler.task import BatchPlan, StepReport, StepView
 from tests.workers.tiny_models import VOCAB_SIZE
 from workers.config import WorkerConfig
 from workers.engine_request import EngineRequest
+from workers.reports import WorkerObserver
 from workers.step_history import RequestStep, StepHistory
 from workers.token_stream import StreamAddress
 
 CLIENT = StreamAddress("tcp://127.0.0.1:1", b"test")
 NO_SLO = Slo()
 MAX_EMPTY_STEPS = 20_000
-"""More of them in a row and the engine is stuck."""
+"""With more of them in a row the engine is stuck."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,13 @@ class Played:
     """What came of a script."""
 
     tokens: list[list[int]]
-    """Of each job."""
+    """Output tokens of each job."""
     finish_reasons: list[str | None]
     num_cached: list[int]
     """Prompt tokens of each job that it found in the KV cache."""
     num_preemptions: int
     num_steps: int
-    """That computed something."""
+    """Steps that computed something."""
     longest_wait: int
     """Most steps in a row that computed nothing."""
     record: list[str]
@@ -65,9 +66,9 @@ class Played:
     """Requests that the scheduler still keeps something of."""
     class_name: str
     seen: list[list[RequestStep]]
-    """Of each job, what the worker's history tells of its steps."""
+    """Steps of each job, from the worker's history."""
     queued_s: list[tuple[str, float]]
-    """Of all jobs, in the order in which they began."""
+    """Service class and queueing time of each job, in the order in which they began."""
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -82,6 +83,16 @@ class Played:
     def replayed(self) -> list[tuple[StepReport, Any]]:
         """Each step and its plan, made again."""
         return list(replay(self.record))
+
+
+class KeptSteps(WorkerObserver):
+    """Keeps the reports of an engine's steps."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+
+    def took_step(self, step: StepReport) -> None:
+        self.reports.append(step)
 
 
 class CheckedPlanner(StepPlanner):
@@ -110,7 +121,7 @@ def _play(engine: Any, config: WorkerConfig, jobs: Sequence[Job], script: int) -
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.serial_utils import MsgpackDecoder
 
-    scheduler = engine._core.scheduler
+    scheduler = engine.core.scheduler
     record, history = io.StringIO(), StepHistory()
     queued_s: list[tuple[str, float]] = []
 
@@ -180,7 +191,7 @@ def play_ahead(
     from workers.engine.vllm_scheduler import PlannedAsyncScheduler
 
     engine = VllmEngine(model, config)
-    made: Any = engine._core.scheduler
+    made: Any = engine.core.scheduler
     scheduler = PlannedAsyncScheduler(
         vllm_config=made.vllm_config,
         kv_cache_config=made.kv_cache_config,
@@ -191,7 +202,7 @@ def play_ahead(
     )
     if any(job.lora for job in jobs):
         scheduler.lora_config = LoRAConfig(max_loras=1)
-    engine._core.scheduler = engine._planned = scheduler
+    engine.core.scheduler = engine._planned = scheduler
     record = io.StringIO()
     scheduler.planner = CheckedPlanner(scheduler.limits, config.step_policy)
     scheduler.planner.record(record)
@@ -261,7 +272,7 @@ def add_job(engine: Any, name: str, job: Job) -> None:
     )
     if job.slo is None:
         engine._clients[:] = [CLIENT]
-        engine._core.add_request(*engine._core.preprocess_add_request(core_request))
+        engine.core.add_request(*engine.core.preprocess_add_request(core_request))
         return
     request = Request(name, len(job.prompt), job.max_tokens, job.priority, job.slo, "test")
     engine.add_request(EngineRequest(request, engine._encode(core_request)), CLIENT)

@@ -43,7 +43,7 @@ def claim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Claim]:
 
 
 class ClaimingProcess:
-    """A process that claims cores and holds them until it is told to end, or killed."""
+    """A process that claims cores and holds them until it is asked to end, or killed."""
 
     def __init__(self, count: int, directory: Path) -> None:
         self._process = subprocess.Popen(

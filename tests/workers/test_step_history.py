@@ -72,7 +72,7 @@ def test_a_summary_counts_requests_tokens_and_reasons_by_stage() -> None:
     assert (summary.num_flops, summary.num_bytes) == (6.0, 8.0)
 
 
-def test_only_the_latest_steps_since_a_time_are_told() -> None:
+def test_only_the_latest_steps_since_a_time_are_returned() -> None:
     steps = history(*(taken(number, {"a": DECODE}) for number in range(10)))
 
     assert [s.step for s in steps.summaries(505.0, 100)] == [5, 6, 7, 8, 9]

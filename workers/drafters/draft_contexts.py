@@ -1,4 +1,4 @@
-"""The requests that a draft worker knows, and how much of each its drafters were given."""
+"""The requests that a draft worker knows, and how much of each its drafters have."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ that could come again."""
 
 @dataclass(slots=True)
 class _Context:
-    """What is known of a request."""
+    """One request."""
 
     num_prompt_tokens: int
     num_given: list[int]
-    """Per drafter, the tokens that it was given."""
+    """Number of tokens that each drafter has."""
     token_ids: list[int] = field(default_factory=list)
     updated_s: float = 0.0
 
@@ -36,7 +36,7 @@ class DraftContexts:
         return len(self._contexts)
 
     def extend(self, key: ContextKey, delta: ContextDelta, now: float) -> bool:
-        """Append new tokens; if tokens before them are missing, forget the request: False."""
+        """Append new tokens; if some before them are missing, forget the request: False."""
         context = self._contexts.get(key)
         if delta.position == 0 or context is None:
             context = self._contexts[key] = _Context(

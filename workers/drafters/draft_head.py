@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 class DraftHead:
     """The forward pass of a head, except the attention: the caller keeps keys and values."""
 
-    def __init__(self, file: Path, model: Path, lm_head_format: str = "auto") -> None:
+    def __init__(self, file: Path, model: Path) -> None:
         """Load a head, and the embeddings of its target from the folder `model`.
 
         ValueError if the head was trained for another model, or the file is not a head.
@@ -88,7 +88,7 @@ class DraftHead:
         self.vocabulary: NDArray[np.int32] = _open_tensor(file, "vocabulary").astype(np.int32)
         """The tokens that can be guessed."""
         lm_head = _open_tensor(model, lm_head_name(model))
-        self._lm_head = Weight.pack(_floats(lm_head[self.vocabulary]), lm_head_format)
+        self._lm_head = Weight.pack(_floats(lm_head[self.vocabulary]))
         half = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
         self._inverse_frequency = (config.rope_theta**-half).astype(np.float32)
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import psutil
@@ -47,8 +47,8 @@ replace them."""
 
 
 @dataclass(slots=True)
-class _Peer:
-    """A worker that sends requests to this draft worker."""
+class _Sender:
+    """A worker, or another draft worker, that sends messages to this one."""
 
     identity: bytes
     seq: int = 0
@@ -85,10 +85,10 @@ class DraftWorker:
             secrets.token_hex(8),
             StreamAddress(endpoint, secrets.token_bytes(16)),
         )
-        self.timeline = Timeline()
+        self._timeline = Timeline()
         self._drafters = make_drafters()
         self._contexts = DraftContexts(self._drafters)
-        self._workers: dict[str, _Peer] = {}
+        self._senders: dict[str, _Sender] = {}
         self._peers: list[DraftWorkerAddress] = []
         self._to_peers: dict[DraftWorkerAddress, zmq.Socket[bytes]] = {}
         self._num_drafts = 0
@@ -116,8 +116,8 @@ class DraftWorker:
         self._peers = peers
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
-        """Its id, and its drafting steps that ended after a time of the wall clock."""
-        return self.address.draft_worker_id, self.timeline.since(since_s)
+        """The draft worker's id, and its drafting that ended after a time, by the wall clock."""
+        return self.address.draft_worker_id, self._timeline.since(since_s)
 
     def shutdown(self) -> None:
         """End the thread and release the cores."""
@@ -161,10 +161,10 @@ class DraftWorker:
 
     def _take(self, identity: bytes, message: ContextsMessage) -> None:
         now = time.monotonic()
-        worker = self._workers.get(message.worker)
-        if worker is None or worker.identity != identity:  # a new connection may count from 1 again
-            worker = self._workers[message.worker] = _Peer(identity)
-        worker.seq, worker.heard_s = message.seq, now
+        sender = self._senders.get(message.worker)
+        if sender is None or sender.identity != identity:  # a new connection may count from 1 again
+            sender = self._senders[message.worker] = _Sender(identity)
+        sender.seq, sender.heard_s = message.seq, now
         for output in message.memories:
             for drafter in self._drafters.values():
                 drafter.learn(output)
@@ -172,7 +172,7 @@ class DraftWorker:
             self._contexts.forget(ContextKey(message.worker, request_id))
         for delta in message.contexts:
             if not self._contexts.extend(ContextKey(message.worker, delta.request_id), delta, now):
-                worker.unknown.append(delta.request_id)
+                sender.unknown.append(delta.request_id)
 
     def _draft(self) -> None:
         """One step of each drafter, its drafts sent at once; then answer all other messages."""
@@ -183,7 +183,7 @@ class DraftWorker:
             drafts = drafter.step()
             ended_s = time.monotonic()
             self._busy_s += ended_s - began_s
-            self.timeline.add(
+            self._timeline.add(
                 name,
                 began_s,
                 ended_s,
@@ -206,22 +206,22 @@ class DraftWorker:
                 )
                 by_worker.setdefault(key.worker, []).append(tree)
                 self._num_drafts += len(draft.token_ids)
-        for name_of_worker, trees in by_worker.items():
-            if worker := self._workers.get(name_of_worker):
-                self._send_to(worker, trees)
+        for worker, trees in by_worker.items():
+            if sender := self._senders.get(worker):
+                self._send_to(sender, trees)
 
     def _answer(self) -> None:
-        """Answer the workers whose last message got no drafts."""
-        for worker in self._workers.values():
-            if worker.answered != worker.seq:
-                self._send_to(worker, [])
+        """Answer those whose last message got no drafts."""
+        for sender in self._senders.values():
+            if sender.answered != sender.seq:
+                self._send_to(sender, [])
 
-    def _send_to(self, worker: _Peer, trees: Sequence[DraftTree]) -> None:
-        message = DraftsMessage(self.address.incarnation, worker.seq, list(trees), worker.unknown)
-        worker.unknown = []
-        worker.answered = worker.seq
-        # A ROUTER socket drops messages to a peer that is gone or whose queue is full.
-        self._socket.send_multipart([worker.identity, encode(message)], zmq.DONTWAIT)
+    def _send_to(self, sender: _Sender, trees: list[DraftTree]) -> None:
+        message = DraftsMessage(self.address.incarnation, sender.seq, trees, sender.unknown)
+        sender.unknown = []
+        sender.answered = sender.seq
+        # A ROUTER socket drops messages to one that is gone or whose queue is full.
+        self._socket.send_multipart([sender.identity, encode(message)], zmq.DONTWAIT)
 
     def _report_load(self) -> None:
         now = time.monotonic()
@@ -261,7 +261,7 @@ class DraftWorker:
                 self._to_peers[peer].send(encode(message), zmq.DONTWAIT)
 
     def _forget_silent(self, now: float) -> None:
-        for name, worker in list(self._workers.items()):
-            if now - worker.heard_s > FORGET_AFTER_S:
-                del self._workers[name]
+        for name, sender in list(self._senders.items()):
+            if now - sender.heard_s > FORGET_AFTER_S:
+                del self._senders[name]
         self._contexts.forget_unchanged(now - FORGET_AFTER_S)

@@ -31,7 +31,7 @@ class TreeLimits:
     num_children: int = 6
     """Guesses computed after each row; later ones are seldom among the likeliest of the tree."""
     min_path_prob: float = 0.01
-    """Guesses with a less likely path are not followed: they would seldom be used."""
+    """Min path probability of guesses that are followed: less likely ones are seldom used."""
     max_rows: int = 16
     """Max guesses that one step follows, over all requests."""
     max_rows_per_request: int = 8
@@ -315,7 +315,7 @@ class HeadDrafter(Drafter):
         # Path probability, token, parent and probability.
         guesses = [(n.path_prob, n.row.token_id, n.parent, n.prob) for n in tree.nodes]
         ends = [(i, n.hints) for i, n in enumerate(tree.nodes) if i not in tree.expanded]
-        for parent, hints in ends:  # it grows while it is read
+        for parent, hints in ends:  # grows while it is read
             for token_id, (prob, after) in hints.items():
                 ends.append((len(guesses), after))
                 guesses.append((guesses[parent][0] * prob, token_id, parent, prob))

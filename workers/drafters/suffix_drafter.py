@@ -12,7 +12,7 @@ MAX_NODES = 24
 """Max guesses for one request. The worker verifies one path of them; other branches help if the
 request has taken one of them before its next drafts arrive."""
 MAX_BRANCHES = 2
-"""Max guesses after one node: the third likeliest is rarely right, and takes room from the path."""
+"""Max guesses after one node: the third likeliest is rarely right and shortens the path."""
 MIN_PROB = 0.02
 """Minimum path probability; less likely guesses are not sent."""
 MAX_BEHIND = 64

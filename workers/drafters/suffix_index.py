@@ -10,7 +10,7 @@ token to their full length."""
 MAX_MATCHES = 16
 """Occurrences kept per suffix: between MAX_MATCHES and twice that."""
 MAX_MATCH_LEN = 32
-"""Tokens that a match is compared over: longer ones are practically certain, and no more so."""
+"""Max tokens that a match is compared over: longer ones are no more certain."""
 
 
 class Match(NamedTuple):

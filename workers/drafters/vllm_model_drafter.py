@@ -147,8 +147,8 @@ class ModelDrafter(Drafter):
             engine=engine,
         )
         self._engine = VllmEngine(model, config)
-        assert isinstance(self._engine.scheduler, RewindingScheduler)
-        self._scheduler = self._engine.scheduler
+        assert isinstance(self._engine.core.scheduler, RewindingScheduler)
+        self._scheduler = self._engine.core.scheduler
         self._num_speculative_tokens = num_speculative_tokens
         self._contexts: dict[ContextKey, _ModelContext] = {}
         self._keys: dict[str, ContextKey] = {}
@@ -207,8 +207,8 @@ class ModelDrafter(Drafter):
         outputs, model_ran = self._engine.step()
         if not model_ran and self._engine.stats().num_waiting:
             self._make_room()
-        for of_client in outputs.values():
-            for output in self._decoder.decode(of_client.frames).outputs:
+        for step_output in outputs.values():
+            for output in self._decoder.decode(step_output.frames).outputs:
                 key = self._keys[output.request_id]
                 context = self._contexts[key]
                 context.guesses += output.new_token_ids

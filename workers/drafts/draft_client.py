@@ -91,7 +91,7 @@ class DraftPath:
 
 @dataclass(slots=True)
 class _SentContext:
-    """A request, as far as the draft worker has been sent it, and its drafts."""
+    """What the draft worker has of a request, and the drafts for it."""
 
     num_sent: int = 0
     """Number of tokens sent."""
@@ -179,7 +179,7 @@ class DraftClient:
         return True
 
     def finish(self, request_id: str) -> None:
-        """The request has ended."""
+        """Forget a request that has ended."""
         if self._contexts.pop(request_id, None) is not None:
             self._deltas = [delta for delta in self._deltas if delta.request_id != request_id]
             self._finished.append(request_id)

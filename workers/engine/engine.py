@@ -1,4 +1,4 @@
-"""What a worker asks of an inference engine, and how one is configured."""
+"""The inference engine of a worker: what it can do and what it returns."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ class StepOutput:
     """What one step produced for one client."""
 
     num_new_tokens: dict[str, int]
-    """By request id."""
+    """Number of new tokens, by request id."""
     finish_reasons: dict[str, str]
-    """Of the requests that ended in this step, by request id."""
+    """Why requests ended in this step, by request id."""
     frames: list[bytes]
     """Token ids, logprobs and statistics, encoded for the client to decode."""
 
@@ -29,7 +29,7 @@ class EngineStats:
     num_running: int
     num_waiting: int
     kv_cache_usage: float
-    """Share of the KV cache in use, 0 to 1."""
+    """Fraction of the KV cache in use."""
     drafts: DraftStats | None = None
     """None without speculation."""
 
@@ -50,7 +50,7 @@ class Engine(Protocol):
         """Compute one step: its output for each client, and whether the model ran."""
 
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
-        """Have this draft worker make the drafts from now on."""
+        """Take drafts from this draft worker from now on."""
 
     def stats(self) -> EngineStats:
         """Count what runs and waits."""

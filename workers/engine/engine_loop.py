@@ -31,7 +31,7 @@ FLUSH_S = 5.0
 
 
 @dataclass(slots=True)
-class LiveRequest:
+class _OnEngine:
     """A request on the engine."""
 
     request: Request
@@ -53,10 +53,10 @@ class LoopState:
 
 
 class LoopOwner(Protocol):
-    """Who is given the loop's reports."""
+    """Takes the loop's reports."""
 
     def report_load(self, state: LoopState) -> None:
-        """Take a report that is due; called in the engine's thread."""
+        """Take a report; called in the engine's thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class EngineLoop:
         self._clock = clock
         self._reported_s = -math.inf
         self._inbox: queue.SimpleQueue[_Call] = queue.SimpleQueue()
-        self._live: dict[str, LiveRequest] = {}
+        self._live: dict[str, _OnEngine] = {}
         self._streams = StreamSenders()
         self._progress = _Progress()
         self._stopping = False
@@ -107,7 +107,7 @@ class EngineLoop:
 
     def add(self, request: EngineRequest, client: StreamAddress) -> concurrent.futures.Future[str]:
         """Start a request; the future gives its finish reason, or fails with its error."""
-        live = LiveRequest(request.request, client, concurrent.futures.Future())
+        live = _OnEngine(request.request, client, concurrent.futures.Future())
         self._call(lambda: self._add(live, request), live.done)
         return live.done
 
@@ -116,7 +116,7 @@ class EngineLoop:
         self._call(lambda: self._abort(request_ids), concurrent.futures.Future())
 
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
-        """Have this draft worker make the drafts, from the next step on."""
+        """Take drafts from this draft worker from the next step on."""
         self._call(
             lambda: self._engine.assign_draft_worker(draft_worker), concurrent.futures.Future()
         )
@@ -124,10 +124,7 @@ class EngineLoop:
     def state(self) -> concurrent.futures.Future[LoopState]:
         """The state after the step that is running now."""
         state: concurrent.futures.Future[LoopState] = concurrent.futures.Future()
-        self._call(
-            lambda: state.set_result(self._state()),
-            state,
-        )
+        self._call(lambda: state.set_result(self._state()), state)
         return state
 
     def check(self, step_timeout_s: float) -> None:
@@ -146,7 +143,7 @@ class EngineLoop:
 
     def _call(self, work: Callable[[], object], done: concurrent.futures.Future[Any]) -> None:
         self._inbox.put(_Call(work, done))
-        if self._ended:  # the engine thread has looked into the inbox for the last time, perhaps
+        if self._ended:  # the engine thread may have read the inbox for the last time
             self._fail_inbox()
 
     def _fail_inbox(self) -> None:
@@ -191,7 +188,7 @@ class EngineLoop:
         try:
             while not self._stopping:
                 self._take_inbox()
-                self._tend_streams()
+                self._poll_streams()
                 if self._engine.has_requests():
                     self._step()
                 self._report_if_due()
@@ -246,7 +243,7 @@ class EngineLoop:
         if not model_ran:
             time.sleep(EMPTY_STEP_WAIT_S)
 
-    def _tend_streams(self) -> None:
+    def _poll_streams(self) -> None:
         for client in self._streams.poll(time.monotonic()):
             error = ClientLost(
                 f"the client at {client.endpoint} is not reading its stream; is it reachable from "
@@ -267,7 +264,7 @@ class EngineLoop:
             self._streams.poll(now)
             time.sleep(EMPTY_STEP_WAIT_S)
 
-    def _add(self, live: LiveRequest, request: EngineRequest) -> None:
+    def _add(self, live: _OnEngine, request: EngineRequest) -> None:
         request_id = live.request.request_id
         try:
             self._engine.add_request(request, live.client)
@@ -289,7 +286,7 @@ class EngineLoop:
     def _finish(self, request_id: str, outcome: str | Exception) -> None:
         self._progress.finished.append(request_id)
         if (live := self._live.pop(request_id, None)) is None:
-            return  # aborted before it came, or after it ended
+            return  # aborted before it arrived, or after it ended
         if isinstance(outcome, Exception):
             live.done.set_exception(outcome)
         else:

@@ -11,22 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Read by vLLM when it is imported: without it, the executor would move to a child process.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
-from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.step_planner import StepPlanner
-from scheduler.task import StepReport
 from workers.config import DraftConfig, WorkerConfig
 from workers.drafts.draft_client import DraftClient
 from workers.drafts.draft_stream import DraftWorkerAddress
@@ -39,11 +33,11 @@ from workers.engine.vllm_sampling import (
     sample_cheaply,
 )
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
-from workers.engine.vllm_speculation import HiddenStates, speculative_config
+from workers.engine.vllm_speculation import LastHiddenStates, speculative_config
 from workers.engine_request import EngineRequest
 from workers.plugin.names import QUANTIZATION
 from workers.plugin.vllm_seams import check_seams
-from workers.reports import DraftStats, Peaks
+from workers.reports import DraftStats, Peaks, WorkerObserver
 from workers.token_stream import StreamAddress
 
 logger = logging.getLogger(__name__)
@@ -54,9 +48,12 @@ GIB = 1 << 30
 def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
     """vLLM's arguments for `config`; the ingress and the workers must use the same.
 
-    Except for drafts, which only workers know of: an ingress that did would refuse parameters
+    They leave out drafts, which only workers know of: an ingress that did would refuse parameters
     that vLLM cannot verify drafts under.
     """
+    # vLLM reads this variable as it makes a config for a CPU, or an `LLMEngine`: with 1, the
+    # default, the executor would move to a child process.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     args: dict[str, Any] = {
         field.name: value
         for field in dataclasses.fields(config.engine)
@@ -72,7 +69,6 @@ def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
         args["additional_config"] = {
             QUANTIZATION: {"weight_format": config.weight_format, "num_threads": config.cpus}
         }
-    # In the caller's process, where the step's thread is.
     args["distributed_executor_backend"] = "uni"
     return AsyncEngineArgs(model=model, **(args | config.engine.extra_args))
 
@@ -90,33 +86,36 @@ class VllmEngine:
         self,
         model: str,
         config: WorkerConfig,
-        on_step: Callable[[StepReport], object] | None = None,
+        observer: WorkerObserver | None = None,
         draft: DraftConfig | None = None,
     ) -> None:
         """Load `model`; takes seconds, and no second engine fits the process until its end.
 
-        `on_step` is called with the report of each step that our scheduler decided. With `draft`
-        the engine verifies the drafts of the draft worker that it is assigned later.
+        With `draft` the engine verifies the drafts of the draft worker that it is assigned later.
         """
         began_s = time.monotonic()
         check_seams(config.device)
         vllm_config = _vllm_config(model, config, draft)
         with all_logits_processors() if draft else contextlib.nullcontext():
-            self._core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
+            self.core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
+            """vLLM's engine core; touched between two steps only."""
         if config.device == "cpu":
-            fix_cpu_sampling(runner_of(self._core))
+            fix_cpu_sampling(runner_of(self.core))
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
         self.peaks: Peaks | None = None
         """Peaks of its device; None if they were not measured."""
         self._planned: PlannedScheduler | None = None
-        if isinstance(scheduler := self._core.scheduler, PlannedScheduler):
-            scheduler.planner = StepPlanner(scheduler.limits, config.step_policy, on_step=on_step)
+        if isinstance(scheduler := self.core.scheduler, PlannedScheduler):
+            scheduler.planner = StepPlanner(
+                scheduler.limits,
+                config.step_policy,
+                on_step=observer.took_step if observer else None,
+            )
             self._planned = scheduler
             if draft:
                 self._connect(scheduler.drafts, draft, is_cpu=config.device == "cpu")
-        self.on_stats: Callable[[SchedulerStats], None] | None = None
-        """Called with the statistics of vLLM's scheduler after each step."""
+        self._observer = observer
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._encode = encoder()
         self._clients: list[StreamAddress] = []
@@ -129,21 +128,6 @@ class VllmEngine:
             },
         )
 
-    @property
-    def core(self) -> EngineCore:
-        """vLLM's engine core; touched between two steps only."""
-        return self._core
-
-    @property
-    def vllm_config(self) -> VllmConfig:
-        """The whole config of vLLM."""
-        return self._core.vllm_config
-
-    @property
-    def scheduler(self) -> SchedulerInterface:
-        """vLLM's scheduler, or ours in its place; touched between two steps only."""
-        return self._core.scheduler
-
     def add_request(self, request: EngineRequest, client: StreamAddress) -> None:
         """Decode and queue a request."""
         core_request: EngineCoreRequest = self._decoder.decode(request.core)
@@ -152,28 +136,28 @@ class VllmEngine:
             self._clients.append(client)
         # vLLM groups the outputs of a step by this index.
         core_request.client_index = self._clients.index(client)
-        preprocessed, wave = self._core.preprocess_add_request(core_request)
+        preprocessed, wave = self.core.preprocess_add_request(core_request)
         # Our view rides on vLLM's request, so that nothing has to be joined again by id.
         preprocessed.scheduled_as = request.request  # type: ignore[attr-defined]
-        self._core.add_request(preprocessed, wave)
+        self.core.add_request(preprocessed, wave)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Forget these requests."""
-        self._core.abort_requests(request_ids)
+        self.core.abort_requests(request_ids)
 
     def has_requests(self) -> bool:
         """Whether a step would find work, finished requests not yet cleaned up included."""
-        return self._core.scheduler.has_requests()
+        return self.core.scheduler.has_requests()
 
     def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
         """One step of vLLM."""
-        outputs, model_ran = self._core.step_fn()
-        self._core.post_step(model_executed=model_ran)
+        outputs, model_ran = self.core.step_fn()
+        self.core.post_step(model_executed=model_ran)
         for of_client in (outputs or {}).values():
-            # They describe this engine alone; a client would take them for all workers'.
+            # A client would take this engine's statistics for those of all workers.
             stats, of_client.scheduler_stats = of_client.scheduler_stats, None
-            if stats is not None and self.on_stats is not None:
-                self.on_stats(stats)
+            if stats is not None and self._observer:
+                self._observer.saw_stats(stats)
         return {
             self._clients[index]: StepOutput(
                 {out.request_id: len(out.new_token_ids) for out in of_client.outputs},
@@ -195,12 +179,11 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """Count running and waiting requests."""
-        running, waiting = self._core.scheduler.get_request_counts()
-        usage = self._core.scheduler.get_kv_cache_usage()
-        return EngineStats(running, waiting, usage, self.draft_stats())
+        running, waiting = self.core.scheduler.get_request_counts()
+        usage = self.core.scheduler.get_kv_cache_usage()
+        return EngineStats(running, waiting, usage, self._draft_stats())
 
-    def draft_stats(self) -> DraftStats | None:
-        """Counts and acceptance of drafts; None without speculation."""
+    def _draft_stats(self) -> DraftStats | None:
         if self._planned is None or (client := self._draft_client) is None:
             return None
         now = time.monotonic()
@@ -217,7 +200,7 @@ class VllmEngine:
     def record(self, path: Path) -> None:
         """Write every decision to `path`; ValueError if vLLM's own scheduler decides."""
         if self._planned is None:
-            raise ValueError(f"{type(self._core.scheduler).__name__} keeps no record: {path}")
+            raise ValueError(f"{type(self.core.scheduler).__name__} keeps no record: {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._planned.planner.record(path.open("w", buffering=1))
 
@@ -227,20 +210,20 @@ class VllmEngine:
             self._planned.planner.close()
         if client := self._draft_client:
             client.close()
-        self._core.shutdown()
+        self.core.shutdown()
 
     @property
     def _draft_client(self) -> DraftClient | None:
         return self._planned.drafts.client if self._planned else None
 
     def _connect(self, drafts: DraftOffers, draft: DraftConfig, *, is_cpu: bool) -> None:
-        runner = runner_of(self._core)
+        runner = runner_of(self.core)
         if is_cpu:
             sample_cheaply(runner)
         wants_states = "head" in draft.drafters
         drafts.connect(
             DraftClient(secrets.token_hex(8)),
-            HiddenStates(runner.model).rows if wants_states else None,
+            LastHiddenStates(runner.model).rows if wants_states else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""The ledger of requests on an engine: what vLLM does not keep of them."""
+"""The ledger of requests on an engine: what vLLM does not keep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # its tests need not import vLLM
 LOOKUP_STEPS = 16
 """Steps between prefix-cache look-ups for a waiting request."""
 MAX_LOOKUPS = 8
-"""Maximum in one step, of first look-ups as well as of repeated ones."""
+"""Max look-ups in one step: first ones, and as many repeated ones."""
 
 
 @dataclass(slots=True)
@@ -24,13 +24,13 @@ class RequestNotes:
 
     state: RequestState
     num_delivered: int = 0
-    """Output tokens that have arrived; under async scheduling more are in flight."""
+    """Output tokens that have arrived; async scheduling has more in flight."""
     draft_chances: tuple[float, ...] = ()
     """Chances of the drafts at hand."""
     looked_up: int | None = None
-    """Step of the last look-up of its prefix since it waits."""
+    """Step of the last look-up of its prefix while it waits."""
     num_cached: int = 0
-    """Tokens that the look-up found."""
+    """Tokens found by that look-up."""
 
 
 class LiveRequests:
@@ -54,7 +54,7 @@ class LiveRequests:
         return self._notes[request_id]
 
     def add(self, state: RequestState) -> None:
-        """Take a request that has arrived."""
+        """Add a request that has arrived."""
         self._notes[state.request.request_id] = RequestNotes(state)
 
     def run(self, request: VllmRequest, now: float) -> RequestState:
@@ -78,7 +78,7 @@ class LiveRequests:
     def look_up(
         self, requests: Iterable[VllmRequest], step: int, prefix_hit: Callable[[VllmRequest], int]
     ) -> None:
-        """Note how many tokens of waiting requests the prefix cache holds, where that is due."""
+        """Note how much of waiting requests is in the prefix cache, where a look-up is due."""
         num_left = {True: MAX_LOOKUPS, False: MAX_LOOKUPS}  # first ones and repeated ones
         for request in requests:
             notes = self._notes[request.request_id]
@@ -90,9 +90,9 @@ class LiveRequests:
                 notes.num_cached = prefix_hit(request)
 
     def deliver(self, requests: Iterable[VllmRequest], now: float) -> dict[str, int]:
-        """Note that the output of a step with `requests` is here.
+        """Note that the output of a step with `requests` has arrived.
 
-        Returns how many output tokens it gave each request, those that ended with it included.
+        Returns its output tokens by request, those that ended with it included.
         """
         num_new_tokens, self._ended_tokens = self._ended_tokens, {}
         for request in requests:
@@ -111,7 +111,7 @@ class LiveRequests:
         notes = self._notes[request.request_id]
         # The next turn of a streaming-input session comes under the same id.
         if request.num_prompt_tokens != notes.state.request.num_prompt_tokens:
-            notes.state = _initial_state(request, notes.state.request, now)
+            notes.state = initial_state(request, notes.state.request, now)
             notes.num_delivered = 0
         return notes
 
@@ -125,8 +125,15 @@ def _update(
     first_token_s, last_token_s = state.first_token_s, state.last_token_s
     if num_output and not notes.num_delivered:
         first_token_s = last_token_s = now
-    notes.state = _moved(state, num_output, num_computed, first_token_s, last_token_s)
-    notes.state.draft_chances = notes.draft_chances[: len(request.spec_token_ids)]
+    notes.state = RequestState(
+        state.request,
+        state.arrival_s,
+        num_output,
+        num_computed,
+        first_token_s,
+        last_token_s,
+        notes.draft_chances[: len(request.spec_token_ids)],
+    )
     return notes.state
 
 
@@ -135,32 +142,20 @@ def _deliver(notes: RequestNotes, request: VllmRequest, now: float) -> int:
     if num_new_tokens > 0:
         state = notes.state
         first_token_s = state.first_token_s if notes.num_delivered else now
-        notes.state = _moved(
-            state, state.num_output_tokens, state.num_computed_tokens, first_token_s, now
+        notes.state = RequestState(
+            state.request,
+            state.arrival_s,
+            state.num_output_tokens,
+            state.num_computed_tokens,
+            first_token_s,
+            now,
         )
         notes.num_delivered = request.num_output_tokens
     return num_new_tokens
 
 
-def _moved(
-    state: RequestState,
-    num_output_tokens: int,
-    num_computed_tokens: int,
-    first_token_s: float,
-    last_token_s: float,
-) -> RequestState:
-    return RequestState(
-        state.request,
-        state.arrival_s,
-        num_output_tokens,
-        num_computed_tokens,
-        first_token_s,
-        last_token_s,
-    )
-
-
-def _initial_state(request: VllmRequest, ours: Request | None, now: float) -> RequestState:
-    """The state of a request that has just come; `ours` is None if only vLLM knows of it."""
+def initial_state(request: VllmRequest, ours: Request | None, now: float) -> RequestState:
+    """The state of a request that has just arrived; `ours` is None if only vLLM knows it."""
     if ours is None:
         ours = Request(request.request_id, 0, 0, request.priority)
     lengths = request.num_prompt_tokens, request.max_tokens

@@ -18,11 +18,12 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from scheduler.policy import StepPolicy
+from scheduler.request import RequestState
 from scheduler.step_planner import StepInFlight, StepPlanner
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_queue import PlannedQueue
-from workers.engine.vllm_requests import LiveRequests, _initial_state
+from workers.engine.vllm_requests import LiveRequests, initial_state
 
 
 class PlannedScheduler(Scheduler):
@@ -69,7 +70,7 @@ class PlannedScheduler(Scheduler):
         """Queue a request."""
         if request.request_id not in self.requests:
             ours = getattr(request, "scheduled_as", None)
-            self._live.add(_initial_state(request, ours, time.monotonic()))
+            self._live.add(initial_state(request, ours, time.monotonic()))
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -94,6 +95,7 @@ class PlannedScheduler(Scheduler):
                 began_s,
                 tasks=tasks,
                 preempted=frozenset(plan.preempted) | (output.preempted_req_ids or frozenset()),
+                late=self._late(view, plan, tasks),
                 decided_s=decided_s,
             )
         self._in_flight.append((output, step))
@@ -262,6 +264,15 @@ class PlannedScheduler(Scheduler):
             for request_id, num_tokens in output.num_scheduled_tokens.items()
         )
 
+    def _late(
+        self, view: StepView, plan: BatchPlan, tasks: tuple[StageTask, ...]
+    ) -> list[RequestState]:
+        """Requests that became ready after the view was made; only an empty plan lets them in."""
+        if plan.tasks:
+            return []
+        seen = {state.request.request_id for state in (*view.running, *view.waiting)}
+        return [self._live[t.request_id].state for t in tasks if t.request_id not in seen]
+
     def _task(self, request_id: str, num_tokens: int, planned: StageTask | None) -> StageTask:
         request = self.requests[request_id]
         seq_len = request.num_computed_tokens
@@ -290,4 +301,4 @@ class PlannedScheduler(Scheduler):
 
 
 class PlannedAsyncScheduler(PlannedScheduler, AsyncScheduler):
-    """The same for async scheduling, where a step is scheduled while another runs."""
+    """A `PlannedScheduler` that schedules a step while another runs."""

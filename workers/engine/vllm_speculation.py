@@ -8,8 +8,8 @@ from vllm.config import VllmConfig
 from workers.config import DraftConfig
 
 MAX_HIDDEN_STATES = 256
-"""Hidden states of a request's last tokens that go to the draft worker at most: twice the window
-that draft heads are trained with, while all those of a long prompt would be megabytes."""
+"""Max hidden states of a request's last tokens that are sent to the draft worker: twice the window
+that draft heads are trained with. All states of a long prompt would be megabytes."""
 
 
 class NoDrafts:
@@ -34,7 +34,7 @@ def speculative_config(config: DraftConfig, device: str) -> dict[str, Any]:
     return args | {"method": "custom_class", "model": f"{__name__}.{NoDrafts.__name__}"}
 
 
-class HiddenStates:
+class LastHiddenStates:
     """The final hidden states of a model's last forward pass."""
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.kernels import native, shapes
+from workers.kernels.gemm import Floats
 from workers.kernels.shapes import AttentionShape
 from workers.kernels.tile_table import tile_costs
 from workers.kernels.tiles import Int32s, QueryTiles, SpanCut, plan_query_tiles
-
-Floats = NDArray[np.float32]
 
 
 def unsupported(num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> str | None:

@@ -206,7 +206,7 @@ STRUCTS: tuple[type[Structure], ...] = (
     StepStruct,
     Kernels,
 )
-"""All of them, in the order of `xy_struct_sizes`."""
+"""All structures, in the order of `xy_struct_sizes`."""
 
 REMEDY = "build them with `make install`, or `python -m workers.kernels.build` in a checkout"
 

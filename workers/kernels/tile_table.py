@@ -1,4 +1,4 @@
-"""The costs of row tiles on this machine, measured or built in, by which plans choose tiles."""
+"""The costs of row tiles on this machine, measured or built in, from which plans choose tiles."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from workers.home import home, replace_file
 from workers.kernels import native
-from workers.kernels.tiles import TileCosts, default_costs, parse_costs
+from workers.kernels.tiles import TileCosts, default_costs
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +69,14 @@ def _parse(document: object) -> TileCosts:
     for key, own in (("cpu", cpu()), ("isa", native.isa())):
         if document.get(key) != own:
             raise ValueError(f"its {key} is {document.get(key)!r}, this machine's is {own!r}")
-    height = native.kernels().max_height
-    try:
-        costs = parse_costs(document, height)
-    except (TypeError, ValueError):
-        costs = None
-    if costs is None or not all(cost > 0 and math.isfinite(cost) for cost in costs.of_height):
+    costs, height = document.get("tile_costs"), native.kernels().max_height
+    if (
+        not isinstance(costs, list)
+        or len(costs) != height
+        or not all(isinstance(cost, int | float) and 0 < cost < math.inf for cost in costs)
+    ):
         raise ValueError(f"its tile_costs are not {height} positive numbers")
-    return costs
+    return TileCosts(tuple(map(float, costs)))
 
 
 def save(costs: TileCosts) -> None:

@@ -1,6 +1,5 @@
 """How work is cut into tiles: row tiles of a GEMM, query tiles and KV splits of attention."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -238,11 +237,3 @@ def _index_in_run(lengths: Ints) -> Ints:
 def _times_heads(items: Ints, num_kv_heads: int) -> tuple[Ints, Ints]:
     """Each item once per KV head, and the heads."""
     return np.repeat(items, num_kv_heads), np.tile(np.arange(num_kv_heads), len(items))
-
-
-def parse_costs(document: Mapping[str, object], max_height: int) -> TileCosts | None:
-    """The costs in a file of `xyserve calibrate`; None if they belong to other tiles."""
-    costs = document.get("tile_costs")
-    if not isinstance(costs, list) or len(costs) != max_height:
-        return None
-    return TileCosts(tuple(float(cost) for cost in costs))

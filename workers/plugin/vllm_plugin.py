@@ -7,6 +7,7 @@ layers that the kernels do not support, use vLLM's own code.
 
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`; vLLM may call it repeatedly."""
+    # Imported here: vLLM raises what fails in the call, and only logs what fails on loading.
     from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

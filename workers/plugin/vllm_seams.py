@@ -56,7 +56,7 @@ vllm.config.cache:CacheConfig
     read kv_cache_size_tokens: int | None
 vllm.utils.gc_utils
     called freeze_gc_heap()
-# Set in the environment by vllm_engine.py: with 1, the executor would move to a child process.
+# Set by `vllm_engine.engine_args`: with 1, the executor would move to a child process.
 vllm.envs
     named VLLM_ENABLE_V1_MULTIPROCESSING
 
@@ -216,7 +216,7 @@ vllm.forward_context:ForwardContext
 """)
 
 ON_CPUS = seams("""
-# Sampling, of which some goes wrong on CPUs and some is done in vain.
+# Sampling: what goes wrong on CPUs, and what is done in vain.
 vllm.v1.worker.gpu_model_runner:GPUModelRunner
     replaced _bookkeeping_sync(self, scheduler_output, sampler_output, logits, hidden_states,
         num_scheduled_tokens)

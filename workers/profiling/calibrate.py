@@ -24,14 +24,14 @@ ENGINE_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The table in use on this machine."""
+    """The costs of row tiles in use on this machine."""
 
     cpu: str
     isa: str
     path: Path
-    """File of the table, whether or not it is there yet."""
+    """File of measured costs, whether or not it exists yet."""
     is_measured: bool
-    """False for the built-in table."""
+    """False for the built-in costs."""
     tile_costs: tuple[float, ...]
     """Time of one row tile by its height (index 0 is height 1), in any unit."""
 
@@ -41,7 +41,7 @@ class Calibration:
 
 
 def current_calibration() -> Calibration:
-    """The table that workers on this machine choose row tiles by."""
+    """The costs from which workers on this machine choose row tiles."""
     return Calibration(
         tile_table.cpu(),
         native.isa(),
@@ -52,10 +52,7 @@ def current_calibration() -> Calibration:
 
 
 def calibrate(progress: Progress) -> Calibration:
-    """Measure and save the table, reporting the share done to `progress`.
-
-    OSError: it cannot be saved.
-    """
+    """Measure and save the costs, reporting the fraction done; OSError if they cannot be saved."""
     tile_table.save(calibration.measure(progress))
     return current_calibration()
 
@@ -110,7 +107,7 @@ def _measure_engine(pipe: Connection, model: str, config: WorkerConfig) -> None:
         if config.device == "cpu":
             claim = claim_cpus(config.cpus)  # held until the process ends
             claim.pin_process()
-        # They read the environment when they are imported.
+        # Torch and vLLM read the environment when they are imported.
         from workers.engine.vllm_engine import VllmEngine
         from workers.profiling.vllm_profile import measure
 

@@ -25,10 +25,10 @@ ScriptStep = tuple[SeatSpan, ...]
 
 @dataclass(frozen=True, slots=True)
 class Seats:
-    """Requests that stand in for clients' requests, each with its share of the KV cache."""
+    """Dummy requests, each with its share of the KV cache."""
 
     lens: tuple[int, ...]
-    """Tokens that each one has room for, in descending order."""
+    """Tokens that each seat has room for, in descending order."""
     max_num_batched_tokens: int
 
     @classmethod
@@ -41,12 +41,13 @@ class Seats:
         count = max(1, min(limits.max_num_seqs, num_free_blocks // 2))
         first_share = (num_free_blocks - count) / sum(1 / (seat + 1) for seat in range(count))
         # A token is left for the output that vLLM keeps room for.
-        most = max_model_len - 2
+        max_len = max_model_len - 2
         lens = [
-            min(max(1, int(first_share / (seat + 1))) * block_size, most) for seat in range(count)
+            min(max(1, int(first_share / (seat + 1))) * block_size, max_len)
+            for seat in range(count)
         ]
         return cls(
-            tuple(lens for lens in lens if lens >= min(MIN_SEAT_LEN, most)),
+            tuple(seat_len for seat_len in lens if seat_len >= min(MIN_SEAT_LEN, max_len)),
             limits.max_num_batched_tokens,
         )
 
@@ -74,9 +75,9 @@ class Seats:
         for _ in range(min(random.choice([0, 1, 1, 2]), len(free), left - 1)):
             seat = min(free)  # the roomiest
             free.remove(seat)
-            most = min(max_chunk, self.lens[seat], left - 1)
-            num_tokens = int(2 ** random.uniform(0, most.bit_length()))
-            chunks.append(self.span(seat, min(max(num_tokens, 1), most), random.random()))
+            largest = min(max_chunk, self.lens[seat], left - 1)
+            num_tokens = int(2 ** random.uniform(0, largest.bit_length()))
+            chunks.append(self.span(seat, min(max(num_tokens, 1), largest), random.random()))
             left -= chunks[-1].num_tokens
         decodes = (self.span(seat, 1, random.random()) for seat in free[:left])
         return (*decodes, *chunks)
@@ -85,9 +86,9 @@ class Seats:
 def script(seats: Seats, depth: str) -> list[list[ScriptStep]]:
     """Series of steps to fit, each from short to long, so that it can be broken off."""
     full = depth == "full"
-    most = min(seats.max_num_batched_tokens, seats.lens[0])
+    largest = min(seats.max_num_batched_tokens, seats.lens[0])
     batches = _sizes(min(len(seats.lens), seats.max_num_batched_tokens), between=full)
-    chunks = _sizes(most)[2:] or [most]  # one or two tokens are decodes, too
+    chunks = _sizes(largest)[2:] or [largest]  # one or two tokens are decodes, too
     contexts = (0.0, 0.5, 1.0) if full else (0.05, 1.0)
     random = Random(MIXED_SEED)
     series = [[seats.decodes(count, share) for count in batches] for share in contexts]
@@ -115,8 +116,8 @@ def num_tokens(step: ScriptStep) -> int:
     return sum(span.num_tokens for span in step)
 
 
-def _sizes(most: int, *, between: bool = False) -> list[int]:
-    """Powers of two up to `most`, and `most` itself; also the sizes half way `between` them."""
-    powers = [1 << power for power in range(most.bit_length())]
+def _sizes(largest: int, *, between: bool = False) -> list[int]:
+    """Powers of two below `largest`, and `largest`; also the sizes half way `between` them."""
+    powers = [1 << power for power in range(largest.bit_length())]
     halves = [size * 3 // 2 for size in powers[1:]] if between else []
-    return sorted({size for size in itertools.chain(powers, halves) if size < most} | {most})
+    return sorted({size for size in itertools.chain(powers, halves) if size < largest} | {largest})

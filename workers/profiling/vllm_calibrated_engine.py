@@ -1,20 +1,18 @@
 """An engine that predicts its steps by a profile of this machine."""
 
-from collections.abc import Callable
-
 from scheduler.cost_model import CostModel
-from scheduler.task import StepReport
 from workers.config import DraftConfig, WorkerConfig
 from workers.engine.vllm_engine import VllmEngine
 from workers.engine.vllm_scheduler import PlannedScheduler
 from workers.profiling.vllm_profile import calibrated_profile
 from workers.profiling.vllm_work import model_work
+from workers.reports import WorkerObserver
 
 
 def make_engine(
     model: str,
     config: WorkerConfig,
-    on_step: Callable[[StepReport], object] | None = None,
+    observer: WorkerObserver | None = None,
     draft: DraftConfig | None = None,
 ) -> VllmEngine:
     """A `VllmEngine` that is ready to predict: its profile is read, or measured first.
@@ -22,8 +20,8 @@ def make_engine(
     Measuring takes seconds, and happens once for each model, config and machine. Steps that
     vLLM's own scheduler decides are not predicted.
     """
-    engine = VllmEngine(model, config, on_step, draft)
-    if isinstance(scheduler := engine.scheduler, PlannedScheduler):
+    engine = VllmEngine(model, config, observer, draft)
+    if isinstance(scheduler := engine.core.scheduler, PlannedScheduler):
         cost_model: CostModel | None = None
         if config.calibrate_at_start and (
             profile := calibrated_profile(engine.core, model, config)

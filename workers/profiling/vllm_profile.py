@@ -189,7 +189,7 @@ def _checked(step: ScriptStep, predicted_s: float, measured_s: float) -> Checked
 
 
 class ScriptedPlanner(StepPlanner):
-    """Plans the tasks it was given last, and keeps the time they took."""
+    """Plans the tasks in `tasks`, and keeps the time they took."""
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits, StepPolicy(), learns=False, on_step=self._note)
@@ -197,7 +197,7 @@ class ScriptedPlanner(StepPlanner):
         self.measured_s = 0.0
 
     def plan(self, view: StepView, now: float) -> BatchPlan:
-        """The plan of the tasks given last."""
+        """The plan that consists of `tasks`."""
         taken = {task.request_id for task in self.tasks}
         ids = [state.request.request_id for state in (*view.running, *view.waiting)]
         return BatchPlan(
@@ -221,7 +221,7 @@ class SeatedEngine:
     """
 
     def __init__(self, core: EngineCore, planner: ScriptedPlanner) -> None:
-        """`planner` is that of the engine's scheduler."""
+        """The engine's scheduler follows `planner`."""
         self._core = core
         self._planner = planner
         self._scheduler = planned_scheduler(core)
@@ -303,7 +303,7 @@ class SeatedEngine:
             request.num_computed_tokens = span.num_computed_tokens
         self._planner.tasks = self._tasks(step)
         self._planner.measured_s = 0.0
-        # Not vLLM's own choice of it, which may begin a step before the one before it ends.
+        # Not vLLM's `step_fn`, which may begin a step before the previous one ends.
         self._core.step()
         assert self._planner.measured_s > 0, "the step did not run"
 

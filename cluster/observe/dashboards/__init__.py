@@ -1,1 +1,1 @@
-"""What is made of the metrics: dashboards, for Grafana or as pictures, and alerts."""
+"""Dashboards, for Grafana or as pictures, and alerts, all from the metrics."""

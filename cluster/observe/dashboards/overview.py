@@ -264,8 +264,8 @@ OVERVIEW = Dashboard(
                 Panel(
                     "Retried requests",
                     "Requests in the last 5 minutes that lost their worker before the first token"
-                    " and were retried on another one, by what happened to the first. Clients "
-                    "only notice a delay, but find out why the worker was lost.",
+                    " and were retried on another one, by the name of the error. Clients only "
+                    "notice a delay, but find out why the worker was lost.",
                     Unit.COUNT,
                     events(metrics.RETRIES, "reason"),
                     Kind.BARS,

@@ -17,7 +17,6 @@ from scheduler.placement import PlacementReason
 
 _REPORT_AGE = shown(metrics.WORKER_REPORT_AGE)
 
-
 PLACEMENT = Dashboard(
     "xyserve-placement",
     "XY-Serve: placement",

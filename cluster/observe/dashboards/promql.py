@@ -5,9 +5,6 @@ from cluster.observe.metrics import Metric, VllmMetric
 RATE_INTERVAL = "$__rate_interval"
 """Grafana's variable: a few scrape intervals, more for longer periods."""
 
-QUANTILES = (0.5, 0.95, 0.99)
-"""Quantiles that panels show."""
-
 
 def series(metric: Metric | VllmMetric, *matchers: str, part: str = "") -> str:
     """The series of a metric that match; `part` is `_bucket` or `_count` for a histogram.

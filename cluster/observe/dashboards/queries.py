@@ -1,16 +1,11 @@
 """Queries that several dashboards use."""
 
 from cluster.observe.dashboards.panels import Query
-from cluster.observe.dashboards.promql import (
-    QUANTILES,
-    grown,
-    of_workers,
-    quantile,
-    rate,
-    shown,
-    total,
-)
+from cluster.observe.dashboards.promql import grown, of_workers, quantile, rate, shown, total
 from cluster.observe.metrics import Metric, VllmMetric
+
+QUANTILES = (0.5, 0.95, 0.99)
+"""Quantiles that panels show."""
 
 
 def quantiles(histogram: Metric | VllmMetric, *, of_worker: bool = False) -> tuple[Query, ...]:

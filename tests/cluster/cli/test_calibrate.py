@@ -67,7 +67,7 @@ def cells(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
 
-def test_it_shows_the_built_in_table_beside_the_measured_one(measured: list[TileCosts]) -> None:
+def test_it_shows_the_built_in_table_next_to_the_measured_one(measured: list[TileCosts]) -> None:
     result = CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
     built_in = default_costs(HEIGHT)

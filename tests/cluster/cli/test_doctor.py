@@ -21,7 +21,7 @@ from cluster.cli.checks import GIB, Device, Finding, Level, Port
 from cluster.cli.doctor import print_findings
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.config.serve_file import ServeFile
-from cluster.models import model_files
+from cluster.models.model import find_model, missing_files, weights_bytes
 from cluster.placement import ray_seams
 from workers.config import DraftConfig
 from workers.plugin import vllm_seams
@@ -186,7 +186,7 @@ def test_torchvision_may_be_absent_or_a_cpu_build(versions: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize(("path", "level"), [("/usr/bin/c++", "ok"), (None, "warn")])
-def test_a_compiler_is_wanted(path: str | None, level: Level) -> None:
+def test_a_missing_compiler_is_a_warning(path: str | None, level: Level) -> None:
     assert checks.check_compiler(path).level == level
 
 
@@ -265,11 +265,11 @@ def test_weights_widen_from_the_checkpoints_dtype(
     directory = checkpoint(tmp_path / "m", num_bytes=100, **stored)
     (directory / "consolidated.safetensors").write_bytes(bytes(100))
 
-    assert model_files.weights_bytes(directory, dtype) == num_bytes
+    assert weights_bytes(directory, dtype) == num_bytes
 
 
 def test_weights_are_unknown_without_safetensors(tmp_path: Path) -> None:
-    assert model_files.weights_bytes(tmp_path, "float32") is None
+    assert weights_bytes(tmp_path, "float32") is None
 
 
 @pytest.mark.parametrize(("free_bytes", "level"), [(GIB, "ok"), (GIB - 1, "warn"), (0, "warn")])
@@ -359,7 +359,7 @@ def test_the_default_model_is_still_to_be_fetched(
 def test_a_whole_checkpoint_is_ok(tmp_path: Path) -> None:
     name = str(checkpoint(tmp_path / "m"))
 
-    assert checks.check_model(name, model_files.find_model(name)).level == "ok"
+    assert checks.check_model(name, find_model(name)).level == "ok"
 
 
 @pytest.mark.parametrize(
@@ -385,19 +385,19 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "2.safetensors", "c": "2.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    assert model_files.missing_files(directory) == ["2.safetensors"]
+    assert missing_files(directory) == ["2.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["./none", "/none", "a/b/c", "no spaces/please"])
 def test_a_name_that_can_be_nothing_fails(name: str) -> None:
-    assert checks.check_model(name, model_files.find_model(name)).level == "fail"
+    assert checks.check_model(name, find_model(name)).level == "fail"
 
 
 def test_a_hub_id_is_looked_for_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert model_files.find_model("org/name") is None
+    assert find_model("org/name") is None
     assert checks.check_model("org/name", None).remedy == "hf download org/name"
 
     repository = tmp_path / "models--org--name"
@@ -405,7 +405,7 @@ def test_a_hub_id_is_looked_for_in_the_cache(
     (repository / "refs" / "main").write_text("c0ffee")
     (repository / "snapshots").mkdir()
     snapshot = checkpoint(repository / "snapshots" / "c0ffee")
-    assert model_files.find_model("org/name") == snapshot
+    assert find_model("org/name") == snapshot
     assert checks.check_model("org/name", snapshot).level == "ok"
 
     (snapshot / "model.safetensors").unlink()

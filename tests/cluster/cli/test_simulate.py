@@ -130,7 +130,7 @@ def test_the_devices_are_listed() -> None:
         (["--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
     ],
 )
-def test_what_cannot_be_simulated_is_one_line_with_a_remedy(
+def test_a_simulation_that_is_not_possible_is_one_line_with_a_remedy(
     args: list[str], message: str, trace: Path
 ) -> None:
     result = simulate(trace, *args)

@@ -228,7 +228,7 @@ def test_a_value_of_a_wrong_type_is_named_with_the_right_type(args: Any, error: 
     assert error_of(args) == error
 
 
-def test_every_mistake_is_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     assert error_of({"num_wokers": 2, "worker": {"cpus": "two", "engine": {"sede": 1}}}).split(
         "\n"
     ) == [
@@ -285,7 +285,7 @@ def test_a_file_that_is_not_text_is_no_config_file(write: Any) -> None:
     assert error_in(write(b"\xff\xfe\xfa")).startswith(("cannot be read: ", "not valid YAML: "))
 
 
-def test_bad_yaml_is_told_with_its_place(write: Any) -> None:
+def test_bad_yaml_is_reported_with_its_place(write: Any) -> None:
     error = error_in(write("applications: [\nmodel: }"))
 
     assert error.startswith("not valid YAML: ")
@@ -327,7 +327,7 @@ def test_http_options_must_be_a_mapping(write: Any) -> None:
         ("[]", "args: input should be a dictionary or an instance of AppConfig, not []"),
     ],
 )
-def test_wrong_args_in_a_file_are_told_with_its_path(write: Any, args: str, error: str) -> None:
+def test_wrong_args_in_a_file_are_reported_with_its_path(write: Any, args: str, error: str) -> None:
     content = f"applications: [{{import_path: '{IMPORT_PATH}', args: {args}}}]"
 
     assert error_in(write(content)) == error

@@ -17,7 +17,7 @@ SLO = SloConfig(classes={"fast": SloClass(ttft_ms=500, tpot_ms=50)})
 
 
 class Refusals(IngressObserver):
-    """Keeps the calls that came to nothing."""
+    """Keeps the refused calls."""
 
     def __init__(self) -> None:
         self.found: list[Refusal] = []
@@ -76,7 +76,7 @@ async def send_to(
     return Answer(sent, refusals.found)
 
 
-async def test_a_call_has_the_name_that_its_header_gives_it() -> None:
+async def test_a_call_has_the_id_in_its_header() -> None:
     api = Api()
 
     await send_to(api, x_request_id="my-call")
@@ -126,7 +126,7 @@ async def test_a_call_whose_targets_cannot_be_used_never_reaches_the_api(
     ] * num_kept
 
 
-async def test_a_call_that_came_to_nothing_is_kept_with_its_answer() -> None:
+async def test_a_refused_call_is_remembered_with_its_answer() -> None:
     answer = await send_to(Api(400, b'{"error":', b' "no"}'), x_request_id="bad")
 
     [refusal] = answer.refusals
@@ -135,7 +135,7 @@ async def test_a_call_that_came_to_nothing_is_kept_with_its_answer() -> None:
     assert (answer.status, answer.body) == (400, b'{"error": "no"}')
 
 
-async def test_of_a_long_answer_the_beginning_is_kept() -> None:
+async def test_the_beginning_of_a_long_answer_is_kept() -> None:
     [refusal] = (await send_to(Api(503, b"x" * 600, b"y" * 600))).refusals
 
     assert refusal.message == "x" * 600 + "y" * 400

@@ -102,7 +102,7 @@ def as_sent(request_id: str) -> EngineRequest:
 
 
 async def next_outputs(client: Client) -> list[FakeOutput]:
-    """The outputs of the next step, or one that tells of a failure."""
+    """The outputs of the next step, or a failure as outputs."""
     outputs = await asyncio.wait_for(client.next_outputs(), 30)
     if isinstance(outputs, Failure):
         return [FakeOutput(outputs.request_id, [], f"error: {outputs.error}")]
@@ -207,7 +207,7 @@ async def test_a_request_that_loses_its_worker_after_its_first_token_ends_with_a
     assert (len(workers.calls), client.num_live) == (1, 0)
 
 
-async def test_a_request_under_which_worker_after_worker_dies_ends_with_an_error(
+async def test_a_request_that_loses_one_worker_after_another_ends_with_an_error(
     client: Client, workers: FakeWorkers
 ) -> None:
     submit(client, "r")

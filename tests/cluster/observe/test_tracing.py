@@ -24,13 +24,13 @@ def tracing(collector: Collector, sample_ratio: float = 1.0) -> Tracing:
     return Tracing(config, "ingress", "r1")
 
 
-def test_a_call_is_below_the_clients_span_and_what_follows_below_the_call(
+def test_a_call_is_a_child_of_the_clients_span_and_the_parent_of_what_follows(
     collector: Collector,
 ) -> None:
     mine = tracing(collector)
 
     with mine.call("ingress", SAMPLED, {"id": "x"}) as span:
-        mine.add("queue", traceparent_of(span), 10.0, 12.5, {"n": 3})
+        mine.add("queue", traceparent_of(span), began_s=10.0, ended_s=12.5, attributes={"n": 3})
     mine.shut_down()
 
     queue, ingress = sorted(collector.spans, key=lambda span: span.began_s)
@@ -63,7 +63,7 @@ def test_the_client_decides_what_is_traced_and_else_the_ratio(
     mine = tracing(collector, sample_ratio)
 
     with mine.call("ingress", traceparent, {}) as span:
-        mine.add("queue", traceparent_of(span), 10.0, 12.5, {})
+        mine.add("queue", traceparent_of(span), began_s=10.0, ended_s=12.5)
     mine.shut_down()
 
     assert len(collector.spans) == num_spans
@@ -72,18 +72,18 @@ def test_the_client_decides_what_is_traced_and_else_the_ratio(
 def test_what_never_ended_makes_no_span(collector: Collector) -> None:
     mine = tracing(collector)
 
-    mine.add("retry", SAMPLED, 10.0, math.inf, {})
-    mine.add("retry", SAMPLED, 10.0, 9.0, {})
-    mine.add("retry", "", 10.0, 11.0, {})
+    mine.add("retry", SAMPLED, began_s=10.0, ended_s=math.inf)
+    mine.add("retry", SAMPLED, began_s=10.0, ended_s=9.0)
+    mine.add("retry", "", began_s=10.0, ended_s=11.0)
     mine.shut_down()
 
     assert collector.spans == []
 
 
-def test_an_error_is_told(collector: Collector) -> None:
+def test_an_error_is_the_status_of_the_span(collector: Collector) -> None:
     mine = tracing(collector)
 
-    mine.add("admission", SAMPLED, 10.0, 11.0, {}, error="no such model")
+    mine.add("admission", SAMPLED, began_s=10.0, ended_s=11.0, error="no such model")
     mine.shut_down()
 
     [span] = collector.spans
@@ -96,7 +96,7 @@ def test_without_a_config_nothing_is_traced() -> None:
     with mine.call("ingress", SAMPLED, {}) as span:
         assert not span.is_recording()
         assert traceparent_of(span) == ""
-        mine.add("queue", SAMPLED, 1.0, 2.0, {})
+        mine.add("queue", SAMPLED, began_s=1.0, ended_s=2.0)
     mine.shut_down()
 
     assert not mine.is_on

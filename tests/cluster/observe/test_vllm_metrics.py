@@ -56,7 +56,7 @@ def test_what_adds_up_is_added_up_between_two_exports_and_counted_once() -> None
     assert second.spec_decoding_stats is None
 
 
-def test_gauges_are_those_of_the_last_step_and_are_told_again_and_again() -> None:
+def test_gauges_are_those_of_the_last_step_and_are_exported_each_time() -> None:
     mine, exported = scheduler_metrics()
 
     mine.export()

@@ -42,7 +42,7 @@ def file(module: HeadModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def test_the_forward_is_that_of_training(model: Path, module: HeadModule, file: Path) -> None:
-    head = DraftHead(file, model, lm_head_format="auto")
+    head = DraftHead(file, model)
     embedding = torch.tensor(read_tensor(model, "model.embed_tokens.weight"))
     token_ids = list(range(20, 20 + NUM_ROWS))
     states = torch.randn(1, NUM_ROWS, head.config.hidden_size)

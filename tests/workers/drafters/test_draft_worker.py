@@ -60,11 +60,11 @@ class FakeDrafter:
 
     hidden_size: int = 0
     num_guesses: int = 2
-    """In the first step; one more in each later one."""
+    """Guesses in the first step; each later one has one more."""
     num_steps: int = 1
-    """For a context."""
+    """Steps for a context."""
     on_step: Callable[[], object] = lambda: None
-    told: list[tuple[ContextKey, int, list[int]]] = dataclasses.field(default_factory=list)
+    extended: list[tuple[ContextKey, int, list[int]]] = dataclasses.field(default_factory=list)
     states: list[HiddenStates | None] = dataclasses.field(default_factory=list)
     forgotten: list[ContextKey] = dataclasses.field(default_factory=list)
     learnt: list[list[int]] = dataclasses.field(default_factory=list)
@@ -79,7 +79,7 @@ class FakeDrafter:
         token_ids: list[int],
         hidden_states: HiddenStates | None = None,
     ) -> None:
-        self.told.append((key, position, token_ids))
+        self.extended.append((key, position, token_ids))
         self.states.append(hidden_states)
         self._last[key] = (position + len(token_ids), token_ids[-1])
         self._num_left = self.num_steps
@@ -113,7 +113,7 @@ class FakeDrafter:
 
 
 def hang(stepping: threading.Event, go_on: threading.Event) -> None:
-    """Be in a step until told to go on."""
+    """Be in a step until it may go on."""
     stepping.set()
     go_on.wait(30)
 
@@ -244,12 +244,12 @@ def test_new_tokens_are_answered_with_drafts(setup: Setup) -> None:
     ]
 
 
-def test_a_drafter_is_told_what_is_new(setup: Setup, drafter: FakeDrafter) -> None:
+def test_a_drafter_gets_what_is_new(setup: Setup, drafter: FakeDrafter) -> None:
     peer = setup.peer()
     peer.ask(delta("a", 0, 1, 2, 3), delta("b", 0, 7))
     peer.ask(delta("b", 1, 8, 9))
 
-    assert drafter.told == [(A, 0, [1, 2, 3]), (B, 0, [7]), (B, 1, [8, 9])]
+    assert drafter.extended == [(A, 0, [1, 2, 3]), (B, 0, [7]), (B, 1, [8, 9])]
 
 
 def test_drafts_of_many_requests_go_in_one_message(setup: Setup) -> None:
@@ -268,10 +268,10 @@ def test_where_no_drafts_are_wanted_the_drafters_hear_of_nothing(
     ]
 
     assert answers == [setup.answer(1), setup.answer(2)]
-    assert drafter.told == []
+    assert drafter.extended == []
 
 
-def test_when_drafts_are_wanted_again_the_drafters_are_told_all_they_missed(
+def test_when_drafts_are_wanted_again_the_drafters_get_all_they_missed(
     setup: Setup, drafter: FakeDrafter
 ) -> None:
     peer = setup.peer()
@@ -280,16 +280,16 @@ def test_when_drafts_are_wanted_again_the_drafters_are_told_all_they_missed(
     peer.ask(delta("a", 2, 3, 4, num_wanted=0))
     peer.ask(delta("a", 4, 5))
 
-    assert drafter.told == [(A, 0, [1]), (A, 1, [2, 3, 4, 5])]
+    assert drafter.extended == [(A, 0, [1]), (A, 1, [2, 3, 4, 5])]
 
 
-def test_position_0_begins_a_request_anew(setup: Setup, drafter: FakeDrafter) -> None:
+def test_position_0_starts_a_request_again(setup: Setup, drafter: FakeDrafter) -> None:
     peer = setup.peer()
     peer.ask(delta("a", 0, 1, 2, 3))
     answer = peer.ask(delta("a", 0, 7))
 
     assert answer == setup.answer(2, setup.tree("fake", "a", 1, 8, 9))
-    assert drafter.told == [(A, 0, [1, 2, 3]), (A, 0, [7])]
+    assert drafter.extended == [(A, 0, [1, 2, 3]), (A, 0, [7])]
 
 
 @pytest.mark.parametrize("position", [2, 4])
@@ -305,12 +305,12 @@ def test_a_request_of_which_tokens_are_missing_is_forgotten_and_asked_for(
         setup.answer(3, setup.tree("fake", "a", 4, 5, 6)),
     ]
     assert drafter.forgotten == [A]
-    assert drafter.told == [(A, 0, [1, 2, 3]), (A, 0, [1, 2, 3, 4])]
+    assert drafter.extended == [(A, 0, [1, 2, 3]), (A, 0, [1, 2, 3, 4])]
 
 
 def test_an_unknown_request_is_asked_for(setup: Setup, drafter: FakeDrafter) -> None:
     assert setup.peer().ask(delta("a", 3, 4)) == setup.answer(1, unknown=("a",))
-    assert drafter.told == []
+    assert drafter.extended == []
 
 
 def test_a_finished_request_is_forgotten_by_the_drafters(
@@ -323,7 +323,7 @@ def test_a_finished_request_is_forgotten_by_the_drafters(
     assert (answer, drafter.forgotten) == (setup.answer(2), [A])
 
 
-def test_a_request_that_finished_and_begins_anew_at_once_is_a_new_one(
+def test_a_request_that_finished_and_starts_again_at_once_is_a_new_one(
     setup: Setup, drafter: FakeDrafter
 ) -> None:
     peer = setup.peer()
@@ -334,13 +334,13 @@ def test_a_request_that_finished_and_begins_anew_at_once_is_a_new_one(
     assert drafter.forgotten == [A]
 
 
-def test_requests_of_two_workers_are_told_apart(setup: Setup, drafter: FakeDrafter) -> None:
+def test_requests_of_two_workers_are_kept_apart(setup: Setup, drafter: FakeDrafter) -> None:
     one, other = setup.peer("one"), setup.peer("other")
     one.ask(delta("a", 0, 1))
     answer = other.ask(delta("a", 1, 2))
 
     assert answer == setup.answer(1, unknown=("a",))
-    assert drafter.told == [(ContextKey("one", "a"), 0, [1])]
+    assert drafter.extended == [(ContextKey("one", "a"), 0, [1])]
 
 
 def test_drafts_go_to_the_worker_whose_request_it_is(setup: Setup) -> None:
@@ -416,7 +416,7 @@ def test_hidden_states_go_to_the_drafters_that_want_them(
     np.testing.assert_array_equal(wanting.states[0], states)
 
 
-def test_a_worker_that_connects_again_is_answered_there_though_it_counts_anew(
+def test_a_worker_that_connects_again_is_answered_there_though_it_counts_from_1(
     setup: Setup, drafter: FakeDrafter
 ) -> None:
     first = setup.peer()
@@ -433,7 +433,7 @@ def test_a_wrong_token_is_ignored(setup: Setup, drafter: FakeDrafter) -> None:
 
     # On one connection: when this is answered, the other message has been read.
     assert peer.next_answer() == setup.answer(2, setup.tree("fake", "b", 1, 8, 9))
-    assert drafter.told == [(B, 0, [7])]
+    assert drafter.extended == [(B, 0, [7])]
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ def test_a_worker_that_does_not_read_holds_up_nobody(
     setup = make_setup(fake=drafter)
     deaf, other = setup.peer("deaf"), setup.peer("other")
     deaf.say(delta("a", 0, 1))
-    until(lambda: bool(drafter.told))
+    until(lambda: bool(drafter.extended))
     while drafter.has_work():
         assert other.ask().incarnation == setup.address.incarnation
 
@@ -582,7 +582,7 @@ def learnt(setup: Setup) -> list[list[int]]:
     return drafter.learnt
 
 
-def test_the_output_of_a_request_that_ended_is_told_to_the_other_draft_workers(
+def test_the_output_of_a_request_that_ended_is_sent_to_the_other_draft_workers(
     others: dict[str, Setup], clock: FakeClock
 ) -> None:
     output = [*range(MIN_MEMORY)]
@@ -598,7 +598,7 @@ def test_the_output_of_a_request_that_ended_is_told_to_the_other_draft_workers(
     assert [learnt(setup) for setup in others.values()] == [[], [output], [output]]
 
 
-def test_an_output_that_is_shorter_is_not_told(others: dict[str, Setup], clock: FakeClock) -> None:
+def test_a_shorter_output_is_not_shared(others: dict[str, Setup], clock: FakeClock) -> None:
     peer = others["one"].peer()
     peer.ask(delta("a", 0, *range(100)), delta("b", 0, 7))
     peer.ask(delta("a", 100, *range(MIN_MEMORY - 1)), delta("b", 1, *range(MIN_MEMORY)))
@@ -609,7 +609,7 @@ def test_an_output_that_is_shorter_is_not_told(others: dict[str, Setup], clock: 
     assert learnt(others["two"]) == [[*range(MIN_MEMORY)]]
 
 
-def test_what_is_learnt_is_not_told_on_or_again(others: dict[str, Setup], clock: FakeClock) -> None:
+def test_what_is_learnt_is_not_shared_again(others: dict[str, Setup], clock: FakeClock) -> None:
     for number, name in enumerate(("one", "two")):
         peer = others[name].peer()
         peer.ask(delta("a", 0, 1), delta("b", 0, 1))
@@ -641,7 +641,7 @@ def test_draft_workers_that_are_gone_hold_up_nothing(
     assert peer.ask() == others["one"].answer(4)
 
 
-async def test_spans_tell_what_was_drafted_when(clock: FakeClock, make_setup: MakeSetup) -> None:
+async def test_spans_show_what_was_drafted_when(clock: FakeClock, make_setup: MakeSetup) -> None:
     def take_a_second() -> None:
         clock.now += 1
 

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.models.model import fetch_default_model, is_fetched
+from cluster.models.default_model import fetch_default_model, is_fetched
 from tests.workers.tiny_heads import tiny_head, write_head
 from tests.workers.tiny_models import write_checkpoint
 from workers.drafters.draft_head import DEFAULT_HEAD, DraftHead, attend
@@ -38,7 +38,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> DraftHead:
     write_checkpoint("llama", folder)
     file = folder.parent / "tiny.head"
     write_head(tiny_head(folder, WINDOW), file)
-    return DraftHead(file, folder, lm_head_format="auto")
+    return DraftHead(file, folder)
 
 
 def test_the_first_step_gives_a_draft_and_later_ones_better_drafts(head: DraftHead) -> None:

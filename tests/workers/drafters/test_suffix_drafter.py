@@ -21,7 +21,7 @@ UNSEEN = itertools.count(10**6)
 
 TOKENS = st.lists(st.integers(0, 2), max_size=30)
 EVENTS = st.lists(
-    st.tuples(st.sampled_from([A, B, C]), st.sampled_from(["more", "anew", "end"]), TOKENS),
+    st.tuples(st.sampled_from([A, B, C]), st.sampled_from(["more", "again", "end"]), TOKENS),
     max_size=10,
 )
 
@@ -248,7 +248,7 @@ def test_the_same_tokens_give_the_same_drafts(
     assert apply(make_drafter(40), events) == apply(make_drafter(40), events)
 
 
-def test_position_0_begins_a_request_anew() -> None:
+def test_position_0_starts_a_request_again() -> None:
     drafter = make_drafter()
     write(drafter, A, [1, 2, 3], [4, 1, 2])
     write(drafter, B, [9], [next(UNSEEN)])

@@ -222,7 +222,7 @@ def draft_both(drafter: Any) -> tuple[Draft, Draft]:
     return first, second
 
 
-def test_position_0_begins_anew(tiny: Tiny) -> None:
+def test_position_0_starts_again(tiny: Tiny) -> None:
     first, second = tiny.draft(draft_both)
 
     assert (first.position, second.position) == (len(PROMPT), len(PROMPTS[-1]))

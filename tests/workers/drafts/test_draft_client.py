@@ -45,12 +45,12 @@ class Oracle:
     hidden_size = 0
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, int, list[int]]] = []
+        self.extended: list[tuple[str, int, list[int]]] = []
         self.known: dict[str, list[int]] = {}
         self.stepping = threading.Event()
         self.is_blocked = False
         self.steps = threading.Semaphore(0)
-        """Those it may do while it is blocked."""
+        """Steps that it may do while it is blocked."""
         self._changed: set[ContextKey] = set()
 
     def extend(
@@ -63,7 +63,7 @@ class Oracle:
         known = self.known.setdefault(key.request_id, [])
         assert position in (0, len(known))
         known[position:] = token_ids
-        self.told.append((key.request_id, position, token_ids))
+        self.extended.append((key.request_id, position, token_ids))
         self._changed.add(key)
 
     def learn(self, token_ids: list[int]) -> None:
@@ -229,7 +229,7 @@ def scripted(client: DraftClient, context: zmq.Context[zmq.Socket[bytes]]) -> Sc
     return scripted
 
 
-def tell(
+def update(
     client: DraftClient,
     now: float = 0.0,
     num_wanted: int = NUM_GUESSES,
@@ -253,7 +253,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def hear_all(client: DraftClient, now: float = 0.0) -> None:
-    """Take in answers until none is owed."""
+    """Read answers until none is owed."""
 
     def is_answered() -> bool:
         client.poll(now)
@@ -263,7 +263,7 @@ def hear_all(client: DraftClient, now: float = 0.0) -> None:
 
 
 def hear(client: DraftClient, num_proposed: int) -> None:
-    """Take in answers until so many drafts have come since the start."""
+    """Read answers until this many drafts have arrived since the start."""
 
     def has_come() -> bool:
         client.poll(0.0)
@@ -289,7 +289,7 @@ def path(*token_ids: int, drafter: str = "oracle") -> list[DraftPath]:
 
 
 def test_guesses_at_the_tokens_of_a_request_come_back(client: DraftClient, oracle: Oracle) -> None:
-    sent = tell(client, a=[1, 2, 3], b=[7])
+    sent = update(client, a=[1, 2, 3], b=[7])
     hear_all(client)
 
     assert sent == [True, True]
@@ -300,10 +300,10 @@ def test_guesses_at_the_tokens_of_a_request_come_back(client: DraftClient, oracl
 
 def test_each_message_carries_only_what_is_new(client: DraftClient, oracle: Oracle) -> None:
     for a, b in [([1, 2, 3], [7]), ([1, 2, 3, 4], [7]), ([1, 2, 3, 4, 5, 6], [7, 8])]:
-        tell(client, a=a, b=b)
+        update(client, a=a, b=b)
         hear_all(client)
 
-    assert oracle.told == [
+    assert oracle.extended == [
         ("a", 0, [1, 2, 3]),
         ("b", 0, [7]),
         ("a", 3, [4]),
@@ -313,15 +313,15 @@ def test_each_message_carries_only_what_is_new(client: DraftClient, oracle: Orac
 
 
 def test_where_nothing_is_new_nothing_is_sent(client: DraftClient, oracle: Oracle) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     hear_all(client)
 
-    assert tell(client, now=5.0, a=[1]) == [False]
+    assert update(client, now=5.0, a=[1]) == [False]
     assert client.silent_s(6.0) == 0
 
 
 def test_all_of_a_step_goes_in_one_message(client: DraftClient, scripted: ScriptedWorker) -> None:
-    tell(client, a=[1, 2], b=[7])
+    update(client, a=[1, 2], b=[7])
     scripted.hear()
     client.update("a", [1, 2, 3], 0, b"states", now=0.0)
     client.finish("b")
@@ -336,19 +336,19 @@ def test_while_no_drafts_are_wanted_the_drafters_hear_nothing_and_later_all(
     client: DraftClient, oracle: Oracle
 ) -> None:
     for num_tokens in (3, 4, 5):
-        tell(client, num_wanted=0, a=[*range(num_tokens)])
+        update(client, num_wanted=0, a=[*range(num_tokens)])
         hear_all(client)
-    before = (list(oracle.told), client.paths("a", [*range(5)]))
-    tell(client, a=[*range(6)])
+    before = (list(oracle.extended), client.paths("a", [*range(5)]))
+    update(client, a=[*range(6)])
     hear_all(client)
 
     assert before == ([], [])
-    assert oracle.told == [("a", 0, [0, 1, 2, 3, 4, 5])]
+    assert oracle.extended == [("a", 0, [0, 1, 2, 3, 4, 5])]
     assert client.paths("a", [*range(6)]) == path(6, 7, 8)
 
 
 def test_without_a_draft_worker_nothing_is_kept_or_sent(client: DraftClient) -> None:
-    assert tell(client, a=[1, 2]) == [False]
+    assert update(client, a=[1, 2]) == [False]
     client.finish("a")
     client.poll(0.0)
 
@@ -360,9 +360,9 @@ def test_of_drafts_that_come_late_those_behind_the_new_tokens_are_used(
     client: DraftClient, oracle: Oracle
 ) -> None:
     oracle.is_blocked = True
-    tell(client, a=[1, 2, 3])
+    update(client, a=[1, 2, 3])
     assert oracle.stepping.wait(30)
-    tell(client, a=[1, 2, 3, 4])
+    update(client, a=[1, 2, 3, 4])
     oracle.steps.release()
     hear(client, 3)
 
@@ -374,9 +374,9 @@ def test_drafts_that_come_late_and_are_wrong_are_dropped(
     client: DraftClient, oracle: Oracle
 ) -> None:
     oracle.is_blocked = True
-    tell(client, a=[1, 2, 3])
+    update(client, a=[1, 2, 3])
     assert oracle.stepping.wait(30)
-    tell(client, a=[1, 2, 3, 9])
+    update(client, a=[1, 2, 3, 9])
     oracle.steps.release()
     hear(client, 3)
 
@@ -388,9 +388,9 @@ def test_drafts_that_are_all_late_are_dropped_and_not_stale(
     client: DraftClient, oracle: Oracle
 ) -> None:
     oracle.is_blocked = True
-    tell(client, a=[1, 2, 3])
+    update(client, a=[1, 2, 3])
     assert oracle.stepping.wait(30)
-    tell(client, a=[1, 2, 3, 4, 5, 6, 7])
+    update(client, a=[1, 2, 3, 4, 5, 6, 7])
     oracle.steps.release()
     hear(client, 3)
 
@@ -401,7 +401,7 @@ def test_drafts_that_are_all_late_are_dropped_and_not_stale(
 def test_newer_drafts_take_the_place_of_older_ones_of_their_drafter(
     client: DraftClient, scripted: ScriptedWorker
 ) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     scripted.hear()
     for tree in (chain(1, 2), chain(1, 5, 6), chain(1, 7, drafter="model")):
         scripted.say(1, tree)
@@ -440,7 +440,7 @@ def test_a_tree_is_followed_along_the_tokens_that_came(
     token_ids: list[int],
     probs: list[float],
 ) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     scripted.hear()
     scripted.say(1, TREE)
     hear_all(client)
@@ -456,7 +456,7 @@ def test_a_tree_is_followed_along_the_tokens_that_came(
 def test_a_tree_that_the_tokens_have_left_is_dropped(
     client: DraftClient, scripted: ScriptedWorker, new: list[int], num_stale: int
 ) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     scripted.hear()
     scripted.say(1, TREE)
     hear_all(client)
@@ -470,8 +470,8 @@ def test_a_tree_that_the_tokens_have_left_is_dropped(
 def test_late_drafts_are_those_whose_place_is_taken_on_any_branch(
     client: DraftClient, scripted: ScriptedWorker, num_new: int, num_late: int
 ) -> None:
-    tell(client, a=[1])
-    tell(client, a=[1, *range(10, 10 + num_new)])
+    update(client, a=[1])
+    update(client, a=[1, *range(10, 10 + num_new)])
     scripted.hear()
     scripted.say(1, TREE)
     hear(client, 7)
@@ -482,7 +482,7 @@ def test_late_drafts_are_those_whose_place_is_taken_on_any_branch(
 def test_drafts_for_a_request_that_has_ended_are_stale(
     client: DraftClient, scripted: ScriptedWorker
 ) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     scripted.hear()
     client.finish("a")
     scripted.say(1, chain(1, 2, 3))
@@ -495,7 +495,7 @@ def test_drafts_for_a_request_that_has_ended_are_stale(
 def test_what_another_incarnation_says_is_dropped(
     client: DraftClient, scripted: ScriptedWorker
 ) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     scripted.hear()
     scripted.say(1, chain(1, 5, 6), unknown=["a"], incarnation="another")
     scripted.say(0, chain(1, 2))
@@ -504,38 +504,38 @@ def test_what_another_incarnation_says_is_dropped(
     assert client.paths("a", [1]) == path(2, drafter="s")
     assert counts(client) == DraftCounts(proposed=1, stale=2)
     assert client.silent_s(1.0) == 1
-    tell(client, a=[1, 2])
+    update(client, a=[1, 2])
     assert scripted.hear().contexts == [ContextDelta("a", 1, [2], NUM_GUESSES)]
 
 
-def test_another_draft_worker_is_told_everything_from_the_beginning(
+def test_another_draft_worker_is_sent_everything_from_the_beginning(
     client: DraftClient, there: OracleWorker, make_oracle: Callable[[], OracleWorker]
 ) -> None:
-    tell(client, a=[1, 2, 3], b=[7])
+    update(client, a=[1, 2, 3], b=[7])
     hear_all(client)
     there.close()
-    tell(client, a=[1, 2, 3, 4], b=[7])
+    update(client, a=[1, 2, 3, 4], b=[7])
     restarted = make_oracle()
     client.assign(restarted.address)
     # Until it has answered, what the first one said is used.
     meanwhile = client.paths("a", [1, 2, 3, 4])
-    tell(client, a=[1, 2, 3, 4, 5], b=[7])
+    update(client, a=[1, 2, 3, 4, 5], b=[7])
     hear_all(client)
 
     assert client.draft_worker == restarted.address
     assert meanwhile == path(5, 6)
-    assert restarted.oracle.told == [("a", 0, [1, 2, 3, 4, 5]), ("b", 0, [7])]
+    assert restarted.oracle.extended == [("a", 0, [1, 2, 3, 4, 5]), ("b", 0, [7])]
     assert client.paths("a", [1, 2, 3, 4, 5]) == path(6, 7, 8)
 
 
-def test_another_draft_worker_is_not_told_of_requests_that_ended_before(
+def test_another_draft_worker_is_not_sent_requests_that_ended_before(
     client: DraftClient, scripted: ScriptedWorker, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
-    tell(client, a=[1], b=[7])
+    update(client, a=[1], b=[7])
     client.finish("a")
     other = ScriptedWorker(context)
     client.assign(other.address)
-    tell(client, b=[7, 8])
+    update(client, b=[7, 8])
 
     assert other.hear() == ContextsMessage(
         b"token", "w", 1, [ContextDelta("b", 0, [7, 8], NUM_GUESSES)], []
@@ -545,32 +545,32 @@ def test_another_draft_worker_is_not_told_of_requests_that_ended_before(
 def test_the_same_draft_worker_assigned_again_changes_nothing(
     client: DraftClient, there: OracleWorker
 ) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     hear_all(client)
     client.assign(there.address)
-    tell(client, a=[1, 2])
+    update(client, a=[1, 2])
     hear_all(client)
 
-    assert there.oracle.told == [("a", 0, [1]), ("a", 1, [2])]
+    assert there.oracle.extended == [("a", 0, [1]), ("a", 1, [2])]
 
 
-def test_a_draft_worker_that_it_comes_back_to_is_told_everything_and_answers(
+def test_a_draft_worker_that_it_comes_back_to_is_sent_everything_and_answers(
     client: DraftClient, there: OracleWorker, make_oracle: Callable[[], OracleWorker]
 ) -> None:
     for worker in (there, make_oracle(), there):
         client.assign(worker.address)
-        tell(client, num_wanted=0, a=[1, 2])
+        update(client, num_wanted=0, a=[1, 2])
         hear_all(client)
-    tell(client, a=[1, 2, 3])
+    update(client, a=[1, 2, 3])
     hear_all(client)
 
-    assert there.oracle.told == [("a", 0, [1, 2, 3])]
+    assert there.oracle.extended == [("a", 0, [1, 2, 3])]
 
 
 def test_a_new_process_on_the_port_of_the_old_is_not_believed_and_its_own_address_is(
     client: DraftClient, scripted: ScriptedWorker, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     scripted.hear()
     scripted.say(1, chain(1, 2, 3))
     hear_all(client)
@@ -579,7 +579,7 @@ def test_a_new_process_on_the_port_of_the_old_is_not_believed_and_its_own_addres
     tokens = [1]
     while not taker.has_mail():  # what was sent before the connection broke is lost
         tokens.append(len(tokens) + 1)
-        tell(client, RETRY_S * len(tokens), a=tokens)
+        update(client, RETRY_S * len(tokens), a=tokens)
     message = taker.hear()
     taker.say(message.seq, chain(2, 8))
 
@@ -590,7 +590,7 @@ def test_a_new_process_on_the_port_of_the_old_is_not_believed_and_its_own_addres
     until(is_counted)
     before = (client.paths("a", [1, 2]), client.silent_s(RETRY_S * 3))
     client.assign(taker.address)
-    tell(client, a=[1, 2])
+    update(client, a=[1, 2])
     while message.contexts[0].position:  # on the connection before
         message = taker.hear()
     taker.say(message.seq, chain(2, 8))
@@ -608,11 +608,11 @@ def test_a_request_that_the_draft_worker_does_not_know_is_sent_whole_again(
     monkeypatch.setattr("workers.drafters.draft_worker.REPORT_INTERVAL_S", -1.0)
     monkeypatch.setattr("workers.drafters.draft_worker.FORGET_AFTER_S", -1.0)
     for tokens in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]):
-        tell(client, a=tokens)
+        update(client, a=tokens)
         hear_all(client)
         until(lambda: not oracle.known)
 
-    assert oracle.told == [("a", 0, [1, 2, 3]), ("a", 0, [1, 2, 3, 4, 5])]
+    assert oracle.extended == [("a", 0, [1, 2, 3]), ("a", 0, [1, 2, 3, 4, 5])]
 
 
 @given(
@@ -655,7 +655,7 @@ def test_whatever_is_lost_the_draft_worker_knows_all_in_the_end(
                 known += range(known[-1] + 1, known[-1] + 1 + count)
             client.poll(now)
             grown = dict(requests[key] for key in grows)
-            assert tell(client, now, num_wanted, **grown) == [True] * len(grows)
+            assert update(client, now, num_wanted, **grown) == [True] * len(grows)
             lossy.carry(loses_message, loses_answer)
             if not (loses_message or loses_answer):
                 hear_all(client, now)
@@ -667,14 +667,14 @@ def test_whatever_is_lost_the_draft_worker_knows_all_in_the_end(
             )
 
 
-def test_a_request_that_begins_anew_under_its_id_is_sent_whole(
+def test_a_request_that_begins_again_under_its_id_is_sent_whole(
     client: DraftClient, oracle: Oracle
 ) -> None:
     for tokens in ([1, 2, 3], [7]):
-        tell(client, a=tokens)
+        update(client, a=tokens)
         hear_all(client)
 
-    assert oracle.told == [("a", 0, [1, 2, 3]), ("a", 0, [7])]
+    assert oracle.extended == [("a", 0, [1, 2, 3]), ("a", 0, [7])]
     assert client.paths("a", [7]) == path(8, 9, 10)
 
 
@@ -683,7 +683,7 @@ def test_a_draft_worker_that_owes_answers_gets_a_message_now_and_then(
 ) -> None:
     times = [*[0.0] * (MAX_UNANSWERED + 2), RETRY_S / 2, RETRY_S, RETRY_S, 2 * RETRY_S]
     sent = [
-        tell(client, now, a=[*range(1 + number)])[0]  # each step gives a token
+        update(client, now, a=[*range(1 + number)])[0]  # each step gives a token
         for number, now in enumerate(times)
     ]
 
@@ -700,13 +700,13 @@ def test_a_draft_worker_that_was_blocked_knows_all_when_it_goes_on(
     client: DraftClient, oracle: Oracle
 ) -> None:
     oracle.is_blocked = True
-    tell(client, a=[0])
+    update(client, a=[0])
     assert oracle.stepping.wait(30)
-    sent = [tell(client, a=[*range(num_tokens)])[0] for num_tokens in range(2, 50)]
+    sent = [update(client, a=[*range(num_tokens)])[0] for num_tokens in range(2, 50)]
     client.finish("b")
     oracle.go_on()
     hear_all(client)
-    tell(client, a=[*range(50)])
+    update(client, a=[*range(50)])
     hear_all(client)
 
     assert oracle.known == {"a": [*range(50)]}
@@ -718,12 +718,12 @@ def test_one_answer_is_for_all_messages_before_it(
     client: DraftClient, scripted: ScriptedWorker
 ) -> None:
     for num_tokens in (1, 2, 3, 4):
-        tell(client, a=[*range(num_tokens)])
+        update(client, a=[*range(num_tokens)])
         scripted.hear()
     scripted.say(4)
     hear_all(client)
 
-    assert tell(client, a=[*range(5)]) == [True]
+    assert update(client, a=[*range(5)]) == [True]
 
 
 def test_silence_is_counted_from_the_last_answer_or_the_first_message_that_owes_one(
@@ -731,7 +731,7 @@ def test_silence_is_counted_from_the_last_answer_or_the_first_message_that_owes_
 ) -> None:
     silences = [client.silent_s(5.0)]
     for now, tokens in ((10.0, [1]), (11.0, [1, 2])):
-        tell(client, now, a=tokens)
+        update(client, now, a=tokens)
         scripted.hear()
         silences.append(client.silent_s(now + 0.5))
     scripted.say(1, chain(1, 2))
@@ -752,7 +752,7 @@ def test_an_answer_that_is_about_to_come_is_given_a_moment(
     client: DraftClient, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.drafts.draft_client.HOLD_MS", 30_000)
-    tell(client, a=[1])
+    update(client, a=[1])
     client.await_answer(step_s=1.0, now=0.0)
 
     assert client.paths("a", [1]) == path(2, 3, 4)
@@ -763,14 +763,14 @@ def test_before_a_short_step_and_where_none_is_owed_no_answer_is_waited_for(
 ) -> None:
     monkeypatch.setattr("workers.drafts.draft_client.HOLD_MS", 10**9)
     client.await_answer(step_s=1.0, now=0.0)
-    tell(client, a=[1])
+    update(client, a=[1])
     client.await_answer(step_s=MIN_STEP_S / 2, now=0.0)
 
     assert client.silent_s(1.0) == 1
 
 
 def wait_often(client: DraftClient, count: int) -> float:
-    """How long a worker waits in all before so many steps."""
+    """How long a worker waits in total before `count` steps."""
     began_s = time.monotonic()
     for _ in range(count):
         client.await_answer(step_s=1.0, now=0.0)
@@ -781,7 +781,7 @@ def test_a_draft_worker_that_is_never_in_time_is_seldom_waited_for(
     client: DraftClient, scripted: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.drafts.draft_client.HOLD_MS", 20)
-    tell(client, a=[1])
+    update(client, a=[1])
 
     # Eleven times at first, and then once in 32.
     assert 13 * 0.02 <= wait_often(client, 100) + 0.01 < 50 * 0.02
@@ -793,11 +793,11 @@ def test_another_draft_worker_is_waited_for_whatever_the_one_before_was(
     make_oracle: Callable[[], OracleWorker],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     wait_often(client, 12)
     monkeypatch.setattr("workers.drafts.draft_client.HOLD_MS", 30_000)
     client.assign(make_oracle().address)
-    tell(client, a=[1])
+    update(client, a=[1])
     client.await_answer(step_s=1.0, now=0.0)
 
     assert client.paths("a", [1]) == path(2, 3, 4)
@@ -814,7 +814,7 @@ def test_a_dead_draft_worker_costs_no_error_and_keeps_nothing(
         now = step / 10
         for life in range(3):
             num_sent += any(
-                tell(client, now, num_wanted=NUM_GUESSES, **{f"{step}": [7] * (life + 1)})
+                update(client, now, num_wanted=NUM_GUESSES, **{f"{step}": [7] * (life + 1)})
             )
             client.poll(now)
             assert client.paths(f"{step}", [7]) == []
@@ -827,18 +827,18 @@ def test_a_dead_draft_worker_costs_no_error_and_keeps_nothing(
     assert sum(map(len, kept)) < 10 * MAX_UNANSWERED
 
 
-def test_after_a_dead_draft_worker_a_living_one_is_told_everything(
+def test_after_a_dead_draft_worker_a_living_one_is_sent_everything(
     client: DraftClient, make_oracle: Callable[[], OracleWorker]
 ) -> None:
     client.assign(NOBODY)
     for second in range(50):
-        tell(client, second * RETRY_S, a=[*range(second + 1)])
+        update(client, second * RETRY_S, a=[*range(second + 1)])
     there = make_oracle()
     client.assign(there.address)
-    tell(client, 50.0, a=[*range(51)])
+    update(client, 50.0, a=[*range(51)])
     hear_all(client, 50.0)
 
-    assert there.oracle.told == [("a", 0, [*range(51)])]
+    assert there.oracle.extended == [("a", 0, [*range(51)])]
 
 
 def test_messages_that_find_no_room_are_sent_again_later(
@@ -850,13 +850,13 @@ def test_messages_that_find_no_room_are_sent_again_later(
         DraftWorkerAddress("d", "back", StreamAddress(f"tcp://127.0.0.1:{port}", b"token"))
     )
     for second in range(50):
-        tell(client, second * RETRY_S, a=[*range(second + 1)])
+        update(client, second * RETRY_S, a=[*range(second + 1)])
     back = ScriptedWorker(context, port)
     heard: list[int] = []
     now = 50 * RETRY_S
     while len(heard) < 51:
         now += RETRY_S
-        tell(client, now, a=[*range(51)])
+        update(client, now, a=[*range(51)])
         while back.has_mail():
             (delta,) = back.hear().contexts
             assert delta.position == len(heard)
@@ -873,12 +873,12 @@ def test_a_wrong_token_is_refused(there: OracleWorker, client: DraftClient) -> N
             "d", there.address.incarnation, StreamAddress(stream.endpoint, b"0" * 16)
         )
     )
-    tell(stranger, a=[7, 8])
-    tell(client, a=[1])
+    update(stranger, a=[7, 8])
+    update(client, a=[1])
     hear_all(client)
     stranger.poll(1.0)
 
-    assert there.oracle.told == [("a", 0, [1])]
+    assert there.oracle.extended == [("a", 0, [1])]
     assert stranger.silent_s(1.0) == 1
     stranger.close()
 
@@ -898,7 +898,7 @@ def test_a_wrong_token_is_refused(there: OracleWorker, client: DraftClient) -> N
 def test_garbage_instead_of_drafts_is_ignored(
     client: DraftClient, scripted: ScriptedWorker, garbage: bytes
 ) -> None:
-    tell(client, a=[1])
+    update(client, a=[1])
     scripted.hear()
     scripted.say_raw(garbage)
     scripted.say(1, chain(1, 2))
@@ -910,11 +910,11 @@ def test_garbage_instead_of_drafts_is_ignored(
 def test_finished_requests_are_forgotten_by_the_drafter(
     client: DraftClient, oracle: Oracle
 ) -> None:
-    tell(client, a=[1], b=[7])
+    update(client, a=[1], b=[7])
     hear_all(client)
     client.finish("a")
     client.finish("never sent")
-    tell(client, b=[7, 8])
+    update(client, b=[7, 8])
     hear_all(client)
 
     assert set(oracle.known) == {"b"}
@@ -930,19 +930,19 @@ def test_of_a_request_that_ends_before_it_is_sent_nothing_is_left(
     client.flush(now=0.0)
     hear_all(client)
 
-    assert oracle.told == [("b", 0, [7])]
+    assert oracle.extended == [("b", 0, [7])]
 
 
 def test_a_request_that_ended_is_another_one_when_its_id_comes_again(
     client: DraftClient, oracle: Oracle
 ) -> None:
-    tell(client, a=[1, 2])
+    update(client, a=[1, 2])
     hear_all(client)
     client.finish("a")
-    tell(client, a=[7, 8, 9])
+    update(client, a=[7, 8, 9])
     hear_all(client)
 
-    assert oracle.told == [("a", 0, [1, 2]), ("a", 0, [7, 8, 9])]
+    assert oracle.extended == [("a", 0, [1, 2]), ("a", 0, [7, 8, 9])]
     assert client.paths("a", [7, 8, 9]) == path(10, 11, 12)
 
 
@@ -959,7 +959,7 @@ def test_verified_drafts_are_counted_by_their_place() -> None:
 def test_closing_twice_is_closing_once(there: OracleWorker) -> None:
     client = DraftClient("w")
     client.assign(there.address)
-    tell(client, a=[1])
+    update(client, a=[1])
     client.close()
     client.close()
 

@@ -3,12 +3,12 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from scheduler.request import Request
+from tests.workers.fake_clock import FakeClock
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.engine.engine import EngineStats
 from workers.engine.engine_loop import EngineLoop, LoopState
@@ -31,16 +31,6 @@ class Reports:
     def report_load(self, state: LoopState) -> None:
         self.threads.add(threading.current_thread().name)
         self.states.append(state)
-
-
-@dataclass
-class FakeClock:
-    """Time that moves when a test says so."""
-
-    now: float = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def make_loop(engine: FakeEngine) -> EngineLoop:

@@ -1,4 +1,4 @@
-"""The ledger of live requests, told by requests that look like vLLM's."""
+"""The ledger of live requests, on requests that look like vLLM's."""
 
 import time
 from dataclasses import dataclass, field

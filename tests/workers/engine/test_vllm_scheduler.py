@@ -176,7 +176,7 @@ def test_a_full_kv_cache_preempts_and_loses_nothing(engines: Engines, policy: st
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_history_tells_all_that_a_request_saw(engines: Engines, policy: str) -> None:
+def test_the_history_has_all_that_a_request_saw(engines: Engines, policy: str) -> None:
     for jobs, played in zip((CROWD, TOO_MANY, CROWD), engines.cached(policy), strict=True):
         # In the step in which it ends a request has its last token.
         assert [sum(s.num_new_tokens for s in seen) for seen in played.seen] == [
@@ -314,6 +314,37 @@ def test_a_worker_records_its_engine(engines: Engines, tmp_path: Path) -> None:
 
 
 def _record(folder: str, path: Path) -> tuple[int, int]:
+    engine = _recording_engine(folder, path)
+    while engine.has_requests():
+        engine.step()
+    steps = list(replay(path.read_text().splitlines()))
+    return len(steps), sum(report.plan == plan for report, plan in steps)
+
+
+def test_a_request_that_becomes_ready_after_the_view_is_recorded(
+    engines: Engines, tmp_path: Path
+) -> None:
+    played = engines._processes.call(_record_late, str(engines._folder), tmp_path / "a.jsonl")
+
+    assert played == [(0, 1, True), (1, 1, True), (1, 1, True)]
+
+
+def _record_late(folder: str, path: Path) -> list[tuple[int, int, bool]]:
+    engine = _recording_engine(folder, path)
+    scheduler = engine.core.scheduler
+    scheduler._ready = lambda: []  # as if its grammar were compiled right after
+    engine.step()
+    del scheduler._ready
+    while engine.has_requests():
+        engine.step()
+    return [
+        (len(report.plan.tasks), len(report.tasks), report.plan == plan)
+        for report, plan in replay(path.read_text().splitlines())
+    ]
+
+
+def _recording_engine(folder: str, path: Path) -> Any:
+    """An engine that records to `path`, with one request of three tokens."""
     from tests.workers.planned_engine import add_job
     from workers.engine.vllm_engine import VllmEngine
 
@@ -324,7 +355,4 @@ def _record(folder: str, path: Path) -> tuple[int, int]:
     engine = VllmEngine(folder, config)
     engine.record(path)
     add_job(engine, "a", Job([5, 6, 7], max_tokens=3))
-    while engine.has_requests():
-        engine.step()
-    steps = list(replay(path.read_text().splitlines()))
-    return len(steps), sum(report.plan == plan for report, plan in steps)
+    return engine

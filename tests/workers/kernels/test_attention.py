@@ -157,7 +157,7 @@ def attend_all(
     plan: AttentionPlan | None = None,
     seed: int = 0,
 ) -> list[Array]:
-    """Attend in one step and return the rows of each span; memory beside the rows is NaN."""
+    """Attend in one step and return the rows of each span; memory next to the rows is NaN."""
     cache = make_cache(shape, spans, seed)
     plan = plan or make_plan(shape, spans)
     query = between_nans(np.concatenate([span.query for span in spans]))
@@ -172,7 +172,7 @@ def attend_all(
 
 
 def between_nans(rows: Array) -> Array:
-    """The same rows, with NaN before, behind and beside them in memory."""
+    """The same rows, with NaN before, after and next to them in memory."""
     num_tokens, num_heads, head_size = rows.shape
     buffer = np.full((num_tokens + 40, num_heads + 2, head_size), np.nan, np.float32)
     buffer[20 : 20 + num_tokens, 1 : 1 + num_heads] = rows

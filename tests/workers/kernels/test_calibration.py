@@ -178,7 +178,7 @@ def test_each_height_is_measured_and_can_be_saved(cache: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_measuring_tells_how_far_it_is() -> None:
+def test_measuring_reports_progress() -> None:
     shares: list[float] = []
 
     measure(shares.append)

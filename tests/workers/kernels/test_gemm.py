@@ -87,7 +87,7 @@ def packed(n: int, k: int, format: str = "fp32", *, gate_up: bool = False) -> We
 
 
 def between_nans(values: Array) -> Array:
-    """The same rows, with NaN before, behind and beside them in memory."""
+    """The same rows, with NaN before, after and next to them in memory."""
     m, k = values.shape
     buffer = np.full((m + 40, k + 40), np.nan, np.float32)
     buffer[20 : 20 + m, 20 : 20 + k] = values
@@ -384,7 +384,7 @@ def test_packed_weights_take_the_bytes_of_their_format() -> None:
     rows = reference.round_to_bf16(random(256, 512))
     sizes = {format: Weight.pack(rows, format).nbytes * 8 / rows.size for format in FORMATS}
 
-    # int8 has one float for each of 256 rows beside it, int4 two bf16 for each 32 weights.
+    # int8 adds one float for each of 256 rows, int4 two bf16 for each 32 weights.
     assert sizes == {"fp32": 32, "bf16": 16, "int8": 8 + 32 / 512, "int4": 4 + 32 / 32}
 
 

@@ -14,7 +14,6 @@ from workers.kernels.tiles import (
     SpanCut,
     TileCosts,
     default_costs,
-    parse_costs,
     plan_gemm,
     plan_query_tiles,
     row_tiles,
@@ -133,72 +132,43 @@ def chunks_read(tiles: QueryTiles) -> Iterator[tuple[int, int, int, int]]:
 steps = st.lists(
     st.tuples(st.sampled_from([0, 1, 1, 2, 5, 31, 33, 200]), st.integers(0, 2000)), max_size=8
 )
+cuts = st.fixed_dictionaries(
+    {
+        "group": st.sampled_from([1, 3, 7, 100]),
+        "num_kv_heads": st.sampled_from([1, 3]),
+        "sliding_window": st.sampled_from([0, 1, 300]),
+        "num_threads": st.sampled_from([1, 2, 16]),
+    }
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    spans=steps,
-    group=st.sampled_from([1, 3, 7, 100]),
-    num_kv_heads=st.sampled_from([1, 3]),
-    window=st.sampled_from([0, 1, 300]),
-    num_threads=st.sampled_from([1, 2, 16]),
-    with_masks=st.booleans(),
-)
+@given(spans=steps, options=cuts, with_masks=st.booleans())
 def test_each_token_reads_each_chunk_that_it_sees_once(
-    spans: list[tuple[int, int]],
-    group: int,
-    num_kv_heads: int,
-    window: int,
-    num_threads: int,
-    with_masks: bool,
+    spans: list[tuple[int, int]], options: dict[str, int], with_masks: bool
 ) -> None:
     sees_all = np.arange(len(spans)) % 2 == with_masks
-    tiles = plan_spans(
-        spans,
-        group=group,
-        num_kv_heads=num_kv_heads,
-        sliding_window=window,
-        num_threads=num_threads,
-        sees_all=sees_all,
-    )
-    read = list(chunks_read(tiles))
+    read = list(chunks_read(plan_spans(spans, sees_all=sees_all, **options)))
+    window = options["sliding_window"]
     seen = set()
     for span, (num_queries, context) in enumerate(spans):
         for token in range(num_queries):
             first = max(0, context + token + 1 - window) if window else 0
             last = context + (num_queries - 1 if sees_all[span] else token)
             for chunk in range(first // KV_CHUNK, last // KV_CHUNK + 1):
-                seen |= {(span, token, head, chunk) for head in range(num_kv_heads)}
+                seen |= {(span, token, head, chunk) for head in range(options["num_kv_heads"])}
 
     assert len(read) == len(set(read))
     assert set(read) >= seen
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    spans=steps,
-    group=st.sampled_from([1, 3, 7, 100]),
-    num_kv_heads=st.sampled_from([1, 3]),
-    window=st.sampled_from([0, 1, 300]),
-    num_threads=st.sampled_from([1, 2, 16]),
-    with_masks=st.booleans(),
-)
+@given(spans=steps, options=cuts, with_masks=st.booleans())
 def test_spans_are_cut_as_by_plain_loops(
-    spans: list[tuple[int, int]],
-    group: int,
-    num_kv_heads: int,
-    window: int,
-    num_threads: int,
-    with_masks: bool,
+    spans: list[tuple[int, int]], options: dict[str, int], with_masks: bool
 ) -> None:
     # Two tokens at least: the lengths of spans in a step of single tokens are rounded up first.
     spans = [*spans, (2, 5)]
-    options = {
-        "group": group,
-        "num_kv_heads": num_kv_heads,
-        "sliding_window": window,
-        "num_threads": num_threads,
-    }
     sees_all = np.arange(len(spans)) % 2 == with_masks
     tiles = plan_spans(spans, sees_all, **options)
     tasks, merges = reference.cut_spans(
@@ -283,15 +253,3 @@ def test_a_step_without_query_tokens_has_no_tasks(
     tiles = plan_spans(spans, num_threads=num_threads)
 
     assert (tiles.tasks.size, tiles.merges.size, tiles.num_partials, tiles.max_rows) == (0, 0, 0, 0)
-
-
-# ---- Measured costs ----
-
-
-def test_measured_costs_are_read() -> None:
-    assert parse_costs({"tile_costs": [1, 1.5], "other": 3}, 2) == TileCosts((1.0, 1.5))
-
-
-@pytest.mark.parametrize("document", [{}, {"tile_costs": [1, 2, 3]}, {"tile_costs": "12"}])
-def test_costs_of_other_tiles_are_not_used(document: dict[str, object]) -> None:
-    assert parse_costs(document, 2) is None

@@ -61,7 +61,7 @@ class Start:
     num_blocks: int
     num_free_blocks: int
     num_cached_tokens: int
-    """Of the tokens that were generated from: all prefix hits."""
+    """Prompt tokens found by prefix caching, over all requests."""
     num_hidden_steps: int
     tokens: list[list[int]]
     profile_s: float | None
@@ -78,7 +78,7 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
     from workers.profiling.vllm_calibrated_engine import make_engine
 
     engine = make_engine(model, config)
-    scheduler: Any = engine._core.scheduler
+    scheduler: Any = engine.core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     cost_model = scheduler.planner.cost_model.to_dict()
     before = len(scheduler.requests), pool.num_gpu_blocks, pool.get_num_free_blocks()
@@ -198,7 +198,7 @@ def test_what_is_kept_comes_back(model: str, cache: Path) -> None:
         ),
     ],
 )
-def test_a_damaged_file_is_measured_anew_with_a_warning(
+def test_a_damaged_file_is_measured_again_with_a_warning(
     damage: Any, model: str, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = profile_key(model, CONFIG)

@@ -14,10 +14,10 @@ from workers.kernels import native
 from workers.kernels.gemm import Format
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 96, 2, 6, 2, 32
-"""Of the tiny llama."""
+"""Sizes of the tiny llama."""
 LINEARS = {"qkv_proj": (320, 96), "o_proj": (96, 192), "gate_up_proj": (272, 96),
            "down_proj": (96, 136)}  # fmt: skip
-"""Its layers' rows and columns."""
+"""Rows and columns of its linear layers."""
 PADDED_VOCAB_SIZE = 320
 FLOAT_BYTES = 4
 LOOKED_UP_OR_HEAD = ("embed_tokens", "word_embeddings.", "lm_head")
@@ -91,7 +91,7 @@ def loaded(processes: EngineProcesses, name: str, folder: Path, **config: Any) -
 
 
 def packed_bytes(rows: int, columns: int, weight_format: Format, gate_up: bool = False) -> int:
-    """Of panels, and of a scale for each of their rows."""
+    """Bytes of panels, and of a scale for each of their rows."""
     kernels = native.kernels()
     panel = 2 * kernels.lanes
     padded = 2 * (-(-rows // 2 // panel) * panel) if gate_up else -(-rows // panel) * panel

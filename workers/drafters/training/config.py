@@ -1,4 +1,4 @@
-"""What a training of a draft head is configured by."""
+"""The config of a draft head's training."""
 
 import json
 from dataclasses import dataclass

@@ -8,18 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer
-
-from workers.config import EngineConfig, WorkerConfig
-from workers.engine.vllm_engine import engine_args  # before vLLM: it sets what vLLM reads
-from workers.engine.vllm_sampling import runner_of
-
-# isort: split
-
 from vllm import SamplingParams
 from vllm.forward_context import get_forward_context
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from workers.config import EngineConfig, WorkerConfig
 from workers.drafters.training.example import Example, Message
+from workers.engine.vllm_engine import engine_args
+from workers.engine.vllm_sampling import runner_of
 
 NUM_SEQS = 32
 """Requests at once: enough for large steps; more would only need more KV cache."""

@@ -26,8 +26,8 @@ NUM_FREQUENT, NUM_OTHERS = 3072, 2048
 random choice of the others, so that rare tokens are learnt too. Comparing with the whole vocabulary
 would take half the time of the training."""
 DEPTH_WEIGHT = 0.9
-"""Weight of each pass relative to the one before: a guess is of use only if all
-before it are right."""
+"""Weight of each pass relative to the one before: a guess is of use only if all before it are
+right."""
 WARM_UP = 0.05
 """Fraction of the steps in which the learning rate rises from a twentieth to its full value; large
 steps from random weights would diverge. Then it falls linearly to 0, so that the end is steady."""
@@ -139,7 +139,7 @@ class Trainer:
         number[self.vocabulary] = torch.arange(len(self.vocabulary))
         lm_head = self._lm_head[self.vocabulary]
         right = torch.zeros(self._training.depth)
-        loss = {temperature: 0.0 for temperature in temperatures}
+        loss = dict.fromkeys(temperatures, 0.0)
         num_rows = 0.0
         for chunk_rows, chunk_owners in chunks:
             rows, owners = chunk_rows[None], chunk_owners[None]

@@ -75,7 +75,7 @@ def test_every_label_in_a_legend_is_kept_by_its_expression(query: Any) -> None:
     assert set(re.findall(r"{{(\w+)}}", query.legend)) <= kept
 
 
-def test_legends_without_labels_tell_the_queries_of_a_panel_apart() -> None:
+def test_legends_without_labels_distinguish_the_queries_of_a_panel() -> None:
     for panel in PANELS:
         legends = [query.legend for query in panel.queries]
         assert len(set(legends)) == len(legends) > 0, panel.title
@@ -142,7 +142,7 @@ def test_grafanas_own_types_read_a_dashboard_without_loss(
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_panels_lie_beside_each_other(document: dict[str, Any]) -> None:
+def test_panels_lie_next_to_each_other(document: dict[str, Any]) -> None:
     cells: set[tuple[int, int]] = set()
     for panel in document["panels"]:
         x, y, width, height = (panel["gridPos"][key] for key in "xywh")
