@@ -18,7 +18,7 @@ from cluster.models.default_model import DEFAULT_MODEL
 from cluster.models.model import resolve_model
 from scheduler.request import Slo
 from scheduler.task import StepReport
-from tests.bench.report import make_parser, publish
+from tests.bench.report import make_parser, publish, say_row
 from tests.workers.planned_engine import Job, KeptSteps, add_job
 from workers.config import EngineConfig, WorkerConfig
 
@@ -73,6 +73,7 @@ def main() -> None:
                 "share": decided_s / step_s,
             }
         )
+        say_row(rows[-1])
     summary = {f"share_{row['running']}_{row['waiting']}": row["share"] for row in rows} | {
         f"decision_ms_{row['running']}_{row['waiting']}": row["decision ms"] for row in rows
     }
