@@ -21,12 +21,23 @@ vllm.v1.engine.core_client:EngineCoreClient
     overridden abort_requests_async(self, request_ids)
     overridden get_output_async(self)
     overridden shutdown(self, timeout=None)
+vllm.v1.engine.output_processor:OutputProcessor
+    called abort_requests(self, request_ids, internal)
+    read request_states
+vllm.v1.engine.output_processor:RequestState
+    read queue
+vllm.v1.engine.output_processor:RequestOutputCollector
+    called put(self, output)
+    read request_id
 vllm.v1.engine.async_llm:AsyncLLM
     overridden add_request(self, request_id, prompt, params, arrival_time=None,
         lora_request=None, tokenization_kwargs=None, trace_headers=None, priority=0,
         data_parallel_rank=None, session_id=None, prompt_text=None, reasoning_ended=None,
         reasoning_parser_kwargs=None, kv_hints=None)
+    overridden _add_request(self, request, prompt, parent_req, index, queue)
     overridden check_health(self)
+    called abort(self, request_id, internal=False)
+    read output_processor
     called __init__(self, vllm_config, executor_class, log_stats, usage_context=...,
         mm_registry=..., log_requests=True, start_engine_loop=True, stat_loggers=None,
         aggregate_engine_logging=False, client_addresses=None, client_count=1, client_index=0,
