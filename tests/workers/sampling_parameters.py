@@ -10,7 +10,7 @@ answer differs in a token, a log probability or its end.
 import argparse
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ REASONING = {
 }
 CONFIG = tiny_config(max_num_seqs=128, num_blocks=500, extra_args=REASONING)
 BATCH = 48
-BATCHES_PER_ENGINE = 10
+RUNS_PER_ENGINE = 34
+"""Few enough to end within `CALL_TIMEOUT_S` on a busy machine."""
 SEEDED = {"temperature": 0.8, "seed": 7}
 
 Params = dict[str, Any]
@@ -159,9 +160,8 @@ class Comparison:
     """Answers to the same calls without drafts and with drafts, of engines of the tiny model."""
 
     def __init__(self, processes: EngineProcesses, folder: Path) -> None:
-        self._run: Callable[..., list[Ran]] = lambda *runs: processes.call(
-            run_calls, str(folder), CONFIG, *runs
-        )
+        self._processes = processes
+        self._folder = str(folder)
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """What the model says without any parameter."""
@@ -178,6 +178,13 @@ class Comparison:
             )
         )
         return list(zip(plain, drafted, strict=True))
+
+    def _run(self, *runs: tuple[Sequence[Call], Setting]) -> list[Ran]:
+        ran: list[Ran] = []
+        for begin in range(0, len(runs), RUNS_PER_ENGINE):
+            some = runs[begin : begin + RUNS_PER_ENGINE]
+            ran += self._processes.call(run_calls, self._folder, CONFIG, *some)
+        return ran
 
 
 def random_batches(comparison: Comparison, draw: random.Random, num_calls: int) -> list[list[Call]]:
@@ -206,8 +213,8 @@ def main() -> None:
         comparison = Comparison(processes, path)
         draw = random.Random(options.seed)
         batches = random_batches(comparison, draw, options.combinations)
-        for begin in range(0, len(batches), BATCHES_PER_ENGINE):
-            of_engine = batches[begin : begin + BATCHES_PER_ENGINE]
+        for begin in range(0, len(batches), RUNS_PER_ENGINE):
+            of_engine = batches[begin : begin + RUNS_PER_ENGINE]
             for calls, (plain, drafted) in zip(of_engine, comparison.run(*of_engine), strict=True):
                 names = [str(call.params) for call in calls]
                 if wrong := differences(names, drafted.answers, plain.answers):
