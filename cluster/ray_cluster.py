@@ -79,7 +79,7 @@ def _fault(address: str) -> str | None:
         code, details = error.code(), error.details() or ""
         if code is grpc.StatusCode.UNAUTHENTICATED:
             raise ConnectionError(
-                f"the Ray cluster at {address} wants another token; {TOKEN}"
+                f"the Ray cluster at {address} refuses our token; {TOKEN}"
             ) from None
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return f"nothing answers within {ANSWER_TIMEOUT_S:g} s"

@@ -120,7 +120,6 @@ def test_the_tokenizer_is_described(http: httpx.Client) -> None:
 
     assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
     assert "add_generation_prompt" in info["chat_template"]
-    assert not [value for value in info.values() if str(value).startswith("/")]  # no path of ours
 
 
 def test_the_server_says_that_it_is_healthy_and_its_version(http: httpx.Client) -> None:
@@ -614,7 +613,7 @@ def test_arguments_obey_their_schema_without_strict(
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, range(NUM_TRIES)))
 
-    calls = [call for reason, calls in answers if reason == "tool_calls" for call in calls]
+    calls = [call for reason, calls in answers if reason != "length" for call in calls]
     assert len(calls) >= (1 if tool_choice == "auto" else NUM_TRIES - 3)
     for call in calls:
         assert_arguments_are_valid(call.function.name, call.function.arguments)
