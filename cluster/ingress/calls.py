@@ -35,7 +35,6 @@ class Call:
     targets: Targets = NO_TARGETS
     traceparent: str = ""
     """W3C trace context of its span; empty if it is not traced."""
-    tenant: str = ""
     began_s: float = field(default_factory=time.time)
     """Start, by the wall clock."""
     records: list[RequestRecord] = field(default_factory=list)
