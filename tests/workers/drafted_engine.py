@@ -1,5 +1,6 @@
 """A `VllmEngine` and a draft worker in one process, with drafts as a test wants them."""
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -251,11 +252,21 @@ def _wait_for_drafts(drafts: Any) -> None:
 
 
 def _by_token(lists: Any, num_logprobs: int) -> list[tuple[int, dict[int, float]]]:
-    """The ranks, and as many log probabilities as were asked for and that of the token itself."""
+    """The ranks, and as many log probabilities as were asked for and that of the token itself.
+
+    Tokens that a grammar forbids are left out: which of them stand among the likeliest is chance.
+    """
     rows = zip(*(column.tolist() for column in lists[:3]), strict=True)
     num = len(lists[0][0]) if num_logprobs == -1 else num_logprobs + 1
     return [
-        (rank, dict(zip(token_ids[:num], values[:num], strict=True)))
+        (
+            rank,
+            {
+                token: value
+                for token, value in zip(token_ids[:num], values[:num], strict=True)
+                if value > -math.inf
+            },
+        )
         for token_ids, values, rank in rows
     ]
 
