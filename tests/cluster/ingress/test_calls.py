@@ -160,7 +160,7 @@ def test_a_handles_call_brings_the_same_as_parameters() -> None:
     with Calls(SLO).answering(given, PARAMETERS) as call:
         assert current_call.get() is call
 
-    assert (call.call_id, call.traceparent, call.tenant) == ("mine", "", "")
+    assert (call.call_id, call.traceparent) == ("mine", "")
     assert call.targets == Targets(Slo(ttft_s=0.5), "fast")
     assert current_call.get() is None
 
