@@ -128,8 +128,8 @@ class Ingress(Replica):
         workers = await _ask_all(self._workers, "spans", since_s)
         spans = {f"worker {worker_id}": own for worker_id, own in workers}
         if self._draft_workers:
-            drafters = await _ask_all(self._draft_workers, "spans", since_s)
-            spans |= {f"draft worker {draft_worker_id}": own for draft_worker_id, own in drafters}
+            draft_workers = await _ask_all(self._draft_workers, "spans", since_s)
+            spans |= {f"draft worker {worker_id}": own for worker_id, own in draft_workers}
         return spans
 
     async def steps(self, since_s: float, most: int) -> list[WorkerSteps]:
