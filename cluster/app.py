@@ -37,6 +37,7 @@ def build_app(args: dict[str, Any]) -> Application:
         ray_actor_options=_worker_resources(config),
         request_router_config=RequestRouterConfig(request_router_class=PlacementRouter),
         graceful_shutdown_timeout_s=config.drain_timeout_s,
+        health_check_period_s=1,  # how soon Serve sees that a worker's process has ended
     ).bind(config, scheduler)
     # Bound as an argument, the draft workers are part of the app.
     draft_workers = _draft_workers(config.draft).bind(config, scheduler) if config.draft else None

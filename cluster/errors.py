@@ -43,8 +43,20 @@ class RequestRefused(RequestFailed):
         self.retry_after_s = refused.retry_after_s
 
 
+class EnginesDied(RequestFailed):
+    """Several engines died under a request, which is not tried again."""
+
+    def __init__(self, num_deaths: int, reason: str) -> None:
+        super().__init__(
+            f"{num_deaths} engines died while they ran this request, so it is not tried again; the "
+            f"last one: {reason}"
+        )
+        self.args = (num_deaths, reason)  # what unpickling passes to __init__
+
+
 _STATUS_OF_REFUSAL = {
     RefusalReason.NO_WORKER: HTTPStatus.SERVICE_UNAVAILABLE,
+    RefusalReason.NO_IDLE_WORKER: HTTPStatus.SERVICE_UNAVAILABLE,
     RefusalReason.OVERLOAD: HTTPStatus.SERVICE_UNAVAILABLE,
     RefusalReason.QUOTA: HTTPStatus.TOO_MANY_REQUESTS,
 }

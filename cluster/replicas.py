@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,11 +26,12 @@ from workers.drafters.make import make_drafters
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
 from workers.engine_request import EngineRequest
-from workers.errors import WrongWorker
+from workers.errors import WorkerError
 from workers.plugin.vllm_seams import check_seams
 from workers.reports import (
     DraftWorkerReport,
     DraftWorkerStatus,
+    ReportAnswer,
     WorkerReport,
     WorkerStatus,
     WorkerSteps,
@@ -41,6 +43,10 @@ from workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+ANSWERED_S = 2.0
+"""Max wait of a process that ends for its callers to be told."""
+SENT_S = 0.2
+"""Time in which Ray sends an answer that a method has returned."""
 EXPORT_LOADS_S = 2.0
 """Period at which the GlobalScheduler's view of the workers is exported."""
 
@@ -51,7 +57,11 @@ class GlobalSchedulerReplica(Replica):
     def __init__(self, config: AppConfig) -> None:
         super().__init__(config, "scheduler")
         metrics = PlacementMetrics(Exporter(config.model_name, config.metrics))
-        self._scheduler = GlobalScheduler(observer=SchedulerTelemetry(metrics, self._tracing))
+        self._scheduler = GlobalScheduler(
+            observer=SchedulerTelemetry(metrics, self._tracing),
+            max_num_seqs=config.worker.engine.max_num_seqs,
+            slow_timeout_s=config.worker.slow_timeout_s,
+        )
         self._exporting = asyncio.get_running_loop().create_task(self._export(metrics))
         logger.info("GlobalScheduler ready")
 
@@ -63,8 +73,8 @@ class GlobalSchedulerReplica(Replica):
         """Where requests were placed and why."""
         return await self._scheduler.placements(request_ids)
 
-    async def report(self, report: WorkerReport) -> DraftWorkerAddress | None:
-        """Take a worker's report; returns the draft worker that drafts for it."""
+    async def report(self, report: WorkerReport) -> ReportAnswer:
+        """Take a worker's report."""
         return await self._scheduler.report(report)
 
     async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
@@ -97,22 +107,25 @@ class WorkerReplica(Replica):
             self._replica_id, config.worker, lambda: self._make_engine(config), self._telemetry
         )
         self._at_end.callback(self._worker.shutdown)
+        self._num_calls = 0
+        self._watching = asyncio.get_running_loop().create_task(self._end_with_engine())
 
     async def generate(
         self, worker_id: str, request: EngineRequest, reply_to: StreamAddress
-    ) -> str | WrongWorker:
+    ) -> str | Exception:
         """Run a request, with spans of its phases, on the worker of id `worker_id`.
 
-        WrongWorker, if that is another one, is returned: Serve would log it as a crash of this
-        replica if it were raised.
+        Its error is returned: Serve would log it as a crash of this replica if it were raised.
         """
         began_s, outcome = time.time(), "error"
+        self._num_calls += 1
         try:
             outcome = await self._worker.generate(worker_id, request, reply_to)
             return outcome
-        except WrongWorker as wrong:
-            return wrong
+        except (WorkerError, ValueError) as error:
+            return error
         finally:
+            self._num_calls -= 1
             if self._tracing.is_on and request.request.traceparent:
                 self._trace(request.request, began_s, outcome)
 
@@ -138,10 +151,25 @@ class WorkerReplica(Replica):
         """Serve's hook: it replaces this replica when this raises."""
         self._worker.check_health()
 
-    async def follow(self, answer: "DeploymentResponse[DraftWorkerAddress | None]") -> None:
-        """Take drafts from the draft worker that the GlobalScheduler names."""
+    async def follow(self, answer: "DeploymentResponse[ReportAnswer]") -> None:
+        """Do what the GlobalScheduler answers to a report."""
         with _while_the_scheduler_restarts():
-            self._worker.assign_draft_worker(await answer)
+            self._worker.follow(await answer)
+
+    async def _end_with_engine(self) -> None:
+        """End this process when its engine is dead and its callers know.
+
+        Serve replaces a process that is gone at its next look, and one that only says that it is
+        unhealthy after three, and when it has shut down.
+        """
+        await self._worker.until_dead()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ANSWERED_S):
+                while self._num_calls:
+                    await asyncio.sleep(SENT_S)
+        await asyncio.sleep(SENT_S)
+        logger.warning("this worker's process ends with its engine")
+        os._exit(1)  # an orderly end could hang with the engine
 
     def _make_engine(self, config: AppConfig) -> Engine:
         check_seams(config.worker.device)
@@ -170,7 +198,7 @@ class WorkerReplica(Replica):
 
 
 class _ReportingTelemetry(WorkerTelemetry):
-    """Sends a worker's reports to the GlobalScheduler too, which names a draft worker in return."""
+    """Sends a worker's reports to the GlobalScheduler too, and has its answers followed."""
 
     def __init__(
         self,
@@ -188,8 +216,7 @@ class _ReportingTelemetry(WorkerTelemetry):
         """Export and send a report."""
         super().reported(report)
         answer = self._send.remote(report)
-        if report.drafts:
-            asyncio.run_coroutine_threadsafe(self._replica.follow(answer), self._event_loop)
+        asyncio.run_coroutine_threadsafe(self._replica.follow(answer), self._event_loop)
 
 
 class DraftReplica(Replica):

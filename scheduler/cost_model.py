@@ -180,6 +180,10 @@ class CostModel:
             + self._pair_s * shape.num_pairs
         )
 
+    def profiled(self, shape: StepShape) -> float:
+        """Seconds of a step of this shape at the speed that the machine had when profiled."""
+        return self.predict(shape) / self.speed
+
     def longest_chunk(
         self, shape: StepShape, num_computed_tokens: int, num_tokens: int, limit_s: float
     ) -> int:

@@ -1,7 +1,10 @@
 """Which worker serves a request."""
 
+import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.request import Request
 from scheduler.worded import Worded
@@ -17,15 +20,41 @@ class WorkerLoad:
     num_requests: int
     draining: bool = False
     """Whether it only finishes the requests it has."""
-    tokens_per_span: float = 1.0
+    tokens_per_decode: float = 1.0
     """Mean output tokens per decode: more than one where drafts are accepted."""
     silent: bool = False
     """Whether it has not reported for long: it may hang, and its load is out of date."""
+    dead: bool = False
+    """Whether its engine has failed; it is about to be replaced."""
+    on_trial: bool = False
+    """Whether it has, or is kept for, a request under which an engine died, and so nothing else."""
+    token_s: float | None = None
+    """Seconds of a token in a full step, as profiled; None if it was not."""
+    slowness: float = 1.0
+    """How long its steps take lately compared with the profile."""
+    slow: bool = False
+    """Whether that has long been much more than for other workers."""
+    max_num_seqs: float = math.inf
+    """Requests that run at the same time; more wait."""
 
     @property
-    def num_expected_spans(self) -> float:
-        """Outstanding tokens divided by tokens per decode: accepted drafts shorten the work."""
-        return self.num_outstanding_tokens / self.tokens_per_span
+    def takes_requests(self) -> bool:
+        """Whether it is neither dead nor draining."""
+        return not (self.dead or self.draining)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it takes requests and reports."""
+        return self.takes_requests and not self.silent
+
+    def finish_s(self, request: Request, token_s: float) -> float:
+        """Predicted seconds until it has done all its work and `request`, in full steps.
+
+        Drafts that are accepted shorten the work. `token_s` is for a worker without a profile.
+        """
+        num_tokens = self.num_outstanding_tokens + request.num_outstanding_tokens()
+        own_s = token_s if self.token_s is None else self.token_s
+        return num_tokens / self.tokens_per_decode * own_s * self.slowness
 
 
 class PlacementReason(Worded):
@@ -33,13 +62,16 @@ class PlacementReason(Worded):
 
     ONLY = "only", "no other worker took new requests"
     OTHERS_SILENT = "others_silent", "the other workers had stopped reporting"
-    MIN_TOKENS = "least_tokens", "it had the least work outstanding"
+    OTHERS_SLOW = "others_slow", "the steps of the other workers took much longer than predicted"
+    OTHERS_FULL = "others_full", "the other workers already ran max_num_seqs requests"
+    SOONEST = "soonest", "it was predicted to be done with its work first"
     FEWEST_REQUESTS = (
         "fewest_requests",
         "as much work outstanding as the next, in fewer requests",
     )
     TIE = "tie", "equal to the next worker; the order of their ids decided"
     ALL_SILENT = "all_silent", "all workers had stopped reporting; it was the best of them"
+    TRIAL = "trial", "an engine died under the request, which was tried alone on an idle worker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +85,10 @@ class RefusalReason(Worded):
     """Why a request was not placed."""
 
     NO_WORKER = "no_worker", "no worker takes new requests"
+    NO_IDLE_WORKER = (
+        "no_idle_worker",
+        "an engine died under the request, and no worker was idle to try it alone",
+    )
     OVERLOAD = "overload", "the workers could not serve the request in time"
     QUOTA = "quota", "the share of this tenant is used up"
 
@@ -68,7 +104,7 @@ class Refused:
     @property
     def is_final(self) -> bool:
         """Whether the request fails; otherwise it waits and is placed again."""
-        return self.reason is not RefusalReason.NO_WORKER
+        return self.reason not in (RefusalReason.NO_WORKER, RefusalReason.NO_IDLE_WORKER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,44 +114,84 @@ class Placement:
     chosen: WorkerLoad
     runner_up: WorkerLoad | None
     reason: PlacementReason
-    num_draining: int
-    """Number of workers left out because they are draining."""
+    num_closed: int
+    """Number of workers left out because they took no such request."""
 
 
 def place(request: Request, workers: Iterable[WorkerLoad]) -> Placement | None:
-    """Choose the worker for `request`: the one with the fewest outstanding tokens.
+    """Choose the worker for `request`: the one that is predicted to be done first.
 
-    Tokens count for less where drafts are accepted, which shortens the work. Among equals the one
-    with fewer requests wins, then the smaller id, so that equal loads give equal choices. A silent
-    worker is the last resort. None if no worker takes new requests.
+    Among equals the one with fewer requests wins, then the smaller id, so that equal loads give
+    equal choices. A worker on which it would wait for a slot comes after those with free ones, then
+    one that is slow, and a silent one is the last resort. A request under which an engine died is
+    tried on an idle worker, which takes nothing else meanwhile. None if no worker takes it.
     """
     workers = list(workers)
-    candidates = sorted((worker for worker in workers if not worker.draining), key=_rank)
-    if not candidates:
+    if request.num_engine_deaths:
+        open_to_it = [w for w in workers if w.takes_requests and not w.num_requests]
+    else:
+        open_to_it = [w for w in workers if w.takes_requests and not w.on_trial]
+    if not open_to_it:
         return None
-    chosen, *others = candidates
+    token_s = min((w.token_s for w in open_to_it if w.token_s is not None), default=1.0)
+    ranked = sorted((_rank(worker, request, token_s), worker) for worker in open_to_it)
+    chosen = ranked[0][1]
     return Placement(
         chosen=chosen,
-        runner_up=others[0] if others else None,
-        reason=_reason(chosen, others),
-        num_draining=len(workers) - len(candidates),
+        runner_up=ranked[1][1] if len(ranked) > 1 else None,
+        reason=_reason(request, [rank for rank, _ in ranked]),
+        num_closed=len(workers) - len(open_to_it),
     )
 
 
-def _rank(worker: WorkerLoad) -> tuple[bool, float, int, str]:
-    return worker.silent, worker.num_expected_spans, worker.num_requests, worker.worker_id
+def keep_for_trial(request: Request, workers: Iterable[WorkerLoad]) -> WorkerLoad | None:
+    """The worker that gets nothing new until it is idle and can try `request` alone.
+
+    None unless another one serves meanwhile.
+    """
+    placement = place(
+        dataclasses.replace(request, num_engine_deaths=0), [w for w in workers if w.is_serving]
+    )
+    return placement.chosen if placement and placement.runner_up else None
 
 
-def _reason(chosen: WorkerLoad, others: list[WorkerLoad]) -> PlacementReason:
-    if not others:
+class _Rank(NamedTuple):
+    """Smaller is better."""
+
+    silent: bool
+    slow: bool
+    full: bool
+    finish_s: float
+    num_requests: int
+    worker_id: str
+
+
+def _rank(worker: WorkerLoad, request: Request, token_s: float) -> _Rank:
+    return _Rank(
+        worker.silent,
+        worker.slow,
+        worker.num_requests >= worker.max_num_seqs,
+        worker.finish_s(request, token_s),
+        worker.num_requests,
+        worker.worker_id,
+    )
+
+
+def _reason(request: Request, ranks: list[_Rank]) -> PlacementReason:
+    if request.num_engine_deaths:
+        return PlacementReason.TRIAL
+    if len(ranks) == 1:
         return PlacementReason.ONLY
+    chosen, runner_up = ranks[:2]
     if chosen.silent:
         return PlacementReason.ALL_SILENT
-    runner_up = others[0]
-    if runner_up.silent:
-        return PlacementReason.OTHERS_SILENT
-    if chosen.num_expected_spans < runner_up.num_expected_spans:
-        return PlacementReason.MIN_TOKENS
-    if chosen.num_requests < runner_up.num_requests:
-        return PlacementReason.FEWEST_REQUESTS
+    for differs, reason in (
+        (runner_up.silent, PlacementReason.OTHERS_SILENT),
+        (runner_up.slow > chosen.slow, PlacementReason.OTHERS_SLOW),
+        (runner_up.full > chosen.full, PlacementReason.OTHERS_FULL),
+        (runner_up.finish_s > chosen.finish_s, PlacementReason.SOONEST),
+        (runner_up.num_requests > chosen.num_requests, PlacementReason.FEWEST_REQUESTS),
+    ):
+        if differs:
+            return reason
     return PlacementReason.TIE

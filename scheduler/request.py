@@ -34,6 +34,8 @@ class Request:
     """Name of its service class; for reports only."""
     traceparent: str = ""
     """W3C trace context of its call; empty if it is not traced."""
+    num_engine_deaths: int = 0
+    """Engines that have died under it, perhaps because of it."""
 
     def num_outstanding_tokens(self, num_output_tokens: int = 0) -> int:
         """Maximum number of tokens still to compute once `num_output_tokens` were generated.

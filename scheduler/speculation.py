@@ -204,7 +204,7 @@ class Acceptance:
         self._requests.pop(request_id, None)
 
     @property
-    def tokens_per_span(self) -> float:
+    def tokens_per_decode(self) -> float:
         """Mean output tokens of recent decodes, accepted drafts included."""
         return 1.0 + self._extra.value(0.0, 1.0)
 

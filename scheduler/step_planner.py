@@ -4,12 +4,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from scheduler.cost_model import CostModel
+from scheduler.pace import Pace
 from scheduler.policy import StepPolicy
 from scheduler.record import Recorder
 from scheduler.request import RequestState
 from scheduler.speculation import Acceptance
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepReport, StepView
 from scheduler.work import ModelWork
+
+TYPICAL_SEQ_LEN = 512
+"""Tokens of context of the decodes by which workers are compared."""
 
 
 def generic_cost_model() -> CostModel:
@@ -54,6 +58,9 @@ class StepPlanner:
         """
         self.limits = limits
         self.acceptance = Acceptance()
+        self.pace = Pace()
+        """How its steps compare with what the profile predicts; unused without a profile."""
+        self.is_calibrated = False
         self._policy = policy
         self._learns = learns
         self._on_step = on_step
@@ -74,6 +81,7 @@ class StepPlanner:
         """Predict with what was measured of the engine, if it was, and count its `work`."""
         if cost_model is not None:
             self._predict_with(cost_model)
+            self.is_calibrated = True
         self._work = work
 
     def record(self, file: TextIO) -> None:
@@ -133,6 +141,9 @@ class StepPlanner:
         if not (self._learns or self._on_step):
             return
         shape = self.cost_model.shape_of(step.tasks)
+        if self.is_calibrated and (profiled_s := self.cost_model.profiled(shape)):
+            ended_s = step.began_s + measured_s
+            self.pace.observe(measured_s / profiled_s, measured_s, ended_s)
         if self._learns:
             self.cost_model.observe(shape, measured_s)
         if self._on_step:
@@ -151,6 +162,15 @@ class StepPlanner:
                     num_bytes=self._work.memory_bytes(shape) if self._work else 0.0,
                 )
             )
+
+    def token_s(self) -> float | None:
+        """Seconds of a token in a step full of decodes, by the profile; None without one."""
+        if not self.is_calibrated:
+            return None
+        shape = self.cost_model.shape()
+        for _ in range(self.limits.max_num_seqs):
+            shape.add(1, TYPICAL_SEQ_LEN, 1)
+        return self.cost_model.profiled(shape) / shape.num_tokens
 
     def finish(self, request_id: str, num_output_tokens: int) -> None:
         """Forget a request that has ended with `num_output_tokens` tokens."""

@@ -297,7 +297,7 @@ MEANT_TO_BE_SET = {
     "restype",  # ctypes
     "decoder", "pre_tokenizer",  # tokenizers
     "packed_number", "scheduled_as",  # names of ours on vLLM's layers and requests
-    "_replace",  # of named tuples
+    "_replace", "_exit",  # of named tuples; os._exit
 }  # fmt: skip
 """Names that none of our classes defines and no table needs."""
 

@@ -73,8 +73,10 @@ class WorkerConfig:
     """Whether an engine times its steps at its first start on a machine, for about ten seconds, so
     that step times can be predicted; `xyserve calibrate` measures more accurately."""
     step_timeout_s: float = 120.0
-    """Maximum duration of a step, in seconds; a longer one makes the worker unhealthy, and Serve
-    replaces it."""
+    """Maximum duration of a step, in seconds; a longer one ends the worker, and it is replaced."""
+    slow_timeout_s: float | None = 120.0
+    """Time, in seconds, for which a worker's steps may take three times as long as predicted while
+    those of another worker do not; then Serve replaces it, one worker at a time. null: never."""
     report_interval_s: float = 0.25
     """Minimum time between two load reports to the GlobalScheduler, in seconds."""
     step_policy: StepPolicy = field(default_factory=StepPolicy)
@@ -85,9 +87,10 @@ class WorkerConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        for name in ("cpus", "step_timeout_s", "report_interval_s"):
-            if not getattr(self, name) > 0:  # NaN is not either
-                raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+        for name in ("cpus", "step_timeout_s", "slow_timeout_s", "report_interval_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:  # NaN is not either
+                raise ValueError(f"{name} ({value}) must be positive")
         if self.uses_own_kernels and self.engine.dtype not in ("auto", "float32"):
             raise ValueError(
                 f"engine.dtype ({self.engine.dtype}) must be float32 or auto with our CPU kernels, "

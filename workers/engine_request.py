@@ -18,10 +18,14 @@ class EngineRequest:
     output_token_ids: tuple[int, ...] = ()
     """Tokens that earlier attempts at the request produced."""
 
-    def for_attempt(self, attempt_id: str, output_token_ids: Iterable[int] = ()) -> "EngineRequest":
-        """This request under the id of one attempt, with the tokens produced before it."""
+    def for_attempt(
+        self, attempt_id: str, output_token_ids: Iterable[int] = (), num_engine_deaths: int = 0
+    ) -> "EngineRequest":
+        """This request under the id of one attempt, with what came of those before it."""
         return EngineRequest(
-            dataclasses.replace(self.request, request_id=attempt_id),
+            dataclasses.replace(
+                self.request, request_id=attempt_id, num_engine_deaths=num_engine_deaths
+            ),
             self.core,
             tuple(output_token_ids),
         )

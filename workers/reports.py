@@ -25,7 +25,7 @@ class DraftStats:
     """Counts since the engine's start, by drafter."""
     acceptance_rate: float
     """Fraction of the drafts verified lately that were accepted."""
-    tokens_per_span: float
+    tokens_per_decode: float
     """Output tokens per decode lately, drafts included."""
     draft_worker: str | None
     """Incarnation of the assigned draft worker."""
@@ -50,6 +50,24 @@ class WorkerReport:
     draining: bool
     drafts: DraftStats | None = None
     """None without speculation."""
+    on_trial: bool = False
+    """Whether an engine has died under one of its requests."""
+    token_s: float | None = None
+    """Seconds of a token in a full step, by its profile; None without one."""
+    slowness: float = 1.0
+    """How long its steps take lately compared with the profile."""
+    death: str = ""
+    """Why its engine is dead; empty while it lives."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportAnswer:
+    """What the GlobalScheduler answers to a worker's report."""
+
+    draft_worker: DraftWorkerAddress | None = None
+    """The draft worker that drafts for it."""
+    unfit: str = ""
+    """Why it must be replaced; empty if it need not be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +90,14 @@ class WorkerStatus:
     draining: bool
     drafts: DraftStats | None = None
     """None without speculation."""
+    silent: bool = False
+    """Whether it has not reported for long, as placement sees it."""
+    on_trial: bool = False
+    """Whether placement keeps it for a request under which an engine died."""
+    slow: bool = False
+    """Whether its steps have long been much longer than predicted, unlike those of others."""
+    slowness: float = 1.0
+    """How long its steps take lately compared with what was predicted."""
 
 
 @dataclass(frozen=True, slots=True)

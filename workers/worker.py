@@ -1,6 +1,7 @@
 """The worker actor: one engine on one device, its tokens leaving by the token stream."""
 
 import asyncio
+import contextlib
 import math
 import os
 import time
@@ -11,14 +12,15 @@ import psutil
 
 from workers.config import WorkerConfig
 from workers.cpus import CpuClaim, claim_cpus
-from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
 from workers.engine.engine_loop import EngineLoop, LoopState
 from workers.engine_request import EngineRequest
-from workers.errors import WorkerDraining, WrongWorker
-from workers.reports import WorkerObserver, WorkerReport, WorkerStatus
+from workers.errors import EngineDead, WorkerDraining, WorkerUnfit, WrongWorker
+from workers.reports import ReportAnswer, WorkerObserver, WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress
 
+WATCH_S = 0.25
+"""Period at which a worker looks whether its engine lives."""
 REPORT_HEARTBEAT_S = 2.0
 """Interval of reports while nothing changes."""
 
@@ -42,6 +44,7 @@ class Worker:
         self._reported: WorkerReport | None = None
         self._reported_s = -math.inf
         self._draining = False
+        self._unfit = ""
         self._cpus: CpuClaim | None = None
         if config.device == "cpu":
             self._cpus = claim_cpus(config.cpus)
@@ -62,23 +65,19 @@ class Worker:
         The call lasts as long as its request, so that the death of either side is noticed by
         the other, and a replica that is to stop waits for the requests it runs. Cancelling the
         call aborts the request. Raises ValueError for a malformed request, WrongWorker if it was
-        placed on another one, WorkerDraining, EngineDead, and ClientLost when the client no longer
-        reads its stream.
+        placed on another one, WorkerDraining, EngineDead (StepFailed, if it was in the step that
+        failed), and ClientLost when the client no longer reads its stream.
         """
         if worker_id != self.worker_id:
             raise WrongWorker(f"worker {worker_id} is gone, and this is {self.worker_id}")
         if self._draining:
             raise WorkerDraining(f"worker {self.worker_id} is draining")
-        self.check_health()
+        self._engine_loop.check(self._config.step_timeout_s)
         try:
             return await asyncio.wrap_future(self._engine_loop.add(request, reply_to))
         except asyncio.CancelledError:
             self._engine_loop.abort([request.request.request_id])
             raise
-
-    async def abort(self, request_ids: list[str]) -> None:
-        """Free the slots of these requests before the next step; unknown ids are ignored."""
-        self._engine_loop.abort(request_ids)
 
     async def status(self) -> WorkerStatus:
         """The worker's load and place on its node."""
@@ -95,11 +94,15 @@ class Worker:
             memory_bytes=psutil.Process().memory_info().rss,
             draining=self._draining,
             drafts=state.engine.drafts,
+            slowness=state.engine.slowness,
         )
 
-    def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
-        """Take drafts from this draft worker from the next step on."""
-        self._engine_loop.assign_draft_worker(draft_worker)
+    def follow(self, answer: ReportAnswer) -> None:
+        """Take drafts from the draft worker that the answer to a report names, and be replaced if
+        it says so."""
+        self._unfit = answer.unfit
+        if self._reported and self._reported.drafts:
+            self._engine_loop.assign_draft_worker(answer.draft_worker)
 
     async def drain(self) -> None:
         """Take nothing new and return when the last request has ended."""
@@ -110,16 +113,37 @@ class Worker:
     def report_load(self, state: LoopState) -> None:
         """Report the state of the engine's loop if it has changed or a heartbeat is due."""
         report = WorkerReport(
-            self.worker_id, state.outstanding, state.finished, self._draining, state.engine.drafts
+            self.worker_id,
+            state.outstanding,
+            state.finished,
+            self._draining,
+            state.engine.drafts,
+            state.on_trial,
+            state.engine.token_s,
+            round(state.engine.slowness, 1),
         )
         now = self._clock()
         if report != self._reported or now - self._reported_s >= REPORT_HEARTBEAT_S:
             self._reported, self._reported_s = report, now
             self._observer.reported(report)
 
+    def report_death(self, reason: str) -> None:
+        """Report that the engine is dead, so that nothing more is placed here."""
+        self._observer.reported(WorkerReport(self.worker_id, {}, (), self._draining, death=reason))
+
     def check_health(self) -> None:
-        """Raise EngineDead when the engine's thread ended or a step hangs."""
+        """Raise EngineDead if the engine ended or hangs, WorkerUnfit if it is to be replaced."""
         self._engine_loop.check(self._config.step_timeout_s)
+        if self._unfit:
+            raise WorkerUnfit(self._unfit)
+
+    async def until_dead(self) -> None:
+        """Return when the engine has failed or hangs, and the clients have its last outputs."""
+        while not self._engine_loop.has_failed:
+            await asyncio.sleep(WATCH_S)
+            with contextlib.suppress(EngineDead):
+                self._engine_loop.check(self._config.step_timeout_s)
+        await asyncio.to_thread(self._engine_loop.wait_flushed)
 
     def shutdown(self) -> None:
         """End the engine and give the cores back."""

@@ -10,7 +10,7 @@ from cluster.cli.options import Address, AppName, output_console
 
 if TYPE_CHECKING:
     from cluster.ingress.protocol import AppStatus
-    from workers.reports import DraftStats, DraftWorkerStatus
+    from workers.reports import DraftStats, DraftWorkerStatus, WorkerStatus
 
 
 def status(app_name: AppName = "xyserve", address: Address = None) -> None:
@@ -22,6 +22,8 @@ def status(app_name: AppName = "xyserve", address: Address = None) -> None:
         state = handle.status()
     console = output_console(width=140)
     console.print(_workers_table(app_name, state))
+    if not state.is_serving:
+        console.print("No worker takes requests: they wait until one does, or are refused.")
     if state.draft_workers:
         console.print(_draft_workers_table(state.draft_workers))
 
@@ -34,7 +36,7 @@ def _workers_table(app_name: str, state: AppStatus) -> Table:
     )  # fmt: skip
     for worker in state.workers:
         table.add_row(
-            worker.worker_id + (" (draining)" if worker.draining else ""),
+            worker.worker_id + _state(worker),
             str(worker.pid),
             ",".join(map(str, worker.cpus)) or "any",
             str(worker.num_running),
@@ -48,12 +50,21 @@ def _workers_table(app_name: str, state: AppStatus) -> Table:
     return table
 
 
+def _state(worker: WorkerStatus) -> str:
+    words = [word for word in ("draining", "silent") if getattr(worker, word)]
+    if worker.on_trial:
+        words.append("on trial")
+    if worker.slow:
+        words.append(f"slow: {worker.slowness:.1f} times as predicted")
+    return f" ({', '.join(words)})" if words else ""
+
+
 def _draft_cells(drafts: DraftStats | None) -> tuple[str, ...]:
     if drafts is None:
         return ()
     if not drafts.counts.verified:
         return ("-", "-")
-    return (f"{drafts.acceptance_rate:.0%}", f"{drafts.tokens_per_span:.2f}")
+    return (f"{drafts.acceptance_rate:.0%}", f"{drafts.tokens_per_decode:.2f}")
 
 
 def _draft_workers_table(draft_workers: list[DraftWorkerStatus]) -> Table:

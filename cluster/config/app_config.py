@@ -30,6 +30,9 @@ class IngressConfig:
     """Maximum size of a request body; a larger one is answered with 413."""
     max_n: int = 128
     """Maximum number of sequences (`n`) of one request."""
+    placement_timeout_s: float = 60.0
+    """Time, in seconds, that a request waits while no worker takes it, for example until one that
+    died is replaced; then it is answered with 503."""
     tool_call_parser: str | None = "hermes"
     """vLLM's parser for the model's tool calls; null: no automatic tool choice."""
     reasoning_parser: str | None = None
@@ -40,7 +43,7 @@ class IngressConfig:
     """Further arguments of vLLM's OpenAI server, under vLLM's names."""
 
     def __post_init__(self) -> None:
-        for name in ("max_request_bytes", "max_n"):
+        for name in ("max_request_bytes", "max_n", "placement_timeout_s"):
             if not getattr(self, name) > 0:  # NaN is not positive either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
 

@@ -3,28 +3,35 @@
 import asyncio
 import contextvars
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from cluster.errors import RequestRefused
+from cluster.errors import EnginesDied, RequestRefused
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import Attempt, RequestRecord
 from cluster.placement.directory import WorkerDirectory
-from scheduler.placement import Placed
+from scheduler.placement import Placed, RefusalReason, Refused
 from scheduler.request import Request
 from workers.engine_request import EngineRequest
-from workers.errors import EngineDead, WorkerDraining, WrongWorker
+from workers.errors import EngineDead, StepFailed, WorkerDraining, WrongWorker
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """Workers that a request may be placed on, if they die before its first token."""
+MAX_ENGINE_DEATHS = 2
+"""Engines that may die under a request, which is alone on the last one."""
+REPLACEMENT_S = 30.0
+"""Time after which a call may find a worker again: about what the start of one takes."""
+HEALTH_TIMEOUT_S = 5.0
+"""A GlobalScheduler that does not answer for this long places nothing either."""
 NO_WORKER = ""
 """Worker id of a call that Serve holds until a worker is up, which then answers `WrongWorker`.
 Serve counts the calls it holds, so that autoscaling starts workers."""
@@ -58,7 +65,13 @@ class _Live:
     request: EngineRequest
     tried: set[str] = field(default_factory=set)
     """Workers on which it was placed; it is placed there again only if there is no other."""
-    response: DeploymentResponse[str | WrongWorker] | None = None
+    num_workers_lost: int = 0
+    """Workers whose process ended under it."""
+    num_engine_deaths: int = 0
+    """Engines that died under it, perhaps because of it."""
+    waits_for: RefusalReason = RefusalReason.NO_WORKER
+    """Why it has no worker yet, while it has none."""
+    response: DeploymentResponse[str | Exception] | None = None
     task: asyncio.Task[None] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -70,13 +83,27 @@ class _Live:
         """The request under a new id for each attempt: it fences off a lost worker's outputs."""
         attempt_id = f"{self.request_id}.{len(self.record.attempts)}"
         self.record.attempts.append(Attempt(attempt_id, time.time()))
-        return self.request.for_attempt(attempt_id, self.record.output_token_ids)
+        return self.request.for_attempt(
+            attempt_id, self.record.output_token_ids, self.num_engine_deaths
+        )
+
+    def count_death(self, error: Exception) -> None:
+        """Count the death of a worker, if the request may be the cause.
+
+        That is so if its step failed, or if a process ended under it for the second time: nodes are
+        lost and processes are killed for reasons of their own.
+        """
+        if isinstance(error, RayActorError):
+            self.num_workers_lost += 1
+            self.num_engine_deaths += self.num_workers_lost > 1
+        self.num_engine_deaths += isinstance(error, StepFailed)
 
 
 class EngineClient(Generic[Outputs]):
     """A client of all workers; used from one event loop.
 
-    `decode` turns the frames of a step into its outputs.
+    `decode` turns the frames of a step into its outputs. A request that has no worker for
+    `placement_timeout_s` is refused.
     """
 
     def __init__(
@@ -87,6 +114,7 @@ class EngineClient(Generic[Outputs]):
         receiver: StreamReceiver,
         decode: Callable[[list[bytes]], Outputs],
         observer: IngressObserver | None = None,
+        placement_timeout_s: float = math.inf,
     ) -> None:
         # Serve makes the router, which the directory needs, when a method is first named.
         self._generate = workers.generate
@@ -96,6 +124,7 @@ class EngineClient(Generic[Outputs]):
         self._receiver = receiver
         self._decode = decode
         self._observer = observer or IngressObserver()
+        self._placement_timeout_s = placement_timeout_s
         self._live: dict[str, _Live] = {}
         self._attempts: dict[str, _Live] = {}
         self._outputs: asyncio.Queue[Outputs | Failure] = asyncio.Queue()
@@ -127,8 +156,14 @@ class EngineClient(Generic[Outputs]):
         return await self._outputs.get()
 
     async def has_workers(self) -> bool:
-        """Whether a worker has reported lately."""
-        return any(not load.silent for load in await self._loads.remote())
+        """Whether a request that came now would be placed on a worker that reports."""
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                loads = {load.worker_id: load for load in await self._loads.remote()}
+        except (TimeoutError, RayActorError):
+            return False
+        alive = self._directory.worker_ids()
+        return any(worker_id not in loads or loads[worker_id].is_serving for worker_id in alive)
 
     @property
     def num_live(self) -> int:
@@ -169,11 +204,14 @@ class EngineClient(Generic[Outputs]):
             self._attempts.pop(attempt_id, None)
             if live.response is not None:
                 live.response.cancel()  # the worker may only have been out of reach
-            # Ray wraps what a worker raised, and adds its traceback to the text.
-            reason = error.cause if isinstance(error, RayTaskError) else error
-            name = type(reason).__name__
-            record.attempts[-1].lost = f"{name}: {reason}"
-            if record.output_token_ids or len(record.attempts) == MAX_ATTEMPTS:
+            name = type(error).__name__
+            record.attempts[-1].lost = f"{name}: {error}"
+            if record.output_token_ids:
+                raise
+            live.count_death(error)
+            if live.num_engine_deaths == MAX_ENGINE_DEATHS:
+                raise EnginesDied(MAX_ENGINE_DEATHS, str(error)) from None
+            if len(record.attempts) == MAX_ATTEMPTS:
                 raise
             self._observer.retried(record, name)
             return False
@@ -181,15 +219,35 @@ class EngineClient(Generic[Outputs]):
         return True
 
     async def _result(self, live: _Live, attempt: EngineRequest) -> str:
-        """The finish reason of an attempt on the worker that it is placed on."""
-        while True:
-            worker_id = await self._worker_for(live, attempt.request)
-            live.tried.add(worker_id)
-            response: Any = self._generate.remote(worker_id, attempt, self._receiver.address)
-            live.response = response
-            result = await response
-            if not isinstance(result, WrongWorker):  # which another worker returns if it is gone
-                return str(result)
+        """The finish reason of an attempt on the worker that it is placed on.
+
+        RequestRefused if it has none when its time is up.
+        """
+        try:
+            async with asyncio.timeout(self._placement_timeout_s) as placing:
+                give_up_s = placing.when()
+                while True:
+                    worker_id = await self._worker_for(live, attempt.request)
+                    live.tried.add(worker_id)
+                    response: Any = self._generate.remote(
+                        worker_id, attempt, self._receiver.address
+                    )
+                    live.response = response
+                    placing.reschedule(give_up_s if worker_id == NO_WORKER else None)
+                    result = await response
+                    if isinstance(result, WrongWorker):  # from another worker, if it is gone
+                        placing.reschedule(give_up_s)
+                    elif isinstance(result, Exception):
+                        raise result
+                    else:
+                        return str(result)
+        except TimeoutError:
+            if not placing.expired():
+                raise
+            if live.response is not None:
+                live.response.cancel()
+            live.record.refused = Refused(live.waits_for, REPLACEMENT_S)
+            raise RequestRefused(live.record.refused) from None
 
     async def _worker_for(self, live: _Live, request: Request) -> str:
         """The worker that the GlobalScheduler chooses; raises RequestRefused if it refuses."""
@@ -207,6 +265,7 @@ class EngineClient(Generic[Outputs]):
             if answer.is_final:
                 live.record.refused = answer
                 raise RequestRefused(answer)
+            live.waits_for = answer.reason
             if not alive and NO_WORKER not in live.tried:
                 return NO_WORKER
             live.tried.clear()

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections import defaultdict
 from typing import Any
 
 import msgspec
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
@@ -25,7 +27,8 @@ from cluster.observe.replica import Replica
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
 from cluster.placement import ray_seams
 from cluster.placement.directory import WorkerDirectory
-from workers.reports import WorkerSteps
+from scheduler.placement import WorkerLoad
+from workers.reports import WorkerStatus, WorkerSteps
 from workers.timeline import Span
 from workers.token_stream import StreamAddress, StreamReceiver, StreamSenders
 
@@ -67,6 +70,7 @@ class Ingress(Replica):
             StreamReceiver(get_node_ip_address()),
             decode_outputs(),
             observer,
+            config.ingress.placement_timeout_s,
         )
         self._frontend = Frontend(
             config,
@@ -116,11 +120,16 @@ class Ingress(Replica):
     async def status(self) -> AppStatus:
         """The state of all workers, and of draft workers as they last reported it."""
         workers = await _ask_all(self._workers, "status")
+        loads = {load.worker_id: load for load in await self._scheduler.loads.remote()}
         return AppStatus(
             self._config.model_name,
-            sorted(workers, key=lambda worker: worker.worker_id),
+            [
+                _as_placed(worker, loads.get(worker.worker_id))
+                for worker in sorted(workers, key=lambda worker: worker.worker_id)
+            ],
             self._client.num_live,
             await self._scheduler.draft_workers.remote(),
+            await self._client.has_workers(),
         )
 
     async def spans(self, since_s: float) -> dict[str, list[Span]]:
@@ -171,8 +180,18 @@ class Ingress(Replica):
             await asyncio.sleep(POLL_INTERVAL_S)
 
 
+def _as_placed(worker: WorkerStatus, load: WorkerLoad | None) -> WorkerStatus:
+    """A worker's status with what placement knows of it."""
+    if load is None:
+        return worker
+    return dataclasses.replace(worker, silent=load.silent, on_trial=load.on_trial, slow=load.slow)
+
+
 async def _ask_all(replicas: "DeploymentHandle[Any]", method: str, *args: Any) -> list[Any]:
     """The answers of all replicas; one that dies or hangs is left out."""
     response = replicas.broadcast(method, *args)
-    answers = await response.results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+    try:
+        answers = await response.results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+    except DeploymentUnavailableError:  # it has no replica now
+        return []
     return [answer for answer in answers if not isinstance(answer, BaseException)]

@@ -45,3 +45,5 @@ class AppStatus:
     num_live_requests: int
     """Requests in flight at this ingress."""
     draft_workers: list[DraftWorkerStatus]
+    is_serving: bool = True
+    """Whether a request would find a worker now, as `/health` says; otherwise it waits for one."""

@@ -35,7 +35,7 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.config.app_config import AppConfig
-from cluster.errors import RequestFailed, RequestRefused
+from cluster.errors import RequestFailed
 from cluster.ingress.calls import Call, Calls, current_call
 from cluster.ingress.engine_client import EngineClient, Failure
 from cluster.ingress.protocol import PARAMETERS
@@ -97,18 +97,18 @@ class WorkersCore(EngineCoreClient):
     async def get_output_async(self) -> EngineCoreOutputs:
         """The outputs of the next step of any worker, or the end of a request with status 500.
 
-        A refused call ends with the status of its refusal, and so do all its sequences.
+        A call whose error has a status ends with that, and so do all its sequences.
         """
         while True:
             outputs = await self._client.next_outputs()
             if not isinstance(outputs, Failure):
                 return outputs
-            if not isinstance(outputs.error, RequestRefused):
+            if not isinstance(outputs.error, RequestFailed):
                 failed = EngineCoreOutput(outputs.request_id, [], finish_reason=FinishReason.ERROR)
                 return EngineCoreOutputs(outputs=[failed])
-            self._refuse(outputs.request_id, outputs.error)
+            self._fail_call(outputs.request_id, outputs.error)
 
-    def _refuse(self, request_id: str, error: RequestRefused) -> None:
+    def _fail_call(self, request_id: str, error: RequestFailed) -> None:
         assert self.output_processor is not None
         state = self.output_processor.request_states.get(request_id)
         if state is None or (queue := state.queue) is None:

@@ -110,15 +110,16 @@ def _placed(placement: Placement | None) -> str:
     text = f"  placed on {_load(placement.chosen)}: {placement.reason.text}"
     if placement.runner_up:
         text += f"; runner-up {_load(placement.runner_up)}"
-    if placement.num_draining:
-        text += f"; {_count(placement.num_draining, 'worker')} draining"
+    if placement.num_closed:
+        text += f"; {_count(placement.num_closed, 'worker')} did not take it"
     return text
 
 
 def _load(load: WorkerLoad) -> str:
     return (
         f"{load.worker_id} ({load.num_outstanding_tokens} outstanding tokens in "
-        f"{_count(load.num_requests, 'request')}, {load.tokens_per_span:.2f} tokens per decode)"
+        f"{_count(load.num_requests, 'request')}, {load.tokens_per_decode:.2f} tokens per decode, "
+        f"steps {load.slowness:.1f} times as long as profiled)"
     )
 
 

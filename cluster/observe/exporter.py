@@ -128,7 +128,7 @@ class WorkerMetrics:
         if drafts is None:
             return
         self._exporter.set(metrics.DRAFT_ACCEPTANCE, drafts.acceptance_rate)
-        self._exporter.set(metrics.TOKENS_PER_DECODE, drafts.tokens_per_span)
+        self._exporter.set(metrics.TOKENS_PER_DECODE, drafts.tokens_per_decode)
         for drafter, counts in drafts.counts_of.items():
             self._add_drafts(drafter, counts, self._drafts.get(drafter, DraftCounts()))
         self._drafts = drafts.counts_of
@@ -205,6 +205,7 @@ class PlacementMetrics:
         set_(metrics.WORKER_OUTSTANDING_TOKENS, load.num_outstanding_tokens, worker=worker)
         set_(metrics.WORKER_REQUESTS, load.num_requests, worker=worker)
         set_(metrics.WORKER_REPORT_AGE, report_age_s, worker=worker)
+        set_(metrics.WORKER_SLOWNESS, load.slowness, worker=worker)
 
 
 class DraftWorkerMetrics:

@@ -246,6 +246,12 @@ WORKER_REQUESTS = _gauge(
 WORKER_REPORT_AGE = _gauge(
     "worker_report_age_seconds", "seconds", "Seconds since the worker's last load report.", "worker"
 )
+WORKER_SLOWNESS = _gauge(
+    "worker_slowness_ratio",
+    "ratio",
+    "Recent step times of a worker relative to those that its profile predicts.",
+    "worker",
+)
 START_TIME = _gauge(
     "start_time_seconds",
     "seconds",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,17 +15,25 @@ from scheduler.drafting import (
     DraftWorkerLoad,
     choose_draft_worker,
 )
+from scheduler.pace import SlowWatch
 from scheduler.placement import (
     Placed,
     Placement,
     RefusalReason,
     Refused,
     WorkerLoad,
+    keep_for_trial,
     place,
 )
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
-from workers.reports import DraftStats, DraftWorkerReport, DraftWorkerStatus, WorkerReport
+from workers.reports import (
+    DraftStats,
+    DraftWorkerReport,
+    DraftWorkerStatus,
+    ReportAnswer,
+    WorkerReport,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +43,8 @@ FORGET_AFTER_S = 30.0
 """A placement not confirmed by its worker's report within this time is dropped."""
 SILENT_AFTER_S = 30.0
 """A worker that has not reported for this long may hang; a live one reports every 2 s."""
+SUSPECT_GONE_AFTER_S = 5 * NO_WORKER_RETRY_S
+"""A request that waits for an idle worker and has not asked again for this long has gone."""
 GONE_AFTER_S = 300.0
 """A worker that has been silent for this long is gone; Serve replaces one that hangs."""
 DRAFT_WORKER_SILENT_AFTER_S = 3.0
@@ -53,10 +64,18 @@ class _WorkerView:
     silence_noted: bool = False
     reported: dict[str, int] = field(default_factory=dict)
     """Outstanding tokens, by request id."""
-    placed: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Outstanding tokens and time of placement, by request id."""
+    placed: dict[str, tuple[Request, float]] = field(default_factory=dict)
+    """Request and time of placement, by request id."""
     draining: bool = False
-    tokens_per_span: float = 1.0
+    dead: bool = False
+    on_trial: bool = False
+    """Whether an engine has died under one of the reported requests."""
+    tokens_per_decode: float = 1.0
+    token_s: float | None = None
+    slowness: float = 1.0
+    pace: SlowWatch = field(default_factory=SlowWatch)
+    unfit: str = ""
+    """Why it must be replaced; empty if it need not be."""
     draft_worker: str | None = None
     """The draft worker that drafts for it, by id."""
     drafts: DraftWatch = field(default_factory=DraftWatch)
@@ -64,17 +83,26 @@ class _WorkerView:
     def is_silent(self, now: float) -> bool:
         return now - self.heard_s > SILENT_AFTER_S
 
-    def load(self, worker_id: str, now: float) -> WorkerLoad:
+    def load(
+        self, worker_id: str, now: float, kept: bool = False, max_num_seqs: float = math.inf
+    ) -> WorkerLoad:
         for request_id, (_, placed_s) in list(self.placed.items()):
             if now - placed_s > FORGET_AFTER_S:
                 del self.placed[request_id]
+        placed = [request for request, _ in self.placed.values()]
         return WorkerLoad(
             worker_id,
-            sum(self.reported.values()) + sum(tokens for tokens, _ in self.placed.values()),
-            len(self.reported) + len(self.placed),
+            sum(self.reported.values()) + sum(one.num_outstanding_tokens() for one in placed),
+            len(self.reported) + len(placed),
             self.draining,
-            self.tokens_per_span,
+            self.tokens_per_decode,
             self.is_silent(now),
+            dead=self.dead,
+            on_trial=kept or self.on_trial or any(one.num_engine_deaths for one in placed),
+            token_s=self.token_s,
+            slowness=self.slowness,
+            slow=self.pace.slow,
+            max_num_seqs=max_num_seqs,
         )
 
 
@@ -96,9 +124,20 @@ class GlobalScheduler:
         self,
         clock: Callable[[], float] = time.monotonic,
         observer: SchedulerObserver | None = None,
+        max_num_seqs: float = math.inf,
+        slow_timeout_s: float | None = None,
     ) -> None:
+        """A worker runs at most `max_num_seqs` requests, and is replaced if it is slow for longer
+        than `slow_timeout_s`.
+        """
         self._clock = clock
         self._observer = observer or SchedulerObserver()
+        self._max_num_seqs = max_num_seqs
+        self._slow_timeout_s = slow_timeout_s or math.inf
+        self._suspects: dict[str, float] = {}
+        """Requests that wait for an idle worker, with the time of their last question."""
+        self._kept: str | None = None
+        """The worker that gets nothing else until it is idle and tries one of them."""
         self._placements: OrderedDict[str, Placement] = OrderedDict()
         self._workers: dict[str, _WorkerView] = {}
         self._draft_workers: dict[str, _DraftWorkerView] = {}
@@ -109,39 +148,63 @@ class GlobalScheduler:
         for gone in self._workers.keys() - set(worker_ids):
             if self._workers[gone].is_silent(now):
                 del self._workers[gone]
-        loads = [self._view(worker_id, now).load(worker_id, now) for worker_id in worker_ids]
+        self._forget_suspects(now)
+        loads = [self._load(worker_id, self._view(worker_id, now), now) for worker_id in worker_ids]
         self._note_silence(loads)
         placement = place(request, loads)
         if placement is None:
-            return Refused(RefusalReason.NO_WORKER, NO_WORKER_RETRY_S)
+            return self._refuse(request, loads, now)
         chosen = placement.chosen.worker_id
-        placed = (request.num_outstanding_tokens(), now)
-        self._workers[chosen].placed[request.request_id] = placed
+        self._workers[chosen].placed[request.request_id] = request, now
+        self._suspects.pop(request.request_id, None)
         self._placements[request.request_id] = placement
         if len(self._placements) > MAX_PLACEMENTS:
             self._placements.popitem(last=False)
         self._observer.placed(request, placement, self._clock() - now)
         return Placed(chosen)
 
+    def _refuse(self, request: Request, loads: Sequence[WorkerLoad], now: float) -> Refused:
+        """Let a request wait; for one under which an engine died, a worker becomes idle."""
+        if not request.num_engine_deaths or not any(load.is_serving for load in loads):
+            return Refused(RefusalReason.NO_WORKER, NO_WORKER_RETRY_S)
+        self._suspects[request.request_id] = now
+        if not any(load.on_trial and load.is_serving for load in loads):
+            kept = keep_for_trial(request, loads)
+            self._kept = kept.worker_id if kept else None
+        return Refused(RefusalReason.NO_IDLE_WORKER, NO_WORKER_RETRY_S)
+
+    def _forget_suspects(self, now: float) -> None:
+        """Forget requests that no longer ask, and take the worker kept for them back."""
+        for request_id, asked_s in list(self._suspects.items()):
+            if now - asked_s > SUSPECT_GONE_AFTER_S:
+                del self._suspects[request_id]
+        if not self._suspects:
+            self._kept = None
+
     async def placements(self, request_ids: Sequence[str]) -> dict[str, Placement]:
         """Where requests were placed and why; those no longer known are left out."""
         known = self._placements
         return {request_id: known[request_id] for request_id in request_ids if request_id in known}
 
-    async def report(self, report: WorkerReport) -> DraftWorkerAddress | None:
-        """Take a worker's report of its requests; returns the draft worker that drafts for it."""
+    async def report(self, report: WorkerReport) -> ReportAnswer:
+        """Take a worker's report of its requests."""
         now = self._clock()
         view = self._view(report.worker_id, now)
         view.heard_s = now
         self._note_report(report.worker_id, view)
         view.reported = report.outstanding
         view.draining = report.draining
+        view.on_trial = report.on_trial
+        view.token_s = report.token_s
+        if report.death:
+            self._note_death(report.worker_id, view, report.death)
+        self._note_pace(report.worker_id, view, report.slowness, now)
         for request_id in (*report.outstanding, *report.finished):
             view.placed.pop(request_id, None)
         if report.drafts is None:
-            return None
+            return ReportAnswer(unfit=view.unfit)
         self._watch(report.worker_id, view, report.drafts, now)
-        return self._choose_draft_worker(view, now)
+        return ReportAnswer(self._choose_draft_worker(view, now), view.unfit)
 
     async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
         """Take a draft worker's report; returns the others, with which it shares memories."""
@@ -171,6 +234,38 @@ class GlobalScheduler:
             logger.info("worker heard again", extra={"worker": worker_id})
         view.has_reported, view.silence_noted = True, False
 
+    def _note_death(self, worker_id: str, view: _WorkerView, reason: str) -> None:
+        """Place nothing more on a worker, whose late reports change nothing."""
+        view.dead = True
+        logger.warning("worker is dead", extra={"worker": worker_id, "reason": reason})
+
+    def _note_pace(self, worker_id: str, view: _WorkerView, slowness: float, now: float) -> None:
+        """Log, once, that a worker is slow, and have it replaced if that lasts.
+
+        Only one at a time, and only while another one works at its usual pace.
+        """
+        view.slowness = slowness
+        others = [
+            other
+            for other_id, other in self._workers.items()
+            if other_id != worker_id and not (other.dead or other.is_silent(now))
+        ]
+        at_work = [other for other in others if other.reported]
+        if view.pace.observe(slowness, [other.slowness for other in at_work], now):
+            extra = {"worker": worker_id, "slowness": slowness}
+            if view.pace.slow:
+                logger.warning("worker is slow", extra=extra)
+            else:
+                logger.info("worker is no longer slow", extra=extra)
+        if (
+            view.pace.slow
+            and view.pace.slow_s > self._slow_timeout_s
+            and any(not (other.pace.slow or other.draining) for other in at_work)
+            and not any(one.unfit for one in (view, *others))
+        ):
+            view.unfit = f"its steps have taken {slowness:.1f} times as long as predicted"
+            logger.warning("slow worker is to be replaced", extra={"worker": worker_id})
+
     def _note_silence(self, loads: Sequence[WorkerLoad]) -> None:
         """Log, once, which of the workers that Serve believes to be alive are silent."""
         for load in loads:
@@ -184,7 +279,7 @@ class GlobalScheduler:
 
     def _watch(self, worker_id: str, view: _WorkerView, stats: DraftStats, now: float) -> None:
         """Note how well drafts serve a worker, and log it when they no longer do."""
-        view.tokens_per_span = stats.tokens_per_span
+        view.tokens_per_decode = stats.tokens_per_decode
         reason = view.drafts.observe(
             DraftReport(
                 stats.acceptance_rate,
@@ -236,10 +331,13 @@ class GlobalScheduler:
         """The current view of all workers, and the age of each one's last report in seconds."""
         now = self._clock()
         return [
-            (view.load(worker_id, now), now - view.heard_s)
+            (self._load(worker_id, view, now), now - view.heard_s)
             for worker_id, view in sorted(self._workers.items())
             if now - view.heard_s < GONE_AFTER_S
         ]
 
     def _view(self, worker_id: str, now: float) -> _WorkerView:
         return self._workers.setdefault(worker_id, _WorkerView(now))
+
+    def _load(self, worker_id: str, view: _WorkerView, now: float) -> WorkerLoad:
+        return view.load(worker_id, now, worker_id == self._kept, self._max_num_seqs)

@@ -168,7 +168,7 @@ class _Cluster:
         self.workers = [self._make_worker(index) for index in range(self.config.num_workers)]
         for worker in self.workers if self.device.crowded_cost_model else ():
             worker.neighbours = [other for other in self.workers if other is not worker]
-        self.loads = [WorkerLoad(worker.worker_id, 0, 0) for worker in self.workers]
+        self.loads = [self._load(worker, 0, 0) for worker in self.workers]
         self.index_of = {worker.worker_id: i for i, worker in enumerate(self.workers)}
 
     def _make_worker(self, index: int) -> SimulatedWorker:
@@ -259,12 +259,8 @@ class _Cluster:
         worker_id = placement.chosen.worker_id
         at = self.index_of[worker_id]
         worker, load = self.workers[at], self.loads[at]
-        self.loads[at] = WorkerLoad(
-            worker_id=worker_id,
-            num_outstanding_tokens=load.num_outstanding_tokens
-            + arrival.request.num_outstanding_tokens(),
-            num_requests=load.num_requests + 1,
-        )
+        num_tokens = load.num_outstanding_tokens + arrival.request.num_outstanding_tokens()
+        self.loads[at] = self._load(worker, num_tokens, load.num_requests + 1)
         worker.add(self._live(index, worker, now))
         if (end_s := worker.cut_jump(now)) is not None:
             worker.version += 1
@@ -306,7 +302,11 @@ class _Cluster:
             outstanding = worker.outstanding_at(report_s)
             num_requests = len(worker.live)
             if outstanding != load.num_outstanding_tokens or num_requests != load.num_requests:
-                self.loads[index] = WorkerLoad(worker.worker_id, outstanding, num_requests)
+                self.loads[index] = self._load(worker, outstanding, num_requests)
+
+    def _load(self, worker: SimulatedWorker, num_tokens: int, num_requests: int) -> WorkerLoad:
+        max_num_seqs = self.device.limits.max_num_seqs
+        return WorkerLoad(worker.worker_id, num_tokens, num_requests, max_num_seqs=max_num_seqs)
 
     def _result(self, outcomes: list[Outcome]) -> SimulationResult:
         workers = self.workers

@@ -14,12 +14,12 @@ from cluster.observe.replica import Replica
 from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
 from scheduler.placement import Placed
 from scheduler.request import Request
-from tests.workers.fake_engine import FakeEngine, decode_tokens
+from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats
 from workers.engine_request import EngineRequest
-from workers.errors import EngineDead, WrongWorker
-from workers.reports import DraftStats, DraftWorkerReport, WorkerReport
+from workers.errors import EngineDead, StepFailed, WorkerUnfit, WrongWorker
+from workers.reports import DraftStats, DraftWorkerReport, ReportAnswer, WorkerReport
 from workers.token_stream import StreamAddress, StreamReceiver
 
 CONFIG = parse_args(
@@ -98,7 +98,7 @@ def make_worker(
 async def test_a_workers_replica_runs_what_was_placed_on_it_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
 ) -> None:
-    replica = make_worker(monkeypatch, FakeEngine(), SchedulerHandle(None))
+    replica = make_worker(monkeypatch, FakeEngine(), SchedulerHandle(ReportAnswer()))
     ended.append(replica)
     receiver = StreamReceiver("127.0.0.1")
     request = EngineRequest(Request("r.0", 10, 1), [])
@@ -106,6 +106,10 @@ async def test_a_workers_replica_runs_what_was_placed_on_it_and_nothing_else(
     assert await replica.generate("w1", request, receiver.address) == "length"
     assert decode_tokens(await receiver.receive()) == {"r.0": [0]}
     assert isinstance(await replica.generate("w2", request, receiver.address), WrongWorker)
+    malformed = EngineRequest(Request("r.1", 10, 1), MALFORMED)
+    assert repr(await replica.generate("w1", malformed, receiver.address)) == repr(
+        ValueError("malformed")
+    )
     assert (await replica.status()).worker_id == "w1"
     receiver.close()
 
@@ -113,7 +117,7 @@ async def test_a_workers_replica_runs_what_was_placed_on_it_and_nothing_else(
 async def test_a_workers_replica_follows_what_its_reports_are_answered(
     monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
 ) -> None:
-    engine, scheduler = DraftedEngine(), SchedulerHandle(RayActorError(), DRAFTER)
+    engine, scheduler = DraftedEngine(), SchedulerHandle(RayActorError(), ReportAnswer(DRAFTER))
     ended.append(make_worker(monkeypatch, engine, scheduler))
     await asyncio.sleep(0)
     await until(lambda: len(scheduler.reports) >= 1)
@@ -129,7 +133,7 @@ async def test_the_end_of_a_workers_replica_ends_its_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = FakeEngine()
-    replica = make_worker(monkeypatch, engine, SchedulerHandle(None))
+    replica = make_worker(monkeypatch, engine, SchedulerHandle(ReportAnswer()))
     replica.check_health()
     await asyncio.to_thread(replica.__del__)
     await asyncio.to_thread(replica.__del__)  # Serve and Python may both call it
@@ -137,6 +141,47 @@ async def test_the_end_of_a_workers_replica_ends_its_engine(
     assert engine.is_shut_down
     with pytest.raises(EngineDead):
         replica.check_health()
+
+
+async def test_a_workers_process_ends_with_its_engine_when_its_callers_know(
+    monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
+) -> None:
+    engine, scheduler = FakeEngine(), SchedulerHandle(ReportAnswer())
+    exits: list[int] = []
+    monkeypatch.setattr("cluster.replicas.os._exit", exits.append)
+    replica = make_worker(monkeypatch, engine, scheduler)
+    ended.append(replica)
+    receiver = StreamReceiver("127.0.0.1")
+    engine.go_on.clear()
+    call = asyncio.create_task(
+        replica.generate("w1", EngineRequest(Request("r.0", 10, 9), []), receiver.address)
+    )
+    await until(engine.is_stepping.is_set)
+    engine.step_error = OSError("device gone")
+    engine.go_on.set()
+
+    reason = "the engine failed: OSError('device gone')"
+    assert repr(await call) == repr(StepFailed(reason))
+    assert exits == []
+    assert scheduler.reports[-1] == WorkerReport("w1", {}, (), draining=False, death=reason)
+    await until(lambda: exits == [1])
+    receiver.close()
+
+
+async def test_a_workers_replica_is_unhealthy_when_the_global_scheduler_finds_it_unfit(
+    monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
+) -> None:
+    replica = make_worker(monkeypatch, FakeEngine(), SchedulerHandle(ReportAnswer(unfit="slow")))
+    ended.append(replica)
+
+    def is_unhealthy() -> bool:
+        try:
+            replica.check_health()
+        except WorkerUnfit:
+            return True
+        return False
+
+    await until(is_unhealthy)
 
 
 async def test_a_replica_whose_engine_cannot_be_made_ends_too(
@@ -148,7 +193,7 @@ async def test_a_replica_whose_engine_cannot_be_made_ends_too(
     monkeypatch.setattr(WorkerReplica, "_make_engine", fail)
     replica = WorkerReplica.__new__(WorkerReplica)
     with pytest.raises(OSError, match="no such device"):
-        replica.__init__(CONFIG, SchedulerHandle(None))  # type: ignore[misc]
+        replica.__init__(CONFIG, SchedulerHandle(ReportAnswer()))  # type: ignore[misc]
     replica.__del__()
 
 

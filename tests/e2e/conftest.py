@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,27 @@ import psutil
 import pytest
 import ray
 import yaml
+from ray import serve
 
 from cluster.client import XYServe
+from scheduler.placement import WorkerLoad
+from tests import faults
 from tests.collector import Collector, collecting
 
 READY_TIMEOUT_S = 240
 ANSWER_TIMEOUT_S = 120
 RESTORED_TIMEOUT_S = 120
 MODEL = "smollm2-135m-instruct"
+WORKER = {
+    "cpus": 1,
+    "engine": {
+        "dtype": "float32",
+        "max_num_seqs": 16,
+        "kv_cache_gib": 0.5,
+        "extra_args": {"logits_processors": [faults.NAME]},
+    },
+}
+"""The workers' config."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +86,9 @@ def write_config(path: Path, port: int, **args: object) -> None:
         "args": {
             "num_workers": 2,
             "draft": {"drafters": ["suffix"]},
-            "worker": {
-                "cpus": 1,
-                "engine": {"dtype": "float32", "max_num_seqs": 16, "kv_cache_gib": 0.5},
-            },
-            "ingress": {"max_request_bytes": 200_000},
+            "worker": WORKER,
+            # Long enough for a worker to start on a busy machine.
+            "ingress": {"max_request_bytes": 200_000, "placement_timeout_s": 300},
         }
         | args,
     }
@@ -94,9 +105,16 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
+    tracing = {"endpoint": collector.endpoint, "sample_ratio": 0.0}
+    with serving(tmp_path_factory.mktemp("server"), tracing=tracing) as server:
+        yield server
+
+
+@contextmanager
+def serving(folder: Path, **args: object) -> Iterator[Server]:
+    """A server with these args of the app, its config and log in `folder`."""
     config, log = folder / "app.yaml", folder / "up.log"
-    write_config(config, free_port(), tracing={"endpoint": collector.endpoint, "sample_ratio": 0.0})
+    write_config(config, free_port(), **args)
     # Ray's sockets need a short path.
     ray_folder = Path(f"/tmp/xyt{free_port()}")
     ray_folder.mkdir()
@@ -217,3 +235,21 @@ def wait_for_load(handle: XYServe, num_running: int, num_waiting: int = 0) -> Lo
         if (load.num_running, load.num_waiting) == (num_running, num_waiting):
             return load
     pytest.fail(f"not {num_running} running and {num_waiting} waiting, but {vars(load)}")
+
+
+def wait_for_placed(*num_requests: int) -> None:
+    """Wait until this is what the GlobalScheduler knows of the workers' requests, in any order."""
+    wait_for_loads(lambda loads: sorted(load.num_requests for load in loads) == [*num_requests])
+
+
+def wait_for_calm() -> None:
+    """Wait until all workers are idle and equal in the eyes of the GlobalScheduler."""
+    wait_for_loads(lambda loads: all((ld.num_requests, ld.slowness) < (1, 1.2) for ld in loads))
+
+
+def wait_for_loads(condition: Callable[[list[WorkerLoad]], bool]) -> None:
+    scheduler = serve.get_deployment_handle("GlobalScheduler", "xyserve")
+    give_up_s = time.monotonic() + ANSWER_TIMEOUT_S
+    while not condition(loads := scheduler.loads.remote().result()):
+        assert time.monotonic() < give_up_s, loads
+        time.sleep(0.05)

@@ -1,17 +1,23 @@
 """A client that goes away frees its slots, within two steps."""
 
+import contextlib
 import json
 import socket
-import time
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ray import serve
 
 from cluster.client import XYServe
-from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Load, Server, wait_for_load
+from tests.e2e.conftest import (
+    ANSWER_TIMEOUT_S,
+    MODEL,
+    Load,
+    Server,
+    wait_for_load,
+    wait_for_placed,
+)
 
 STEPS_TO_FREE = 2
 STEPS_TO_MEASURE = 1
@@ -49,15 +55,6 @@ def steps_to_free(handle: XYServe, start: Callable[[], Leave], num_running: int)
     before = Load(handle)
     leave()
     return wait_for_load(handle, num_running=0).steps_since(before)
-
-
-def wait_until_forgotten() -> None:
-    """Until the GlobalScheduler has heard of the end of all requests, and so places evenly."""
-    scheduler = serve.get_deployment_handle("GlobalScheduler", "xyserve")
-    give_up_s = time.monotonic() + ANSWER_TIMEOUT_S
-    while any(load.num_requests for load in scheduler.loads.remote().result()):
-        assert time.monotonic() < give_up_s
-        time.sleep(0.05)
 
 
 def assert_frees_at_once(handle: XYServe, start: Callable[[], Leave], num_running: int) -> None:
@@ -101,17 +98,20 @@ def _for_handle() -> dict[str, Any]:
 
 def test_a_request_that_waits_for_a_slot_is_forgotten(server: Server, handle: XYServe) -> None:
     wait_for_load(handle, num_running=0)
-    wait_until_forgotten()
-    slots = 32  # two workers of max_num_seqs 16
-    busy = request(server, "/v1/completions", **LONG | {"n": slots, "temperature": 1})
-    wait_for_load(handle, num_running=slots)
-    waiting = request(server, "/v1/completions", **LONG)
-    wait_for_load(handle, num_running=slots, num_waiting=1)
+    wait_for_placed(0, 0)
+    slots, sequences = 32, 96  # two workers of max_num_seqs 16, full however they are spread
+    long = LONG | {"max_tokens": 500}  # so that none is preempted for lack of KV blocks
+    with contextlib.ExitStack() as open_calls:
+        busy = request(server, "/v1/completions", **long | {"n": sequences, "temperature": 1})
+        open_calls.callback(busy.close)
+        wait_for_load(handle, num_running=slots, num_waiting=sequences - slots)
+        waiting = request(server, "/v1/completions", **LONG)
+        open_calls.callback(waiting.close)
+        wait_for_load(handle, num_running=slots, num_waiting=sequences - slots + 1)
 
-    waiting.close()
+        waiting.close()
 
-    wait_for_load(handle, num_running=slots, num_waiting=0)
-    busy.close()
+        wait_for_load(handle, num_running=slots, num_waiting=sequences - slots)
     wait_for_load(handle, num_running=0)
     assert handle.status().num_live_requests == 0
 

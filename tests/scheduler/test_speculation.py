@@ -206,13 +206,13 @@ def test_useless_drafts_are_requested_only_before_a_probe() -> None:
 
 def test_a_decode_gives_more_tokens_where_drafts_are_accepted() -> None:
     acceptance = Acceptance()
-    before = acceptance.tokens_per_span
+    before = acceptance.tokens_per_decode
     for _ in range(100):
         verify(acceptance, "a", [0.9, 0.9], 2)
         acceptance.count_decodes(2)
 
     assert before == 1
-    assert acceptance.tokens_per_span == pytest.approx(2, abs=0.1)
+    assert acceptance.tokens_per_decode == pytest.approx(2, abs=0.1)
 
 
 @given(

@@ -153,7 +153,7 @@ def test_decodes_and_accepted_drafts_make_the_tokens_per_decode() -> None:
         acceptance.verified("d", 2, 2)
         take(planner, scene, 5.0)
 
-    assert acceptance.tokens_per_span == pytest.approx(3.0, rel=0.05)
+    assert acceptance.tokens_per_decode == pytest.approx(3.0, rel=0.05)
 
 
 def test_a_calibrated_planner_predicts_by_its_profile() -> None:
@@ -163,3 +163,21 @@ def test_a_calibrated_planner_predicts_by_its_profile() -> None:
     planner.calibrate(profile, WORK)
 
     assert planner.plan(view([decoding("d")]), 5.0).predicted_s == 0.5
+
+
+def test_its_pace_is_that_of_its_steps_compared_with_its_profile() -> None:
+    planner = StepPlanner(LIMITS, StepPolicy())
+    take(planner, view([decoding("d")]), 5.0, measured_s=9.0)
+    without = planner.pace.slowness(14.0), planner.token_s()
+    planner.calibrate(cost_model(), WORK)
+    profiled_s = planner.plan(view([decoding("d")]), 20.0).predicted_s
+    token_s = planner.token_s()
+    now = 20.0
+    for _ in range(2000):  # whatever the cost model learns meanwhile
+        take(planner, view([decoding("d")]), now, measured_s=4 * profiled_s)
+        now += 4 * profiled_s
+
+    assert without == (1.0, None)
+    assert planner.pace.slowness(now) == pytest.approx(4.0, rel=0.2)
+    assert token_s
+    assert planner.token_s() == pytest.approx(token_s, rel=0.2)

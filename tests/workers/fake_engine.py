@@ -91,6 +91,9 @@ class FakeEngine:
         clients = {sequence.client for sequence in running.values()}
         return {client: self._output(client, running) for client in clients}, True
 
+    def running(self) -> list[str]:
+        return list(islice(self._sequences, self._max_num_seqs))
+
     def stats(self) -> EngineStats:
         self.threads.add(threading.current_thread().name)
         if self.stats_error is not None:

@@ -15,8 +15,15 @@ from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.config import WorkerConfig
 from workers.cpus import claim_cpus
 from workers.engine_request import EngineRequest
-from workers.errors import ClientLost, EngineDead, WorkerDraining, WrongWorker
-from workers.reports import WorkerObserver, WorkerReport, WorkerStatus
+from workers.errors import (
+    ClientLost,
+    EngineDead,
+    StepFailed,
+    WorkerDraining,
+    WorkerUnfit,
+    WrongWorker,
+)
+from workers.reports import ReportAnswer, WorkerObserver, WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress, StreamReceiver
 from workers.worker import Worker
 
@@ -165,15 +172,6 @@ async def test_generate_cancelled_before_the_engine_took_it_leaves_nothing_there
     assert setup.engine.steps == [["a"], ["a"], ["a"]]
 
 
-async def test_abort_ends_generate(setup: Setup) -> None:
-    call = setup.generate("a", LONG)
-    await setup.next_tokens()
-    await setup.worker.abort(["a", "unknown"])
-
-    assert await asyncio.wait_for(call, 30) == "abort"
-    assert not setup.engine.has_requests()
-
-
 async def test_a_malformed_request_fails_alone(setup: Setup) -> None:
     good, bad = setup.generate("a"), setup.generate("b", core=MALFORMED)
 
@@ -201,10 +199,56 @@ async def test_a_failed_engine_fails_every_request_and_the_health_check(setup: S
     outcomes += await asyncio.gather(setup.generate("too late"), return_exceptions=True)
     outcomes += await asyncio.gather(setup.worker.status(), return_exceptions=True)
 
-    dead = repr(EngineDead("the engine failed: OSError('device gone')"))
-    assert [repr(outcome) for outcome in outcomes] == [dead] * 4
+    reason = "the engine failed: OSError('device gone')"
+    suspect, dead = repr(StepFailed(reason)), repr(EngineDead(reason))
+    told = [repr(outcome) for outcome in outcomes]
+    assert (told[0], told[2:]) == (suspect, [dead, dead])
+    assert told[1] in (suspect, dead)  # in the step, or not yet
+    assert setup.reports[-1] == WorkerReport("w", {}, (), draining=False, death=reason)
+    await asyncio.wait_for(setup.worker.until_dead(), 30)
     with pytest.raises(EngineDead, match="device gone"):
         setup.worker.check_health()
+
+
+async def test_a_worker_notices_by_itself_that_its_engine_hangs(make_setup: MakeSetup) -> None:
+    setup = make_setup(step_timeout_s=0.001)
+    setup.engine.go_on.clear()
+    hanging = setup.generate("a")
+    await asyncio.wait_for(setup.worker.until_dead(), 30)
+
+    with pytest.raises(StepFailed, match="a step has been running"):
+        await hanging
+    assert "a step has been running" in setup.reports[-1].death
+
+
+async def test_a_worker_that_is_to_be_replaced_says_so_and_goes_on_until_then(
+    setup: Setup,
+) -> None:
+    setup.worker.follow(ReportAnswer(unfit="it is slow"))
+
+    with pytest.raises(WorkerUnfit, match="it is slow"):
+        setup.worker.check_health()
+    assert await setup.generate("a") == "length"
+    setup.worker.follow(ReportAnswer())
+    setup.worker.check_health()
+
+
+async def test_a_worker_says_that_it_has_a_request_under_which_an_engine_died(
+    setup: Setup,
+) -> None:
+    await turn(setup)
+    setup.engine.go_on.clear()
+    suspect = Request("a", 10, LONG, num_engine_deaths=1)
+    running = asyncio.create_task(
+        setup.worker.generate("w", EngineRequest(suspect, []), setup.receiver.address)
+    )
+    await until(setup.engine.is_stepping.is_set)
+    setup.clock.now += 1
+    setup.engine.go_on.set()
+    await until(lambda: len(setup.reports) == 2)
+    running.cancel()
+
+    assert [report.on_trial for report in setup.reports] == [False, True]
 
 
 async def test_a_step_that_hangs_fails_the_health_check_and_refuses_requests(
@@ -221,7 +265,8 @@ async def test_a_step_that_hangs_fails_the_health_check_and_refuses_requests(
         setup.worker.check_health()
     with pytest.raises(EngineDead, match="a step has been running"):
         await setup.generate("b")
-    hanging.cancel()
+    with pytest.raises(StepFailed, match="a step has been running"):
+        await hanging
 
 
 async def test_a_client_that_is_lost_fails_its_requests(
@@ -353,7 +398,7 @@ def test_a_worker_whose_engine_cannot_be_made_raises_its_error_and_gives_its_cor
     again.release()
 
 
-@pytest.mark.parametrize("name", ["cpus", "step_timeout_s", "report_interval_s"])
+@pytest.mark.parametrize("name", ["cpus", "step_timeout_s", "slow_timeout_s", "report_interval_s"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_config_refuses_what_is_not_positive(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name} \({value}\) must be positive$"):

@@ -32,6 +32,10 @@ class EngineStats:
     """Fraction of the KV cache in use."""
     drafts: DraftStats | None = None
     """None without speculation."""
+    token_s: float | None = None
+    """Seconds of a token in a full step, by its profile; None without one."""
+    slowness: float = 1.0
+    """How long its steps take lately compared with the profile."""
 
 
 class Engine(Protocol):
@@ -45,6 +49,9 @@ class Engine(Protocol):
 
     def has_requests(self) -> bool:
         """Whether a step would find work."""
+
+    def running(self) -> list[str]:
+        """Ids of the requests that are not waiting; also called while a step hangs."""
 
     def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
         """Compute one step: its output for each client, and whether the model ran."""

@@ -15,7 +15,7 @@ from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
 from workers.engine_request import EngineRequest
-from workers.errors import ClientLost, EngineDead
+from workers.errors import ClientLost, EngineDead, StepFailed
 from workers.token_stream import StreamAddress, StreamSenders
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ class LoopState:
     """Tokens that each live request may still need, by request id."""
     finished: tuple[str, ...] = ()
     """Requests that ended since the last report; only in a report."""
+    on_trial: bool = False
+    """Whether an engine has died under one of the live requests."""
 
 
 class LoopOwner(Protocol):
@@ -57,6 +59,9 @@ class LoopOwner(Protocol):
 
     def report_load(self, state: LoopState) -> None:
         """Take a report; called in the engine's thread."""
+
+    def report_death(self, reason: str) -> None:
+        """Take the last report, before the calls fail; called in any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,7 @@ class EngineLoop:
         self._stopping = False
         self._ended = False
         self._failure: Exception | None = None
+        self._flushed = threading.Event()
         made: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
             target=self._run, args=(make_engine, made), name="engine", daemon=True
@@ -128,18 +134,37 @@ class EngineLoop:
         return state
 
     def check(self, step_timeout_s: float) -> None:
-        """Raise EngineDead if the thread ended, or one step runs longer than `step_timeout_s`."""
+        """Raise EngineDead if the thread ended.
+
+        A step that runs longer than `step_timeout_s` is given up: all calls fail, and the thread is
+        left to itself.
+        """
+        began_s = self._progress.step_began_s
+        took_s = 0.0 if began_s is None else time.monotonic() - began_s
+        if took_s > step_timeout_s and not self._ended:
+            error = EngineDead(f"a step has been running for {took_s:.0f} s")
+            logger.error(
+                "the engine hangs; its worker must be replaced", extra={"error": str(error)}
+            )
+            self._fail(error)
+            self._flushed.set()  # as far as can be: only its thread may use the streams
         if self._ended or self._failure:
             raise self._death()
-        began = self._progress.step_began_s
-        if began is not None and (took := time.monotonic() - began) > step_timeout_s:
-            raise EngineDead(f"a step has been running for {took:.0f} s")
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine has failed or was given up."""
+        return self._failure is not None
 
     def stop(self) -> None:
         """End the thread after the current step and shut the engine down; a hung step is left."""
         self._stopping = True
         self._call(lambda: None, concurrent.futures.Future())  # wakes an idle loop
         self._thread.join(STOP_TIMEOUT_S)
+
+    def wait_flushed(self) -> None:
+        """Wait until the clients of an engine that failed have its last outputs."""
+        self._flushed.wait(FLUSH_S)
 
     def _call(self, work: Callable[[], object], done: concurrent.futures.Future[Any]) -> None:
         self._inbox.put(_Call(work, done))
@@ -154,9 +179,26 @@ class EngineLoop:
                     call.done.set_exception(self._death())
 
     def _death(self) -> EngineDead:
-        return EngineDead(
-            f"the engine failed: {self._failure!r}" if self._failure else "the engine was stopped"
-        )
+        return EngineDead(_reason(self._failure))
+
+    def _fail(self, error: Exception) -> None:
+        """End all calls because of `error`, under which those in the step fail by StepFailed."""
+        suspects = self._engine.running() if self._progress.step_began_s is not None else ()
+        self._failure, self._ended = error, True
+        try:
+            self._owner.report_death(_reason(error))
+        finally:
+            self._fail_live(frozenset(suspects))
+            self._fail_inbox()
+
+    def _fail_live(self, suspects: frozenset[str] = frozenset()) -> None:
+        # The engine's thread may come back from a step that was given up.
+        with contextlib.suppress(KeyError):
+            while True:
+                request_id, live = self._live.popitem()
+                death = StepFailed(str(self._death())) if request_id in suspects else self._death()
+                with contextlib.suppress(concurrent.futures.InvalidStateError):
+                    live.done.set_exception(death)
 
     # What follows runs in the engine thread.
 
@@ -165,7 +207,10 @@ class EngineLoop:
             request_id: live.request.num_outstanding_tokens(live.num_output_tokens)
             for request_id, live in self._live.items()
         }
-        return LoopState(self._engine.stats(), self._progress.num_steps, outstanding, finished)
+        on_trial = any(live.request.num_engine_deaths for live in self._live.values())
+        return LoopState(
+            self._engine.stats(), self._progress.num_steps, outstanding, finished, on_trial
+        )
 
     def _report_if_due(self) -> None:
         now = self._clock()
@@ -194,22 +239,19 @@ class EngineLoop:
                 self._report_if_due()
         except Exception as error:
             logger.exception("the engine failed; its worker must be replaced")
-            self._failure = error
+            self._fail(error)
         finally:
             self._end()
 
     def _end(self) -> None:
         self._ended = True
-        for live in self._live.values():
-            live.done.set_exception(self._death())
-        self._live.clear()
+        self._fail_live()
         self._fail_inbox()
-        try:
-            self._engine.shutdown()
-        finally:
-            self._flush_streams()
-            self._streams.close()
-            logger.info("engine stopped", extra={"num_steps": self._progress.num_steps})
+        self._flush_streams()
+        self._streams.close()
+        self._flushed.set()
+        self._engine.shutdown()
+        logger.info("engine stopped", extra={"num_steps": self._progress.num_steps})
 
     def _take_inbox(self) -> None:
         wait_s = 0.0 if self._engine.has_requests() else IDLE_WAIT_S
@@ -291,3 +333,9 @@ class EngineLoop:
             live.done.set_exception(outcome)
         else:
             live.done.set_result(outcome)
+
+
+def _reason(failure: Exception | None) -> str:
+    if isinstance(failure, EngineDead):
+        return str(failure)
+    return f"the engine failed: {failure!r}" if failure else "the engine was stopped"

@@ -149,6 +149,11 @@ class VllmEngine:
         """Whether a step would find work, finished requests not yet cleaned up included."""
         return self.core.scheduler.has_requests()
 
+    def running(self) -> list[str]:
+        """Ids of the requests that vLLM's scheduler has admitted."""
+        scheduler: Any = self.core.scheduler
+        return [request.request_id for request in scheduler.running]
+
     def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
         """One step of vLLM."""
         outputs, model_ran = self.core.step_fn()
@@ -181,7 +186,13 @@ class VllmEngine:
         """Count running and waiting requests."""
         running, waiting = self.core.scheduler.get_request_counts()
         usage = self.core.scheduler.get_kv_cache_usage()
-        return EngineStats(running, waiting, usage, self._draft_stats())
+        stats = EngineStats(running, waiting, usage, self._draft_stats())
+        if self._planned is None:
+            return stats
+        planner = self._planned.planner
+        return dataclasses.replace(
+            stats, token_s=planner.token_s(), slowness=planner.pace.slowness(time.monotonic())
+        )
 
     def _draft_stats(self) -> DraftStats | None:
         if self._planned is None or (client := self._draft_client) is None:
@@ -192,7 +203,7 @@ class VllmEngine:
         return DraftStats(
             copy.deepcopy(dict(client.counts_of)),
             acceptance.rate,
-            acceptance.tokens_per_span,
+            acceptance.tokens_per_decode,
             client.draft_worker.incarnation if client.draft_worker else None,
             client.silent_s(now),
         )

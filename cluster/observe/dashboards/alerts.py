@@ -7,6 +7,7 @@ from cluster.observe import metrics
 from cluster.observe.dashboards.panels import in_words
 from cluster.observe.dashboards.promql import grown, largest, number, rate, series, smallest, total
 from scheduler.drafting import CollapseReason
+from scheduler.pace import SLOW
 
 APP = "application"
 MIN_REQUESTS = 20
@@ -97,6 +98,16 @@ ALERTS = (
         "Its last report is {{ $value | humanizeDuration }} old, and it gets no requests while "
         "others report. Either its process hangs (see its log, then kill it: Serve starts another "
         "one), or its node cannot reach the GlobalScheduler's node.",
+    ),
+    Alert(
+        "XYServeWorkerSlow",
+        f"{largest(series(metrics.WORKER_SLOWNESS), APP, 'worker')} > {SLOW:g}",
+        "1m",
+        Severity.WARNING,
+        "Steps of worker {{ $labels.worker }} of {{ $labels.application }} take too long",
+        "They take {{ $value | humanize }} times as long as its profile predicts. If other workers "
+        "are as slow, other processes use the machine, or `xyserve calibrate` is due. If not, it "
+        "gets no requests while others take them, and is replaced after `worker.slow_timeout_s`.",
     ),
     Alert(
         "XYServeSchedulerBlind",

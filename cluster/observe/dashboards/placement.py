@@ -13,6 +13,7 @@ from cluster.observe.dashboards.panels import (
 )
 from cluster.observe.dashboards.promql import largest, number, rate, ratio, share, shown, total
 from cluster.observe.dashboards.queries import rate_of_workers
+from scheduler.pace import SLOW, USUAL
 from scheduler.placement import PlacementReason
 
 _REPORT_AGE = shown(metrics.WORKER_REPORT_AGE)
@@ -86,7 +87,7 @@ PLACEMENT = Dashboard(
                     "Outstanding tokens",
                     "Tokens that the requests of each worker may still need, as placement sees "
                     "it. The lines should stay close together: each request goes to the worker "
-                    "with the least outstanding.",
+                    "that is predicted to be done first.",
                     Unit.COUNT,
                     (
                         Query(
@@ -101,6 +102,16 @@ PLACEMENT = Dashboard(
                     "tokens do not: one long request weighs as much as many short ones.",
                     Unit.COUNT,
                     (Query(largest(shown(metrics.WORKER_REQUESTS), "worker"), "{{worker}}"),),
+                ),
+                Panel(
+                    "Slowness",
+                    "Recent step times of each worker relative to its profile. About 1 is good, 2 "
+                    "is common where others use the machine. A worker above 3 while another is "
+                    "not is slow: it gets requests only if no other takes them, and is replaced "
+                    "after `worker.slow_timeout_s`.",
+                    Unit.COUNT,
+                    (Query(largest(shown(metrics.WORKER_SLOWNESS), "worker"), "{{worker}}"),),
+                    thresholds=Thresholds(USUAL, SLOW),
                 ),
                 Panel(
                     "Share of the load",

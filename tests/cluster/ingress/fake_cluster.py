@@ -8,10 +8,9 @@ from typing import Any
 import msgspec
 from ray.serve.exceptions import RequestCancelledError
 
-from scheduler.placement import Placed, RefusalReason, Refused
+from scheduler.placement import Placed, RefusalReason, Refused, WorkerLoad
 from scheduler.request import Request
 from workers.engine_request import EngineRequest
-from workers.errors import WrongWorker
 from workers.token_stream import StreamAddress, StreamSenders
 
 
@@ -19,14 +18,14 @@ class FakeResponse:
     """A call of a worker, awaited and cancelled as Serve's response is."""
 
     def __init__(self) -> None:
-        self.result: asyncio.Future[str | WrongWorker] = asyncio.get_running_loop().create_future()
+        self.result: asyncio.Future[str | Exception] = asyncio.get_running_loop().create_future()
         self.was_cancelled = False
 
     def cancel(self) -> None:
         self.was_cancelled = True
         self.result.cancel()
 
-    def __await__(self) -> Generator[Any, None, str | WrongWorker]:
+    def __await__(self) -> Generator[Any, None, str | Exception]:
         try:
             return (yield from self.result.__await__())
         except asyncio.CancelledError:
@@ -86,12 +85,21 @@ class FakeWorkers:
 Answer = Placed | Refused | Exception
 
 
+class _Loads:
+    def __init__(self, scheduler: "FakeScheduler") -> None:
+        self._scheduler = scheduler
+
+    async def remote(self) -> list[WorkerLoad]:
+        return self._scheduler.known
+
+
 class FakeScheduler:
     """The handle of the GlobalScheduler, and the directory of the workers that it chooses from."""
 
     def __init__(self) -> None:
         self.place = self
-        self.loads = self
+        self.loads = _Loads(self)
+        self.known: list[WorkerLoad] = []
         self.alive = ["a", "b", "c"]
         self.answers: list[Answer] = []
         """Its next answers; after them it chooses the first worker."""

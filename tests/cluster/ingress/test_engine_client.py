@@ -8,14 +8,20 @@ import msgspec
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.ingress.engine_client import MAX_ATTEMPTS, NO_WORKER, EngineClient, Failure
+from cluster.ingress.engine_client import (
+    MAX_ATTEMPTS,
+    NO_WORKER,
+    REPLACEMENT_S,
+    EngineClient,
+    Failure,
+)
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import RequestRecord
-from scheduler.placement import Placed, RefusalReason, Refused
+from scheduler.placement import Placed, RefusalReason, Refused, WorkerLoad
 from scheduler.request import Request
-from tests.cluster.ingress.fake_cluster import DRAINING, FakeScheduler, FakeWorkers
+from tests.cluster.ingress.fake_cluster import DRAINING, Call, FakeScheduler, FakeWorkers
 from workers.engine_request import EngineRequest
-from workers.errors import ClientLost, EngineDead, WorkerDraining, WrongWorker
+from workers.errors import ClientLost, EngineDead, StepFailed, WorkerDraining, WrongWorker
 from workers.token_stream import StreamReceiver
 
 GARBAGE = [b"garbage"]
@@ -79,9 +85,27 @@ def observer() -> Observer:
     return Observer()
 
 
-def make_client(workers: Any, scheduler: Any, observer: IngressObserver | None = None) -> Client:
+def make_client(
+    workers: Any,
+    scheduler: Any,
+    observer: IngressObserver | None = None,
+    placement_timeout_s: float = 60.0,
+) -> Client:
     receiver = StreamReceiver("127.0.0.1")
-    return EngineClient(workers, scheduler, scheduler, receiver, decode, observer)
+    return EngineClient(
+        workers, scheduler, scheduler, receiver, decode, observer, placement_timeout_s
+    )
+
+
+class SilentScheduler(FakeScheduler):
+    """One that answers nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads = self  # type: ignore[assignment]
+
+    async def remote(self, *_: object) -> Any:
+        await asyncio.Event().wait()
 
 
 @pytest.fixture
@@ -97,8 +121,13 @@ def submit(client: Client, request_id: str) -> RequestRecord:
     return client.submit(as_sent(request_id), time.time())
 
 
-def as_sent(request_id: str) -> EngineRequest:
-    return EngineRequest(Request(request_id, num_prompt_tokens=10, max_tokens=5), [b"encoded"])
+def as_sent(request_id: str, num_engine_deaths: int = 0) -> EngineRequest:
+    return EngineRequest(
+        Request(
+            request_id, num_prompt_tokens=10, max_tokens=5, num_engine_deaths=num_engine_deaths
+        ),
+        [b"encoded"],
+    )
 
 
 async def next_outputs(client: Client) -> list[FakeOutput]:
@@ -109,10 +138,12 @@ async def next_outputs(client: Client) -> list[FakeOutput]:
     return outputs.outputs
 
 
-def as_serve_raises(error: Exception) -> Exception:
-    """An error of a replica's method, as it arrives where the method was called."""
-    raised: Exception = RayTaskError("generate", "traceback", error).as_instanceof_cause()
-    return raised
+def die(call: Call, death: Exception) -> None:
+    """End a call as the death does: a process that ends raises, a worker returns its error."""
+    if isinstance(death, RayActorError):
+        call.response.result.set_exception(death)
+    else:
+        call.response.result.set_result(death)
 
 
 async def test_a_request_is_submitted_to_the_workers_under_the_id_of_its_attempt(
@@ -172,22 +203,23 @@ async def test_a_request_whose_last_outputs_never_come_fails(
     "death",
     [
         RayActorError(),
-        as_serve_raises(EngineDead("a step hangs")),
-        as_serve_raises(WorkerDraining("draining")),
+        EngineDead("a step hangs"),
+        StepFailed("a step failed"),
+        WorkerDraining("draining"),
     ],
-    ids=["the worker died", "its engine failed", "it takes no new requests"],
+    ids=["the worker died", "its engine failed", "in its step", "it takes no new requests"],
 )
 async def test_a_request_that_loses_its_worker_before_its_first_token_is_placed_again(
     client: Client, workers: FakeWorkers, death: Exception
 ) -> None:
     submit(client, "r")
     first = await workers.called(1)
-    first.response.result.set_exception(death)
+    die(first, death)
     second = await workers.called(2)
     workers.send(FakeOutput("r.0", [666]))  # late, from the worker that was given up
     workers.send(FakeOutput("r.1", [1], "stop"), FakeOutput("r.0", [666], "stop"))
 
-    assert second.request == as_sent("r.1")
+    assert second.request == as_sent("r.1", num_engine_deaths=isinstance(death, StepFailed))
     assert await next_outputs(client) == [FakeOutput("r", [1], "stop")]
     assert client.num_live == 0
 
@@ -211,23 +243,50 @@ async def test_a_request_that_loses_one_worker_after_another_ends_with_an_error(
     client: Client, workers: FakeWorkers
 ) -> None:
     submit(client, "r")
-    death = RayActorError()
+    death = EngineDead("a step hangs")
     for attempt in range(MAX_ATTEMPTS):
-        (await workers.called(attempt + 1)).response.result.set_exception(death)
+        die(await workers.called(attempt + 1), death)
 
     assert await next_outputs(client) == [FakeOutput("r", [], f"error: {death}")]
     assert (len(workers.calls), client.num_live) == (MAX_ATTEMPTS, 0)
 
 
 @pytest.mark.parametrize(
+    ("deaths", "suspicions"),
+    [
+        ([StepFailed("x"), StepFailed("x")], [0, 1]),
+        ([RayActorError(), RayActorError(), RayActorError()], [0, 0, 1]),
+        ([RayActorError(), StepFailed("x"), StepFailed("x")], [0, 0, 1]),
+        ([EngineDead("x"), StepFailed("x"), RayActorError()], [0, 0, 1]),
+    ],
+    ids=["twice in its step", "processes end", "one of each", "it only waited in the first"],
+)
+async def test_a_request_under_which_engines_die_is_placed_as_a_suspect_and_then_given_up(
+    client: Client, workers: FakeWorkers, deaths: list[Exception], suspicions: list[int]
+) -> None:
+    submit(client, "r")
+    for attempt, death in enumerate(deaths):
+        die(await workers.called(attempt + 1), death)
+    [output] = await next_outputs(client)
+
+    placed = [call.request.request.num_engine_deaths for call in workers.calls]
+    assert (placed, client.num_live) == (suspicions, 0)
+    if isinstance(deaths[-1], StepFailed):
+        assert output.finish_reason == (
+            "error: 2 engines died while they ran this request, so it is not tried again; the "
+            "last one: x"
+        )
+
+
+@pytest.mark.parametrize(
     "error",
-    [as_serve_raises(ValueError("malformed")), as_serve_raises(ClientLost("unreachable"))],
+    [ValueError("malformed"), ClientLost("unreachable")],
 )
 async def test_a_request_that_its_worker_refuses_or_gives_up_ends_with_an_error(
     client: Client, workers: FakeWorkers, error: Exception
 ) -> None:
     submit(client, "r")
-    (await workers.called(1)).response.result.set_exception(error)
+    die(await workers.called(1), error)
 
     assert await next_outputs(client) == [FakeOutput("r", [], f"error: {error}")]
     assert (len(workers.calls), client.num_live) == (1, 0)
@@ -396,13 +455,83 @@ async def test_a_request_outlives_a_restart_of_the_global_scheduler(
 async def test_a_global_scheduler_that_fails_fails_the_request(
     client: Client, scheduler: FakeScheduler
 ) -> None:
-    scheduler.answers = [as_serve_raises(KeyError("worker"))]
+    scheduler.answers = [RayTaskError("place", "traceback", KeyError("worker"))]
     submit(client, "r")
     [output] = await next_outputs(client)
 
     assert output.request_id == "r"
     assert str(output.finish_reason).startswith("error: ")
     assert client.num_live == 0
+
+
+@pytest.mark.parametrize("alive", [["a"], []], ids=["it drains", "there is none"])
+@pytest.mark.parametrize("reason", [RefusalReason.NO_WORKER, RefusalReason.NO_IDLE_WORKER])
+async def test_a_request_that_finds_no_worker_in_time_is_refused(
+    workers: FakeWorkers, scheduler: FakeScheduler, alive: list[str], reason: RefusalReason
+) -> None:
+    client = make_client(workers, scheduler, placement_timeout_s=0.05)
+    scheduler.alive = alive
+    scheduler.answers = [Refused(reason, retry_after_s=0.001)] * 10_000
+    record = submit(client, "r")
+
+    assert await next_outputs(client) == [
+        FakeOutput("r", [], f"error: {reason.text}; retry after {REPLACEMENT_S:g} s")
+    ]
+    assert record.refused == Refused(reason, REPLACEMENT_S)
+    assert all(call.response.was_cancelled for call in workers.calls)
+    assert client.num_live == 0
+    await client.close()
+
+
+async def test_the_time_on_a_worker_does_not_count_as_waiting_for_one(
+    workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    client = make_client(workers, scheduler, placement_timeout_s=0.01)
+    submit(client, "r")
+    await workers.called(1)
+    await asyncio.sleep(0.05)
+    workers.send(FakeOutput("r.0", [1], "stop"))
+
+    assert await next_outputs(client) == [FakeOutput("r", [1], "stop")]
+    await client.close()
+
+
+async def test_a_global_scheduler_that_does_not_answer_is_waited_for_no_longer(
+    workers: FakeWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.ingress.engine_client.HEALTH_TIMEOUT_S", 0.01)
+    client = make_client(workers, SilentScheduler(), placement_timeout_s=0.01)
+    submit(client, "r")
+
+    [output] = await next_outputs(client)
+    assert str(output.finish_reason).startswith("error: no worker takes new requests; retry after")
+    assert not await client.has_workers()
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    ("loads", "alive", "serves"),
+    [
+        ([WorkerLoad("a", 0, 0)], ["a"], True),
+        ([], ["new"], True),
+        ([WorkerLoad("a", 0, 0)], [], False),
+        ([WorkerLoad("a", 0, 0, dead=True)], ["a"], False),
+        ([WorkerLoad("a", 0, 0, silent=True)], ["a"], False),
+        ([WorkerLoad("a", 0, 0, draining=True)], ["a"], False),
+        ([WorkerLoad("a", 0, 0, dead=True), WorkerLoad("b", 9, 9, slow=True)], ["a", "b"], True),
+    ],
+    ids=["one", "a new one", "gone", "dead", "silent", "draining", "another one"],
+)
+async def test_workers_serve_unless_they_are_gone_dead_silent_or_draining(
+    client: Client,
+    scheduler: FakeScheduler,
+    loads: list[WorkerLoad],
+    alive: list[str],
+    serves: bool,
+) -> None:
+    scheduler.alive, scheduler.known = alive, loads
+
+    assert await client.has_workers() == serves
 
 
 async def test_a_final_refusal_ends_the_request_and_is_on_its_record(
@@ -443,7 +572,7 @@ async def test_a_request_that_lost_a_worker_is_placed_there_again_only_if_there_
     submit(client, "r")
     for attempt in range(2):
         call = await workers.called(attempt + 1)
-        call.response.result.set_exception(as_serve_raises(WorkerDraining("draining")))
+        die(call, WorkerDraining("draining"))
     await workers.called(3)
 
     assert scheduler.asked == [("r.0", ["a", "b"]), ("r.1", ["b"]), ("r.2", ["a", "b"])]

@@ -76,7 +76,7 @@ class CatalogueExporter:
         self._set(metrics.LIVE_REQUESTS, round(40 * load), of)
         self._add(metrics.ADMISSIONS, 6 * load, of, outcome="admitted")
         self._add(metrics.ADMISSIONS, 0.02, of, outcome="invalid")
-        self._add(metrics.RETRIES, 0.004, of, reason="died")
+        self._add(metrics.RETRIES, 0.004, of, reason="EngineDead")
         for index, (slo_class, met) in enumerate(CLASSES.items()):
             rate, by_class = load * (3 - index), {"slo_class": slo_class}
             self._add(metrics.REQUESTS, 0.7 * rate, of, **by_class, outcome="stop")
@@ -151,12 +151,14 @@ class CatalogueExporter:
 
     def _placement(self, worker: str, index: int, load: float) -> None:
         of = self._of("GlobalScheduler", SCHEDULER)
-        for reason, rate in {"least_tokens": 2.5, "fewest_requests": 0.3, "tie": 0.1}.items():
+        for reason, rate in {"soonest": 2.5, "fewest_requests": 0.3, "tie": 0.1}.items():
             self._add(metrics.PLACEMENTS, rate * load, of, worker=worker, reason=reason)
         tokens = 9000 * load + 400 * index + self._random.gauss(0, 150)
         self._set(metrics.WORKER_OUTSTANDING_TOKENS, max(0.0, tokens), of, worker=worker)
         self._set(metrics.WORKER_REQUESTS, round(18 * load), of, worker=worker)
         self._set(metrics.WORKER_REPORT_AGE, self._random.uniform(0.1, 2), of, worker=worker)
+        slowness = 1 + 0.4 * load + self._random.gauss(0, 0.05)
+        self._set(metrics.WORKER_SLOWNESS, slowness, of, worker=worker)
 
     def _of(self, deployment: str, replica: str) -> dict[str, str]:
         return {

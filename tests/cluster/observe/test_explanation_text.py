@@ -13,7 +13,7 @@ from workers.step_history import RequestStep
 
 LOST = "RayActorError: the worker died"
 PLACEMENT = Placement(
-    WorkerLoad("w1", 120, 2), WorkerLoad("w2", 340, 5), PlacementReason.MIN_TOKENS, num_draining=1
+    WorkerLoad("w1", 120, 2), WorkerLoad("w2", 340, 5), PlacementReason.SOONEST, num_closed=1
 )
 
 
@@ -38,10 +38,10 @@ def test_a_request_that_was_preempted_says_when_why_and_for_how_long() -> None:
     assert "class interactive: TTFT 5.50 s of 4.00 s (MISSED), TPOT 1.20 s of 3.00 s (met)" in text
     assert "placed on w1 (120 outstanding tokens in 2 requests" in text
     assert (
-        "it had the least work outstanding; runner-up w2 (340 outstanding tokens in 5 requests"
-        in text
+        "it was predicted to be done with its work first; runner-up w2 (340 outstanding tokens in "
+        "5 requests" in text
     )
-    assert "1 worker draining" in text
+    assert "1 worker did not take it" in text
     assert (
         "queue 2.50 s; waited 1.00 s because the worker already ran max_num_seqs requests" in text
     )

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -9,10 +10,18 @@ from cluster.placement.global_scheduler import (
     FORGET_AFTER_S,
     NO_WORKER_RETRY_S,
     SILENT_AFTER_S,
+    SUSPECT_GONE_AFTER_S,
     GlobalScheduler,
 )
 from cluster.placement.observer import SchedulerObserver
-from scheduler.placement import Placed, Placement, RefusalReason, Refused, WorkerLoad
+from scheduler.placement import (
+    Placed,
+    Placement,
+    PlacementReason,
+    RefusalReason,
+    Refused,
+    WorkerLoad,
+)
 from scheduler.request import Request
 from workers.reports import WorkerReport
 
@@ -146,6 +155,157 @@ async def test_a_draining_worker_gets_no_requests(scheduler: GlobalScheduler) ->
         await scheduler.place(A_REQUEST, ["a"]),
         await scheduler.place(A_REQUEST, []),
     ] == [Placed("b"), NO_WORKER, NO_WORKER]
+
+
+async def test_a_dead_worker_gets_no_requests_whatever_it_reports_later(
+    scheduler: GlobalScheduler,
+) -> None:
+    await scheduler.report(report("a", {"x": 100}))
+    await scheduler.report(WorkerReport("b", {}, (), False, death="device gone"))
+    await scheduler.report(report("b"))
+
+    assert [
+        await scheduler.place(A_REQUEST, ["a", "b"]),
+        await scheduler.place(A_REQUEST, ["b"]),
+    ] == [Placed("a"), NO_WORKER]
+
+
+NO_IDLE_WORKER = Refused(RefusalReason.NO_IDLE_WORKER, NO_WORKER_RETRY_S)
+
+
+def suspect(request_id: str) -> Request:
+    return dataclasses.replace(request(request_id), num_engine_deaths=1)
+
+
+async def test_a_suspect_waits_until_a_worker_is_idle_and_has_it_alone(
+    scheduler: GlobalScheduler,
+) -> None:
+    await scheduler.report(report("a", {"x": 100}))
+    await scheduler.report(report("b", {"y": 10}))
+    answers = [await scheduler.place(suspect("s"), ["a", "b"])]
+    answers += [await scheduler.place(request("other"), ["a", "b"])]  # b is kept for the suspect
+    await scheduler.report(report("b", finished=["y"]))
+    answers += [await scheduler.place(suspect("s"), ["a", "b"])]
+    answers += [await scheduler.place(request("another"), ["a", "b"])]
+    await scheduler.report(WorkerReport("b", {"s": 15}, (), False, on_trial=True))
+    answers += [await scheduler.place(suspect("t"), ["a", "b"])]
+    answers += [await scheduler.place(request("a third"), ["a", "b"])]
+    await scheduler.report(report("b", finished=["s"]))
+    answers += [await scheduler.place(suspect("t"), ["a", "b"])]
+
+    assert answers == [
+        NO_IDLE_WORKER,
+        Placed("a"),
+        Placed("b"),
+        Placed("a"),
+        NO_IDLE_WORKER,
+        Placed("a"),
+        Placed("b"),
+    ]
+    assert (await scheduler.placements(["s"]))["s"].reason is PlacementReason.TRIAL
+
+
+async def test_the_only_worker_is_not_kept_from_others_for_a_suspect(
+    scheduler: GlobalScheduler,
+) -> None:
+    await scheduler.report(report("a", {"x": 100}))
+
+    assert [
+        await scheduler.place(suspect("s"), ["a"]),
+        await scheduler.place(request("other"), ["a"]),
+        await scheduler.place(suspect("s"), []),
+    ] == [NO_IDLE_WORKER, Placed("a"), NO_WORKER]
+
+
+async def test_a_worker_is_no_longer_kept_for_a_suspect_that_has_gone(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.report(report("a", {"x": 100}))
+    await scheduler.report(report("b", {"y": 10}))
+    await scheduler.place(suspect("s"), ["a", "b"])
+    clock.now += SUSPECT_GONE_AFTER_S + 0.1
+
+    assert await scheduler.place(request("other"), ["a", "b"]) == Placed("b")
+
+
+async def test_after_a_restart_a_trial_goes_on_alone(clock: FakeClock) -> None:
+    restarted = GlobalScheduler(clock)
+    await restarted.report(WorkerReport("b", {"s": 1}, (), False, on_trial=True))
+
+    assert await restarted.place(request("other"), ["b"]) == NO_WORKER
+
+
+async def test_a_request_goes_to_a_free_slot_rather_than_to_a_queue(clock: FakeClock) -> None:
+    scheduler = GlobalScheduler(clock, max_num_seqs=2)
+    await scheduler.report(report("a", {"x": 1, "y": 1}))
+    await scheduler.report(report("b", {"z": 1000}))
+
+    chosen = [await choose(scheduler, str(number), ["a", "b"]) for number in range(2)]
+    assert chosen == ["b", "a"]
+
+
+async def slow_report(scheduler: GlobalScheduler, worker_id: str, slowness: float) -> str:
+    work = {f"of {worker_id}": 5}
+    answer = await scheduler.report(WorkerReport(worker_id, work, (), False, slowness=slowness))
+    return answer.unfit
+
+
+async def test_a_slow_worker_is_spared_and_replaced_if_it_lasts(
+    clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = GlobalScheduler(clock, slow_timeout_s=100.0)
+    unfit = []
+    for _ in range(55):
+        await slow_report(scheduler, "b", 1.2)
+        unfit.append(await slow_report(scheduler, "a", 5.0))
+        clock.now += 2
+
+    assert await scheduler.place(A_REQUEST, ["a", "b"]) == Placed("b")
+    assert [load.slow for load in await scheduler.loads()] == [True, False]
+    assert sum(record.message == "worker is slow" for record in caplog.records) == 1
+    assert (unfit[50], unfit[51]) == ("", "its steps have taken 5.0 times as long as predicted")
+
+
+@pytest.mark.parametrize("slowness_of_b", [4.0, 6.0])
+async def test_no_worker_is_replaced_while_all_are_slow(
+    clock: FakeClock, slowness_of_b: float
+) -> None:
+    scheduler = GlobalScheduler(clock, slow_timeout_s=100.0)
+    unfit = set()
+    for _ in range(100):
+        unfit.add(await slow_report(scheduler, "b", slowness_of_b))
+        unfit.add(await slow_report(scheduler, "a", 5.0))
+        clock.now += 2
+
+    assert unfit == {""}
+
+
+async def test_slow_workers_are_replaced_one_at_a_time(clock: FakeClock) -> None:
+    scheduler = GlobalScheduler(clock, slow_timeout_s=100.0)
+    unfit = {}
+    for _ in range(100):
+        await slow_report(scheduler, "c", 1.0)
+        for worker_id in "ab":
+            unfit[worker_id] = await slow_report(scheduler, worker_id, 9.0)
+        clock.now += 2
+
+    assert [bool(why) for why in unfit.values()] == [True, False]
+
+
+@pytest.mark.parametrize("others", [[], ["idle"]])
+async def test_a_worker_that_works_alone_may_be_slow_and_is_not_replaced(
+    clock: FakeClock, others: list[str]
+) -> None:
+    scheduler = GlobalScheduler(clock, slow_timeout_s=100.0)
+    unfit = set()
+    for _ in range(100):
+        for worker_id in others:
+            await scheduler.report(report(worker_id))
+        unfit.add(await slow_report(scheduler, "a", 5.0))
+        clock.now += 2
+
+    slow = [load.worker_id for load in await scheduler.loads() if load.slow]
+    assert (unfit, slow) == ({""}, ["a"])
 
 
 class Placements(SchedulerObserver):

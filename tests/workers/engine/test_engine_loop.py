@@ -13,7 +13,7 @@ from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.engine.engine import EngineStats
 from workers.engine.engine_loop import EngineLoop, LoopState
 from workers.engine_request import EngineRequest
-from workers.errors import ClientLost, EngineDead
+from workers.errors import ClientLost, EngineDead, StepFailed
 from workers.token_stream import StreamAddress, StreamReceiver
 
 NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
@@ -26,15 +26,19 @@ class Reports:
 
     def __init__(self) -> None:
         self.states: list[LoopState] = []
+        self.deaths: list[str] = []
         self.threads: set[str] = set()
+
+    def report_death(self, reason: str) -> None:
+        self.deaths.append(reason)
 
     def report_load(self, state: LoopState) -> None:
         self.threads.add(threading.current_thread().name)
         self.states.append(state)
 
 
-def make_loop(engine: FakeEngine) -> EngineLoop:
-    return EngineLoop(lambda: engine, Reports(), 1.0)
+def make_loop(engine: FakeEngine, reports: Reports | None = None) -> EngineLoop:
+    return EngineLoop(lambda: engine, reports or Reports(), 1.0)
 
 
 class Client:
@@ -210,11 +214,34 @@ async def test_an_engine_that_fails_takes_all_its_requests_with_it(
     outcomes += [await outcome(loop.add(request("too late"), client.address))]
     outcomes += [await outcome(loop.state())]
 
-    dead = repr(EngineDead("the engine failed: OSError('device gone')"))
-    assert [repr(outcome) for outcome in outcomes] == [dead] * 5
+    reason = "the engine failed: OSError('device gone')"
+    suspect, dead = repr(StepFailed(reason)), repr(EngineDead(reason))
+    assert [repr(outcome) for outcome in outcomes] == [suspect] + [dead] * 4
+    assert loop.has_failed
     with pytest.raises(EngineDead, match="device gone"):
         loop.check(step_timeout_s=60)
     await until(lambda: engine.is_shut_down)
+
+
+async def test_only_requests_in_the_failing_step_are_suspects_and_the_owner_learns_first(
+    client: Client,
+) -> None:
+    engine, reports = FakeEngine(max_num_seqs=1), Reports()
+    loop = make_loop(engine, reports)
+    engine.go_on.clear()
+    futures = [loop.add(request("in the step", max_tokens=10**9), client.address)]
+    await until(engine.is_stepping.is_set)
+    futures += [loop.add(request("queued"), client.address)]
+    engine.go_on.set()
+    await until(lambda: len(engine.steps) > 2)
+    deaths_then: list[list[str]] = []
+    futures[0].add_done_callback(lambda _: deaths_then.append(list(reports.deaths)))
+    engine.step_error = OSError("device gone")
+
+    assert [type(await outcome(future)) for future in futures] == [StepFailed, EngineDead]
+    assert deaths_then == [["the engine failed: OSError('device gone')"]]
+    await asyncio.to_thread(loop.wait_flushed)
+    await asyncio.to_thread(loop.stop)
 
 
 async def test_no_caller_is_left_waiting_when_the_engine_fails_under_load(
@@ -238,7 +265,7 @@ async def test_no_caller_is_left_waiting_when_the_engine_fails_under_load(
     futures = [future for added in await asyncio.gather(*adding) for future in added]
     outcomes = [await outcome(future) for future in futures]
 
-    assert {type(outcome) for outcome in outcomes} <= {EngineDead, LoopState}
+    assert {type(outcome) for outcome in outcomes} <= {EngineDead, StepFailed, LoopState}
 
 
 async def test_an_engine_that_fails_between_steps_is_dead_too(start: StartLoop) -> None:
@@ -277,12 +304,31 @@ async def test_only_a_step_that_runs_too_long_counts_as_hanging(
     done = loop.add(request("a"), client.address)
     await until(engine.is_stepping.is_set)
     loop.check(step_timeout_s=60)
-    with pytest.raises(EngineDead, match="a step has been running for 0 s"):
-        loop.check(step_timeout_s=0)
     engine.go_on.set()
     await outcome(done)
 
     loop.check(step_timeout_s=0)
+
+
+async def test_an_engine_that_hangs_is_given_up_with_all_its_calls(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine()
+    loop = start(engine)
+    engine.go_on.clear()
+    hanging = loop.add(request("a"), client.address)
+    await until(engine.is_stepping.is_set)
+    unanswered = loop.state()
+    for _ in range(2):
+        with pytest.raises(EngineDead, match="a step has been running for 0 s"):
+            loop.check(step_timeout_s=0)
+
+    assert [type(await outcome(future)) for future in (hanging, unanswered)] == [
+        StepFailed,
+        EngineDead,
+    ]
+    assert loop.has_failed
+    await asyncio.to_thread(loop.wait_flushed)
 
 
 def test_the_constructor_raises_what_making_the_engine_raises() -> None:

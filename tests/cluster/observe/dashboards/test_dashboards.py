@@ -230,6 +230,7 @@ RUNNING = "vllm:num_requests_running{replica='w',model_name='m'}"
 MEASURED = "xyserve_step_measured_seconds_total{application='a',replica='%s'}"
 PLACED = "xyserve_worker_requests{application='a',replica='s',worker='w'}"
 AGE = "xyserve_worker_report_age_seconds{application='a',worker='%s'}"
+SLOWNESS = "xyserve_worker_slowness_ratio{application='a',worker='%s'}"
 COLLAPSES = "xyserve_draft_collapses_total{application='a',reason='late'}"
 START = "xyserve_start_time_seconds{application='a',deployment='%s',replica='%s'}"
 
@@ -256,6 +257,10 @@ STORIES = [
     Story("at work", {RUNNING: "3x80", PLACED: "3x80", MEASURED % "w": "0+9x80"}, 10),
     Story("nothing to do", {RUNNING: "0x80", PLACED: "0x80", MEASURED % "w": "100x80"}, 10),
     Story("a worker is silent", {AGE % "v": "1x80", AGE % "w": "1x9 1+15x70"}, 8, "WorkerSilent"),
+    Story(
+        "a worker is slow", {SLOWNESS % "v": "1x80", SLOWNESS % "w": "1x9 4x70"}, 8, "WorkerSlow"
+    ),
+    Story("all are busy", {SLOWNESS % "v": "2x80", SLOWNESS % "w": "2.5x80"}, 8),
     Story("all report", {AGE % "v": "1x80", AGE % "w": "2x80", START % ("Worker", "v"): "9x80"}, 9),
     Story("no reports come", {AGE % "v": "20x80", AGE % "w": "25x80"}, 5, "SchedulerBlind"),
     Story("nothing reports them", {START % ("Worker", "w"): "1000x80"}, 5, "SchedulerBlind"),
