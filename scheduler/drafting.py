@@ -63,6 +63,11 @@ class CollapseReason(Worded):
     LATE = "late", "most drafts arrive too late to be verified: the draft worker is overloaded"
     CONTENT = "content", "the drafters do not predict the text that is being generated"
 
+    @property
+    def is_fault(self) -> bool:
+        """Whether something may have to be mended; a restart and other text pass by themselves."""
+        return self in (CollapseReason.SILENT, CollapseReason.LATE)
+
 
 @dataclass(frozen=True, slots=True)
 class DraftReport:

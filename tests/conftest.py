@@ -19,6 +19,7 @@ NEEDS = {
         "cluster/test_*",
         "cluster/ingress/*",
         "cluster/cli/test_trace.py",
+        "cluster/observe/test_app_metrics.py",
         "cluster/observe/test_exporter.py",
         "cluster/placement/test_router.py",
     ),
@@ -30,7 +31,11 @@ NEEDS = {
         "workers/drafters/test_draft_head.py",
         "workers/drafters/test_head_drafter.py",
     ),
-    "prometheus": ("e2e/test_prometheus.py", "cluster/observe/dashboards/test_plots.py"),
+    "prometheus": (
+        "e2e/test_prometheus.py",
+        "cluster/observe/dashboards/test_alerts.py",
+        "cluster/observe/dashboards/test_plots.py",
+    ),
 }
 """Markers, each with the files below tests/ that have it."""
 

@@ -26,13 +26,19 @@ class IngressConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    max_request_bytes: int = 32 << 20
-    """Maximum size of a request body; a larger one is answered with 413."""
+    max_request_bytes: int = 8 << 20
+    """Maximum size of a request body, which may take 25 times as much memory while it is read; a
+    larger one is answered with 413."""
     max_n: int = 128
     """Maximum number of sequences (`n`) of one request."""
     placement_timeout_s: float = 60.0
     """Time, in seconds, that a request waits while no worker takes it, for example until one that
     died is replaced; then it is answered with 503."""
+    max_sequences: int = 1024
+    """Maximum number of sequences of one call at a time: of all its prompts, `n` for each."""
+    max_total_logprobs: int = 1_000_000
+    """Maximum number of log probabilities in an answer, about 0.5 kB each: of the prompts and,
+    unless streamed, of `max_tokens` tokens, in all sequences."""
     tool_call_parser: str | None = "hermes"
     """vLLM's parser for the model's tool calls; null: no automatic tool choice."""
     reasoning_parser: str | None = None
@@ -43,7 +49,8 @@ class IngressConfig:
     """Further arguments of vLLM's OpenAI server, under vLLM's names."""
 
     def __post_init__(self) -> None:
-        for name in ("max_request_bytes", "max_n", "placement_timeout_s"):
+        limits = ("request_bytes", "n", "sequences", "total_logprobs")
+        for name in ("placement_timeout_s", *(f"max_{limit}" for limit in limits)):
             if not getattr(self, name) > 0:  # NaN is not positive either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
 

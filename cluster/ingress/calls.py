@@ -39,6 +39,8 @@ class Call:
     """Start, by the wall clock."""
     records: list[RequestRecord] = field(default_factory=list)
     """Its requests, in order; a call without any was not admitted."""
+    num_logprobs: int = 0
+    """Log probabilities that its answer may have."""
     status: int = HTTPStatus.OK
     message: str = ""
     """Text of the error that it was answered with."""

@@ -18,12 +18,15 @@ from cluster.errors import RequestFailed
 from cluster.ingress import vllm_seams
 from cluster.ingress.calls import Calls
 from cluster.ingress.engine_client import EngineClient
+from cluster.ingress.http_metrics import HttpMetrics
+from cluster.ingress.memory import give_back_memory
 from cluster.ingress.protocol import Api, AppStatus, Chunk
 from cluster.ingress.telemetry import IngressTelemetry
 from cluster.models.model import resolve_model
+from cluster.observe.app_metrics import AppMetrics
 from cluster.observe.explanation import AttemptTrace
 from cluster.observe.exporter import Exporter, RequestMetrics
-from cluster.observe.replica import Replica
+from cluster.observe.replica import Replica, replica_context
 from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
 from cluster.placement import ray_seams
 from cluster.placement.directory import WorkerDirectory
@@ -61,7 +64,7 @@ class Ingress(Replica):
         self._scheduler = scheduler
         self._draft_workers = draft_workers
         self._history = RequestHistory()
-        metrics = RequestMetrics(Exporter(config.model_name, config.metrics))
+        metrics = RequestMetrics(Exporter(config.model_name, config.metrics), config.slo)
         observer = IngressTelemetry(metrics, self._tracing, self._history)
         self._client = EngineClient(
             workers,
@@ -77,6 +80,7 @@ class Ingress(Replica):
             resolve_model(config.model),
             self._client,
             Calls(config.slo, self._tracing, observer),
+            HttpMetrics(metrics, AppMetrics(replica_context()["app"])) if config.metrics else None,
         )
         self._senders = StreamSenders()
         self._chunks: defaultdict[StreamAddress, list[Chunk]] = defaultdict(list)
@@ -85,6 +89,7 @@ class Ingress(Replica):
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's hook for the HTTP app."""
         await self._frontend.start()
+        give_back_memory()
         logger.info("app ready", extra={"model": self._config.model_name})
         return self._frontend.asgi_app
 

@@ -34,13 +34,15 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerFactory
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from cluster.config.app_config import AppConfig
-from cluster.errors import RequestFailed
+from cluster.config.app_config import AppConfig, IngressConfig
+from cluster.errors import RequestFailed, RequestRefused
 from cluster.ingress.calls import Call, Calls, current_call
 from cluster.ingress.engine_client import EngineClient, Failure
+from cluster.ingress.http_metrics import HttpMetrics
 from cluster.ingress.protocol import PARAMETERS
 from cluster.ingress.vllm_http import VALIDATOR_ERRORS, error_in, http_app
-from cluster.observe.vllm_metrics import STAT_LOGGERS
+from cluster.ingress.vllm_limits import check_limits
+from cluster.observe.vllm_metrics import RequestStatLogger
 from scheduler.request import Request
 from workers.engine.vllm_engine import encoder, engine_args
 from workers.engine_request import EngineRequest
@@ -131,6 +133,7 @@ class ClusterLLM(AsyncLLM):
         self,
         vllm_config: VllmConfig,
         core: WorkersCore,
+        limits: IngressConfig,
         stat_loggers: Sequence[StatLoggerFactory] = (),
     ) -> None:
         with _engine_core(core):
@@ -142,13 +145,17 @@ class ClusterLLM(AsyncLLM):
                 stat_loggers=list(stat_loggers),
             )
         self._core = core
+        self._limits = limits
         core.output_processor = self.output_processor
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> RequestOutputCollector:
-        """Start a request; VLLMClientError if it cannot be read or sent to a worker."""
+        """Start a request; VLLMClientError if it is too large, or cannot be read or sent."""
         try:
+            if call := current_call.get():
+                max_model_len = self.model_config.max_model_len
+                check_limits(self._limits, call, prompt, params, max_model_len)
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
         except (ValueError, TypeError, OverflowError) as error:
             raise VLLMClientError(str(error)) from error
@@ -194,16 +201,17 @@ class Frontend:
         model: str,
         client: EngineClient[EngineCoreOutputs],
         calls: Calls,
+        http_metrics: HttpMetrics | None = None,
     ) -> None:
         self._calls = calls
         self._args = _serve_args(config, model)
         args = engine_args(model, config.worker)
         args.served_model_name = config.model_name  # in messages and metrics
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        stat_loggers = STAT_LOGGERS if config.metrics else ()
-        self._llm = ClusterLLM(vllm_config, WorkersCore(client), stat_loggers)
+        stat_loggers = (RequestStatLogger,) if config.metrics else ()
+        self._llm = ClusterLLM(vllm_config, WorkersCore(client), config.ingress, stat_loggers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
-        self.asgi_app = http_app(self._app, config, calls)
+        self.asgi_app = http_app(self._app, config, calls, http_metrics)
 
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.dependencies.utils import request_body_to_args
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from ray.exceptions import TaskCancelledError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -21,6 +21,7 @@ from vllm.entrypoints.serve.exception_handling.handlers.exception import excepti
 
 from cluster.config.app_config import AppConfig
 from cluster.ingress.calls import Calls, CallsByHeader
+from cluster.ingress.http_metrics import HttpMetrics
 from cluster.ingress.vllm_seams import FRONT_END
 
 logger = logging.getLogger(__name__)
@@ -47,21 +48,31 @@ UNSUPPORTED_ROUTES = {
 
 NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}}
 
-ENGINE_ROUTES = {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
-"""Routes of vLLM that rebuild the engine next to its server; the workers' engines are elsewhere."""
+COUNTING = "PrometheusInstrumentatorMiddleware"
+
+ENGINE_ROUTES = {"/metrics", "/scale_elastic_ep", "/is_scaling_elastic_ep"}
+"""Routes of vLLM that show or rebuild the engine next to its server; our engines are elsewhere."""
 
 
-def http_app(app: FastAPI, config: AppConfig, calls: Calls) -> ASGIApp:
+def http_app(
+    app: FastAPI, config: AppConfig, calls: Calls, http_metrics: HttpMetrics | None = None
+) -> ASGIApp:
     """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect."""
     _answer_unsupported_routes(app, config.model_name)
     app.add_api_route("/v1/models/{model_id:path}", show_model, responses=NO_SUCH_MODEL)
+    if http_metrics:
+        app.add_api_route("/metrics", http_metrics.show, response_class=PlainTextResponse)
     app.add_exception_handler(HTTPException, _answer_http_error)
     for error in VALIDATOR_ERRORS:
         app.add_exception_handler(error, _answer_validator_error)
+    # One counts answers for a page that is not shown, and before our errors replace some of them.
+    kept = [one for one in app.user_middleware if COUNTING not in repr(one.cls)]
+    FRONT_END.replace(app, "user_middleware", kept)
     # Starlette has already built it, without these handlers.
     FRONT_END.replace(app, "middleware_stack", None)
     sized = RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes)
-    return DisconnectByMessage(CallsByHeader(sized, calls, Calls(config.slo)))
+    answering: ASGIApp = CallsByHeader(sized, calls, Calls(config.slo))
+    return DisconnectByMessage(http_metrics.counted(answering) if http_metrics else answering)
 
 
 async def show_model(request: Request, model_id: str) -> JSONResponse:
@@ -130,6 +141,11 @@ async def _answer_validator_error(request: Request, error: Exception) -> JSONRes
     return answer
 
 
+TOKENIZE_WEIGHT = 8
+"""How much smaller a body for `/tokenize` must be: each of its bytes takes 250 of memory. Other
+routes refuse a text that is longer than the context before they make tokens of it."""
+
+
 class RequestSizeLimit:
     """Refuses bodies over `max_bytes` with status 413, declared or streamed."""
 
@@ -140,16 +156,19 @@ class RequestSizeLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, counting its body."""
         received = 0
+        is_tokenize = scope.get("path", "").endswith("/tokenize")
+        max_bytes = self._max_bytes // TOKENIZE_WEIGHT if is_tokenize else self._max_bytes
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
+            if received > max_bytes:
+                key = "ingress.max_request_bytes"
                 raise HTTPException(
                     413,
-                    f"The request body is over the limit of {self._max_bytes} bytes "
-                    "(ingress.max_request_bytes).",
+                    f"The request body is over the limit of {max_bytes} bytes "
+                    f"({key}{f' / {TOKENIZE_WEIGHT}, for /tokenize' if is_tokenize else ''}).",
                 )
             return message
 

@@ -48,12 +48,22 @@ vllm.v1.engine.async_llm
     named engine_core.resources.engine_dead
 vllm.v1.engine:FinishReason
     read ERROR
-vllm.v1.metrics.loggers
-    read PrometheusStatLogger
+vllm.sampling_params:SamplingParams
+    read n: int
+    read max_tokens logprobs prompt_logprobs output_kind
+vllm.sampling_params:RequestOutputKind
+    read DELTA
+vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger
+    called __init__(self, vllm_config, engine_indexes=None)
+    read counter_num_preempted_reqs
+vllm.v1.metrics.ray_wrappers:RayPrometheusMetric
+    read metric _tags
 
 # The OpenAI API: its app, arguments and errors.
 vllm.entrypoints.launchers.app
     called build_app(args, supported_tasks=None, model_config=None)
+prometheus_fastapi_instrumentator.instrumentation
+    named PrometheusInstrumentatorMiddleware
 vllm.entrypoints.launchers.api_server.app_state
     called init_app_state(engine_client, state, args, supported_tasks=None)
 vllm.entrypoints.launchers.cli_args
@@ -88,7 +98,7 @@ vllm.entrypoints.serve.exception_handling.handlers.exception
 vllm.entrypoints.serve.exception_handling.handlers.vllm_error
     named state.server
 starlette.applications:Starlette
-    replaced middleware_stack
+    replaced middleware_stack user_middleware
     read state
 starlette.routing:Router
     replaced routes

@@ -5,21 +5,28 @@ import math
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from ray.serve import metrics as serve_metrics
 
+from cluster.config.slo import SloConfig
 from cluster.observe import metrics
 from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
 from cluster.observe.request_history import RequestRecord
 from scheduler.drafting import CollapseReason
-from scheduler.placement import Placement, WorkerLoad
-from scheduler.task import StepReport
+from scheduler.placement import Placement, PlacementReason, WorkerLoad
+from scheduler.task import Reason, Stage, StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.reports import DraftStats, DraftWorkerStatus
 
 REFRESH_S = 5.0
 """How often kept gauges are set again: well within the 20 s after which Ray forgets them."""
+
+ADMISSION_OUTCOMES = ("admitted", "invalid", "unavailable")
+REQUEST_OUTCOMES = ("stop", "length", "abort", "error", "repetition")
+RETRY_REASONS = ("ActorDiedError", "ActorUnavailableError", "EngineDead", "WorkerDraining")
+DRAFT_OUTCOMES = ("proposed", "verified", "accepted", "late", "stale")
 
 
 class _Nowhere:
@@ -27,6 +34,9 @@ class _Nowhere:
 
     def inc(self, amount: float, labels: dict[str, str]) -> None:
         """Drop what a counter is given."""
+
+    def _record(self, value: float, labels: dict[str, str]) -> None:
+        """Drop where a counter starts."""
 
     def set(self, value: float, labels: dict[str, str]) -> None:
         """Drop what a gauge is given."""
@@ -50,8 +60,17 @@ class Exporter:
         self.keep(metrics.START_TIME, time.time())
         threading.Thread(target=self._refresh, name="metrics", daemon=True).start()
 
+    def begin(self, counter: Metric, **labels: Iterable[str]) -> None:
+        """Start a counter at zero for all of these values of its labels.
+
+        A series that starts with its first event hides that one from Prometheus' `increase`.
+        """
+        for values in itertools.product(*labels.values()):
+            # Ray's `inc` takes no zero.
+            self._ray_metric(counter)._record(0, dict(zip(labels, values, strict=True)))
+
     def add(self, counter: Metric, amount: float = 1, **labels: str) -> None:
-        """Add to a counter; a new series starts at its first amount, not at zero."""
+        """Add to a counter."""
         self._ray_metric(counter).inc(amount, labels)
 
     def set(self, gauge: Metric, value: float, **labels: str) -> None:
@@ -98,6 +117,8 @@ class WorkerMetrics:
         self._sums: defaultdict[tuple[Metric, str], float] = defaultdict(float)
         """Sums by metric and the value of its label, empty if it has none."""
         self._drafts: dict[str, DraftCounts] = {}
+        exporter.begin(metrics.STEP_TOKENS, stage=Stage)
+        exporter.begin(metrics.DEFERRALS, reason=Reason)
 
     def add_step(self, step: StepReport) -> None:
         """Count one step; called in the engine's thread, between two steps."""
@@ -129,13 +150,18 @@ class WorkerMetrics:
             return
         self._exporter.set(metrics.DRAFT_ACCEPTANCE, drafts.acceptance_rate)
         self._exporter.set(metrics.TOKENS_PER_DECODE, drafts.tokens_per_decode)
+        self._exporter.set(metrics.DRAFT_SILENCE, drafts.silent_s)
         for drafter, counts in drafts.counts_of.items():
+            if drafter not in self._drafts:
+                self._exporter.begin(
+                    metrics.DRAFT_TOKENS, drafter=[drafter], outcome=DRAFT_OUTCOMES
+                )
             self._add_drafts(drafter, counts, self._drafts.get(drafter, DraftCounts()))
         self._drafts = drafts.counts_of
 
     def _add_drafts(self, drafter: str, counts: DraftCounts, before: DraftCounts) -> None:
         add = self._exporter.add
-        for outcome in ("proposed", "verified", "accepted", "late", "stale"):
+        for outcome in DRAFT_OUTCOMES:
             if (new := getattr(counts, outcome) - getattr(before, outcome)) > 0:
                 add(metrics.DRAFT_TOKENS, new, drafter=drafter, outcome=outcome)
         for metric, now, then in (
@@ -150,12 +176,26 @@ class WorkerMetrics:
 class RequestMetrics:
     """Metrics of requests as the clients of one ingress see them."""
 
-    def __init__(self, exporter: Exporter) -> None:
+    def __init__(self, exporter: Exporter, slo: SloConfig) -> None:
         self._exporter = exporter
+        exporter.begin(metrics.ADMISSIONS, outcome=ADMISSION_OUTCOMES)
+        exporter.begin(metrics.RETRIES, reason=RETRY_REASONS)
+        classes = slo.all_classes
+        exporter.begin(metrics.REQUESTS, slo_class=classes, outcome=REQUEST_OUTCOMES)
+        exporter.begin(metrics.REQUEST_TOKENS, slo_class=classes, kind=("prompt", "output"))
+        targets, met = ("ttft", "tpot", "all"), ("true", "false")
+        exporter.begin(metrics.SLO_REQUESTS, slo_class=classes, target=targets, met=met)
 
     def count_admission(self, outcome: str) -> None:
         """Count a call of the API, by its outcome: admitted, invalid or unavailable."""
         self._exporter.add(metrics.ADMISSIONS, outcome=outcome)
+
+    def count_http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """Count an HTTP request that was answered; `handler` is the path of its route."""
+        self._exporter.add(
+            metrics.HTTP_REQUESTS, handler=handler, method=method, status=str(status)
+        )
+        self._exporter.observe(metrics.HTTP_SECONDS, seconds, handler=handler)
 
     def count_retry(self, reason: str) -> None:
         """Count a request that lost its worker and is retried on another."""
@@ -189,6 +229,9 @@ class PlacementMetrics:
 
     def __init__(self, exporter: Exporter) -> None:
         self._exporter = exporter
+        self._workers: set[str] = set()
+        """Workers whose counters have begun."""
+        exporter.begin(metrics.DRAFT_COLLAPSES, reason=CollapseReason)
 
     def count_placement(self, placement: Placement) -> None:
         """Count a request that was placed."""
@@ -202,6 +245,9 @@ class PlacementMetrics:
     def set_load(self, load: WorkerLoad, report_age_s: float) -> None:
         """Set a worker's load as the GlobalScheduler sees it."""
         set_, worker = self._exporter.set, load.worker_id
+        if worker not in self._workers:
+            self._workers.add(worker)
+            self._exporter.begin(metrics.PLACEMENTS, worker=[worker], reason=PlacementReason)
         set_(metrics.WORKER_OUTSTANDING_TOKENS, load.num_outstanding_tokens, worker=worker)
         set_(metrics.WORKER_REQUESTS, load.num_requests, worker=worker)
         set_(metrics.WORKER_REPORT_AGE, report_age_s, worker=worker)

@@ -87,7 +87,8 @@ ADMISSIONS = _counter(
 REQUESTS = _counter(
     "requests",
     "requests",
-    "Requests that ended, by outcome: stop, length, abort (the client left), error; n=4 counts 4.",
+    "Requests that ended, by outcome: stop, length, abort (the client left), repetition, error;"
+    " n=4 counts 4.",
     "slo_class",
     "outcome",
 )
@@ -130,6 +131,20 @@ RETRIES = _counter(
     "requests",
     "Times that a request lost its worker and was retried on another, by the name of the error.",
     "reason",
+)
+HTTP_REQUESTS = _counter(
+    "http_requests",
+    "requests",
+    "HTTP requests that were answered, by route, method and status; 499: the client left before.",
+    "handler",
+    "method",
+    "status",
+)
+HTTP_SECONDS = _histogram(
+    "http_request_seconds",
+    "Time from an HTTP request to the end of its answer, a stream's last chunk, by route.",
+    REQUEST_S,
+    "handler",
 )
 
 # Steps; exported by each worker.
@@ -213,6 +228,11 @@ DRAFT_ACCEPTANCE = _gauge(
     "draft_acceptance_ratio", "ratio", "Share of the recently verified drafts that were accepted."
 )
 TOKENS_PER_DECODE = _gauge("draft_tokens_per_decode", "tokens", "Recent output tokens per decode.")
+DRAFT_SILENCE = _gauge(
+    "draft_silence_seconds",
+    "seconds",
+    "Time that the draft worker has owed a worker an answer and sent none.",
+)
 DRAFT_COLLAPSES = _counter(
     "draft_collapses",
     "collapses",
@@ -257,6 +277,17 @@ START_TIME = _gauge(
     "seconds",
     "Start time of this incarnation of a replica, since the epoch; a new value is a restart.",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class RayMetric:
+    """One of Ray's own metrics that the alerts use; Ray defines its labels and help."""
+
+    name: str
+
+
+HEALTHY_REPLICAS = RayMetric("ray_serve_deployment_replica_healthy")
+"""1 for each `replica` of a `deployment` of an `application` that has started and is healthy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,8 @@ import itertools
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
-
-STAT_LOGGERS = (RayPrometheusStatLogger, PrometheusStatLogger)
-"""vLLM's loggers for an ingress: to Ray's endpoint, and for the ingress' own page `/metrics`."""
 
 GAUGES = (
     "num_running_reqs",
@@ -24,6 +20,16 @@ GAUGES = (
 """Fields of vLLM's statistics of a step that describe its moment."""
 SUMS = ("prefix_cache_stats", "connector_prefix_cache_stats", "spec_decoding_stats")
 """Fields that add up over steps."""
+
+
+class RequestStatLogger(RayPrometheusStatLogger):
+    """Metrics of the requests of one ingress, with the counter of a rare event at zero."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # vLLM's `inc` and Ray's let no zero through; see `Exporter.begin`.
+        preemptions: Any = self.counter_num_preempted_reqs[0]
+        preemptions.metric._record(0, preemptions._tags)
 
 
 class SchedulerMetrics:

@@ -292,7 +292,8 @@ class GlobalScheduler:
             now,
         )
         if reason is not None:
-            logger.warning(
+            logger.log(
+                logging.WARNING if reason.is_fault else logging.INFO,
                 "drafts are no longer accepted",
                 extra={
                     "worker": worker_id,

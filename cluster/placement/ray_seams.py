@@ -27,6 +27,10 @@ ray.serve.request_router:RunningReplica
 ray.serve._private.common:ReplicaID
     read unique_id: str
 
+# Counters that start at zero.
+ray.util.metrics:Metric
+    called _record(self, value, tags=None)
+
 # What Serve calls on a replica, and what asks all replicas of a deployment.
 ray.serve
     called ingress(app=None)

@@ -153,33 +153,6 @@ def test_a_chat_is_tokenized_as_it_is_answered(http: httpx.Client, client: opena
     assert answer.to_dict()["prompt_token_ids"] == tokens["tokens"]
 
 
-def counters(http: httpx.Client) -> dict[str, float]:
-    """vLLM's counters by their bare names, summed over their labels."""
-    sums: dict[str, float] = {}
-    for name, value in re.findall(
-        r"^vllm:(\w+_total)\{.*\} (\S+)$", http.get("/metrics").text, re.M
-    ):
-        sums[name] = sums.get(name, 0.0) + float(value)
-    return sums
-
-
-def test_the_metrics_count_requests_and_tokens(http: httpx.Client, client: openai.OpenAI) -> None:
-    before = counters(http)
-    answer = complete(client, COUNTING, max_tokens=5)
-    after = counters(http)
-
-    num_prompt_tokens, _, _ = num_tokens(answer.usage)
-    assert {
-        name: after[name] - before[name]
-        for name in ("prompt_tokens_total", "generation_tokens_total", "request_success_total")
-    } == {
-        "prompt_tokens_total": num_prompt_tokens,
-        "generation_tokens_total": 5,
-        "request_success_total": 1,
-    }
-    assert f'model_name="{MODEL}"' in http.get("/metrics").text
-
-
 # Chat
 
 

@@ -42,6 +42,7 @@ class Job:
     abort: int | None = None
     """Is aborted before this step."""
     regex: str | None = None
+    prompt_logprobs: int | None = None
     lora: int = 0
     """Number of its adapter; only `play_ahead` has some, and one fits a step."""
 
@@ -252,7 +253,11 @@ def add_job(engine: Any, name: str, job: Job) -> None:
     from vllm.v1.engine import EngineCoreRequest
 
     params = SamplingParams(
-        temperature=0, max_tokens=job.max_tokens, ignore_eos=job.regex is None, detokenize=False
+        temperature=0,
+        max_tokens=job.max_tokens,
+        prompt_logprobs=job.prompt_logprobs,
+        ignore_eos=job.regex is None,
+        detokenize=False,
     )
     if job.regex is not None:
         params.structured_outputs = StructuredOutputsParams(regex=job.regex)

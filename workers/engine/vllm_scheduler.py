@@ -25,6 +25,11 @@ from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_queue import PlannedQueue
 from workers.engine.vllm_requests import LiveRequests, initial_state
 
+PROMPT_LOGPROBS_BYTES = 256 << 20
+"""Memory for the log probabilities, of the whole vocabulary, of a request's tokens in one step."""
+LOGPROB_BYTES = 12
+"""A logit, a log probability and what selects the largest, for each entry of the vocabulary."""
+
 
 class PlannedScheduler(Scheduler):
     """vLLM's scheduler, each of whose steps `planner` decides.
@@ -62,6 +67,9 @@ class PlannedScheduler(Scheduler):
         """Tokens of each request in the step that vLLM is making; None: vLLM decides."""
         self._in_flight: deque[tuple[SchedulerOutput, StepInFlight | None]] = deque()
         """Steps whose outputs are awaited; None for one that computes nothing."""
+        row_bytes = LOGPROB_BYTES * self.vllm_config.model_config.get_vocab_size()
+        self._max_rows = max(1, PROMPT_LOGPROBS_BYTES // row_bytes)
+        """Prompt tokens of one step whose log probabilities a request may want."""
         self._num_steps = 0
         self._last_step_s = 0.0
         self._last_ended_s = -inf
@@ -238,12 +246,14 @@ class PlannedScheduler(Scheduler):
     ) -> int:
         # vLLM calls this for every request, just before it allocates KV blocks, and leaves those
         # that get no tokens out of the step.
+        share = num_new_tokens
         if self._shares is not None:
-            share = min(num_new_tokens, self._shares.get(request.request_id, 0))
-            if 0 < share < num_new_tokens:
-                share = self._aligned(request, num_computed_tokens, num_new_tokens, share)
-            num_new_tokens = share
-        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+            share = min(share, self._shares.get(request.request_id, 0))
+        if (sampling := request.sampling_params) and sampling.prompt_logprobs is not None:
+            share = min(share, self._max_rows)
+        if 0 < share < num_new_tokens:
+            share = self._aligned(request, num_computed_tokens, num_new_tokens, share)
+        return super()._reserve_prefill_lookahead(request, num_computed_tokens, share)
 
     def _aligned(
         self, request: VllmRequest, num_computed_tokens: int, num_new_tokens: int, share: int

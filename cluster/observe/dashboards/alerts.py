@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from cluster.observe import metrics
 from cluster.observe.dashboards.panels import in_words
-from cluster.observe.dashboards.promql import grown, largest, number, rate, series, smallest, total
+from cluster.observe.dashboards.promql import grown, largest, number, rate, series, total
 from scheduler.drafting import CollapseReason
 from scheduler.pace import SLOW
 
@@ -49,16 +49,20 @@ def _requests(counter: metrics.Metric, *matchers: str, by: tuple[str, ...] = (AP
 
 _CLASS = (APP, "slo_class")
 _AGE = series(metrics.WORKER_REPORT_AGE)
-_REPLICAS = number(series(metrics.START_TIME, 'deployment="Worker"'), APP)
+# Not those that start, stop or are gone: the GlobalScheduler remembers them for a while.
+_HEALTHY_WORKERS = series(metrics.HEALTHY_REPLICAS, 'deployment="Worker"') + " > 0"
 _RUNNING = largest(series(metrics.VLLM_NUM_REQUESTS_RUNNING), "replica")
 # The GlobalScheduler's view, which remains when the worker's own metrics stop.
 _PLACED = largest(
     f'label_replace({series(metrics.WORKER_REQUESTS)}, "replica", "$1", "worker", "(.+)")',
     "replica",
 )
+_LATE, _PROPOSED = (
+    total(grown(series(metrics.DRAFT_TOKENS, f'outcome="{outcome}"'), "10m"), APP)
+    for outcome in ("late", "proposed")
+)
 _STEPS = total(rate(series(metrics.STEP_MEASURED_SECONDS), "1m"), "replica")
 _UNAVAILABLE = series(metrics.ADMISSIONS, 'outcome="unavailable"')
-_NEWEST_START = largest(series(metrics.START_TIME), APP, "deployment")
 
 ALERTS = (
     Alert(
@@ -80,7 +84,8 @@ ALERTS = (
     ),
     Alert(
         "XYServeWorkerStuck",
-        f"({_RUNNING} > 0 or {_PLACED} > 0) unless on (replica) {_STEPS} > 0",
+        f"({_RUNNING} > 0 or {_PLACED} > 0) and on (replica) {_HEALTHY_WORKERS}"
+        f" unless on (replica) {_STEPS} > 0",
         "1m",
         Severity.CRITICAL,
         "Worker {{ $labels.replica }} has requests and takes no steps",
@@ -91,7 +96,8 @@ ALERTS = (
     ),
     Alert(
         "XYServeWorkerSilent",
-        f"{largest(_AGE, APP, 'worker')} > 30",
+        f"{largest(_AGE, APP, 'worker')} > 30 and on ({APP}, worker)"
+        f' label_replace({_HEALTHY_WORKERS}, "worker", "$1", "replica", "(.+)")',
         "30s",
         Severity.CRITICAL,
         "Worker {{ $labels.worker }} of {{ $labels.application }} does not report",
@@ -111,7 +117,7 @@ ALERTS = (
     ),
     Alert(
         "XYServeSchedulerBlind",
-        f"{smallest(_AGE, APP)} > 15 or {_REPLICAS} unless on ({APP}) {_AGE}",
+        f"{number(_HEALTHY_WORKERS, APP)} unless on ({APP}) {_AGE} < 15",
         "1m",
         Severity.CRITICAL,
         "The GlobalScheduler of {{ $labels.application }} sees no worker's load",
@@ -120,27 +126,37 @@ ALERTS = (
         "deployment GlobalScheduler; killing its process is safe: workers report to the new one.",
     ),
     Alert(
-        "XYServeDraftsCollapsed",
-        f"{total(grown(series(metrics.DRAFT_COLLAPSES), '10m'), APP, 'reason')} > 0",
-        "0s",
+        "XYServeDraftsSilent",
+        f"{largest(series(metrics.DRAFT_SILENCE), APP, 'replica')} > 30",
+        "1m",
         Severity.WARNING,
-        "Drafts of {{ $labels.application }} are no longer accepted: {{ $labels.reason }}",
-        "Answers are still correct, but slower. "
-        f"Reasons: {in_words(CollapseReason)}. For silent and late, give the draft worker more "
-        "cores, or kill it: Serve starts another one. For restarted and content, no action is "
-        "needed.",
+        "Worker {{ $labels.replica }} of {{ $labels.application }} gets no drafts",
+        "Its draft worker has not answered for {{ $value | humanizeDuration }}: it is stopped or "
+        "overloaded. Answers are still correct, but slower. See its log, then kill it: Serve "
+        "starts another one.",
+    ),
+    Alert(
+        "XYServeDraftsLate",
+        f"{_LATE} / {_PROPOSED} > 0.5 and {_PROPOSED} >= 1000",
+        "5m",
+        Severity.WARNING,
+        "Drafts of {{ $labels.application }} arrive too late",
+        "{{ $value | humanizePercentage }} of its draft tokens in 10 minutes came after their "
+        "position had been computed. Answers are still correct, but slower. Give the draft workers "
+        "more cores (`draft.cpus`), or add one (`draft.num_workers`).",
     ),
     Alert(
         "XYServeRestarted",
         # Not at the start of the app, when its replicas start one after another.
-        f"changes({_NEWEST_START}[15m:15s]) > 0 and {_NEWEST_START} and "
-        f"{largest(series(metrics.START_TIME) + ' offset 15m', APP, 'deployment')}",
+        f"{number(f'time() - {series(metrics.START_TIME)} < 900', APP, 'deployment')} and "
+        f"on ({APP}, deployment) {series(metrics.START_TIME)} offset 15m",
         "0s",
         Severity.INFO,
         "A replica of {{ $labels.deployment }} of {{ $labels.application }} has started",
-        "{{ $value }} times in 15 minutes, while the app was up. If nobody deployed or added "
-        "replicas, one died: Ray's log of the dead process has the reason (`ray list actors "
-        "--filter state=DEAD`); `dmesg` shows whether the kernel killed it for lack of memory.",
+        "{{ $value }} of its replicas started in the last 15 minutes, while the app was up. If "
+        "nobody deployed or added replicas, one died: Ray's log of the dead process has the reason "
+        "(`ray list actors --filter state=DEAD`); `dmesg` shows whether the kernel killed it for "
+        "lack of memory.",
     ),
     Alert(
         "XYServeErrors",

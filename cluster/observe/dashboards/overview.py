@@ -238,6 +238,39 @@ OVERVIEW = Dashboard(
             ),
         ),
         Row(
+            "HTTP",
+            (
+                Panel(
+                    "Answers by status",
+                    "HTTP requests answered per second, by status: 4xx is the client's error, 5xx "
+                    "ours, 499 a client that left before its answer began.",
+                    Unit.REQUESTS_PER_S,
+                    (Query(total(rate(shown(metrics.HTTP_REQUESTS)), "status"), "{{status}}"),),
+                    Kind.STACKED,
+                ),
+                Panel(
+                    "Answers by route",
+                    "HTTP requests answered per second, by route; `none` has no route. Client "
+                    "handles do not come by HTTP.",
+                    Unit.REQUESTS_PER_S,
+                    (Query(total(rate(shown(metrics.HTTP_REQUESTS)), "handler"), "{{handler}}"),),
+                    Kind.STACKED,
+                ),
+                Panel(
+                    "Time of an answer, p95",
+                    "95 % of the answers of a route ended within this time; a stream ends with its "
+                    "last chunk. It depends on the number of tokens asked for.",
+                    Unit.SECONDS,
+                    (
+                        Query(
+                            quantile(0.95, shown(metrics.HTTP_SECONDS, part="_bucket"), "handler"),
+                            "{{handler}}",
+                        ),
+                    ),
+                ),
+            ),
+        ),
+        Row(
             "Errors",
             (
                 Panel(

@@ -119,7 +119,7 @@ class Dashboard:
     title: str
     description: str
     rows: tuple[Row, ...]
-    when_empty: str = "no data in this period"
+    when_empty: str = "no requests in this period, or no metrics"
     """Text of an empty panel that has no reason of its own."""
 
     @property

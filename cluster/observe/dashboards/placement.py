@@ -17,6 +17,7 @@ from scheduler.pace import SLOW, USUAL
 from scheduler.placement import PlacementReason
 
 _REPORT_AGE = shown(metrics.WORKER_REPORT_AGE)
+_UPTIME = f"time() - {shown(metrics.START_TIME)}"
 
 PLACEMENT = Dashboard(
     "xyserve-placement",
@@ -190,19 +191,20 @@ PLACEMENT = Dashboard(
                     ),
                 ),
                 Panel(
-                    "Restarts",
-                    "Times in 15 minutes that a deployment's newest replica changed. Zero is "
-                    "good. Ray's log of the replica that died has the reason; `dmesg` lists "
-                    "processes that the kernel killed for lack of memory.",
+                    "Started replicas",
+                    "Replicas that started in the last 15 minutes: all of them after a "
+                    "deployment, otherwise those that were added or have died before. Ray's log "
+                    "of a replica that died has the reason; `dmesg` lists processes that the "
+                    "kernel killed for lack of memory.",
                     Unit.COUNT,
                     (
                         Query(
-                            f"changes({largest(shown(metrics.START_TIME), 'deployment')}[15m:15s])",
+                            f"{number(f'{_UPTIME} < 900', 'deployment')}"
+                            f" or 0 * {number(_UPTIME, 'deployment')}",
                             "{{deployment}}",
                         ),
                     ),
                     Kind.BARS,
-                    Thresholds(1, 3),
                 ),
             ),
         ),

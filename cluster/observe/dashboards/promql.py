@@ -1,12 +1,12 @@
 """PromQL expressions, built from the metrics so that no metric's name is typed twice."""
 
-from cluster.observe.metrics import Metric, VllmMetric
+from cluster.observe.metrics import Metric, RayMetric, VllmMetric
 
 RATE_INTERVAL = "$__rate_interval"
 """Grafana's variable: a few scrape intervals, more for longer periods."""
 
 
-def series(metric: Metric | VllmMetric, *matchers: str, part: str = "") -> str:
+def series(metric: Metric | VllmMetric | RayMetric, *matchers: str, part: str = "") -> str:
     """The series of a metric that match; `part` is `_bucket` or `_count` for a histogram.
 
     Never `_sum`: what Ray exports as a histogram's sum is estimated from its buckets.
@@ -37,15 +37,8 @@ def rate(counter: str, window: str = RATE_INTERVAL) -> str:
 
 
 def grown(counter: str, window: str) -> str:
-    """How much a counter grew within a window, its first increment included.
-
-    A counter has no series until its first increment, which `increase` therefore misses. Looking
-    back one hour distinguishes a new series from one that was not scraped for a while.
-    """
-    return (
-        f"(({counter} unless last_over_time({counter}[1h] offset {window}))"
-        f" or increase({counter}[{window}]))"
-    )
+    """How much a counter grew within a window; its first increment counts if it began at zero."""
+    return f"increase({counter}[{window}])"
 
 
 def total(expr: str, *by: str) -> str:

@@ -146,6 +146,14 @@ SPECULATION = Dashboard(
                     ),
                 ),
                 Panel(
+                    "Draft worker's silence",
+                    "Time that the draft worker has owed each worker an answer. Above 30 s it is "
+                    "stopped or overloaded.",
+                    Unit.SECONDS,
+                    (Query(largest(of_workers(metrics.DRAFT_SILENCE), "replica"), "{{replica}}"),),
+                    thresholds=Thresholds(3, 30),
+                ),
+                Panel(
                     "Collapses",
                     "Times in the last 5 minutes that the drafts for a worker were no longer "
                     f"accepted as they used to be, by reason: {in_words(CollapseReason)}. "

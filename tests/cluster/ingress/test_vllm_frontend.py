@@ -162,6 +162,37 @@ async def test_requests_at_the_same_time_have_each_their_own_targets(app: App) -
     assert sorted(name for name, _ in app.workers.take_targets()) == sorted(classes)
 
 
+@pytest.mark.parametrize(
+    ("params", "key"),
+    [
+        ({"prompt": ["One"] * 600, "n": 2, "temperature": 1}, "max_sequences"),
+        ({"prompt": ["One"] * 10, "n": 128, "temperature": 1}, "max_sequences"),
+        ({"max_tokens": 8000, "logprobs": 20, "n": 8, "temperature": 1}, "max_total_logprobs"),
+    ],
+)
+async def test_a_call_that_would_take_too_much_memory_is_refused(
+    app: App, params: dict[str, Any], key: str
+) -> None:
+    answer = await app.post("/v1/completions", **params)
+    handle = app.frontend.complete("completion", BODIES["/v1/completions"] | params)
+    with pytest.raises(RequestFailed, match=f"ingress.{key}") as failure:
+        await handle
+
+    assert (answer.status_code, failure.value.status) == (400, 400)
+    assert f"ingress.{key}" in answer.json()["error"]["message"]
+    assert not app.frontend._llm.output_processor.request_states
+    app.workers.take_targets()
+
+
+async def test_vllms_own_metrics_are_neither_counted_nor_shown(app: App) -> None:
+    """They would be those of this process, which has no engine."""
+    middlewares = [repr(middleware.cls) for middleware in app.frontend._app.user_middleware]
+
+    assert (await app.http.get("/metrics")).status_code == 404
+    assert middlewares
+    assert not [name for name in middlewares if "Prometheus" in name]
+
+
 async def test_priority_goes_with_the_targets(app: App) -> None:
     await app.post("/v1/completions", FAST, priority=-3)
 

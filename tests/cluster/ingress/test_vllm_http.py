@@ -61,6 +61,20 @@ async def test_a_body_over_the_limit_is_refused(limited: ASGIApp, sizes: tuple[i
         )
 
 
+async def test_a_text_to_tokenize_is_smaller() -> None:
+    routes = [Route("/v/tokenize", answer_length, methods=["POST"])]
+    transport = httpx.ASGITransport(RequestSizeLimit(Starlette(routes=routes), 80))
+    async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+        whole, large = [await client.post("/v/tokenize", content=b"x" * n) for n in (10, 11)]
+
+    assert (whole.status_code, whole.text) == (200, "10")
+    assert (large.status_code, large.text) == (
+        413,
+        "The request body is over the limit of 10 bytes "
+        "(ingress.max_request_bytes / 8, for /tokenize).",
+    )
+
+
 async def test_what_is_no_request_is_not_counted() -> None:
     message: Message = {"type": "lifespan.startup", "body": b"x" * 100}
     seen: list[Message] = []

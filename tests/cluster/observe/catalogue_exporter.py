@@ -77,6 +77,10 @@ class CatalogueExporter:
         self._add(metrics.ADMISSIONS, 6 * load, of, outcome="admitted")
         self._add(metrics.ADMISSIONS, 0.02, of, outcome="invalid")
         self._add(metrics.RETRIES, 0.004, of, reason="EngineDead")
+        for handler, status in {"/v1/chat/completions": 200, "none": 404}.items():
+            labels = {"handler": handler, "method": "POST", "status": str(status)}
+            self._add(metrics.HTTP_REQUESTS, 6 * load, of, **labels)
+            self._observe(metrics.HTTP_SECONDS, 2 + 6 * load, of, handler=handler)
         for index, (slo_class, met) in enumerate(CLASSES.items()):
             rate, by_class = load * (3 - index), {"slo_class": slo_class}
             self._add(metrics.REQUESTS, 0.7 * rate, of, **by_class, outcome="stop")
@@ -132,6 +136,7 @@ class CatalogueExporter:
                 accepted = verified * 0.8**position
                 self._add(metrics.DRAFT_VERIFIED_AT, verified, of, drafter=drafter, **at)
                 self._add(metrics.DRAFT_ACCEPTED_AT, accepted, of, drafter=drafter, **at)
+        self._set(metrics.DRAFT_SILENCE, 0.02 * load, of)
         self._set(metrics.DRAFT_ACCEPTANCE, 0.5 + 0.1 * load + self._random.gauss(0, 0.01), of)
         self._set(metrics.TOKENS_PER_DECODE, 1.5 + 0.4 * load + self._random.gauss(0, 0.02), of)
         self._add(
@@ -175,8 +180,7 @@ class CatalogueExporter:
         if not (isinstance(metric, Metric) and metric.unit == "seconds"):
             # As with real events, chance decides on what lies between integers.
             amount = int(amount) + (self._random.random() < amount % 1)
-        if amount:  # a counter has no series before it is first incremented
-            self._child(metric, "Counter", {**of, **labels}).inc(amount)
+        self._child(metric, "Counter", {**of, **labels}).inc(amount)
 
     def _set(
         self, metric: Metric | VllmMetric, value: float, of: Mapping[str, str], **labels: str

@@ -1,17 +1,26 @@
+import itertools
 from collections import Counter
+from collections.abc import Iterable
 from math import inf
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from cluster.config.slo import SloClass, SloConfig
 from cluster.observe import metrics
-from cluster.observe.exporter import RequestMetrics, WorkerMetrics
+from cluster.observe.exporter import PlacementMetrics, RequestMetrics, WorkerMetrics
 from cluster.observe.metrics import METRICS, Kind, Metric
 from cluster.observe.request_history import RequestRecord
+from scheduler.drafting import CollapseReason
+from scheduler.placement import Placement, PlacementReason, WorkerLoad
 from scheduler.request import Request, Slo
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from workers.drafts.draft_client import DraftCounts
+from workers.errors import EngineDead, WorkerDraining
 from workers.reports import DraftStats
+
+CLASSES = SloConfig(classes={"chat": SloClass(ttft_ms=1000, tpot_ms=500)})
 
 
 class Exported:
@@ -19,8 +28,15 @@ class Exported:
 
     def __init__(self) -> None:
         self.sums: Counter[Any] = Counter()
+        self.begun: set[Any] = set()
         self.values: list[tuple[Any, ...]] = []
         self.gauges: dict[Metric, float] = {}
+
+    def begin(self, metric: Metric, **labels: Iterable[str]) -> None:
+        for values in itertools.product(*labels.values()):
+            key = self._key(metric, Kind.COUNTER, dict(zip(labels, values, strict=True)))
+            assert key not in self.sums
+            self.begun.add(key)
 
     def add(self, metric: Metric, amount: float = 1, **labels: str) -> None:
         assert amount > 0  # Ray takes no other
@@ -126,7 +142,11 @@ def test_the_growth_of_draft_counts_is_exported(exported: Exported) -> None:
         (metrics.DRAFT_ACCEPTED_AT, "suffix", "1"): 2,
         (metrics.DRAFT_ACCEPTED_AT, "suffix", "2"): 1,
     }
-    assert exported.gauges == {metrics.DRAFT_ACCEPTANCE: 0.6, metrics.TOKENS_PER_DECODE: 1.5}
+    assert exported.gauges == {
+        metrics.DRAFT_ACCEPTANCE: 0.6,
+        metrics.TOKENS_PER_DECODE: 1.5,
+        metrics.DRAFT_SILENCE: 0.0,
+    }
 
 
 def ended(outcome: str, *times: float) -> RequestRecord:
@@ -139,7 +159,8 @@ def ended(outcome: str, *times: float) -> RequestRecord:
 
 
 def test_a_request_counts_by_its_class_and_outcome(exported: Exported) -> None:
-    RequestMetrics(exported).count_end(ended("stop", 10.5, 11.0, 12.5))  # type: ignore[arg-type]
+    client = RequestMetrics(exported, CLASSES)  # type: ignore[arg-type]
+    client.count_end(ended("stop", 10.5, 11.0, 12.5))
 
     assert exported.values == [
         (metrics.TIME_TO_FIRST_TOKEN, "chat", 0.5),
@@ -157,10 +178,36 @@ def test_a_request_counts_by_its_class_and_outcome(exported: Exported) -> None:
 
 
 def test_a_request_that_gave_nothing_has_no_latency(exported: Exported) -> None:
-    RequestMetrics(exported).count_end(ended("abort"))  # type: ignore[arg-type]
+    RequestMetrics(exported, CLASSES).count_end(ended("abort"))  # type: ignore[arg-type]
 
     assert exported.values == []
     assert exported.sums == {(metrics.REQUESTS, "chat", "abort"): 1}
+
+
+def test_counters_begin_at_zero_for_every_value_that_they_will_have(exported: Exported) -> None:
+    """Otherwise `increase` in Prometheus misses the first event of each kind."""
+    exporter: Any = exported
+    client, placement = RequestMetrics(exporter, CLASSES), PlacementMetrics(exporter)
+    worker = WorkerMetrics(exporter)
+    for outcome in ("admitted", "invalid", "unavailable"):
+        client.count_admission(outcome)
+    for outcome in ("stop", "length", "abort", "error", "repetition"):  # vLLM's
+        client.count_end(ended(outcome, 10.5, 11.0))
+    for error in (ActorDiedError, ActorUnavailableError, EngineDead, WorkerDraining):
+        client.count_retry(error.__name__)
+    for collapse in CollapseReason:
+        placement.count_collapse(collapse)
+    load = WorkerLoad("w", 0, 0, draining=False)
+    placement.set_load(load, 0.0)
+    for reason in PlacementReason:
+        placement.count_placement(Placement(load, None, reason, 0))
+    worker.add_step(step(deferred=2))
+    counts = DraftCounts(proposed=1, verified=1, accepted=1, late=1, stale=1)
+    worker.export(DraftStats({"suffix": counts}, 0.6, 1.5, "d", 0.0))
+
+    with_labels = {key for key in exported.sums if len(key) > 1}
+    assert len(with_labels) > 30
+    assert with_labels <= exported.begun
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)

@@ -1,4 +1,5 @@
 import dataclasses
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -22,8 +23,10 @@ from scheduler.placement import (
     Refused,
     WorkerLoad,
 )
+from scheduler.drafting import CollapseReason
 from scheduler.request import Request
-from workers.reports import WorkerReport
+from workers.drafts.draft_client import DraftCounts
+from workers.reports import DraftStats, WorkerReport
 
 A_REQUEST = Request("r", num_prompt_tokens=10, max_tokens=5)
 NO_WORKER = Refused(RefusalReason.NO_WORKER, NO_WORKER_RETRY_S)
@@ -326,6 +329,29 @@ async def test_every_placement_is_observed(clock: FakeClock) -> None:
 
     placements = await scheduler.placements(["r"])
     assert observed.made == [(A_REQUEST, placements["r"], 0.0)]
+
+
+async def test_other_text_is_a_note_in_the_log_and_a_silent_draft_worker_a_warning(
+    scheduler: GlobalScheduler, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cluster")
+
+    async def accepted(rate: float, num_verified: int, silent_s: float = 0.0) -> None:
+        counts = DraftCounts(proposed=num_verified, verified=num_verified)
+        drafts = DraftStats({"suffix": counts}, rate, 1.5, "d", silent_s)
+        await scheduler.report(WorkerReport("w", {}, (), False, drafts))
+
+    await accepted(0.8, 10)
+    await accepted(0.8, 200)
+    await accepted(0.1, 300)
+    await accepted(0.8, 400)
+    await accepted(0.8, 500, silent_s=60.0)
+
+    assert [
+        (record.levelname, record.__dict__["reason"])
+        for record in caplog.records
+        if record.msg == "drafts are no longer accepted"
+    ] == [("INFO", CollapseReason.CONTENT.text), ("WARNING", CollapseReason.SILENT.text)]
 
 
 async def test_only_a_worker_that_serve_lists_is_chosen(scheduler: GlobalScheduler) -> None:

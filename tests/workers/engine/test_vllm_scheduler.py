@@ -13,10 +13,12 @@ from scheduler.policy import StepPolicy
 from scheduler.record import arrivals
 from scheduler.replay import replay
 from scheduler.request import Slo
+from scheduler.step_planner import StepPlanner
 from scheduler.task import Stage
 from tests.workers.engine_process import EngineProcesses
 from tests.workers.planned_engine import (
     Job,
+    KeptSteps,
     play_ahead,
     play_scripts,
     steps,
@@ -34,6 +36,7 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 3,
 }
+SMALL = EngineConfig(kv_cache_gib=0.02, max_model_len=MAX_MODEL_LEN)
 DRAW = random.Random(0)
 SLOS = [Slo(), Slo(ttft_s=30.0, tpot_s=10.0), Slo(ttft_s=0.05, tpot_s=0.005), Slo(ttft_s=1e-6)]
 
@@ -348,11 +351,43 @@ def _recording_engine(folder: str, path: Path) -> Any:
     from tests.workers.planned_engine import add_job
     from workers.engine.vllm_engine import VllmEngine
 
-    config = WorkerConfig(
-        calibrate_at_start=False,
-        engine=EngineConfig(kv_cache_gib=0.02, max_model_len=MAX_MODEL_LEN),
-    )
-    engine = VllmEngine(folder, config)
+    engine = VllmEngine(folder, WorkerConfig(calibrate_at_start=False, engine=SMALL))
     engine.record(path)
     add_job(engine, "a", Job([5, 6, 7], max_tokens=3))
     return engine
+
+
+def test_prompt_logprobs_are_computed_in_bounded_pieces_and_are_the_same(engines: Engines) -> None:
+    call = engines._processes.call
+    (one, at_once), (most, in_pieces) = (
+        call(_prompt_logprobs, str(engines._folder), max_rows) for max_rows in (1000, 48)
+    )
+
+    assert (one, most) == (100, 48)
+    assert in_pieces == at_once
+    assert len(at_once) == 100 - 1
+
+
+def _prompt_logprobs(folder: str, max_rows: int) -> tuple[int, list[list[float]]]:
+    """The most tokens in a step of a prompt of 100, and the log probabilities."""
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.serial_utils import MsgpackDecoder
+
+    from tests.workers.planned_engine import add_job
+    from workers.engine.vllm_engine import VllmEngine
+
+    engine = VllmEngine(folder, WorkerConfig(calibrate_at_start=False, engine=SMALL))
+    scheduler: Any = engine.core.scheduler
+    scheduler._max_rows = max_rows
+    prompt = [3 + number * 7 % (VOCAB_SIZE - 3) for number in range(100)]
+    add_job(engine, "a", Job(prompt, max_tokens=2, prompt_logprobs=2))
+    kept = KeptSteps()
+    scheduler.planner = StepPlanner(scheduler.limits, StepPolicy(), on_step=kept.took_step)
+    decoder = MsgpackDecoder(EngineCoreOutputs)
+    found: list[list[float]] = []
+    while engine.has_requests():
+        for output in engine.step()[0].values():
+            for of_request in decoder.decode(output.frames).outputs:
+                if tensors := of_request.new_prompt_logprobs_tensors:
+                    found += tensors.logprobs.tolist()
+    return max(task.num_tokens for report in kept.reports for task in report.tasks), found
