@@ -59,6 +59,7 @@ def worker(name: str, app: str = "a") -> History:
         series(metrics.VLLM_NUM_REQUESTS_RUNNING, replica=name): flat(3),
         series(metrics.WORKER_REQUESTS, **seen): flat(3),
         series(metrics.WORKER_REPORT_AGE, **seen): flat(1),
+        series(metrics.WORKER_SLOWNESS, **seen): flat(1),
         **drafts(name, late=1, app=app),
     }
 
@@ -216,6 +217,19 @@ def test_a_worker_that_takes_no_steps_for_minutes(
     history, rest = app(), 30 - minutes
     (steps,) = of(history, "step_measured", "aw1")
     history[steps] = f"{growing(12, 30)} {flat(1440, minutes)} {growing(12, rest, 1440)}"
+    check(folder, history, *firing)
+
+
+@pytest.mark.parametrize(
+    ("slowness", "minutes", "firing"),
+    [(2.5, 20, ()), (4, 0.75, ()), (4, 5, ("XYServeWorkerSlow",))],
+)
+def test_a_worker_whose_steps_take_long(
+    folder: Path, slowness: float, minutes: float, firing: tuple[str, ...]
+) -> None:
+    history = app()
+    (of_it,) = of(history, "slowness", "aw1")
+    history[of_it] = f"{flat(1, 30)} {flat(slowness, minutes)} {flat(1, 30 - minutes)}"
     check(folder, history, *firing)
 
 
