@@ -1,36 +1,52 @@
 """The Python client handle: the app's API without HTTP, from any process of the Ray cluster."""
 
 import asyncio
-import concurrent.futures
 import contextlib
-import threading
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import (
+    AsyncGenerator,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from http import HTTPStatus
 from typing import Any, TypeVar, overload
 
 import msgspec
 import ray
 from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ParsedChatCompletion
+from pydantic import BaseModel
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
-from ray.util import get_node_ip_address
 
-from cluster.errors import AppNotFound, RequestFailed
-from cluster.ingress.protocol import Api, AppStatus, Chunk
+from cluster.background_loop import BackgroundLoop
+from cluster.call_parameters import (
+    answer_type,
+    check_timeout,
+    check_type,
+    encode_parameters,
+    parse_answer,
+)
+from cluster.chunk_receiver import ChunkReceiver
+from cluster.errors import AppNotFound, HandleClosed, RequestFailed
+from cluster.ingress.protocol import Api, AppStatus
 from cluster.observe.explanation import Explanation
 from cluster.observe.request_history import Refusal
 from cluster.ray_cluster import join_ray_cluster
 from workers.reports import WorkerSteps
 from workers.timeline import Span
-from workers.token_stream import LOST_AFTER_S, StreamReceiver
+from workers.token_stream import LOST_AFTER_S
 
 Prompt = str | list[int]
-Messages = list[dict[str, Any]]
+Messages = Sequence[Mapping[str, Any] | BaseModel]
 T = TypeVar("T")
 
-_decode_chunks = msgspec.msgpack.Decoder(list[Chunk]).decode
+ASK_TIMEOUT_S = 30.0
+"""Time that the app has to answer what is no request, such as `status`."""
 
 
 class XYServe:
@@ -39,8 +55,9 @@ class XYServe:
     Parameters of a call are those of the OpenAI API (`max_tokens`, `temperature`, `stop`, `n`,
     `logprobs`, `tools`, `response_format`, ...) and vLLM's additions to it (`top_k`,
     `structured_outputs`, `priority`, ...); results are the types of the `openai` package. Errors
-    the server answers are raised as `RequestFailed` with its message and status. `timeout_s`
-    bounds a whole call; when it is over the call is cancelled and TimeoutError raised.
+    the server answers are raised as `RequestFailed` with its message and status; a parameter that
+    there is not, or that cannot be used, is status 400. `timeout_s` bounds a whole call; when it
+    is over the call is cancelled and TimeoutError raised.
 
     `slo_class` names the service class of a call, one of the app's config; `slo_ttft_ms` (time to
     the first token) and `slo_tpot_ms` (time per output token after it) replace single targets of
@@ -48,19 +65,20 @@ class XYServe:
     `request_id` names a call, for `explain`, and `traceparent` is the trace that it belongs to.
 
     Synchronous and asynchronous methods may be mixed; the object is safe to share between
-    threads.
+    threads. A pickled handle, as one that is given to a Ray task or actor, connects again where it
+    arrives. After `close` every method raises HandleClosed.
     """
 
-    def __init__(self, ingress: "DeploymentHandle[Any]") -> None:
-        self._ingress = ingress
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="xyserve-client", daemon=True
-        )
-        self._thread.start()
-        self._receiver: StreamReceiver | None = None
-        self._receiving: asyncio.Task[None] | None = None
-        self._streams: dict[str, _StreamCall] = {}
+    def __init__(
+        self, ingress: "DeploymentHandle[Any]", address: str | None = None, app: str = "xyserve"
+    ) -> None:
+        self._deployment = ingress
+        self._worker_id = ray.get_runtime_context().get_worker_id() if address else ""
+        """Of this process in the Ray cluster; it has another one after another `ray.init`."""
+        self._address = address
+        self._app = app
+        self._loop = BackgroundLoop("xyserve-client")
+        self._chunks = ChunkReceiver()
 
     @classmethod
     def connect(cls, address: str | None = None, app: str = "xyserve") -> "XYServe":
@@ -72,7 +90,8 @@ class XYServe:
         if not ray.is_initialized():
             join_ray_cluster(address)
         try:
-            return cls(serve.get_app_handle(app))
+            here = ray.get_runtime_context().gcs_address
+            return cls(serve.get_app_handle(app), here, app)
         except RayServeException:
             apps = ", ".join(serve.status().applications) or "none"
             raise AppNotFound(
@@ -80,29 +99,64 @@ class XYServe:
                 "`serve deploy deploy/local.yaml`"
             ) from None
 
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        response_format: type[T],
+        timeout_s: float | None = None,
+        **params: Any,
+    ) -> ParsedChatCompletion[T]: ...
+
+    @overload
+    def chat(
+        self, messages: Messages, *, timeout_s: float | None = None, **params: Any
+    ) -> ChatCompletion: ...
+
     def chat(
         self, messages: Messages, *, timeout_s: float | None = None, **params: Any
     ) -> ChatCompletion:
-        """The model's answer to a conversation."""
-        return self._wait(self._chat(messages, timeout_s, params))
+        """The model's answer to a conversation.
+
+        `response_format` may be a type: a pydantic model, a dataclass or what else pydantic knows.
+        Each message then has a `parsed` of this type, as with `parse` of the `openai` package,
+        whose LengthFinishReasonError is raised if an answer is cut off.
+        """
+        return self._loop.wait(self._chat(messages, timeout_s, params))
+
+    @overload
+    async def chat_async(
+        self,
+        messages: Messages,
+        *,
+        response_format: type[T],
+        timeout_s: float | None = None,
+        **params: Any,
+    ) -> ParsedChatCompletion[T]: ...
+
+    @overload
+    async def chat_async(
+        self, messages: Messages, *, timeout_s: float | None = None, **params: Any
+    ) -> ChatCompletion: ...
 
     async def chat_async(
         self, messages: Messages, *, timeout_s: float | None = None, **params: Any
     ) -> ChatCompletion:
         """`chat` for asyncio."""
-        return await self._wait_async(self._chat(messages, timeout_s, params))
+        return await self._loop.wait_async(self._chat(messages, timeout_s, params))
 
     def generate(
         self, prompt: Prompt, *, timeout_s: float | None = None, **params: Any
     ) -> Completion:
         """The model's continuation of a text or of token ids."""
-        return self._wait(self._generate(prompt, timeout_s, params))
+        return self._loop.wait(self._generate(prompt, timeout_s, params))
 
     async def generate_async(
         self, prompt: Prompt, *, timeout_s: float | None = None, **params: Any
     ) -> Completion:
         """`generate` for asyncio."""
-        return await self._wait_async(self._generate(prompt, timeout_s, params))
+        return await self._loop.wait_async(self._generate(prompt, timeout_s, params))
 
     @overload
     def stream(
@@ -123,10 +177,10 @@ class XYServe:
         """
         call = self._stream_call(input, timeout_s, params)
         try:
-            while (chunk := self._wait(call.next_chunk())) is not None:
+            while (chunk := self._loop.wait(call.next_chunk())) is not None:
                 yield chunk
         finally:
-            self._abandon(call)
+            self._loop.call(call.close)
 
     @overload
     def stream_async(
@@ -144,14 +198,14 @@ class XYServe:
         """`stream` for asyncio."""
         call = self._stream_call(input, timeout_s, params)
         try:
-            while (chunk := await self._wait_async(call.next_chunk())) is not None:
+            while (chunk := await self._loop.wait_async(call.next_chunk())) is not None:
                 yield chunk
         finally:
-            self._abandon(call)
+            self._loop.call(call.close)
 
     def status(self) -> AppStatus:
         """The app's workers at this moment."""
-        status: AppStatus = self._wait(self._respond(self._ingress.status.remote(), 30.0))
+        status: AppStatus = self._loop.wait(self._ask("status"))
         return status
 
     def spans(self, since_s: float) -> dict[str, list[Span]]:
@@ -159,14 +213,15 @@ class XYServe:
 
         They keep their latest 20,000 steps and draftings. Steps of the policy `vllm` are not kept.
         """
-        call = self._ingress.spans.remote(since_s)
-        spans: dict[str, list[Span]] = self._wait(self._respond(call, 30.0))
+        check_type("since_s", since_s, float)
+        spans: dict[str, list[Span]] = self._loop.wait(self._ask("spans", since_s))
         return spans
 
     def steps(self, since_s: float = 0.0, most: int = 20) -> list[WorkerSteps]:
         """The latest `most` steps of each worker that ended after a time, by the wall clock."""
-        call = self._ingress.steps.remote(since_s, most)
-        steps: list[WorkerSteps] = self._wait(self._respond(call, 30.0))
+        check_type("since_s", since_s, float)
+        check_type("most", most, int)
+        steps: list[WorkerSteps] = self._loop.wait(self._ask("steps", since_s, most))
         return steps
 
     def explain(self, request_id: str) -> list[Explanation | Refusal]:
@@ -175,15 +230,11 @@ class XYServe:
         It is the id of an answer, or of its header x-request-id. Each ingress remembers its latest
         10,000 requests and refusals, each worker its latest 20,000 steps.
         """
-        return self._wait(self._explain(request_id))
+        check_type("request_id", request_id, str)
+        return self._loop.wait(self._explain(request_id))
 
     def close(self) -> None:
-        """End the handle; calls under way are cancelled."""
-        if self._loop.is_closed():
-            return
-        self._wait(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        """End the handle; calls under way are cancelled, and raise HandleClosed."""
         self._loop.close()
 
     def __enter__(self) -> "XYServe":
@@ -192,40 +243,71 @@ class XYServe:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # What follows runs in the handle's own event loop, or brings work there.
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._loop.check_usable()
+        return XYServe.connect, (self._address, self._app)
+
+    @property
+    def _ingress(self) -> "DeploymentHandle[Any]":
+        """The ingress; HandleClosed if it cannot be reached because Ray was shut down here.
+
+        Serve would start a Ray of its own, and look for the ingress there for ever.
+        """
+        if self._worker_id and not (
+            ray.is_initialized() and ray.get_runtime_context().get_worker_id() == self._worker_id
+        ):
+            raise HandleClosed(
+                "Ray was shut down in this process; make another handle with `XYServe.connect`"
+            )
+        return self._deployment
+
+    # What follows runs in the handle's own event loop.
 
     async def _chat(
         self, messages: Messages, timeout_s: float | None, params: dict[str, Any]
     ) -> ChatCompletion:
-        call = self._ingress.call.remote("chat", {"messages": messages} | params)
-        return ChatCompletion.construct(**msgspec.json.decode(await self._respond(call, timeout_s)))
+        body = await self._call("chat", {"messages": messages} | params, timeout_s)
+        if (wanted := answer_type(params)) is None:
+            return ChatCompletion.construct(**body)
+        answer = ParsedChatCompletion[Any].construct(**body)
+        parse_answer(answer, wanted)
+        return answer
 
     async def _generate(
         self, prompt: Prompt, timeout_s: float | None, params: dict[str, Any]
     ) -> Completion:
-        call = self._ingress.call.remote("completion", {"prompt": prompt} | params)
-        return Completion.construct(**msgspec.json.decode(await self._respond(call, timeout_s)))
+        return Completion.construct(
+            **await self._call("completion", {"prompt": prompt} | params, timeout_s)
+        )
+
+    async def _call(self, api: Api, params: dict[str, Any], timeout_s: float | None) -> Any:
+        check_timeout(timeout_s)
+        call = self._ingress.call.remote(api, encode_parameters(params))
+        return msgspec.json.decode(await self._respond(call, timeout_s))
+
+    async def _ask(self, method: str, *args: Any) -> Any:
+        return await self._respond(getattr(self._ingress, method).remote(*args), ASK_TIMEOUT_S)
 
     async def _explain(self, request_id: str) -> list[Explanation | Refusal]:
         answers = self._ingress.broadcast("recall", request_id)
+        with _failures_of_ray():
+            of_ingresses = await answers.results_async(timeout_s=ASK_TIMEOUT_S)
         found: list[Explanation | Refusal] = []
-        for records in await answers.results_async(timeout_s=30.0):
+        for records in of_ingresses:
             for record in records:
                 if isinstance(record, Refusal):
                     found.append(record)
                     continue
                 attempt_ids = [attempt.attempt_id for attempt in record.attempts]
-                attempt_traces = await self._respond(
-                    self._ingress.attempt_traces.remote(attempt_ids), 30.0
-                )
-                found.append(Explanation(record, attempt_traces))
+                found.append(Explanation(record, await self._ask("attempt_traces", attempt_ids)))
         return found
 
     async def _respond(self, call: "DeploymentResponse[Any]", timeout_s: float | None) -> Any:
         """The result of a call of the ingress; raises the failure that may be in its place."""
         try:
-            async with asyncio.timeout(timeout_s):
-                result = await call
+            with _failures_of_ray():
+                async with asyncio.timeout(timeout_s):
+                    result = await call
         except TimeoutError:
             call.cancel()
             raise TimeoutError(f"no complete answer within {timeout_s} s") from None
@@ -239,54 +321,35 @@ class XYServe:
     def _stream_call(
         self, input: Messages | Prompt, timeout_s: float | None, params: dict[str, Any]
     ) -> "_StreamCall":
-        if isinstance(input, list) and input and isinstance(input[0], dict):
-            return _StreamCall(self, "chat", {"messages": input} | params, timeout_s)
-        return _StreamCall(self, "completion", {"prompt": input} | params, timeout_s)
+        if isinstance(input, Iterator):
+            input = list(input)
+        is_chat = isinstance(input, Sequence) and any(
+            isinstance(message, Mapping | BaseModel) for message in input[:1]
+        )
+        api: Api = "chat" if is_chat else "completion"
+        check_timeout(timeout_s)
+        payload = encode_parameters({"messages" if is_chat else "prompt": input} | params)
+        return _StreamCall(self, api, payload, timeout_s)
 
-    def _abandon(self, call: "_StreamCall") -> None:
-        with contextlib.suppress(RuntimeError):  # the handle was closed, and the call with it
-            self._loop.call_soon_threadsafe(call.close)
 
-    async def _receive(self) -> None:
-        assert self._receiver is not None
-        while True:
-            for frame in await self._receiver.receive():
-                for chunk in _decode_chunks(frame):
-                    if call := self._streams.get(chunk.call_id):
-                        call.chunks.put_nowait(chunk.data)
-
-    async def _close(self) -> None:
-        calls = asyncio.all_tasks() - {asyncio.current_task()}
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-        if self._receiver is not None:
-            self._receiver.close()
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = self._start(work)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # e.g. on Ctrl-C
-            raise
-
-    async def _wait_async(self, work: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.wrap_future(self._start(work))
-
-    def _start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        if self._loop.is_closed():
-            work.close()
-            raise RuntimeError("this handle is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+@contextlib.contextmanager
+def _failures_of_ray() -> Iterator[None]:
+    """Raise what Ray says about a call as RequestFailed."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise RequestFailed(f"the app failed: {error.cause!r}") from None
+    except (RayError, RayServeException) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RequestFailed(
+            f"the app cannot be reached: {reason}", HTTPStatus.SERVICE_UNAVAILABLE
+        ) from None
 
 
 class _StreamCall:
     """One streamed answer; used in the handle's event loop."""
 
-    def __init__(
-        self, handle: XYServe, api: Api, payload: dict[str, Any], timeout_s: float | None
-    ) -> None:
+    def __init__(self, handle: XYServe, api: Api, payload: str, timeout_s: float | None) -> None:
         self._handle = handle
         self._api: Api = api
         self._payload = payload
@@ -312,17 +375,12 @@ class _StreamCall:
 
     def close(self) -> None:
         """Stop the call if it still runs."""
-        self._handle._streams.pop(self._call_id, None)
+        self._handle._chunks.close(self._call_id)
         if self._call is not None:
             self._call.cancel()
 
     async def _run(self) -> None:
         handle = self._handle
-        if handle._receiver is None:
-            handle._receiver = StreamReceiver(get_node_ip_address())
-            handle._receiving = asyncio.create_task(handle._receive())
-        handle._streams[self._call_id] = self
-        call = handle._ingress.stream.remote(
-            self._api, self._payload, self._call_id, handle._receiver.address
-        )
+        address = handle._chunks.open(self._call_id, self.chunks)
+        call = handle._ingress.stream.remote(self._api, self._payload, self._call_id, address)
         await handle._respond(call, self._timeout_s)

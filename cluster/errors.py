@@ -62,6 +62,10 @@ _STATUS_OF_REFUSAL = {
 }
 
 
+class HandleClosed(XYServeError, RuntimeError):
+    """The client handle was closed, Ray was shut down, or the handle is another process's."""
+
+
 class AppNotFound(XYServeError):
     """No such app runs on the Ray cluster."""
 

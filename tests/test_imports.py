@@ -69,11 +69,12 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     ),
     "cluster": (
         frozenset({"errors", "placement", "ray_cluster"}),
-        frozenset({"models"}),
+        frozenset({"background_loop", "call_parameters", "models"}),
         frozenset({"config"}),
         frozenset({"observe"}),
         frozenset({"ingress", "replicas"}),
-        frozenset({"app", "client"}),
+        frozenset({"app", "chunk_receiver"}),
+        frozenset({"client"}),
         frozenset({"cli"}),
     ),
 }

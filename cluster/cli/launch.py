@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import openai
@@ -15,6 +16,8 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus
 from rich.console import Console
 
+import cluster
+from cluster.cli.checks import Finding
 from cluster.cli.doctor import print_findings
 from cluster.cli.model import show_fetch
 from cluster.cli.probes import examine
@@ -69,9 +72,10 @@ def launch(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -
         stack.enter_context(_signals_interrupt())
         with phases.phase("Checking config and machine", "Config and machine"):
             file = read_serve_file(path)
-            findings = [f for f in examine(file) if f.level == "fail"]
-        if findings:
-            print_findings(findings, console)
+            _check_folder()
+            findings = examine(file)
+        if failures := [finding for finding in findings if finding.level == "fail"]:
+            print_findings(failures, console)
             raise ConfigError(
                 f"this machine cannot serve {path}; run `xyserve doctor {path}` for details"
             )
@@ -81,6 +85,7 @@ def launch(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -
         with phases.phase("Starting Ray", "Ray"):
             context = ray.init(
                 address="local",
+                num_cpus=_num_cpus(findings),
                 include_dashboard=True,
                 log_to_driver=False,
                 logging_level="error",
@@ -110,6 +115,28 @@ def launch(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -
                 signal.pause()
         except KeyboardInterrupt:
             console.print("Stopping.")
+
+
+def _check_folder() -> None:
+    """ConfigError if Ray's processes would find another `cluster` here, where they look first."""
+    found = PathFinder.find_spec("cluster", [str(Path.cwd())])
+    if found and found.origin and not Path(found.origin).samefile(cluster.__file__):
+        raise ConfigError(
+            f"{found.origin} shadows XY-Serve's package in the processes of Ray that start here: "
+            "rename it, or start in another folder"
+        )
+
+
+def _num_cpus(findings: list[Finding]) -> int | None:
+    """CPUs for Ray to count: each core twice, once for the app and once for tasks of its users.
+
+    Workers claim their cores by themselves. Of one CPU per core they would take all that there are
+    for Ray, and a user's task would wait for ever. None, Ray's own count, if the app wants more
+    cores than there are.
+    """
+    if any(finding.check == "cores" and finding.level != "ok" for finding in findings):
+        return None
+    return 2 * len(os.sched_getaffinity(0))
 
 
 def _deploy(file: ServeFile, dashboard_url: str, phases: Phases) -> None:

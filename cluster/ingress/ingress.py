@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import time
 from collections import defaultdict
@@ -97,24 +98,26 @@ class Ingress(Replica):
         """Serve's hook: it replaces this replica when this raises."""
         self._frontend.check_health()
 
-    async def call(self, api: Api, payload: dict[str, Any]) -> str | RequestFailed:
-        """Answer a client handle. Cancelling the call frees its slots.
+    async def call(self, api: Api, payload: str) -> str | RequestFailed:
+        """Answer a client handle, whose parameters are JSON. Cancelling the call frees its slots.
 
         A failure is returned: Serve would log it as a crash of this replica if it were raised.
         """
         try:
-            return await self._frontend.complete(api, payload)
+            return await self._frontend.complete(api, json.loads(payload))
         except RequestFailed as failure:
             return failure
 
     async def stream(
-        self, api: Api, payload: dict[str, Any], call_id: str, reply_to: StreamAddress
+        self, api: Api, payload: str, call_id: str, reply_to: StreamAddress
     ) -> RequestFailed | None:
         """`call` with the answer sent to `reply_to` in chunks; returns after the last one."""
         if self._polling is None:
             self._polling = asyncio.create_task(self._poll_senders())
         try:
-            async with contextlib.aclosing(self._frontend.stream(api, payload)) as chunks:
+            async with contextlib.aclosing(
+                self._frontend.stream(api, json.loads(payload))
+            ) as chunks:
                 async for data in chunks:
                     self._send(reply_to, Chunk(call_id, data))
         except RequestFailed as failure:

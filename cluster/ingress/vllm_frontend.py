@@ -17,8 +17,6 @@ from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
@@ -39,9 +37,10 @@ from cluster.errors import RequestFailed, RequestRefused
 from cluster.ingress.calls import Call, Calls, current_call
 from cluster.ingress.engine_client import EngineClient, Failure
 from cluster.ingress.http_metrics import HttpMetrics
-from cluster.ingress.protocol import PARAMETERS
+from cluster.ingress.protocol import PARAMETERS, Api
 from cluster.ingress.vllm_http import VALIDATOR_ERRORS, error_in, http_app
 from cluster.ingress.vllm_limits import check_limits
+from cluster.ingress.vllm_request import read_request
 from cluster.observe.vllm_metrics import RequestStatLogger
 from scheduler.request import Request
 from workers.engine.vllm_engine import encoder, engine_args
@@ -224,32 +223,27 @@ class Frontend:
         if self._llm.errored:
             raise EngineDeadError
 
-    async def complete(self, api: str, payload: dict[str, Any]) -> str:
+    async def complete(self, api: Api, payload: dict[str, Any]) -> str:
         """Answer one call of `api` ("chat" or "completion") as the JSON of its OpenAI response."""
         with self._calls.answering(payload, PARAMETERS) as call:
-            response = await self._respond(call, api, payload)
+            response = await self._respond(call, api, payload, streamed=False)
             return str(response.model_dump_json())
 
-    async def stream(self, api: str, payload: dict[str, Any]) -> Any:
+    async def stream(self, api: Api, payload: dict[str, Any]) -> Any:
         """The chunks of one streaming call, each as the JSON of its OpenAI chunk."""
         with self._calls.answering(payload, PARAMETERS) as call:
-            async for event in await self._respond(call, api, payload | {"stream": True}):
+            async for event in await self._respond(call, api, payload, streamed=True):
                 data = event.removeprefix("data: ").strip()
                 if error := error_in(data):
                     raise call.refusal or RequestFailed(error.message, error.code)
                 if data and data != "[DONE]":
                     yield data
 
-    async def _respond(self, call: Call, api: str, payload: dict[str, Any]) -> Any:
+    async def _respond(
+        self, call: Call, api: Api, payload: dict[str, Any], *, streamed: bool
+    ) -> Any:
         state = self._app.state
-        ours = set(PARAMETERS) - {PARAMETERS.call_id}
-        payload = {PARAMETERS.call_id: call.call_id} | {
-            name: payload[name] for name in payload if name not in ours
-        }
-        try:
-            request = (ChatCompletionRequest if api == "chat" else CompletionRequest)(**payload)
-        except (ValueError, TypeError, OverflowError, *VALIDATOR_ERRORS) as error:
-            raise RequestFailed(str(error), HTTPStatus.BAD_REQUEST) from None
+        request = read_request(api, payload, call.call_id, streamed=streamed)
         try:
             if api == "chat":
                 response = await state.openai_serving_chat.create_chat_completion(request)

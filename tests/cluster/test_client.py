@@ -1,19 +1,24 @@
 """The client handle over an ingress in this process: calls without Ray, streams by real sockets."""
 
 import asyncio
+import gc
 import json
+import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any
 
 import msgspec
+import openai
+import pydantic
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from cluster.client import XYServe
-from cluster.errors import RequestFailed
+from cluster.errors import HandleClosed, RequestFailed, XYServeError
 from cluster.ingress.protocol import Api, Chunk
 from workers.token_stream import StreamAddress, StreamSenders
 
@@ -53,6 +58,7 @@ class FakeIngress:
     def __init__(self) -> None:
         self.call, self.stream = Method(self._call), Method(self._stream)
         self.failure: RequestFailed | None = None
+        self.choices: list[dict[str, Any]] = []
         self.pieces = 2
         """Chunks of each stream."""
         self.hangs = False
@@ -62,15 +68,16 @@ class FakeIngress:
         self.began, self.cancelled = threading.Event(), threading.Event()
         self.senders = StreamSenders()
 
-    async def _call(self, api: Api, payload: dict[str, Any]) -> str | RequestFailed:
+    async def _call(self, api: Api, payload: str) -> str | RequestFailed:
         await self._begin()
-        return self.failure or json.dumps({"id": api, "choices": [], "payload": payload})
+        answer = {"id": api, "choices": self.choices, "payload": json.loads(payload)}
+        return self.failure or json.dumps(answer)
 
     async def _stream(
-        self, api: Api, payload: dict[str, Any], call_id: str, reply_to: StreamAddress
+        self, api: Api, payload: str, call_id: str, reply_to: StreamAddress
     ) -> RequestFailed | None:
         chunks = [
-            json.dumps({"id": f"{api} {n}", "choices": [], "payload": payload})
+            json.dumps({"id": f"{api} {n}", "choices": [], "payload": json.loads(payload)})
             for n in range(self.pieces)
         ]
         end = [] if self.failure or self.hangs else [""]
@@ -181,7 +188,7 @@ def test_a_stream_whose_handle_is_closed_ends_with_an_error(
 
     handle.close()
 
-    with pytest.raises(RuntimeError, match="this handle is closed"):
+    with pytest.raises(HandleClosed, match="this handle is closed"):
         next(stream)
 
 
@@ -239,7 +246,147 @@ def test_closing_a_handle_cancels_its_calls_and_refuses_new_ones(
     handle.close()
     thread.join(WAIT_S)
 
-    assert [type(error).__name__ for error in outcome] == ["CancelledError"]
+    assert [type(error).__name__ for error in outcome] == ["HandleClosed"]
     assert ingress.cancelled.is_set()
-    with pytest.raises(RuntimeError, match="this handle is closed"):
-        handle.chat(HELLO)
+
+
+async def test_closing_a_handle_ends_asynchronous_calls_but_not_their_tasks(
+    handle: XYServe, ingress: FakeIngress
+) -> None:
+    ingress.hangs = True
+    call = asyncio.create_task(handle.chat_async(HELLO))
+    assert await asyncio.to_thread(ingress.began.wait, WAIT_S)
+
+    handle.close()
+
+    with pytest.raises(HandleClosed):
+        await call
+    assert not call.cancelled()
+
+
+METHODS: dict[str, Callable[[XYServe], Any]] = {
+    "chat": lambda handle: handle.chat(HELLO),
+    "chat_async": lambda handle: asyncio.run(handle.chat_async(HELLO)),
+    "generate": lambda handle: handle.generate("Hello"),
+    "generate_async": lambda handle: asyncio.run(handle.generate_async("Hello")),
+    "stream": lambda handle: next(handle.stream(HELLO)),
+    "stream_async": lambda handle: asyncio.run(anext(handle.stream_async(HELLO))),
+    "status": lambda handle: handle.status(),
+    "spans": lambda handle: handle.spans(0.0),
+    "steps": lambda handle: handle.steps(),
+    "explain": lambda handle: handle.explain("an id"),
+    "pickling": lambda handle: handle.__reduce__(),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_closed_handle_says_so(handle: XYServe, method: str) -> None:
+    handle.close()
+    handle.close()
+
+    with pytest.raises(HandleClosed, match="this handle is closed") as raised:
+        METHODS[method](handle)
+    assert isinstance(raised.value, XYServeError)
+
+
+def test_a_fork_cannot_use_the_handle_and_leaves_it_alone(handle: XYServe) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads
+        child = os.fork()
+    if child == 0:
+        try:
+            handle.chat(HELLO)
+        except HandleClosed as error:
+            handle.close()
+            os._exit(0 if f"belongs to the process {os.getppid()}" in str(error) else 1)
+        os._exit(2)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert handle.chat(HELLO).id == "chat"
+
+
+def test_a_handle_that_nobody_has_ends_its_thread(ingress: FakeIngress) -> None:
+    before = set(threading.enumerate())
+    deployment: Any = ingress
+    handle = XYServe(deployment)
+    assert len(list(handle.stream(HELLO))) == 2
+    [thread] = set(threading.enumerate()) - before
+
+    del handle
+    gc.collect()
+
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+
+
+class Answer(pydantic.BaseModel):
+    capital: str
+
+
+def choice(content: str | None, finish_reason: str = "stop") -> dict[str, Any]:
+    message = {"role": "assistant", "content": content}
+    return {"index": 0, "finish_reason": finish_reason, "message": message}
+
+
+async def test_an_answer_of_a_type_is_parsed(handle: XYServe, ingress: FakeIngress) -> None:
+    ingress.choices = [choice('{"capital": "Paris"}'), choice(None, "tool_calls")]
+
+    answer = handle.chat(HELLO, response_format=Answer)
+    twin = await handle.chat_async(HELLO, response_format=Answer)
+
+    for each in (answer, twin):
+        parsed = [choice.message.parsed for choice in each.choices]
+        assert parsed == [Answer(capital="Paris"), None]
+        assert isinstance(each, ChatCompletion)
+
+
+def test_an_answer_of_a_type_that_is_cut_off_raises_what_openai_raises(
+    handle: XYServe, ingress: FakeIngress
+) -> None:
+    ingress.choices = [choice('{"capital": "Par', "length")]
+
+    with pytest.raises(openai.LengthFinishReasonError) as raised:
+        handle.chat(HELLO, response_format=Answer)
+
+    assert raised.value.completion.choices[0].message.content == '{"capital": "Par'
+
+
+def test_messages_may_be_an_iterator_or_objects(handle: XYServe, ingress: FakeIngress) -> None:
+    ingress.choices = [choice("Paris")]
+    message = handle.chat(HELLO).choices[0].message
+    messages: list[dict[str, Any] | pydantic.BaseModel] = [HELLO[0], message]
+    sent = [HELLO[0], {"role": "assistant", "content": "Paris"}]
+
+    assert handle.chat(messages).to_dict()["payload"] == {"messages": sent}
+    iterator: Any = iter(messages)
+    assert handle.chat(iterator).to_dict()["payload"] == {"messages": sent}
+    iterator = iter(messages)
+    for stream in (handle.stream(tuple(messages)), handle.stream(iterator)):
+        assert [chunk.to_dict()["payload"] for chunk in stream] == [{"messages": sent}] * 2
+
+
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [
+        (lambda handle: handle.chat([object()]), "messages: it cannot be sent as JSON"),
+        (lambda handle: handle.chat(HELLO, stop=print), "stop: it cannot be sent as JSON"),
+        (lambda handle: handle.generate(b"\xff"), "prompt: it cannot be sent as JSON"),
+        (
+            lambda handle: handle.chat(HELLO, timeout_s="5"),
+            "timeout_s: '5' is not of the type float",
+        ),
+        (lambda handle: handle.chat(HELLO, timeout_s=0), "timeout_s: 0 is not a positive number"),
+        (lambda handle: next(handle.stream(HELLO, timeout_s=-1)), "timeout_s: -1 is not a pos"),
+        (lambda handle: handle.spans("now"), "since_s: 'now' is not of the type float"),
+        (lambda handle: handle.steps(most=2.5), "most: 2.5 is not of the type int"),
+        (lambda handle: handle.explain(None), "request_id: None is not of the type str"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_named(
+    handle: XYServe, call: Callable[[XYServe], Any], fault: str
+) -> None:
+    with pytest.raises(RequestFailed) as raised:
+        call(handle)
+
+    assert str(raised.value).startswith(fault)
+    assert raised.value.status == 400

@@ -39,6 +39,8 @@ WORKER = {
     },
 }
 """The workers' config."""
+SHADOWS = ("scheduler.py", "workers.py", "tests.py")
+"""Files with names of ours in the folder in which the server is started."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ def serving(folder: Path, **args: object) -> Iterator[Server]:
     # Ray's sockets need a short path.
     ray_folder = Path(f"/tmp/xyt{free_port()}")
     ray_folder.mkdir()
+    # As beside a user's own programs; neither the command nor Ray's processes may import these.
+    for name in SHADOWS:
+        (folder / name).write_text("raise AssertionError(f'{__file__} is not ours')\n")
     # A server of the user's may run on this machine and have claimed its cores: this one claims in
     # a folder of its own, so both run on the same cores. It starts a Ray of its own as well.
     ray_settings = ("RAY_ADDRESS", "RAY_AUTH_MODE")
@@ -127,6 +132,7 @@ def serving(folder: Path, **args: object) -> Iterator[Server]:
         process = subprocess.Popen(
             [
                 sys.executable,
+                "-P",
                 "-m",
                 "cluster.cli.main",
                 "up",
@@ -136,6 +142,7 @@ def serving(folder: Path, **args: object) -> Iterator[Server]:
             ],
             stdout=out,
             stderr=subprocess.STDOUT,
+            cwd=folder,
             env=env,
         )
     try:

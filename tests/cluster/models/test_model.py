@@ -232,7 +232,7 @@ def tiny_wheel(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(tiny_gguf, directory, "", lambda done, total: None)
+    write_checkpoint(tiny_gguf, directory, "", {}, lambda done, total: None)
     return directory
 
 
