@@ -26,7 +26,7 @@ help:
 	@echo "  make lint        check with ruff, clang-format and mypy --strict"
 	@echo "  make fix         fix what ruff and clang-format can fix"
 	@echo "  make dashboards  regenerate deploy/grafana/*.json and deploy/alerts.yml"
-	@echo "  make docs        regenerate the config reference in deploy/README.md"
+	@echo "  make docs        regenerate the config reference and the table of routes in the READMEs"
 	@echo "  make install     create or update .venv"
 	@echo "                     PYTHON=python3.12         another Python, 3.11 to 3.14"
 	@echo
@@ -58,6 +58,6 @@ test-fast: install
 dashboards: install
 	@$(BIN)/python -m cluster.observe.dashboards.grafana
 
-# A test compares the reference in git with the config's dataclasses.
+# Tests compare what is in git with the config's dataclasses and with the table of routes.
 docs: install
 	@$(BIN)/python -m cluster.config.reference

@@ -23,6 +23,7 @@ from cluster.cli.model import show_fetch
 from cluster.cli.probes import examine
 from cluster.config.serve_file import ServeFile, read_serve_file
 from cluster.errors import ConfigError, XYServeError
+from cluster.ingress.proxy import CALLBACK
 from cluster.models.model import resolve_model
 
 POLL_INTERVAL_S = 0.5
@@ -82,6 +83,8 @@ def launch(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -
         with show_fetch() as progress:
             resolve_model(file.config.model, progress)
         token_mode_is_set = "RAY_AUTH_MODE" in os.environ  # if not, Ray sets it, in this process
+        for name, value in CALLBACK.items():
+            os.environ.setdefault(name, value)  # for Serve's proxies, which inherit it
         with phases.phase("Starting Ray", "Ray"):
             context = ray.init(
                 address="local",

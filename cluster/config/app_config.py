@@ -14,6 +14,7 @@ from typing import Any
 import pydantic
 
 from cluster.config.observe import LogConfig, TracingConfig
+from cluster.config.routes import EXTRA_PATHS
 from cluster.config.slo import SloConfig
 from cluster.errors import ConfigError
 from cluster.models.default_model import DEFAULT_MODEL
@@ -45,10 +46,17 @@ class IngressConfig:
     """vLLM's parser for the reasoning of models that show it; null: none."""
     chat_template: str | None = None
     """File with a chat template; null: the checkpoint's own."""
+    routes: tuple[str, ...] = ()
+    """Paths of routes to serve in addition to the usual ones, such as `/generative_scoring`."""
     extra_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's OpenAI server, under vLLM's names."""
 
     def __post_init__(self) -> None:
+        for path in self.routes:
+            if path not in EXTRA_PATHS:
+                raise ValueError(
+                    f"routes: {path!r} cannot be switched on; choose from {', '.join(EXTRA_PATHS)}"
+                )
         limits = ("request_bytes", "n", "sequences", "total_logprobs")
         for name in ("placement_timeout_s", *(f"max_{limit}" for limit in limits)):
             if not getattr(self, name) > 0:  # NaN is not positive either

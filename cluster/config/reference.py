@@ -1,6 +1,7 @@
 """The reference of the app's config, made from the config's dataclasses and their docstrings.
 
-`python -m cluster.config.reference` writes it into deploy/README.md; a test compares the two.
+`python -m cluster.config.reference` writes it into deploy/README.md, and the table of the HTTP
+routes into cluster/README.md; tests compare them.
 """
 
 import ast
@@ -14,11 +15,17 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from cluster.config import routes
 from cluster.config.app_config import AppConfig
 
-README = Path(__file__).resolve().parents[2] / "deploy" / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "deploy" / "README.md"
 BEGIN = "<!-- The config reference: written by `make docs` from the config's dataclasses. -->\n"
 END = "<!-- End of the config reference. -->\n"
+
+ROUTES_README = ROOT / "cluster" / "README.md"
+ROUTES_BEGIN = "<!-- The routes: written by `make docs` from cluster/config/routes.py. -->\n"
+ROUTES_END = "<!-- End of the routes. -->\n"
 
 KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
 """Types by the words for them in YAML."""
@@ -49,11 +56,20 @@ def reference() -> str:
 
 def current(text: str) -> str:
     """The text of a README with the reference in it as it should be; ValueError without a place."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the README needs the lines {BEGIN!r} and {END!r}, in this order")
-    return f"{before}{BEGIN}\n{reference()}\n{END}{after}"
+    return _filled(text, BEGIN, reference(), END)
+
+
+def with_routes(text: str) -> str:
+    """The same with the table of the routes."""
+    return _filled(text, ROUTES_BEGIN, routes.table(), ROUTES_END)
+
+
+def _filled(text: str, begin: str, content: str, end: str) -> str:
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"the README needs the lines {begin!r} and {end!r}, in this order")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def _sections(prefix: str, cls: type) -> Iterator[tuple[str, type, list[Key]]]:
@@ -131,3 +147,4 @@ def _flat(text: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(current(README.read_text()))
+    ROUTES_README.write_text(with_routes(ROUTES_README.read_text()))

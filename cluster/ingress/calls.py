@@ -1,6 +1,7 @@
 """Calls of the API: the id, targets and trace of each, its requests, and its status."""
 
 import contextvars
+import logging
 import math
 import time
 import uuid
@@ -12,19 +13,23 @@ from typing import Any
 
 from opentelemetry.trace import Status, StatusCode
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.config.slo import SloConfig
 from cluster.errors import RequestFailed, RequestRefused
+from cluster.ingress.error_answers import error_answer
 from cluster.ingress.observer import IngressObserver
 from cluster.ingress.protocol import HEADERS, Names
 from cluster.ingress.targets import NO_TARGETS, Targets, read_targets
 from cluster.observe.request_history import Refusal, RequestRecord
 from cluster.observe.tracing import Tracing, traceparent_of
 
+logger = logging.getLogger(__name__)
+
 MAX_MESSAGE_BYTES = 1000
 """Length to which a refusal's message is cut."""
+MAX_ID_LEN = 512
+"""Max characters of an id that a client gives, as in OpenAI's API."""
 
 
 @dataclass(slots=True)
@@ -32,6 +37,8 @@ class Call:
     """A call of the API, which may make several requests."""
 
     call_id: str
+    answer_id: str = ""
+    """Id that a client gave in the body, otherwise `call_id`; the answer's own id contains it."""
     targets: Targets = NO_TARGETS
     traceparent: str = ""
     """W3C trace context of its span; empty if it is not traced."""
@@ -45,12 +52,17 @@ class Call:
     message: str = ""
     """Text of the error that it was answered with."""
 
+    def __post_init__(self) -> None:
+        self.answer_id = self.answer_id or self.call_id
+
     @property
     def refusal(self) -> RequestRefused | None:
         """The error to answer it with, if one of its requests was refused a worker."""
         refused = [record.refused for record in self.records if record.refused]
         return RequestRefused(max(refused, key=lambda one: one.retry_after_s)) if refused else None
 
+
+CALL_ID = HEADERS.call_id.encode()
 
 current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar(
     "current_call", default=None
@@ -79,15 +91,14 @@ class Calls:
         `given` holds its headers or parameters, called `names`. RequestFailed if one of them cannot
         be used.
         """
-        call_id, traceparent = (
-            value if isinstance(value := given.get(name), str) else ""
-            for name in (names.call_id, names.traceparent)
-        )
-        call_id = call_id or uuid.uuid4().hex
+        given_id, traceparent = given.get(names.call_id), given.get(names.traceparent)
+        call_id = given_id if given_id and is_id(given_id) else uuid.uuid4().hex
+        traceparent = traceparent if isinstance(traceparent, str) else ""
         with self._tracing.call("ingress", traceparent, {"xyserve.call_id": call_id}) as span:
             call = Call(call_id, traceparent=traceparent_of(span))
             token = current_call.set(call)
             try:
+                check_id(names.call_id, given_id)
                 call.targets = read_targets(self._slo, given, names)
                 yield call
             except RequestFailed as failure:
@@ -97,8 +108,18 @@ class Calls:
                 current_call.reset(token)
                 if call.status >= HTTPStatus.BAD_REQUEST:
                     span.set_status(Status(StatusCode.ERROR, call.message))
+                    self._log(call)
                     if not call.records:
                         self._refuse(call)
+
+    def _log(self, call: Call) -> None:
+        if any(record.error for record in call.records):
+            return  # which the engine client has logged
+        logger.log(
+            logging.INFO if call.status < HTTPStatus.INTERNAL_SERVER_ERROR else logging.ERROR,
+            "a call was answered with an error",
+            extra={"call_id": call.call_id, "status": int(call.status), "answer": call.message},
+        )
 
     def _refuse(self, call: Call) -> None:
         now = time.time()
@@ -106,6 +127,26 @@ class Calls:
             "admission", call.traceparent, began_s=call.began_s, ended_s=now, error=call.message
         )
         self._observer.refused(Refusal(call.call_id, now, call.status, call.message))
+
+
+def is_id(value: object) -> bool:
+    """Whether a client may name its call so."""
+    if not isinstance(value, str):
+        return False
+    return len(value) <= MAX_ID_LEN and value.isascii() and value.isprintable()
+
+
+def check_id(name: str, value: object) -> None:
+    """RequestFailed if `value`, given under `name`, cannot be an id; none and empty are no id."""
+    if value is None or is_id(value):
+        return
+    shown = f"{value[:40]!a}" if isinstance(value, str) else f"of type {type(value).__name__}"
+    length = f", {len(value)} characters" if isinstance(value, str) else ""
+    raise RequestFailed(
+        f"{name}: an id has at most {MAX_ID_LEN} printable ASCII characters, and this one is "
+        f"{shown}{length}",
+        HTTPStatus.BAD_REQUEST,
+    )
 
 
 class CallsByHeader:
@@ -127,8 +168,11 @@ class CallsByHeader:
             await self._app(scope, receive, send)
             return
         calls = self._calls if "/v1/" in scope["path"] else self._others
+        headers = Headers(scope=scope)
+        # vLLM would take the header for the id of the answer, also where the body has one.
+        scope = {**scope, "headers": [(k, v) for k, v in headers.raw if k != CALL_ID]}
         try:
-            with calls.answering(Headers(scope=scope), HEADERS) as call:
+            with calls.answering(headers, HEADERS) as call:
 
                 async def watched(message: Message) -> None:
                     if message["type"] == "http.response.start":
@@ -144,12 +188,5 @@ class CallsByHeader:
 
                 await self._app(scope, receive, watched)
         except RequestFailed as failure:
-            await answer_failure(failure)(scope, receive, send)
-
-
-def answer_failure(failure: RequestFailed) -> JSONResponse:
-    """The answer to a call that does not reach the API, in the OpenAI form."""
-    status = HTTPStatus(failure.status)
-    kind = "BadRequestError" if status == HTTPStatus.BAD_REQUEST else status.phrase
-    error = {"message": str(failure), "type": kind, "param": None, "code": status}
-    return JSONResponse({"error": error}, status)
+            answer = error_answer(scope["path"], failure.status, str(failure))
+            await answer(scope, receive, send)

@@ -142,14 +142,23 @@ class EngineClient(Generic[Outputs]):
         live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
         return live.record
 
-    def abort(self, request_ids: list[str]) -> None:
-        """Stop requests wherever they are; nothing more comes from them."""
+    def abort(self, request_ids: list[str], error: str = "") -> None:
+        """Stop requests wherever they are, because the client left or because of an `error`.
+
+        Nothing more comes from them.
+        """
         for request_id in request_ids:
-            if live := self._end(request_id, "abort"):
-                if live.response is not None:
-                    live.response.cancel()
-                if live.task is not None:
-                    live.task.cancel()
+            self._stop(request_id, "error" if error else "abort", error)
+
+    def finish(self, request_id: str, outcome: str, num_output_tokens: int) -> None:
+        """End a request whose answer is complete, with a number of output tokens.
+
+        A worker may still be at it, and have computed more tokens: it does not know of stop
+        strings. Those tokens are not the answer's, and are not counted.
+        """
+        if live := self._live.get(request_id):
+            del live.record.output_token_ids[num_output_tokens:]
+            self._stop(request_id, outcome)
 
     async def next_outputs(self) -> Outputs | Failure:
         """The next outputs of a step for this client's requests, or the failure of one of them."""
@@ -200,6 +209,8 @@ class EngineClient(Generic[Outputs]):
             if await self._result(live, attempt) == "abort":  # not by this client
                 raise RuntimeError("the request was aborted on its worker")
         except (RayActorError, EngineDead, WorkerDraining) as error:
+            if live.ended.is_set():
+                return True
             record = live.record
             self._attempts.pop(attempt_id, None)
             if live.response is not None:
@@ -279,7 +290,7 @@ class EngineClient(Generic[Outputs]):
             raise TimeoutError("the last outputs of the request did not arrive") from None
 
     def _fail(self, live: _Live, error: Exception) -> None:
-        if self._end(live.request_id, "error", repr(error)):
+        if not live.ended.is_set() and self._end(live.request_id, "error", repr(error)):
             extra = {"request_id": live.request_id, "error": repr(error)}
             if isinstance(error, RequestRefused):
                 logger.info("request refused", extra=extra)
@@ -297,16 +308,29 @@ class EngineClient(Generic[Outputs]):
                 continue
             kept, now = [], time.time()
             for output in step.outputs:
-                if (live := self._attempts.get(output.request_id)) is None:
+                attempt_id = output.request_id
+                if (live := self._attempts.get(attempt_id)) is None:
                     continue  # aborted by this client, or from a worker that was given up
                 output.request_id = live.request_id
                 live.record.deliver(output.new_token_ids, now)
                 kept.append(output)
                 if output.finish_reason is not None:
-                    self._end(live.request_id, str(output.finish_reason))
+                    # It remains for the front end to say how the answer ends, by `finish`.
+                    self._attempts.pop(attempt_id, None)
+                    live.ended.set()
             if kept:
                 step.outputs = kept
                 self._outputs.put_nowait(step)
+
+    def _stop(self, request_id: str, outcome: str, error: str = "") -> None:
+        """End a request, also on its worker unless it has ended there."""
+        live = self._live.get(request_id)
+        on_worker = live is not None and not live.ended.is_set()
+        if (live := self._end(request_id, outcome, error)) and on_worker:
+            if live.response is not None:
+                live.response.cancel()
+            if live.task is not None:
+                live.task.cancel()
 
     def _end(self, request_id: str, outcome: str, error: str = "") -> _Live | None:
         if (live := self._live.pop(request_id, None)) is not None:

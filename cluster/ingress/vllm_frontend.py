@@ -13,6 +13,7 @@ from cluster.ingress.vllm_seams import FRONT_END  # before vLLM: sets what it re
 
 # isort: split
 
+import pydantic
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -23,11 +24,15 @@ from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    RequestOutputCollector,
+    RequestState,
+)
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerFactory
 from vllm.v1.serial_utils import MsgpackDecoder
@@ -38,7 +43,8 @@ from cluster.ingress.calls import Call, Calls, current_call
 from cluster.ingress.engine_client import EngineClient, Failure
 from cluster.ingress.http_metrics import HttpMetrics
 from cluster.ingress.protocol import PARAMETERS, Api
-from cluster.ingress.vllm_http import VALIDATOR_ERRORS, error_in, http_app
+from cluster.ingress.vllm_handlers import adapt_handlers, error_in
+from cluster.ingress.vllm_http import SCALE_OUT, http_app
 from cluster.ingress.vllm_limits import check_limits
 from cluster.ingress.vllm_request import read_request
 from cluster.observe.vllm_metrics import RequestStatLogger
@@ -47,6 +53,9 @@ from workers.engine.vllm_engine import encoder, engine_args
 from workers.engine_request import EngineRequest
 
 logger = logging.getLogger(__name__)
+
+ENGINE_FAILED = "the engine failed it; the worker's log says why"
+SIBLING_FAILED = "another sequence of the same call failed"
 
 SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
 
@@ -89,33 +98,57 @@ class WorkersCore(EngineCoreClient):
             call.traceparent,
         )
         sent = EngineRequest(ours, self._encode(request))
-        call.records.append(self._client.submit(sent, request.arrival_time))
+        record = self._client.submit(sent, request.arrival_time)
+        record.call_id = call.call_id
+        call.records.append(record)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        """Stop requests on their workers."""
-        self._client.abort(request_ids)
+        """Stop requests on their workers.
+
+        vLLM also calls this for a request whose answer is complete by a stop string; it has ended
+        by then, see `finish`.
+        """
+        call = current_call.get()
+        failed = call is not None and any(one.outcome == "error" for one in call.records)
+        self._client.abort(request_ids, SIBLING_FAILED if failed else "")
+
+    def finish(self, request_id: str, reason: FinishReason, num_output_tokens: int) -> None:
+        """End a request as its answer does, of which vLLM's output processor has the last word."""
+        self._client.finish(request_id, str(reason), num_output_tokens)
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        """The outputs of the next step of any worker, or the end of a request with status 500.
+        """The outputs of the next step of any worker.
 
-        A call whose error has a status ends with that, and so do all its sequences.
+        A request that failed fails its whole call, at once and with its status.
         """
         while True:
             outputs = await self._client.next_outputs()
-            if not isinstance(outputs, Failure):
-                return outputs
-            if not isinstance(outputs.error, RequestFailed):
-                failed = EngineCoreOutput(outputs.request_id, [], finish_reason=FinishReason.ERROR)
-                return EngineCoreOutputs(outputs=[failed])
-            self._fail_call(outputs.request_id, outputs.error)
+            if isinstance(outputs, Failure):
+                self._fail(outputs.request_id, outputs.error)
+                continue
+            for output in outputs.outputs:
+                if output.finish_reason == FinishReason.ERROR:
+                    why = "its worker's engine failed it, see the worker's log"
+                    logger.error(
+                        "request failed", extra={"request_id": output.request_id, "error": why}
+                    )
+                    self._client.abort([output.request_id], why)
+                    self._fail(output.request_id, None)
+            return outputs
 
-    def _fail_call(self, request_id: str, error: RequestFailed) -> None:
+    def _fail(self, request_id: str, error: Exception | None) -> None:
         assert self.output_processor is not None
         state = self.output_processor.request_states.get(request_id)
         if state is None or (queue := state.queue) is None:
             return  # its client has left
+        if not isinstance(error, RequestFailed):
+            call = state.external_req_id
+            error = RequestFailed(
+                f"The request failed on its worker; `xyserve explain {call}` says why."
+            )
         queue.put(GracefulHTTPError(str(error), HTTPStatus(error.status)))
-        self._client.abort(self.output_processor.abort_requests([queue.request_id], internal=True))
+        request_ids = self.output_processor.abort_requests([queue.request_id], internal=True)
+        self._client.abort(request_ids, SIBLING_FAILED)
 
     async def has_workers(self) -> bool:
         """Whether a worker has reported lately."""
@@ -146,6 +179,14 @@ class ClusterLLM(AsyncLLM):
         self._core = core
         self._limits = limits
         core.output_processor = self.output_processor
+        count_end = self.output_processor._update_stats_from_finished
+
+        def end(state: RequestState, reason: FinishReason, stats: Any) -> None:
+            assert state.detokenizer is not None
+            core.finish(state.request_id, reason, state.detokenizer.num_output_tokens())
+            count_end(state, reason, stats)
+
+        FRONT_END.replace(self.output_processor, "_update_stats_from_finished", end)
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
@@ -215,6 +256,7 @@ class Frontend:
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""
         await init_app_state(self._llm, self._app.state, self._args, SUPPORTED_TASKS)
+        adapt_handlers(self._app.state)
         # vLLM's error handler would end its HTTP server with a broken engine; see check_health.
         self._app.state.server = SimpleNamespace(should_exit=False)
 
@@ -234,7 +276,7 @@ class Frontend:
         with self._calls.answering(payload, PARAMETERS) as call:
             async for event in await self._respond(call, api, payload, streamed=True):
                 data = event.removeprefix("data: ").strip()
-                if error := error_in(data):
+                if error := error_in(event):
                     raise call.refusal or RequestFailed(error.message, error.code)
                 if data and data != "[DONE]":
                     yield data
@@ -274,6 +316,7 @@ def _serve_args(config: AppConfig, model: str) -> argparse.Namespace:
     args.chat_template = config.ingress.chat_template
     args.enable_prompt_tokens_details = True
     args.enable_tokenizer_info_endpoint = True  # for the remote tokenizer of lm-eval
+    args.enable_scale_out = any(path in SCALE_OUT for path in config.ingress.routes)
     for name, value in config.ingress.extra_args.items():
         setattr(args, name, value)
     validate_parsed_serve_args(args)

@@ -1,27 +1,34 @@
 """The HTTP side of the front end: what vLLM's app lacks to be public behind Ray Serve."""
 
 import asyncio
+import itertools
 import logging
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from http import HTTPStatus
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.dependencies.utils import request_body_to_args
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from ray.exceptions import TaskCancelledError
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
+from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
+from vllm.exceptions import VLLMValidationError
 
 from cluster.config.app_config import AppConfig
+from cluster.config.routes import EXTRA_PATHS, ROUTES
 from cluster.ingress.calls import Calls, CallsByHeader
+from cluster.ingress.error_answers import ErrorAnswers
 from cluster.ingress.http_metrics import HttpMetrics
+from cluster.ingress.vllm_responses import KEEPS_NONE
 from cluster.ingress.vllm_seams import FRONT_END
 
 logger = logging.getLogger(__name__)
@@ -50,19 +57,32 @@ NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}}
 
 COUNTING = "PrometheusInstrumentatorMiddleware"
 
-ENGINE_ROUTES = {"/metrics", "/scale_elastic_ep", "/is_scaling_elastic_ep"}
-"""Routes of vLLM that show or rebuild the engine next to its server; our engines are elsewhere."""
+OWN_METRICS = "/metrics"
+"""Route under which vLLM shows the engine next to its server; our engines are elsewhere."""
+
+MAX_SENTENCES = 5
+"""Max faults of a request that its answer names."""
+
+KEPT_NOWHERE = ("/v1/responses", "/v1/conversations", "/v1/files", "/v1/batches")
+"""Routes of the OpenAI API below which clients look for what a server keeps."""
+
+SCALE_OUT = ("/inference/v1/generate", "/v1/chat/completions/render", "/v1/completions/render")
+"""Extra routes that vLLM has behind one argument."""
 
 
 def http_app(
     app: FastAPI, config: AppConfig, calls: Calls, http_metrics: HttpMetrics | None = None
 ) -> ASGIApp:
     """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect."""
-    _answer_unsupported_routes(app, config.model_name)
+    app.title, app.version = "XY-Serve", version("xyserve")
+    app.description = f"The model `{config.model_name}`, served by XY-Serve."
+    _choose_routes(app, config.ingress.routes)
     app.add_api_route("/v1/models/{model_id:path}", show_model, responses=NO_SUCH_MODEL)
     if http_metrics:
-        app.add_api_route("/metrics", http_metrics.show, response_class=PlainTextResponse)
+        app.add_api_route(OWN_METRICS, http_metrics.show, response_class=PlainTextResponse)
+    _answer_unsupported_routes(app, config.model_name)
     app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid_request)
     for error in VALIDATOR_ERRORS:
         app.add_exception_handler(error, _answer_validator_error)
     # One counts answers for a page that is not shown, and before our errors replace some of them.
@@ -70,7 +90,7 @@ def http_app(
     FRONT_END.replace(app, "user_middleware", kept)
     # Starlette has already built it, without these handlers.
     FRONT_END.replace(app, "middleware_stack", None)
-    sized = RequestSizeLimit(EarlyStreamErrors(app), config.ingress.max_request_bytes)
+    sized = RequestSizeLimit(ErrorAnswers(app), config.ingress.max_request_bytes)
     answering: ASGIApp = CallsByHeader(sized, calls, Calls(config.slo))
     return DisconnectByMessage(http_metrics.counted(answering) if http_metrics else answering)
 
@@ -89,17 +109,16 @@ async def show_model(request: Request, model_id: str) -> JSONResponse:
     return JSONResponse(error.model_dump(), status)
 
 
-def error_in(data: str) -> ErrorInfo | None:
-    """The error that one event of a stream may be."""
-    if not data.startswith('{"error"'):
-        return None
-    return ErrorResponse.model_validate_json(data).error
+def _choose_routes(app: FastAPI, extra: Collection[str]) -> None:
+    """Leave only those of vLLM's routes that we promise, and those that the config names."""
+    paths = {route.path for route in ROUTES} | {"/docs/oauth2-redirect", *extra}
+    paths.remove(OWN_METRICS)
+    routes = [route for route in app.routes if getattr(route, "path", None) in paths]
+    FRONT_END.replace(app.router, "routes", routes)
 
 
 def _answer_unsupported_routes(app: FastAPI, model_name: str) -> None:
-    """Answer what the model cannot do with a sentence, not a bare 404; drop routes of no use."""
-    routes = [route for route in app.routes if getattr(route, "path", None) not in ENGINE_ROUTES]
-    FRONT_END.replace(app.router, "routes", routes)
+    """Answer what the model cannot do with a sentence, not a bare 404."""
 
     def make_answer(task: str) -> Callable[[], Awaitable[JSONResponse]]:
         async def answer() -> JSONResponse:
@@ -110,21 +129,52 @@ def _answer_unsupported_routes(app: FastAPI, model_name: str) -> None:
 
         return answer
 
-    served = {getattr(route, "path", None) for route in app.routes}
     for path, task in UNSUPPORTED_ROUTES.items():
-        if path not in served:
-            app.add_api_route(path, make_answer(task), methods=["POST"], include_in_schema=False)
+        app.add_api_route(path, make_answer(task), methods=["POST"], include_in_schema=False)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
     """Answer what Starlette refuses in the OpenAI form too; vLLM does so for FastAPI's errors."""
     assert isinstance(error, HTTPException)
+    path = request.url.path
     message = str(error.detail)
     if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-        message = f"{message}: {request.method} {request.url.path}; see /docs for what there is"
+        message = f"{message}: {request.method} {path}; {_hint(path)}"
     status = HTTPStatus(error.status_code)
     answer = create_error_response(message, status.phrase, status)
     return JSONResponse(answer.model_dump(), error.status_code, headers=error.headers)
+
+
+def _hint(path: str) -> str:
+    if path in EXTRA_PATHS:
+        return f"this route is off; to switch it on, add {path} to `ingress.routes` in the config"
+    if path.startswith(KEPT_NOWHERE):
+        return KEEPS_NONE
+    return "see /docs for what there is"
+
+
+async def _answer_invalid_request(request: Request, error: Exception) -> JSONResponse:
+    """Answer a body that is no request in sentences."""
+    assert isinstance(error, RequestValidationError)
+    message, param = explain_validation(error.errors())
+    answer = create_error_response(message, param=param)
+    return JSONResponse(answer.model_dump(), answer.error.code)
+
+
+def explain_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """What pydantic found wrong with a request, in sentences, and the field that they are about."""
+    sentences: dict[str, None] = {}  # in order; the branches of a union may say the same
+    for error in errors:
+        where = clean_loc_for_param(tuple(part for part in error["loc"] if part != "body"))
+        cause = error.get("ctx", {}).get("error")
+        if isinstance(cause, VLLMValidationError):
+            return str(cause), cause.parameter
+        message = error["msg"].removeprefix("Value error, ")
+        sentences[f"{where}: {message}" if where else message] = None
+    shown = "; ".join(itertools.islice(sentences, MAX_SENTENCES))
+    if len(sentences) > MAX_SENTENCES:
+        shown += f"; and {len(sentences) - MAX_SENTENCES} more"
+    return shown, clean_loc_for_param(tuple(errors[0]["loc"])) or None
 
 
 async def _answer_validator_error(request: Request, error: Exception) -> JSONResponse:
@@ -173,45 +223,6 @@ class RequestSizeLimit:
             return message
 
         await self._app(scope, counted if scope["type"] == "http" else receive, send)
-
-
-def _is_event_stream(head: Message) -> bool:
-    return Headers(raw=head["headers"]).get("content-type", "").startswith("text/event-stream")
-
-
-class EarlyStreamErrors:
-    """Answers a stream that fails before its first chunk with its error, not with status 200.
-
-    vLLM checks some parameters, such as grammars, only when the stream has begun.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and the head of a stream together with its first chunk."""
-        held: Message | None = None
-        replaced = False
-
-        async def checked(message: Message) -> None:
-            nonlocal held, replaced
-            if replaced:
-                return
-            if message["type"] == "http.response.start" and _is_event_stream(message):
-                held = message
-                return
-            if held is not None:
-                head, held = held, None
-                event = bytes(message.get("body", b"")).decode().partition("\n")[0]
-                if error := error_in(event.removeprefix("data: ")):
-                    replaced = True
-                    answer = JSONResponse(ErrorResponse(error=error).model_dump(), error.code)
-                    await answer(scope, receive, send)
-                    return
-                await send(head)
-            await send(message)
-
-        await self._app(scope, receive, checked)
 
 
 class DisconnectByMessage:

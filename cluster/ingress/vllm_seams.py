@@ -24,8 +24,11 @@ vllm.v1.engine.core_client:EngineCoreClient
 vllm.v1.engine.output_processor:OutputProcessor
     called abort_requests(self, request_ids, internal)
     read request_states
+    replaced _update_stats_from_finished(self, req_state, finish_reason, iteration_stats)
 vllm.v1.engine.output_processor:RequestState
-    read queue
+    read queue request_id external_req_id detokenizer
+vllm.v1.engine.detokenizer:IncrementalDetokenizer
+    called num_output_tokens(self)
 vllm.v1.engine.output_processor:RequestOutputCollector
     called put(self, output)
     read request_id
@@ -73,28 +76,61 @@ vllm.entrypoints.launchers.cli_args
     named class FrontendArgs
 vllm.entrypoints.launchers.cli_args:FrontendArgs
     written chat_template enable_auto_tool_choice enable_prompt_tokens_details tool_call_parser
-        enable_tokenizer_info_endpoint tool_strict_level
+        enable_tokenizer_info_endpoint tool_strict_level enable_scale_out
 vllm.entrypoints.generate.api_router
     named state.openai_serving_chat
+    named state.openai_serving_chat_batch
     named state.openai_serving_completion
+    named state.openai_serving_responses
+    named state.anthropic_serving_messages
+    named state.serving_generative_scoring
+vllm.entrypoints.scale_out.factories
+    named state.serving_tokens
 vllm.entrypoints.launchers.api_server.app_state
     named state.openai_serving_models
 vllm.entrypoints.openai.models.serving:OpenAIServingModels
     called show_available_models(self)
 vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat
-    called create_chat_completion(self, request, raw_request=None)
+    replaced create_chat_completion(self, request, raw_request=None)
+    replaced chat_completion_stream_generator
+vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch
+    replaced create_batch_chat_completion(self, request, raw_request=None)
 vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion
-    called create_completion(self, request, raw_request=None)
+    replaced create_completion(self, request, raw_request=None)
+    replaced completion_stream_generator
+vllm.entrypoints.openai.responses.serving:OpenAIServingResponses
+    replaced create_responses(self, request, raw_request=None)
+    replaced responses_stream_generator
+vllm.entrypoints.anthropic.serving:AnthropicServingMessages
+    replaced create_chat_completion(self, request, raw_request=None)
+    replaced chat_completion_stream_generator
+    replaced message_stream_converter(self, generator)
+vllm.entrypoints.generate.generative_scoring.serving:ServingGenerativeScoring
+    replaced create_generative_scoring(self, request, raw_request=None)
+vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens
+    replaced serve_tokens(self, request, raw_request=None)
+    replaced serve_tokens_stream_generator
 vllm.entrypoints.serve.engine.protocol:ErrorResponse
     read error
 vllm.entrypoints.serve.engine.protocol:ErrorInfo
     read message: str
     read code: int
+    read type: str
+    read param: str | None
+vllm.entrypoints.openai.responses.protocol:ResponsesRequest
+    read tools tool_choice include input top_logprobs
+vllm.entrypoints.openai.responses.protocol:ResponsesResponse
+    read model_copy
+    read status: ResponseStatus
+vllm.exceptions:VLLMValidationError
+    read parameter value
 vllm.entrypoints.serve.exception_handling.error_response
     called create_error_response(message, err_type='BadRequestError', status_code=...,
         param=None)
 vllm.entrypoints.serve.exception_handling.handlers.exception
     called exception_handler(req, exc)
+vllm.entrypoints.serve.exception_handling.handlers.validation
+    called clean_loc_for_param(loc)
 vllm.entrypoints.serve.exception_handling.handlers.vllm_error
     named state.server
 starlette.applications:Starlette

@@ -42,6 +42,8 @@ class RequestRecord:
     error: str = ""
     refused: Refused | None = None
     """The refusal that it failed with, if it was one."""
+    call_id: str = ""
+    """Id of its call, which is a part of the request's own id unless the body had another."""
 
     def deliver(self, token_ids: Iterable[int], now: float) -> None:
         """Take new output tokens, if there are any."""
@@ -128,4 +130,8 @@ class RequestHistory:
         """
         if len(query) < MIN_QUERY:
             return []
-        return [record for key, record in self._records.items() if query in key]
+        return [
+            record
+            for key, record in self._records.items()
+            if query in key or (isinstance(record, RequestRecord) and query in record.call_id)
+        ]

@@ -131,6 +131,46 @@ def assert_refused(http: httpx.Client, path: str, params: dict[str, Any], *words
         assert_error(post(http, path, params | {"stream": True}), 400, *words)
 
 
+RESPONSES = "/v1/responses"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}},
+        {"logit_bias": {str(VOCABULARY): 1}},
+        {"structured_outputs": {"regex": "(("}},
+        {"top_logprobs": 50},
+        {"previous_response_id": "resp_1"},
+        {"background": True},
+        {"tools": [{"type": "web_search"}]},
+    ],
+)
+def test_a_wrong_response_is_refused_streamed_or_not(
+    http: httpx.Client, params: dict[str, Any], stream: bool
+) -> None:
+    assert_error(post(http, RESPONSES, params | {"stream": stream}), 400)
+
+
+@pytest.mark.parametrize("value", [b"\xff\xfe", b"\xe2\x82\xac", b"i" * 513, b"i" * 40_000])
+def test_a_header_that_cannot_be_an_id_is_refused(http: httpx.Client, value: bytes) -> None:
+    answer = http.get("/v1/models", headers=[(b"x-request-id", value)])
+
+    assert_error(answer, 400, "x-request-id: an id has at most 512 printable ASCII characters")
+
+
+def test_a_failed_call_is_no_traceback_in_the_log(server: Server, http: httpx.Client) -> None:
+    before = server.tracebacks()
+    for stream in (False, True):
+        for path in (CHAT, COMPLETION, RESPONSES, "/v1/messages"):
+            for params in ({"temperature": -1}, {"model": "gpt-17"}, {"top_p": 7}, {"stop": [""]}):
+                body = PROMPTS.get(path, {"input": "Hello", "messages": HELLO}) | {"stream": stream}
+                body = {"model": MODEL, "max_tokens": 2} | body | params
+                assert http.post(path, json=body).status_code in (200, 400, 404)
+    assert server.tracebacks() == before
+
+
 def schema(content: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "it", "schema": content}}
 

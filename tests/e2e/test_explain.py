@@ -1,6 +1,7 @@
 """What became of a request, and what steps were made of: asked as a user asks."""
 
 import asyncio
+import itertools
 import os
 import pty
 import secrets
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import openai
@@ -127,6 +129,43 @@ def test_a_request_whose_client_leaves_is_explained(handle: XYServe, client: ope
         time.sleep(0.1)
     assert one.record.outcome == "abort"
     assert 0 < one.record.num_output_tokens < 900
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_ends_at_a_stop_string_is_explained_as_such(
+    server: Server, handle: XYServe, http: httpx.Client, stream: bool
+) -> None:
+    name = f"stops-{stream}"
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60, "temperature": 0, "logprobs": 1}
+    whole = http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]["tokens"]
+    body |= {"stop": [whole[9]], "request_id": name, "stream": stream}
+    http.post("/v1/completions", json=body)
+
+    record = only(handle.explain(name)).record
+    assert record.outcome == "stop"
+    before_it = itertools.takewhile(lambda text: whole[9] not in text, itertools.accumulate(whole))
+    assert record.num_output_tokens == len(list(before_it)) + 1
+    assert record.attainment()["all"] in (True, False)
+    assert f"ended by stop after {record.num_output_tokens} tokens" in run(server, "explain", name)
+
+
+@pytest.mark.parametrize(
+    ("path", "params"),
+    [
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 3}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}),
+    ],
+)
+def test_every_api_is_explained_by_what_the_client_sent_and_got(
+    handle: XYServe, http: httpx.Client, path: str, params: dict[str, Any]
+) -> None:
+    name = f"by-{path[4:]}"
+    headers = {"x-request-id": name}
+    answer = http.post(path, json={"model": MODEL} | params, headers=headers)
+
+    assert answer.headers["x-request-id"] == name
+    for query in (name, answer.json()["id"]):
+        assert only(handle.explain(query)).record.num_output_tokens == 3
 
 
 def test_nothing_is_known_of_another_id(server: Server) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from cluster.config.app_config import AppConfig, IngressConfig, parse_args
+from cluster.config.routes import EXTRA_PATHS
 from cluster.config.serve_file import IMPORT_PATH, read_serve_file
 from cluster.config.slo import SloClass, SloConfig
 from cluster.errors import ConfigError
@@ -136,6 +137,11 @@ def test_extra_arguments_that_vllm_has_are_taken() -> None:
         ({"num_ingresses": -1}, "num_ingresses (-1) must be at least 1"),
         ({"drain_timeout_s": -1}, "drain_timeout_s (-1.0) must not be negative"),
         ({"ingress": {"max_n": 0}}, "ingress: max_n (0) must be positive"),
+        (
+            {"ingress": {"routes": ["/sleep"]}},
+            "ingress: routes: '/sleep' cannot be switched on; choose from "
+            + ", ".join(EXTRA_PATHS),
+        ),
         (
             {"ingress": {"max_request_bytes": 0}},
             "ingress: max_request_bytes (0) must be positive",

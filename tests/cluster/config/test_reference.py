@@ -4,7 +4,15 @@ from typing import Any, Literal
 import pytest
 
 from cluster.config import reference
-from cluster.config.reference import BEGIN, END, README, Key, current
+from cluster.config.reference import (
+    BEGIN,
+    END,
+    README,
+    ROUTES_README,
+    Key,
+    current,
+    with_routes,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,12 @@ def test_the_readme_has_the_reference_of_the_config() -> None:
     text = README.read_text()
 
     assert text == current(text), "run `make docs`"
+
+
+def test_the_readme_of_the_cluster_has_the_table_of_the_routes() -> None:
+    text = ROUTES_README.read_text()
+
+    assert text == with_routes(text), "run `make docs`"
 
 
 def test_each_config_is_a_section_of_its_own_keys() -> None:

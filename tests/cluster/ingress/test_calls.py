@@ -68,7 +68,9 @@ async def send_to(
         "type": "http",
         "method": method,
         "path": path,
-        "headers": [(key.replace("_", "-").encode(), v.encode()) for key, v in headers.items()],
+        "headers": [
+            (key.replace("_", "-").encode(), v.encode("latin-1")) for key, v in headers.items()
+        ],
     }
     app = CallsByHeader(api, Calls(SLO, observer=refusals), Calls(SLO))
     await app(scope, receive, send)
@@ -181,3 +183,63 @@ def test_a_failure_of_a_handles_call_is_a_refusal_unless_it_was_admitted() -> No
 
     [refusal] = refusals.found
     assert (refusal.call_id, refusal.status, refusal.message) == ("c", 400, "no such class")
+
+
+LONGEST = "i" * 512
+NO_IDS = ["i" * 513, "i" * 1_000_000, "\xe9", "\u20ac", "a\tb", "a\nb", "\0", 5, ["id"], {"a": 1}]
+
+
+@pytest.mark.parametrize("name", ["my-call", LONGEST, "with spaces", "{}<>&?;'\"\\%00"])
+def test_an_id_is_printable_ascii(name: str) -> None:
+    with Calls(SLO).answering({"request_id": name}, PARAMETERS) as call:
+        assert (call.call_id, call.answer_id) == (name, name)
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_call_without_an_id_gets_one(name: str | None) -> None:
+    with Calls(SLO).answering({"request_id": name}, PARAMETERS) as call:
+        assert len(call.call_id) == 32
+
+
+@pytest.mark.parametrize("name", NO_IDS, ids=[str(name)[:8] for name in NO_IDS])
+def test_what_cannot_be_an_id_is_refused_and_not_kept(name: object) -> None:
+    refusals = Refusals()
+    words = "^request_id: an id has at most 512 printable ASCII characters, and this one is "
+    with (
+        pytest.raises(RequestFailed, match=words) as refused,
+        Calls(SLO, observer=refusals).answering({"request_id": name}, PARAMETERS),
+    ):
+        pytest.fail("it was let in")
+
+    assert (refused.value.status, len(str(refused.value)) < 250) == (400, True)
+    assert len(refusals.found[0].call_id) == 32
+
+
+@pytest.mark.parametrize("value", [b"\xff\xfe", b"\xe2\x82\xac", b"i" * 513])
+async def test_a_header_that_cannot_be_an_id_is_refused(value: bytes) -> None:
+    answer = await send_to(Api(), x_request_id=value.decode("latin-1"))
+
+    assert answer.status == 400
+    assert json.loads(answer.body)["error"]["message"].startswith("x-request-id: an id has")
+
+
+@pytest.mark.parametrize(
+    "traceparent", ["", "x", "00-" + "0" * 55, "\xff", "i" * 100_000, "00-zz-zz-01", 5, None, ["a"]]
+)
+def test_an_odd_trace_context_is_none(traceparent: object) -> None:
+    with Calls(SLO).answering({"traceparent": traceparent}, PARAMETERS) as call:
+        assert call.traceparent == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "admits", "levels"),
+    [(400, False, ["INFO"]), (500, False, ["ERROR"]), (200, True, [])],
+)
+async def test_a_call_that_failed_is_one_line_in_the_log(
+    status: int, admits: bool, levels: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cluster.ingress.calls")
+
+    await send_to(Api(status, b"no", admits=admits))
+
+    assert [record.levelname for record in caplog.records] == levels

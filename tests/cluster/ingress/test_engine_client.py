@@ -25,6 +25,8 @@ from workers.errors import ClientLost, EngineDead, StepFailed, WorkerDraining, W
 from workers.token_stream import StreamReceiver
 
 GARBAGE = [b"garbage"]
+ALL = 1000
+"""More output tokens than any request here has."""
 
 
 @dataclass
@@ -131,10 +133,13 @@ def as_sent(request_id: str, num_engine_deaths: int = 0) -> EngineRequest:
 
 
 async def next_outputs(client: Client) -> list[FakeOutput]:
-    """The outputs of the next step, or a failure as outputs."""
+    """The outputs of the next step, or a failure as outputs; what ends is finished."""
     outputs = await asyncio.wait_for(client.next_outputs(), 30)
     if isinstance(outputs, Failure):
         return [FakeOutput(outputs.request_id, [], f"error: {outputs.error}")]
+    for output in outputs.outputs:
+        if output.finish_reason:
+            client.finish(output.request_id, output.finish_reason, ALL)
     return outputs.outputs
 
 
@@ -591,3 +596,60 @@ async def test_the_tokens_of_a_request_are_on_its_record(
 
     assert (list(record.output_token_ids), record.num_output_tokens) == ([1, 2, 3], 3)
     assert (observer.records, observer.num_ended) == ([record], 1)
+
+
+async def test_an_answer_that_is_complete_ends_its_request_on_the_worker(
+    client: Client, workers: FakeWorkers, observer: Observer
+) -> None:
+    record = submit(client, "r")
+    call = await workers.called(1)
+    workers.send(FakeOutput("r.0", [1, 2, 3]))
+    await next_outputs(client)
+
+    client.finish("r", "stop", 2)
+    client.abort(["r"])
+
+    assert (record.outcome, list(record.output_token_ids)) == ("stop", [1, 2])
+    assert (call.response.was_cancelled, client.num_live, observer.num_ended) == (True, 0, 1)
+
+
+async def test_an_answer_may_end_otherwise_than_its_request_on_the_worker(
+    client: Client, workers: FakeWorkers
+) -> None:
+    record = submit(client, "r")
+    call = await workers.called(1)
+    workers.send(FakeOutput("r.0", [1, 2, 3], "length"))
+    await client.next_outputs()
+    assert record.outcome == ""
+
+    client.finish("r", "stop", 1)
+
+    assert (record.outcome, list(record.output_token_ids)) == ("stop", [1])
+    assert not call.response.was_cancelled
+
+
+async def test_a_worker_that_dies_behind_the_last_token_harms_nobody(
+    client: Client, workers: FakeWorkers, observer: Observer
+) -> None:
+    record = submit(client, "r")
+    call = await workers.called(1)
+    workers.send(FakeOutput("r.0", [1], "length"))
+    await client.next_outputs()
+    call.response.result.set_exception(as_serve_raises(EngineDead("gone")))
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+    client.finish("r", "length", 1)
+
+    assert (record.outcome, observer.retries, len(workers.calls)) == ("length", [], 1)
+
+
+async def test_an_abort_because_of_an_error_is_no_leaving_of_the_client(
+    client: Client, workers: FakeWorkers
+) -> None:
+    record = submit(client, "r")
+    await workers.called(1)
+
+    client.abort(["r"], "its sibling failed")
+
+    assert (record.outcome, record.error) == ("error", "its sibling failed")

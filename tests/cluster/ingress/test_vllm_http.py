@@ -1,7 +1,6 @@
 """The middlewares of the HTTP side, around small apps of Starlette's, without an engine."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 
 import httpx
@@ -9,15 +8,13 @@ import pytest
 from ray.exceptions import TaskCancelledError
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.ingress.vllm_http import DisconnectByMessage, EarlyStreamErrors, RequestSizeLimit
+from cluster.ingress.vllm_http import DisconnectByMessage, RequestSizeLimit
 
 POST: Scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-ERROR = {"error": {"message": "no such grammar", "type": "BadRequest", "param": "g", "code": 400}}
-TOKEN = {"choices": [{"text": "Paris"}]}
 
 
 async def post(app: ASGIApp, body: bytes | AsyncIterator[bytes] = b"") -> httpx.Response:
@@ -91,56 +88,6 @@ async def test_what_is_no_request_is_not_counted() -> None:
     await RequestSizeLimit(app, 10)({"type": "lifespan"}, receive, send)
 
     assert seen == [message]
-
-
-def streaming(*events: object) -> ASGIApp:
-    async def body() -> AsyncIterator[str]:
-        for event in events:
-            yield f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
-
-    return EarlyStreamErrors(StreamingResponse(body(), media_type="text/event-stream"))
-
-
-async def test_a_stream_that_begins_with_an_error_is_answered_with_it() -> None:
-    answer = await post(streaming(ERROR, "[DONE]"))
-
-    assert (answer.status_code, answer.json()) == (400, ERROR)
-    assert answer.headers["content-type"] == "application/json"
-
-
-@pytest.mark.parametrize("events", [(TOKEN, "[DONE]"), (TOKEN, ERROR, "[DONE]"), ("[DONE]",), ()])
-async def test_a_stream_that_begins_well_is_left_as_it_is(events: tuple[object, ...]) -> None:
-    answer = await post(streaming(*events))
-
-    texts = [event if isinstance(event, str) else json.dumps(event) for event in events]
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    assert answer.text == "".join(f"data: {text}\n\n" for text in texts)
-
-
-async def test_each_piece_of_a_stream_is_passed_on_as_it_comes() -> None:
-    sent: list[Message] = []
-    seen_by_app = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        head = [(b"content-type", b"text/event-stream")]
-        await send({"type": "http.response.start", "status": 200, "headers": head})
-        for piece in (b"data: a\n\n", b"data: b\n\n"):
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            seen_by_app.append(len(sent))
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    await EarlyStreamErrors(app)(POST, nothing_received, send)
-
-    assert seen_by_app == [2, 3]  # the head waits for the first piece
-
-
-async def test_an_answer_that_is_no_stream_is_left_as_it_is() -> None:
-    answer = await post(EarlyStreamErrors(JSONResponse(ERROR)))
-
-    assert (answer.status_code, answer.json()) == (200, ERROR)
 
 
 async def nothing_received() -> Message:
