@@ -41,6 +41,12 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_gib"):
             if not getattr(self, name) > 0:  # NaN is not either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+        structured = self.extra_args.get("structured_outputs_config") or {}
+        if (backend := structured.get("backend", "xgrammar")) != "xgrammar":
+            raise ValueError(
+                f"extra_args.structured_outputs_config.backend ({backend}) must be xgrammar, the "
+                "only one whose grammars are compiled within bounds"
+            )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(
                 f"max_model_len ({self.max_model_len}) must be at least 2: one prompt token and "
@@ -51,6 +57,28 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}), or a full decode batch would not fit"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarConfig:
+    """Bounds of one grammar, of structured output or tools; what exceeds one gets status 400."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    max_bytes: int = 256 << 10
+    """Maximum size of a JSON schema, regex, grammar, structural tag or list of choices."""
+    max_compile_s: float = 10.0
+    """Maximum processor time for compiling one, in seconds; on a busy core it takes ten times as
+    long, as it leaves nine tenths to the steps."""
+    max_compile_mib: int = 1024
+    """Maximum memory for compiling one, in MiB; it is given back at the end."""
+    max_compiled_mib: int = 16
+    """Maximum size of a compiled one in transit to the engine, in MiB."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_compile_s", "max_compile_mib", "max_compiled_mib"):
+            if not getattr(self, name) > 0:  # NaN is not either
+                raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +112,7 @@ class WorkerConfig:
     record: str | None = None
     """Path prefix of the decision record `<record>.<worker id>.jsonl`, written on the worker's node
     for `xyserve replay`; null: no record."""
+    grammars: GrammarConfig = field(default_factory=GrammarConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:

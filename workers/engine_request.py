@@ -8,6 +8,15 @@ from scheduler.request import Request
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What structured output or tools hold the tokens of a request to."""
+
+    kind: str
+    """Name of one of vLLM's `StructuredOutputOptions`."""
+    spec: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """A request as scheduling sees it and as its engine does, in one value."""
 
@@ -17,6 +26,8 @@ class EngineRequest:
     it: it uses the id of `request` and the client of the call."""
     output_token_ids: tuple[int, ...] = ()
     """Tokens that earlier attempts at the request produced."""
+    grammar: Grammar | None = None
+    """Grammar in `core`, which is compiled before the engine sees the request."""
 
     def for_attempt(
         self, attempt_id: str, output_token_ids: Iterable[int] = (), num_engine_deaths: int = 0
@@ -28,4 +39,5 @@ class EngineRequest:
             ),
             self.core,
             tuple(output_token_ids),
+            self.grammar,
         )

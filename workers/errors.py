@@ -22,6 +22,10 @@ class StepFailed(EngineDead):
     """The engine failed in a step that computed this request, which may be the cause."""
 
 
+class GrammarRefused(ValueError):
+    """The grammar of a request is wrong or beyond the bounds, or left no token to go on with."""
+
+
 class ClientLost(WorkerError):
     """The client of a request has taken no tokens for a long time."""
 

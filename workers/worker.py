@@ -15,7 +15,7 @@ from workers.cpus import CpuClaim, claim_cpus
 from workers.engine.engine import Engine
 from workers.engine.engine_loop import EngineLoop, LoopState
 from workers.engine_request import EngineRequest
-from workers.errors import EngineDead, WorkerDraining, WorkerUnfit, WrongWorker
+from workers.errors import EngineDead, GrammarRefused, WorkerDraining, WorkerUnfit, WrongWorker
 from workers.reports import ReportAnswer, WorkerObserver, WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress
 
@@ -66,7 +66,7 @@ class Worker:
         the other, and a replica that is to stop waits for the requests it runs. Cancelling the
         call aborts the request. Raises ValueError for a malformed request, WrongWorker if it was
         placed on another one, WorkerDraining, EngineDead (StepFailed, if it was in the step that
-        failed), and ClientLost when the client no longer reads its stream.
+        failed), ClientLost when the client no longer reads its stream, and GrammarRefused.
         """
         if worker_id != self.worker_id:
             raise WrongWorker(f"worker {worker_id} is gone, and this is {self.worker_id}")
@@ -74,8 +74,10 @@ class Worker:
             raise WorkerDraining(f"worker {self.worker_id} is draining")
         self._engine_loop.check(self._config.step_timeout_s)
         try:
+            if request.grammar is not None:
+                await self._engine_loop.prepare(request.grammar)
             return await asyncio.wrap_future(self._engine_loop.add(request, reply_to))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GrammarRefused):
             self._engine_loop.abort([request.request.request_id])
             raise
 

@@ -19,7 +19,7 @@ from cluster.placement.directory import WorkerDirectory
 from scheduler.placement import Placed, RefusalReason, Refused
 from scheduler.request import Request
 from workers.engine_request import EngineRequest
-from workers.errors import EngineDead, StepFailed, WorkerDraining, WrongWorker
+from workers.errors import EngineDead, GrammarRefused, StepFailed, WorkerDraining, WrongWorker
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
 
 logger = logging.getLogger(__name__)
@@ -292,7 +292,7 @@ class EngineClient(Generic[Outputs]):
     def _fail(self, live: _Live, error: Exception) -> None:
         if not live.ended.is_set() and self._end(live.request_id, "error", repr(error)):
             extra = {"request_id": live.request_id, "error": repr(error)}
-            if isinstance(error, RequestRefused):
+            if isinstance(error, RequestRefused | GrammarRefused):
                 logger.info("request refused", extra=extra)
             else:
                 logger.error("request failed", extra=extra)

@@ -20,7 +20,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -43,6 +43,7 @@ from cluster.ingress.calls import Call, Calls, current_call
 from cluster.ingress.engine_client import EngineClient, Failure
 from cluster.ingress.http_metrics import HttpMetrics
 from cluster.ingress.protocol import PARAMETERS, Api
+from cluster.ingress.vllm_grammars import bound_grammars, grammar_of
 from cluster.ingress.vllm_handlers import adapt_handlers, error_in
 from cluster.ingress.vllm_http import SCALE_OUT, http_app
 from cluster.ingress.vllm_limits import check_limits
@@ -51,6 +52,7 @@ from cluster.observe.vllm_metrics import RequestStatLogger
 from scheduler.request import Request
 from workers.engine.vllm_engine import encoder, engine_args
 from workers.engine_request import EngineRequest
+from workers.errors import GrammarRefused
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class WorkersCore(EngineCoreClient):
             call.targets.slo_class,
             call.traceparent,
         )
-        sent = EngineRequest(ours, self._encode(request))
+        sent = EngineRequest(ours, self._encode(request), grammar=grammar_of(sampling))
         record = self._client.submit(sent, request.arrival_time)
         record.call_id = call.call_id
         call.records.append(record)
@@ -141,12 +143,7 @@ class WorkersCore(EngineCoreClient):
         state = self.output_processor.request_states.get(request_id)
         if state is None or (queue := state.queue) is None:
             return  # its client has left
-        if not isinstance(error, RequestFailed):
-            call = state.external_req_id
-            error = RequestFailed(
-                f"The request failed on its worker; `xyserve explain {call}` says why."
-            )
-        queue.put(GracefulHTTPError(str(error), HTTPStatus(error.status)))
+        queue.put(_answer_to(error, state.external_req_id))
         request_ids = self.output_processor.abort_requests([queue.request_id], internal=True)
         self._client.abort(request_ids, SIBLING_FAILED)
 
@@ -226,6 +223,17 @@ def _engine_core(core: WorkersCore) -> Iterator[None]:
         yield
 
 
+def _answer_to(error: Exception | None, call_id: str) -> Exception:
+    """The error, in vLLM's form, that a call gets whose request failed with `error`."""
+    if isinstance(error, GrammarRefused):
+        return VLLMValidationError(str(error))
+    if not isinstance(error, RequestFailed):
+        error = RequestFailed(
+            f"The request failed on its worker; `xyserve explain {call_id}` says why."
+        )
+    return GracefulHTTPError(str(error), HTTPStatus(error.status))
+
+
 def decode_outputs() -> Callable[[list[bytes]], EngineCoreOutputs]:
     """A decoder of what a worker's engine encoded."""
     decode: Callable[[list[bytes]], EngineCoreOutputs] = MsgpackDecoder(EngineCoreOutputs).decode
@@ -244,6 +252,7 @@ class Frontend:
         http_metrics: HttpMetrics | None = None,
     ) -> None:
         self._calls = calls
+        bound_grammars(config.worker.grammars)
         self._args = _serve_args(config, model)
         args = engine_args(model, config.worker)
         args.served_model_name = config.model_name  # in messages and metrics

@@ -133,6 +133,29 @@ vllm.entrypoints.serve.exception_handling.handlers.validation
     called clean_loc_for_param(loc)
 vllm.entrypoints.serve.exception_handling.handlers.vllm_error
     named state.server
+
+# Structured output: what is accepted of it.
+vllm.v1.structured_output.backend_xgrammar
+    replaced validate_xgrammar_grammar(sampling_params)
+vllm.entrypoints.serve.engine.protocol
+    replaced _REMOVED_GUIDED_FIELDS
+    named extra_keys & _REMOVED_GUIDED_FIELDS
+vllm.tool_parsers.structural_tag_registry
+    replaced resolve_tool_strictness(tools, tool_choice, strict_level)
+vllm.v1.structured_output.request
+    called get_structured_output_key(params)
+vllm.v1.structured_output.utils
+    called choice_as_grammar(choice)
+vllm.sampling_params
+    called check_json_nesting(spec, *, structural_tag=False)
+vllm.sampling_params:SamplingParams
+    read structured_outputs: StructuredOutputsParams | None
+vllm.sampling_params:StructuredOutputsParams
+    called all_constraints_none(self)
+    written choice grammar
+    read disable_any_whitespace disable_additional_properties whitespace_pattern json
+        structural_tag
+
 starlette.applications:Starlette
     replaced middleware_stack user_middleware
     read state

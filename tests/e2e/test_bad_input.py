@@ -64,6 +64,10 @@ def post(http: httpx.Client, path: str, params: dict[str, Any]) -> httpx.Respons
 MISSING = object()
 
 
+def schema(content: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": content}}
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETION])
 @pytest.mark.parametrize(
     "params",
@@ -96,6 +100,8 @@ MISSING = object()
         {"allowed_token_ids": [10**9]},
         {"priority": "high"},
         {"stream_options": {"include_usage": True}},
+        {"guided_regex": "a"},
+        {"guided_json": {"type": "integer"}},
         {"response_format": {"type": "yaml"}},
         {"response_format": {"type": "json_schema"}},
     ],
@@ -116,6 +122,16 @@ def test_a_parameter_that_makes_no_sense_is_named(
         {"structured_outputs": {"choice": []}},
         {"structured_outputs": {"json": "{"}},
         {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        {"structured_outputs": {"regex": "(?i)yes|no"}},
+        {"structured_outputs": {"regex": r"\p{L}{3}"}},
+        {"structured_outputs": {"regex": r"[^\s\S]"}},
+        {"structured_outputs": {"json": {"$ref": "#"}}},
+        {"structured_outputs": {"json": {"type": "integer", "multipleOf": 3}}},
+        {"structured_outputs": {"grammar": "root ::= foo"}},
+        {"structured_outputs": {"structural_tag": "{}"}},
+        {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+        {"structured_outputs": {"choice": ["a" * 1_000_000]}},
+        {"response_format": schema({"type": "string", "format": "idn-email"})},
     ],
 )
 def test_a_parameter_that_cannot_be_used_is_refused(
@@ -451,3 +467,34 @@ def test_no_body_breaks_the_server(
         assert answer.status_code < 500, (case.body, answer.text)
 
     check()
+
+
+def test_a_grammar_that_leaves_no_token_is_refused_where_it_does(http: httpx.Client) -> None:
+    params = {"structured_outputs": {"regex": "a[^\\s\\S]"}, "max_tokens": 5}
+
+    assert_error(post(http, COMPLETION, params), 400, "left no token")
+
+
+def test_a_grammar_beyond_its_bounds_is_refused_and_a_stranger_served(http: httpx.Client) -> None:
+    params = {"structured_outputs": {"regex": "(abc|def)?" * 2000}}
+
+    assert_error(post(http, COMPLETION, params), 400, "worker.grammars.max_compile_s")
+
+
+def test_a_tool_that_asks_for_what_would_be_ignored_is_refused_only_if_strict(
+    http: httpx.Client,
+) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "multipleOf": 3}},
+        "required": ["n"],
+    }
+    function = {"name": "f", "parameters": parameters}
+    lenient = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    strict = {
+        "tools": [{"type": "function", "function": function | {"strict": True}}],
+        "tool_choice": "required",
+    }
+
+    assert post(http, CHAT, lenient | {"max_tokens": 60}).status_code == 200
+    assert_error(post(http, CHAT, strict), 400, "multipleOf")

@@ -11,13 +11,16 @@ import msgspec
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
-from workers.engine_request import EngineRequest
+from workers.engine_request import EngineRequest, Grammar
+from workers.errors import GrammarRefused
 from workers.token_stream import StreamAddress
 
 STEP_S = 0.001
 """Time of a step: with none at all, no client could keep up."""
 MALFORMED = [b"malformed"]
 """An engine request that is refused."""
+IMPOSSIBLE = Grammar("REGEX", "[^\\s\\S]")
+"""A grammar that is refused."""
 
 
 def decode_tokens(frames: list[bytes]) -> dict[str, list[int]]:
@@ -59,6 +62,10 @@ class FakeEngine:
 
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         self.draft_worker = draft_worker
+
+    async def prepare(self, grammar: Grammar) -> None:
+        if grammar == IMPOSSIBLE:
+            raise GrammarRefused("impossible")
 
     def add_request(self, request: EngineRequest, client: StreamAddress) -> None:
         self.threads.add(threading.current_thread().name)

@@ -11,13 +11,14 @@ import pytest
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from tests.workers.fake_clock import FakeClock
-from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
+from tests.workers.fake_engine import IMPOSSIBLE, MALFORMED, FakeEngine, decode_tokens
 from workers.config import WorkerConfig
 from workers.cpus import claim_cpus
 from workers.engine_request import EngineRequest
 from workers.errors import (
     ClientLost,
     EngineDead,
+    GrammarRefused,
     StepFailed,
     WorkerDraining,
     WorkerUnfit,
@@ -416,3 +417,19 @@ async def test_a_worker_records_under_its_own_name(make_setup: MakeSetup) -> Non
 def test_there_is_nothing_to_record_of_vllms_own_scheduler() -> None:
     with pytest.raises(ValueError, match=r"record \(night\) needs a step_policy of ours"):
         WorkerConfig(step_policy=StepPolicy(name="vllm"), record="night")
+
+
+async def test_a_request_whose_grammar_is_refused_never_reaches_the_engine(
+    make_setup: MakeSetup,
+) -> None:
+    setup = make_setup()
+    refused = EngineRequest(Request("a", 10, 3), [], grammar=IMPOSSIBLE)
+
+    with pytest.raises(GrammarRefused, match="impossible"):
+        await setup.worker.generate("w", refused, setup.receiver.address)
+    assert await setup.generate("b") == "length"
+
+    assert all("a" not in step for step in setup.engine.steps)
+    setup.clock.now += 10
+    await setup.worker.status()
+    assert any("a" in report.finished for report in setup.reports)

@@ -1,11 +1,12 @@
 """The inference engine of a worker: what it can do and what it returns."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from workers.drafts.draft_stream import DraftWorkerAddress
-from workers.engine_request import EngineRequest
+from workers.engine_request import EngineRequest, Grammar
 from workers.reports import DraftStats
 from workers.token_stream import StreamAddress
 
@@ -16,8 +17,8 @@ class StepOutput:
 
     num_new_tokens: dict[str, int]
     """Number of new tokens, by request id."""
-    finish_reasons: dict[str, str]
-    """Why requests ended in this step, by request id."""
+    finish_reasons: Mapping[str, str | Exception]
+    """Why requests ended in this step, by request id; an error is not in `frames`."""
     frames: list[bytes]
     """Token ids, logprobs and statistics, encoded for the client to decode."""
 
@@ -39,7 +40,10 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """Generates tokens; used from one thread only."""
+    """Generates tokens; used from one thread only, except `prepare`."""
+
+    async def prepare(self, grammar: Grammar) -> None:
+        """Compile a grammar before a request with it is queued; GrammarRefused if it cannot be."""
 
     def add_request(self, request: EngineRequest, client: StreamAddress) -> None:
         """Queue a request whose outputs go to `client`; ValueError if it is malformed."""

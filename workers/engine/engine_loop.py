@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
-from workers.engine_request import EngineRequest
+from workers.engine_request import EngineRequest, Grammar
 from workers.errors import ClientLost, EngineDead, StepFailed
 from workers.token_stream import StreamAddress, StreamSenders
 
@@ -110,6 +110,10 @@ class EngineLoop:
         )
         self._thread.start()
         made.result()
+
+    async def prepare(self, grammar: Grammar) -> None:
+        """Compile a grammar while the engine makes its steps; GrammarRefused if it cannot be."""
+        await self._engine.prepare(grammar)
 
     def add(self, request: EngineRequest, client: StreamAddress) -> concurrent.futures.Future[str]:
         """Start a request; the future gives its finish reason, or fails with its error."""

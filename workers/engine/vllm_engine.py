@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import os
 import secrets
@@ -11,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import vllm.v1.engine.core
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
-from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -26,6 +28,7 @@ from workers.drafts.draft_client import DraftClient
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
 from workers.engine.vllm_drafts import DraftOffers
+from workers.engine.vllm_grammars import BoundedGrammars
 from workers.engine.vllm_sampling import (
     all_logits_processors,
     fix_sampling,
@@ -33,9 +36,10 @@ from workers.engine.vllm_sampling import (
 )
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.engine.vllm_speculation import LastHiddenStates, speculative_config
-from workers.engine_request import EngineRequest
+from workers.engine_request import EngineRequest, Grammar
+from workers.errors import GrammarRefused
 from workers.plugin.names import QUANTIZATION
-from workers.plugin.vllm_seams import check_seams
+from workers.plugin.vllm_seams import VLLM, check_seams
 from workers.reports import DraftStats, Peaks, WorkerObserver
 from workers.token_stream import StreamAddress
 
@@ -53,6 +57,8 @@ def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
     # vLLM reads this variable as it makes a config for a CPU, or an `LLMEngine`: with 1, the
     # default, the executor would move to a child process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # A thread that vLLM leaves behind; `vllm_grammars` has a bound that ends what it bounds.
+    os.environ["VLLM_REGEX_COMPILATION_TIMEOUT_S"] = "0"
     args: dict[str, Any] = {
         field.name: value
         for field in dataclasses.fields(config.engine)
@@ -69,7 +75,11 @@ def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
             QUANTIZATION: {"weight_format": config.weight_format, "num_threads": config.cpus}
         }
     args["distributed_executor_backend"] = "uni"
-    return AsyncEngineArgs(model=model, **(args | config.engine.extra_args))
+    args |= config.engine.extra_args
+    # Left to vLLM, the first request would decide.
+    structured = args.get("structured_outputs_config") or {}
+    args["structured_outputs_config"] = structured | {"backend": "xgrammar"}
+    return AsyncEngineArgs(model=model, **args)
 
 
 def encoder() -> Callable[[object], list[bytes]]:
@@ -95,9 +105,16 @@ class VllmEngine:
         began_s = time.monotonic()
         check_seams(config.device)
         vllm_config = _vllm_config(model, config, draft)
-        with all_logits_processors() if draft else contextlib.nullcontext():
+        grammars = functools.partial(BoundedGrammars, config=config)
+        with (
+            VLLM.replaced(vllm.v1.engine.core, "StructuredOutputManager", grammars),
+            all_logits_processors() if draft else contextlib.nullcontext(),
+        ):
             self.core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
             """vLLM's engine core; touched between two steps only."""
+        manager = self.core.structured_output_manager
+        assert isinstance(manager, BoundedGrammars)
+        self.grammars = manager
         if config.device == "cpu":
             fix_sampling(runner_of(self.core))
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
@@ -127,6 +144,10 @@ class VllmEngine:
                 "took_s": round(time.monotonic() - began_s, 1),
             },
         )
+
+    async def prepare(self, grammar: Grammar) -> None:
+        """Compile a grammar apart from the engine, before the requests with it are added."""
+        await self.grammars.prepare(grammar)
 
     def add_request(self, request: EngineRequest, client: StreamAddress) -> None:
         """Decode and queue a request."""
@@ -164,18 +185,25 @@ class VllmEngine:
             if stats is not None and self._observer:
                 self._observer.saw_stats(stats)
         return {
-            self._clients[index]: StepOutput(
-                {out.request_id: len(out.new_token_ids) for out in of_client.outputs},
-                {
-                    out.request_id: str(out.finish_reason)
-                    for out in of_client.outputs
-                    if out.finish_reason is not None
-                },
-                self._encode(of_client),
-            )
+            self._clients[index]: self._step_output(of_client)
             for index, of_client in (outputs or {}).items()
             if of_client.outputs
         }, model_ran
+
+    def _step_output(self, of_client: EngineCoreOutputs) -> StepOutput:
+        ends: dict[str, str | GrammarRefused] = {
+            out.request_id: self.grammars.dead_end(out.request_id) or str(out.finish_reason)
+            for out in of_client.outputs
+            if out.finish_reason is not None
+        }
+        # vLLM has only "error" for a dead end; the client learns more from the end of its call.
+        of_client.outputs = [
+            out
+            for out in of_client.outputs
+            if not isinstance(ends.get(out.request_id), GrammarRefused)
+        ]
+        num_new_tokens = {out.request_id: len(out.new_token_ids) for out in of_client.outputs}
+        return StepOutput(num_new_tokens, ends, self._encode(of_client))
 
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Take drafts from this draft worker from now on."""

@@ -25,7 +25,7 @@ vllm.v1.engine.core:EngineCore
     called reset_prefix_cache(self, reset_running_requests=False, reset_connector=False)
     called collective_rpc(self, method, timeout=None, args=..., kwargs=None)
     called shutdown(self)
-    read scheduler model_executor vllm_config step_fn
+    read scheduler model_executor vllm_config step_fn structured_output_manager
 vllm.v1.executor.abstract:Executor
     called get_class(vllm_config)
 vllm.v1.executor.uniproc_executor:UniProcExecutor
@@ -56,6 +56,24 @@ vllm.config.cache:CacheConfig
     read kv_cache_size_tokens: int | None
 vllm.utils.gc_utils
     called freeze_gc_heap()
+# Grammars: compiled in a process of ours, with what vLLM would call xgrammar's compiler with.
+vllm.v1.engine.core
+    replaced StructuredOutputManager(vllm_config)
+vllm.v1.structured_output:StructuredOutputManager
+    called __init__(self, vllm_config)
+    overridden accept_tokens(self, request, new_token_ids)
+    written backend
+    read tokenizer
+vllm.v1.structured_output.backend_xgrammar:XgrammarBackend
+    called __init__(self, vllm_config, tokenizer, vocab_size)
+    called compile_grammar(self, request_type, grammar_spec, stop_token_ids=None)
+    overridden destroy(self)
+    written compiler
+vllm.v1.structured_output.backend_types:StructuredOutputOptions
+    read JSON
+vllm.envs
+    read VLLM_XGRAMMAR_CACHE_MB
+    named VLLM_REGEX_COMPILATION_TIMEOUT_S
 # Set by `vllm_engine.engine_args`: with 1, the executor would move to a child process.
 vllm.envs
     named VLLM_ENABLE_V1_MULTIPROCESSING

@@ -21,6 +21,7 @@ def make_engine(
     vLLM's own scheduler decides are not predicted.
     """
     engine = VllmEngine(model, config, observer, draft)
+    engine.grammars.warm_up()
     if isinstance(scheduler := engine.core.scheduler, PlannedScheduler):
         cost_model: CostModel | None = None
         if config.calibrate_at_start and (
