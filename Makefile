@@ -13,7 +13,7 @@ $(2) && echo "[$(1)] ok, $$(($$(date +%s) - start)) s" || \
 { code=$$?; echo "[$(1)] failed after $$(($$(date +%s) - start)) s"; exit $$code; }
 endef
 
-.PHONY: help install serve lint fix test test-fast dashboards docs
+.PHONY: help install serve lint fix test test-fast test-clients dashboards docs
 
 help:
 	@echo "XY-Serve: large language models served from a Ray cluster."
@@ -23,6 +23,9 @@ help:
 	@echo "  make test        install, lint, run all tests"
 	@echo "                     ARGS='-k placement'       only some tests"
 	@echo "  make test-fast   run the tests that need no engine and no Ray: under 90 s on two cores"
+	@echo "  make test-clients"
+	@echo "                   let clients of the ecosystem work with a server; 3 GB of environments"
+	@echo "                     ARGS='--only langchain'   only some; ARGS=--help tells more"
 	@echo "  make lint        check with ruff, clang-format and mypy --strict"
 	@echo "  make fix         fix what ruff and clang-format can fix"
 	@echo "  make dashboards  regenerate deploy/grafana/*.json and deploy/alerts.yml"
@@ -53,6 +56,9 @@ test: lint
 
 test-fast: install
 	$(call phase,pytest,$(BIN)/pytest --fast $(ARGS))
+
+test-clients: install
+	@$(BIN)/python -m tests.clients.run $(ARGS)
 
 # A test compares the files in git with cluster/observe/dashboards.
 dashboards: install

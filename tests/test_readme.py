@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 
 from cluster.cli.main import app
 from cluster.config.app_config import AppConfig, parse_args
+from tests.clients.clients import CLIENTS
+from tests.clients.run import BEGIN, END, rows
 from tests.test_imports import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +118,26 @@ def test_the_floors_are_those_that_the_import_test_holds(package: str) -> None:
     assert sorted(shown) == sorted(
         (number, room) for number, floor in enumerate(FLOORS[package]) for room in floor
     )
+
+
+def test_every_client_is_in_the_table_and_has_passed_its_job() -> None:
+    table = TEXTS["tests/README.md"].partition(BEGIN)[2].partition(END)[0]
+    passed = re.findall(r"\| ([1-9]\d* of \d+) \|$", table, re.MULTILINE)
+
+    assert [words for words in passed if len(set(words.split(" of "))) > 1] == []
+    names = [client.name for client in CLIENTS]
+    assert table.strip() == rows(dict(zip(names, passed, strict=True))).strip()
+
+
+def test_every_job_of_a_client_is_run_and_none_by_plain_pytest() -> None:
+    jobs = {
+        path.name
+        for path in (ROOT / "tests" / "clients").iterdir()
+        if re.search(r"^(def test_|test\(| +test\()", path.read_text(), re.MULTILINE)
+    }
+
+    assert jobs == {client.file for client in CLIENTS}
+    assert not any(job.startswith("test_") for job in jobs)
 
 
 @each_readme

@@ -25,7 +25,7 @@ from scheduler.placement import WorkerLoad
 from tests import faults
 from tests.collector import Collector, collecting
 
-READY_TIMEOUT_S = 240
+READY_TIMEOUT_S = 480
 ANSWER_TIMEOUT_S = 120
 RESTORED_TIMEOUT_S = 120
 MODEL = "smollm2-135m-instruct"
@@ -115,8 +115,16 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
 @contextmanager
 def serving(folder: Path, **args: object) -> Iterator[Server]:
     """A server with these args of the app, its config and log in `folder`."""
-    config, log = folder / "app.yaml", folder / "up.log"
+    config = folder / "app.yaml"
     write_config(config, free_port(), **args)
+    with running(config) as server:
+        yield server
+
+
+@contextmanager
+def running(config: Path) -> Iterator[Server]:
+    """A server of this config, with a Ray of its own; its log is beside the config."""
+    folder, log = config.parent, config.with_name("up.log")
     # Ray's sockets need a short path.
     ray_folder = Path(f"/tmp/xyt{free_port()}")
     ray_folder.mkdir()
