@@ -8,12 +8,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import RequestFailed
-from cluster.ingress.calls import answer_failure
+from cluster.ingress.error_answers import error_answer
 from cluster.observe.app_metrics import AppMetrics
 from cluster.observe.exporter import RequestMetrics
 
 CLIENT_LEFT = 499
 """Status, as nginx has it, of a request whose client left before its answer began."""
+METRICS = "/metrics"
 METHODS = frozenset(http.HTTPMethod)
 
 
@@ -29,7 +30,7 @@ class HttpMetrics:
         try:
             return Response(await self._app.page(), media_type=CONTENT_TYPE_LATEST)
         except RequestFailed as failure:
-            return answer_failure(failure)
+            return error_answer(METRICS, failure.status, str(failure))
 
     def counted(self, app: ASGIApp) -> ASGIApp:
         """`app`, with its answers counted as the client gets them."""

@@ -13,7 +13,6 @@ from cluster.ingress.vllm_seams import FRONT_END  # before vLLM: sets what it re
 
 # isort: split
 
-import pydantic
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -38,7 +37,7 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.config.app_config import AppConfig, IngressConfig
-from cluster.errors import RequestFailed, RequestRefused
+from cluster.errors import RequestFailed
 from cluster.ingress.calls import Call, Calls, current_call
 from cluster.ingress.engine_client import EngineClient, Failure
 from cluster.ingress.http_metrics import HttpMetrics

@@ -27,7 +27,7 @@ from cluster.config.app_config import AppConfig
 from cluster.config.routes import EXTRA_PATHS, ROUTES
 from cluster.ingress.calls import Calls, CallsByHeader
 from cluster.ingress.error_answers import ErrorAnswers
-from cluster.ingress.http_metrics import HttpMetrics
+from cluster.ingress.http_metrics import METRICS, HttpMetrics
 from cluster.ingress.vllm_responses import KEEPS_NONE
 from cluster.ingress.vllm_seams import FRONT_END
 
@@ -57,9 +57,6 @@ NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}}
 
 COUNTING = "PrometheusInstrumentatorMiddleware"
 
-OWN_METRICS = "/metrics"
-"""Route under which vLLM shows the engine next to its server; our engines are elsewhere."""
-
 MAX_SENTENCES = 5
 """Max faults of a request that its answer names."""
 
@@ -79,7 +76,7 @@ def http_app(
     _choose_routes(app, config.ingress.routes)
     app.add_api_route("/v1/models/{model_id:path}", show_model, responses=NO_SUCH_MODEL)
     if http_metrics:
-        app.add_api_route(OWN_METRICS, http_metrics.show, response_class=PlainTextResponse)
+        app.add_api_route(METRICS, http_metrics.show, response_class=PlainTextResponse)
     _answer_unsupported_routes(app, config.model_name)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid_request)
@@ -112,7 +109,7 @@ async def show_model(request: Request, model_id: str) -> JSONResponse:
 def _choose_routes(app: FastAPI, extra: Collection[str]) -> None:
     """Leave only those of vLLM's routes that we promise, and those that the config names."""
     paths = {route.path for route in ROUTES} | {"/docs/oauth2-redirect", *extra}
-    paths.remove(OWN_METRICS)
+    paths.remove(METRICS)  # vLLM's are of the engine beside its server; ours are elsewhere
     routes = [route for route in app.routes if getattr(route, "path", None) in paths]
     FRONT_END.replace(app.router, "routes", routes)
 

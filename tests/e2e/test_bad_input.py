@@ -187,10 +187,6 @@ def test_a_failed_call_is_no_traceback_in_the_log(server: Server, http: httpx.Cl
     assert server.tracebacks() == before
 
 
-def schema(content: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "it", "schema": content}}
-
-
 def nested(depth: int) -> dict[str, Any]:
     inner: dict[str, Any] = {"type": "string"}
     for _ in range(depth):

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.observe import metrics
-from cluster.observe.dashboards.panels import in_words
 from cluster.observe.dashboards.promql import grown, largest, number, rate, series, total
-from scheduler.drafting import CollapseReason
 from scheduler.pace import SLOW
 
 APP = "application"

@@ -15,6 +15,7 @@ from cluster.placement.global_scheduler import (
     GlobalScheduler,
 )
 from cluster.placement.observer import SchedulerObserver
+from scheduler.drafting import CollapseReason
 from scheduler.placement import (
     Placed,
     Placement,
@@ -23,7 +24,6 @@ from scheduler.placement import (
     Refused,
     WorkerLoad,
 )
-from scheduler.drafting import CollapseReason
 from scheduler.request import Request
 from workers.drafts.draft_client import DraftCounts
 from workers.reports import DraftStats, WorkerReport
