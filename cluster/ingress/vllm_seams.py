@@ -149,7 +149,7 @@ vllm.v1.structured_output.utils
 vllm.sampling_params
     called check_json_nesting(spec, *, structural_tag=False)
 vllm.sampling_params:SamplingParams
-    read structured_outputs: StructuredOutputsParams | None
+    read structured_outputs
 vllm.sampling_params:StructuredOutputsParams
     called all_constraints_none(self)
     written choice grammar

@@ -32,6 +32,7 @@ def make_compiler() -> Iterator[MakeCompiler]:
     yield make
     for compiler in made:
         compiler.close()
+    asyncio.run(num_forks(0))
 
 
 def regex(pattern: str) -> bytes:
