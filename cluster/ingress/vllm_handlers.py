@@ -72,11 +72,9 @@ def _replace(state: State, name: str, method: str, wrap: Callable[[Any], Any]) -
 
 def error_in(data: Any) -> ErrorInfo | None:
     """The error that one event of a stream may be."""
-    if not isinstance(data, str) or not (data := data.removeprefix("data: ")).startswith(
-        '{"error"'
-    ):
-        return None
-    return ErrorResponse.model_validate_json(data).error
+    if isinstance(data, str) and (text := data.removeprefix("data: ")).startswith('{"error"'):
+        return ErrorResponse.model_validate_json(text).error
+    return None
 
 
 def is_news(record: logging.LogRecord) -> bool:

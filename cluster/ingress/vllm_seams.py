@@ -120,8 +120,7 @@ vllm.entrypoints.serve.engine.protocol:ErrorInfo
 vllm.entrypoints.openai.responses.protocol:ResponsesRequest
     read tools tool_choice include input top_logprobs
 vllm.entrypoints.openai.responses.protocol:ResponsesResponse
-    read model_copy
-    read status: ResponseStatus
+    read model_copy status
 vllm.exceptions:VLLMValidationError
     read parameter value
 vllm.entrypoints.serve.exception_handling.error_response
