@@ -41,6 +41,8 @@ NO_WORKER_RETRY_S = 0.5
 """Time after which a request asks again, while no worker takes new ones."""
 FORGET_AFTER_S = 30.0
 """A placement not confirmed by its worker's report within this time is dropped."""
+MAX_REPLACEMENT_S = 120.0
+"""Max time that Serve may need to replace a worker; large models take minutes to load."""
 SILENT_AFTER_S = 30.0
 """A worker that has not reported for this long may hang; a live one reports every 2 s."""
 SUSPECT_GONE_AFTER_S = 5 * NO_WORKER_RETRY_S
@@ -138,6 +140,8 @@ class GlobalScheduler:
         """Requests that wait for an idle worker, with the time of their last question."""
         self._kept: str | None = None
         """The worker that gets nothing else until it is idle and tries one of them."""
+        self._replaced_by_s = -math.inf
+        """Time until which a worker that died may be replaced by a new one."""
         self._placements: OrderedDict[str, Placement] = OrderedDict()
         self._workers: dict[str, _WorkerView] = {}
         self._draft_workers: dict[str, _DraftWorkerView] = {}
@@ -152,7 +156,7 @@ class GlobalScheduler:
         loads = [self._load(worker_id, self._view(worker_id, now), now) for worker_id in worker_ids]
         self._note_silence(loads)
         placement = place(request, loads)
-        if placement is None:
+        if placement is None or self._risks_the_last_worker(request, loads, now):
             return self._refuse(request, loads, now)
         chosen = placement.chosen.worker_id
         self._workers[chosen].placed[request.request_id] = request, now
@@ -162,6 +166,13 @@ class GlobalScheduler:
             self._placements.popitem(last=False)
         self._observer.placed(request, placement, self._clock() - now)
         return Placed(chosen)
+
+    def _risks_the_last_worker(
+        self, request: Request, loads: Sequence[WorkerLoad], now: float
+    ) -> bool:
+        """Whether a worker more is to come, without which this request could end the last one."""
+        num_serving = sum(load.is_serving for load in loads)
+        return bool(request.num_engine_deaths) and num_serving == 1 and now < self._replaced_by_s
 
     def _refuse(self, request: Request, loads: Sequence[WorkerLoad], now: float) -> Refused:
         """Let a request wait; for one under which an engine died, a worker becomes idle."""
@@ -229,6 +240,7 @@ class GlobalScheduler:
     def _note_report(self, worker_id: str, view: _WorkerView) -> None:
         """Log the first report of a worker, and the first after a silence."""
         if not view.has_reported:
+            self._replaced_by_s = -math.inf
             logger.info("worker found", extra={"worker": worker_id})
         elif view.silence_noted:
             logger.info("worker heard again", extra={"worker": worker_id})
@@ -237,6 +249,7 @@ class GlobalScheduler:
     def _note_death(self, worker_id: str, view: _WorkerView, reason: str) -> None:
         """Place nothing more on a worker, whose late reports change nothing."""
         view.dead = True
+        self._replaced_by_s = self._clock() + MAX_REPLACEMENT_S
         logger.warning("worker is dead", extra={"worker": worker_id, "reason": reason})
 
     def _note_pace(self, worker_id: str, view: _WorkerView, slowness: float, now: float) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.placement.global_scheduler import (
     FORGET_AFTER_S,
+    MAX_REPLACEMENT_S,
     NO_WORKER_RETRY_S,
     SILENT_AFTER_S,
     SUSPECT_GONE_AFTER_S,
@@ -218,6 +219,25 @@ async def test_the_only_worker_is_not_kept_from_others_for_a_suspect(
         await scheduler.place(request("other"), ["a"]),
         await scheduler.place(suspect("s"), []),
     ] == [NO_IDLE_WORKER, Placed("a"), NO_WORKER]
+
+
+async def test_a_suspect_does_not_risk_the_last_worker_while_another_one_is_replaced(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    dead = WorkerReport("a", {}, (), False, death="device gone")
+    await scheduler.report(report("b"))
+    await scheduler.report(dead)
+    answers = [await scheduler.place(suspect("s"), ["a", "b"])]
+    await scheduler.report(report("c"))  # the replacement
+    answers += [await scheduler.place(suspect("s"), ["b"])]
+    await scheduler.report(report("b", finished=["s"]))
+    await scheduler.report(dead)
+    answers += [await scheduler.place(suspect("t"), ["b"])]
+    clock.now += MAX_REPLACEMENT_S  # it never came
+    await scheduler.report(report("b"))
+    answers += [await scheduler.place(suspect("t"), ["b"])]
+
+    assert answers == [NO_IDLE_WORKER, Placed("b"), NO_IDLE_WORKER, Placed("b")]
 
 
 async def test_a_worker_is_no_longer_kept_for_a_suspect_that_has_gone(
