@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import reprlib
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from http import HTTPStatus
@@ -20,7 +21,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
-from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 from vllm.exceptions import VLLMValidationError
 
 from cluster.config.app_config import AppConfig
@@ -57,8 +57,9 @@ NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}}
 
 COUNTING = "PrometheusInstrumentatorMiddleware"
 
-MAX_SENTENCES = 5
-"""Max faults of a request that its answer names."""
+MAX_SENTENCES, MAX_FAULTS = 5, 3
+"""Max fields of a request, and faults of one, that an answer names. One in `messages` may have a
+dozen, for as many kinds of message that it could have been."""
 
 KEPT_NOWHERE = ("/v1/responses", "/v1/conversations", "/v1/files", "/v1/batches")
 """Routes of the OpenAI API below which clients look for what a server keeps."""
@@ -159,19 +160,28 @@ async def _answer_invalid_request(request: Request, error: Exception) -> JSONRes
 
 
 def explain_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """What pydantic found wrong with a request, in sentences, and the field that they are about."""
-    sentences: dict[str, None] = {}  # in order; the branches of a union may say the same
+    """What pydantic found wrong with a request, and the first field that it is about.
+
+    In sentences: each field with its faults, which are alternatives if it may have several types.
+    """
+    faults: dict[str, dict[str, None]] = {}  # in order; alternatives may say the same
     for error in errors:
-        where = clean_loc_for_param(tuple(part for part in error["loc"] if part != "body"))
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, VLLMValidationError):
             return str(cause), cause.parameter
-        message = error["msg"].removeprefix("Value error, ")
-        sentences[f"{where}: {message}" if where else message] = None
-    shown = "; ".join(itertools.islice(sentences, MAX_SENTENCES))
+        path = [str(part) for part in error["loc"] if part != "body"]
+        text = error["msg"].removeprefix("Value error, ")
+        if path and error["type"] != "missing":
+            text += f" (given: {reprlib.repr(error['input'])})"
+        faults.setdefault(path[0] if path else "", {})[text] = None
+    sentences = [
+        f"{name}: {', or '.join(itertools.islice(texts, MAX_FAULTS))}".removeprefix(": ")
+        for name, texts in faults.items()
+    ]
+    shown = "; ".join(sentences[:MAX_SENTENCES])
     if len(sentences) > MAX_SENTENCES:
         shown += f"; and {len(sentences) - MAX_SENTENCES} more"
-    return shown, clean_loc_for_param(tuple(errors[0]["loc"])) or None
+    return shown, next(iter(faults)) or None
 
 
 async def _answer_validator_error(request: Request, error: Exception) -> JSONResponse:

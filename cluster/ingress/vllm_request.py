@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMClientError
 
 from cluster.errors import RequestFailed
 from cluster.ingress.protocol import PARAMETERS, Api
-from cluster.ingress.vllm_http import VALIDATOR_ERRORS
+from cluster.ingress.vllm_http import VALIDATOR_ERRORS, explain_validation
 
 REQUESTS: dict[Api, type[ChatCompletionRequest] | type[CompletionRequest]] = {
     "chat": ChatCompletionRequest,
@@ -32,10 +32,6 @@ WITHOUT_EFFECT = {
 }
 """Parameters of the OpenAI API that concern its operator's books and caches, not the answer: they
 are accepted, as by HTTP."""
-
-MAX_FAULTS = 3
-"""Faults of one parameter that a message names; one in `messages` may have a dozen, for as many
-kinds of message that it could have been."""
 
 
 def read_request(
@@ -64,28 +60,12 @@ def read_request(
     try:
         return REQUESTS[api](**request)
     except ValidationError as error:
-        raise _refusal(_sentence(error)) from None
+        raise _refusal(explain_validation(error.errors())[0]) from None
     except VLLMClientError as error:
         raise _refusal(str(error)) from None
     except (ValueError, TypeError, OverflowError, *VALIDATOR_ERRORS) as error:
         validator = traceback.extract_tb(error.__traceback__)[-1].name  # it names the parameter
         raise _refusal(f"a parameter has a wrong type: {error} ({validator})") from None
-
-
-def _sentence(error: ValidationError) -> str:
-    """Each parameter at fault with its faults, which for a union are alternatives."""
-    faults: dict[str, dict[str, None]] = {}
-    for fault in error.errors(include_url=False, include_context=False):
-        name = str(fault["loc"][0]) if fault["loc"] else ""
-        text = fault["msg"].removeprefix("Value error, ")
-        if fault["loc"] and fault["type"] != "missing":
-            text += f" (given: {reprlib.repr(fault['input'])})"
-        faults.setdefault(name, {})[text] = None
-    return "; ".join(
-        f"{name}: {text}" if name else text
-        for name, texts in faults.items()
-        for text in [", or ".join(list(texts)[:MAX_FAULTS])]
-    )
 
 
 def _refusal(message: str) -> RequestFailed:
