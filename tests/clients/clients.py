@@ -105,13 +105,6 @@ CLIENTS = (
         "messages, stream, tools, token count, stop sequence, coroutines, cancel, errors, models",
     ),
     Client(
-        "anthropic_node",
-        "anthropic (Node)",
-        ("@anthropic-ai/sdk@1.14.0",),
-        "messages, stream, tools, abort, errors",
-        Kind.NODE,
-    ),
-    Client(
         "lm_eval",
         "lm-eval",
         ("lm_eval[api]==0.4.13",),
