@@ -22,8 +22,8 @@ from ray import serve
 
 from cluster.client import XYServe
 from scheduler.placement import WorkerLoad
-from tests import faults
 from tests.collector import Collector, collecting
+from tests.plugins import faults
 
 READY_TIMEOUT_S = 480
 ANSWER_TIMEOUT_S = 120
@@ -136,6 +136,7 @@ def running(config: Path) -> Iterator[Server]:
     ray_settings = ("RAY_ADDRESS", "RAY_AUTH_MODE")
     env = {name: value for name, value in os.environ.items() if name not in ray_settings}
     env["TMPDIR"] = str(ray_folder)
+    env["PYTHONPATH"] = f"{faults.FOLDER}:{env.get('PYTHONPATH', '')}".rstrip(":")
     with log.open("w") as out:
         process = subprocess.Popen(
             [

@@ -18,7 +18,6 @@ import httpx
 import openai
 
 from cluster.client import XYServe
-from tests import faults
 from tests.e2e.conftest import (
     MODEL,
     WORKER,
@@ -28,6 +27,7 @@ from tests.e2e.conftest import (
     wait_for_load,
     wait_for_placed,
 )
+from tests.plugins import faults
 
 NUM_STREAMS = 8
 MAX_TOKENS = 400

@@ -12,7 +12,6 @@ import pytest
 
 from cluster.client import XYServe
 from scheduler.placement import PlacementReason
-from tests import faults
 from tests.e2e.conftest import (
     ANSWER_TIMEOUT_S,
     MODEL,
@@ -23,6 +22,7 @@ from tests.e2e.conftest import (
     wait_for_placed,
 )
 from tests.e2e.test_explain import only
+from tests.plugins import faults
 
 NUM_STREAMS = 8
 MAX_TOKENS = 300

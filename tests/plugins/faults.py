@@ -5,6 +5,7 @@ A logits processor of vLLM, which an app loads by `logits_processors` in
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-NAME = f"{__name__}:Faults"
-"""Name of the processor in a config."""
+NAME = "faults:Faults"
+"""Name of the processor in a config, if this folder is in PYTHONPATH."""
+FOLDER = Path(__file__).parent
 HANG_S = 3600.0
 
 
