@@ -25,7 +25,7 @@ ROUTES = (
     Route("GET", "/tokenizer_info", "what clients with a tokenizer of their own need to know"),
     Route("GET", "/health", "200 while a worker is there, otherwise 503"),
     Route("GET", "/version", "vLLM's version"),
-    Route("GET", "/metrics", "the metrics of the whole app"),
+    Route("GET", "/metrics", "the metrics of the whole app, unless `metrics` is false"),
     Route("GET", "/docs", "all routes with their parameters, to read and to try"),
     Route("GET", "/redoc", "the same on one page"),
     Route("GET", "/openapi.json", "the same for programs"),

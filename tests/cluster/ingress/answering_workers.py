@@ -13,6 +13,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from cluster.config.app_config import AppConfig
 from cluster.ingress.calls import Calls
 from cluster.ingress.engine_client import EngineClient
+from cluster.ingress.http_metrics import HttpMetrics
 from cluster.ingress.observer import IngressObserver
 from cluster.ingress.vllm_frontend import Frontend, decode_outputs
 from cluster.models.default_model import fetch_default_model
@@ -91,6 +92,13 @@ class Records(IngressObserver):
         return [(record.outcome, record.num_output_tokens) for record in ended]
 
 
+class Uncounted:
+    """Takes what is counted, and has no page of it."""
+
+    def count_http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """Count one answer."""
+
+
 class Server:
     """vLLM's front end over such workers, with a client of its HTTP side."""
 
@@ -105,7 +113,14 @@ class Server:
             workers, scheduler, scheduler, receiver, decode_outputs(), self.records
         )
         calls = Calls(config.slo, observer=self.records)
-        self.frontend = Frontend(config, str(fetch_default_model()), self.client, calls)
+        uncounted: Any = Uncounted()
+        self.frontend = Frontend(
+            config,
+            str(fetch_default_model()),
+            self.client,
+            calls,
+            HttpMetrics(uncounted, uncounted),
+        )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.asgi_app, raise_app_exceptions=False),
             base_url="http://app",
@@ -131,8 +146,10 @@ class Server:
 async def serving(config: AppConfig) -> AsyncIterator[Server]:
     """A server that is closed at the end."""
     server = Server(config)
-    await server.frontend.start()
-    async with server.http:
-        yield server
-    await server.client.close()
-    server.workers.close()
+    try:
+        await server.frontend.start()
+        async with server.http:
+            yield server
+    finally:
+        await server.client.close()
+        server.workers.close()
