@@ -57,7 +57,8 @@ class _Process:
 
     def send(self, message: object) -> None:
         """Send a message; if the process has ended, `answers` says so."""
-        self._sending.submit(self._connection.send, message)
+        with contextlib.suppress(RuntimeError):  # it has just ended, as those who wait will learn
+            self._sending.submit(self._connection.send, message)
 
     def answers(self) -> Iterator[tuple[int, str | None, str | None]]:
         """The answers until the process ends."""
