@@ -170,7 +170,7 @@ class CallsByHeader:
         calls = self._calls if "/v1/" in scope["path"] else self._others
         headers = Headers(scope=scope)
         # vLLM would take the header for the id of the answer, also where the body has one.
-        scope = {**scope, "headers": [(k, v) for k, v in headers.raw if k != CALL_ID]}
+        scope["headers"] = [(k, v) for k, v in headers.raw if k != CALL_ID]
         try:
             with calls.answering(headers, HEADERS) as call:
 

@@ -9,6 +9,7 @@ from functools import wraps
 from http import HTTPStatus
 from typing import Any
 
+from pydantic import ValidationError
 from starlette.datastructures import State
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
@@ -18,6 +19,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from cluster.errors import RequestFailed
 from cluster.ingress.calls import check_id, current_call
 from cluster.ingress.error_answers import ANTHROPIC, error_content
+from cluster.ingress.vllm_http import explain_validation
 from cluster.ingress.vllm_responses import check_request, error_event, truthful, truthful_event
 from cluster.ingress.vllm_seams import FRONT_END
 
@@ -100,6 +102,9 @@ def _answering(create: Create) -> Create:
             answer = await create(request, raw_request)
         except VLLMValidationError as error:
             raise _explained(error) from None
+        except ValidationError as error:
+            message, param = explain_validation(error.errors())
+            raise VLLMValidationError(message, parameter=param) from None
         if isinstance(answer, AsyncGenerator):
             return await _begin(answer)
         return truthful(answer) if isinstance(answer, ResponsesResponse) else answer

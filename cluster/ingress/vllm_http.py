@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
+from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 from vllm.exceptions import VLLMValidationError
 
 from cluster.config.app_config import AppConfig
@@ -166,22 +167,35 @@ def explain_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
     """
     faults: dict[str, dict[str, None]] = {}  # in order; alternatives may say the same
     for error in errors:
+        if isinstance(error, str):  # vLLM's own
+            faults.setdefault("", {})[error] = None
+            continue
+        if error["type"] == "json_invalid":
+            what = f"the body is no JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+            faults.setdefault("", {})[what] = None
+            continue
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, VLLMValidationError):
             return str(cause), cause.parameter
-        path = [str(part) for part in error["loc"] if part != "body"]
+        field = _field_at(error["loc"])
         text = error["msg"].removeprefix("Value error, ")
-        if path and error["type"] != "missing":
+        if field and error["type"] != "missing":
             text += f" (given: {reprlib.repr(error['input'])})"
-        faults.setdefault(path[0] if path else "", {})[text] = None
+        faults.setdefault(field, {})[text] = None
     sentences = [
-        f"{name}: {', or '.join(itertools.islice(texts, MAX_FAULTS))}".removeprefix(": ")
-        for name, texts in faults.items()
+        f"{field}: {', or '.join(itertools.islice(texts, MAX_FAULTS))}".removeprefix(": ")
+        for field, texts in faults.items()
     ]
     shown = "; ".join(sentences[:MAX_SENTENCES])
     if len(sentences) > MAX_SENTENCES:
         shown += f"; and {len(sentences) - MAX_SENTENCES} more"
     return shown, next(iter(faults)) or None
+
+
+def _field_at(place: Sequence[str | int]) -> str:
+    """A field as its client knows it: without the type, of several, that was tried on it."""
+    given = (part for part in place if part != "body" and not str(part)[:1].isupper())
+    return clean_loc_for_param(tuple(given))
 
 
 async def _answer_validator_error(request: Request, error: Exception) -> JSONResponse:

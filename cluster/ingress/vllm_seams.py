@@ -128,6 +128,8 @@ vllm.entrypoints.serve.exception_handling.error_response
         param=None)
 vllm.entrypoints.serve.exception_handling.handlers.exception
     called exception_handler(req, exc)
+vllm.entrypoints.serve.exception_handling.handlers.validation
+    called clean_loc_for_param(loc)
 vllm.entrypoints.serve.exception_handling.handlers.vllm_error
     named state.server
 

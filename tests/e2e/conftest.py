@@ -31,6 +31,7 @@ RESTORED_TIMEOUT_S = 120
 MODEL = "smollm2-135m-instruct"
 WORKER = {
     "cpus": 1,
+    "grammars": {"max_bytes": 100_000},
     "engine": {
         "dtype": "float32",
         "max_num_seqs": 16,
@@ -39,6 +40,8 @@ WORKER = {
     },
 }
 """The workers' config."""
+A_LINE = re.compile(r"^\d{4}-\d\d-\d\dT", re.MULTILINE)
+"""The beginning of a line of a log; a traceback ends before the next one."""
 SHADOWS = ("scheduler.py", "workers.py", "tests.py")
 """Files with names of ours in the folder in which the server is started."""
 
@@ -70,7 +73,7 @@ class Server:
         found = []
         for log in (self.ray_folder / "session_latest" / "logs").glob("worker-*.err"):
             _, *crashes = log.read_text(errors="replace").split("Traceback (most recent call last)")
-            found += [f"{log.name}: {crash[:2000]}" for crash in crashes]
+            found += [f"{log.name}: {A_LINE.split(crash)[0][:2000]}" for crash in crashes]
         return found
 
 

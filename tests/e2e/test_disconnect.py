@@ -22,7 +22,7 @@ from tests.e2e.conftest import (
 STEPS_TO_FREE = 2
 STEPS_TO_MEASURE = 1
 """The status before and the one after are each taken between two steps."""
-TRIES = 3
+TRIES = 6
 """Other processes of the machine can delay a try, but not speed it up."""
 
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True}

@@ -26,7 +26,7 @@ from cluster.observe.explanation_text import describe
 from cluster.observe.request_history import Refusal
 from scheduler.task import Stage
 from tests.collector import Collector
-from tests.e2e.conftest import MODEL, Server
+from tests.e2e.conftest import MODEL, Server, wait_for_calm
 
 PROMPT = "one two three four " * 8
 FAST = {"x-slo-class": "interactive"}
@@ -222,6 +222,7 @@ def test_a_retried_request_is_explained_with_its_lost_worker(
     handle: XYServe, collector: Collector
 ) -> None:
     """Both workers compute a long prompt when one of them is killed."""
+    wait_for_calm()
     killed, kept = handle.status().workers
     trace_id = secrets.token_hex(16)
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import random
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from scheduler.step_planner import StepPlanner
 from scheduler.task import BatchPlan, StepReport, StepView
 from tests.workers.tiny_models import VOCAB_SIZE
 from workers.config import WorkerConfig
+from workers.engine.engine_loop import EMPTY_STEP_WAIT_S
 from workers.engine_request import EngineRequest
 from workers.reports import WorkerObserver
 from workers.step_history import RequestStep, StepHistory
@@ -154,6 +156,8 @@ def _play(engine: Any, config: WorkerConfig, jobs: Sequence[Job], script: int) -
         outputs, model_ran = engine.step()
         num_steps += model_ran
         wait = 0 if model_ran else wait + 1
+        if wait:  # as the engine's loop does, for example while a grammar is compiled
+            time.sleep(EMPTY_STEP_WAIT_S)
         longest_wait = max(wait, longest_wait)
         assert wait < MAX_EMPTY_STEPS, "the engine spins"
         for output in outputs.values():
