@@ -264,7 +264,7 @@ class Frontend:
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""
         await init_app_state(self._llm, self._app.state, self._args, SUPPORTED_TASKS)
-        adapt_handlers(self._app.state)
+        adapt_handlers(self._app.state, self._llm.model_config.max_model_len)
         # vLLM's error handler would end its HTTP server with a broken engine; see check_health.
         self._app.state.server = SimpleNamespace(should_exit=False)
 

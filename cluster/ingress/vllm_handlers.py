@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from functools import wraps
+from functools import partial, wraps
 from http import HTTPStatus
 from typing import Any
 
@@ -40,6 +40,9 @@ CREATE = {
 }
 """By handler, the method that answers a call: with a response, an error, or a stream of events."""
 
+MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+"""Names of the same limit in the APIs."""
+
 STREAM = {
     "openai_serving_chat": "chat_completion_stream_generator",
     "openai_serving_completion": "completion_stream_generator",
@@ -50,7 +53,7 @@ STREAM = {
 """By handler, the method that makes events of the results of a call."""
 
 
-def adapt_handlers(state: State) -> None:
+def adapt_handlers(state: State, max_model_len: int) -> None:
     """Wrap the handlers of vLLM's app.
 
     Each call has the id that its client gave. A stream that fails before its first result is an
@@ -58,7 +61,7 @@ def adapt_handlers(state: State) -> None:
     parameters, such as grammars, only when the results are asked for. A later error is an event.
     """
     for name, method in CREATE.items():
-        _replace(state, name, method, _answering)
+        _replace(state, name, method, partial(_answering, max_model_len=max_model_len))
     for name, method in STREAM.items():
         _replace(state, name, method, _begun)
     _replace(state, "openai_serving_responses", "responses_stream_generator", _ending)
@@ -92,7 +95,7 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, VLLMError) or create_error_response(error).error.code < 500
 
 
-def _answering(create: Create) -> Create:
+def _answering(create: Create, max_model_len: int) -> Create:
     @wraps(create)
     async def answer(request: Any, raw_request: Any = None) -> Any:
         await _name(request, raw_request)
@@ -101,7 +104,7 @@ def _answering(create: Create) -> Create:
         try:
             answer = await create(request, raw_request)
         except VLLMValidationError as error:
-            raise _explained(error) from None
+            raise _explained(error, request, max_model_len) from None
         except ValidationError as error:
             message, param = explain_validation(error.errors())
             raise VLLMValidationError(message, parameter=param) from None
@@ -127,13 +130,14 @@ async def _name(request: Any, raw_request: Any) -> None:
     request.request_id = f"{prefix}{call.answer_id}"
 
 
-def _explained(error: VLLMValidationError) -> VLLMValidationError:
+def _explained(error: VLLMValidationError, request: Any, max_model_len: int) -> VLLMValidationError:
     """The error in the client's terms, where vLLM's are those of its own arithmetic."""
-    if (error.parameter, error.value) != ("max_tokens", 0):
+    asked_for = {vars(request).get(name) for name in MAX_TOKENS}
+    if (error.parameter, error.value) != ("max_tokens", 0) or 0 in asked_for:
         return error
     return VLLMValidationError(
-        "The prompt fills the model's maximum context length, which leaves no room for an answer; "
-        "shorten the prompt by as many tokens as the answer shall have.",
+        f"The prompt fills the model's maximum context length of {max_model_len} tokens and leaves "
+        "no room for an answer: shorten it by as many tokens as the answer shall have.",
         parameter="max_tokens",
     )
 
