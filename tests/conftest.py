@@ -32,6 +32,7 @@ NEEDS = {
         "workers/drafters/test_draft_head.py",
         "workers/drafters/test_head_drafter.py",
     ),
+    "pip": ("test_install.py",),
     "prometheus": (
         "e2e/test_prometheus.py",
         "cluster/observe/dashboards/test_alerts.py",
