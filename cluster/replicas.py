@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 ANSWERED_S = 2.0
 """Max wait of a process that ends for its callers to be told."""
-SENT_S = 0.2
-"""Time in which Ray sends an answer that a method has returned."""
+SENT_S = 1.0
+"""Time in which Ray sends an answer that a method has returned, on a busy machine too."""
 EXPORT_LOADS_S = 2.0
 """Period at which the GlobalScheduler's view of the workers is exported."""
 
@@ -166,7 +166,7 @@ class WorkerReplica(Replica):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANSWERED_S):
                 while self._num_calls:
-                    await asyncio.sleep(SENT_S)
+                    await asyncio.sleep(0.05)
         await asyncio.sleep(SENT_S)
         logger.warning("this worker's process ends with its engine")
         os._exit(1)  # an orderly end could hang with the engine

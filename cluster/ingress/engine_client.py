@@ -90,12 +90,12 @@ class _Live:
     def count_death(self, error: Exception) -> None:
         """Count the death of a worker, if the request may be the cause.
 
-        That is so if its step failed, or if a process ended under it for the second time: nodes are
-        lost and processes are killed for reasons of their own.
+        That is so if its step failed, or if a process ended under it that was not the first: nodes
+        are lost and processes are killed for reasons of their own.
         """
         if isinstance(error, RayActorError):
+            self.num_engine_deaths += bool(self.num_workers_lost or self.num_engine_deaths)
             self.num_workers_lost += 1
-            self.num_engine_deaths += self.num_workers_lost > 1
         self.num_engine_deaths += isinstance(error, StepFailed)
 
 

@@ -260,11 +260,18 @@ async def test_a_request_that_loses_one_worker_after_another_ends_with_an_error(
     ("deaths", "suspicions"),
     [
         ([StepFailed("x"), StepFailed("x")], [0, 1]),
+        ([StepFailed("x"), RayActorError()], [0, 1]),
         ([RayActorError(), RayActorError(), RayActorError()], [0, 0, 1]),
         ([RayActorError(), StepFailed("x"), StepFailed("x")], [0, 0, 1]),
         ([EngineDead("x"), StepFailed("x"), RayActorError()], [0, 0, 1]),
     ],
-    ids=["twice in its step", "processes end", "one of each", "it only waited in the first"],
+    ids=[
+        "twice in its step",
+        "its answer was lost",
+        "processes end",
+        "one of each",
+        "it only waited in the first",
+    ],
 )
 async def test_a_request_under_which_engines_die_is_placed_as_a_suspect_and_then_given_up(
     client: Client, workers: FakeWorkers, deaths: list[Exception], suspicions: list[int]

@@ -113,7 +113,7 @@ def test_whether_an_answer_is_streamed_is_the_methods(api: Api) -> None:
             5,
             "stop: Input should be a valid string (given: 5), or Input should be a valid l",
         ),
-        ("logit_bias", {"1": "a"}, "logit_bias: Input should be a valid number"),
+        ("logit_bias", {"1": "a"}, "logit_bias.1: Input should be a valid number"),
         ("response_format", "json", "response_format: Input should be a valid dictionary"),
         ("response_format", {"type": "json_schema"}, "When response_format type is 'json_schema',"),
         ("stream_options", {"include_usage": True}, "Stream options can only be defined when"),
@@ -132,7 +132,7 @@ def test_a_value_that_cannot_be_used_is_named(api: Api, name: str, value: Any, s
     "messages", [None, "text", 5, {}, [5], [None], [{}], [{"role": "user", "content": 5}]]
 )
 def test_messages_that_are_none_are_refused(messages: Any) -> None:
-    assert fault("chat", messages=messages).startswith("messages: ")
+    assert fault("chat", messages=messages).startswith("messages")
 
 
 @pytest.mark.parametrize(
