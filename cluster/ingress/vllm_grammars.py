@@ -5,7 +5,7 @@ is found by the worker that compiles the grammar within its bounds.
 """
 
 import json
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 from vllm.entrypoints.serve.engine import protocol
@@ -21,12 +21,16 @@ from cluster.ingress.vllm_seams import FRONT_END
 from workers.config import GrammarConfig
 from workers.engine_request import Grammar
 
+RESOLVE_TOOL_STRICTNESS = structural_tag_registry.resolve_tool_strictness
+
 
 def bound_grammars(bounds: GrammarConfig) -> None:
     """Have vLLM check what we accept, in the place of what it tries to compile itself."""
-    FRONT_END.replace(
-        backend_xgrammar, "validate_xgrammar_grammar", lambda params: _check(params, bounds)
-    )
+
+    def check(sampling_params: SamplingParams) -> None:
+        _check(sampling_params, bounds)
+
+    FRONT_END.replace(backend_xgrammar, "validate_xgrammar_grammar", check)
     FRONT_END.replace(structural_tag_registry, "resolve_tool_strictness", _resolve_tool_strictness)
     FRONT_END.replace(protocol, "_REMOVED_GUIDED_FIELDS", _GuidedFields())
 
@@ -110,17 +114,12 @@ def _schemas_in(tag: Any) -> Iterator[Any]:
             yield from _schemas_in(item)
 
 
-def _resolve_tool_strictness(
-    tools: Any,
-    tool_choice: Any,
-    strict_level: Any,
-    resolve: Callable[..., Any] = structural_tag_registry.resolve_tool_strictness,
-) -> Any:
+def _resolve_tool_strictness(tools: Any, tool_choice: Any, strict_level: Any) -> Any:
     """vLLM's decision, but a tool that does not say `strict` is held to what can be obeyed.
 
     Tools are often made by programs, from schemas that nobody wrote for grammars.
     """
-    resolved = resolve(tools, tool_choice, strict_level)
+    resolved = RESOLVE_TOOL_STRICTNESS(tools, tool_choice, strict_level)
     if resolved is None:
         return None
     return [

@@ -40,7 +40,7 @@ vllm.v1.engine.async_llm:AsyncLLM
     overridden _add_request(self, request, prompt, parent_req, index, queue)
     overridden check_health(self)
     called abort(self, request_id, internal=False)
-    read output_processor
+    read output_processor model_config
     called __init__(self, vllm_config, executor_class, log_stats, usage_context=...,
         mm_registry=..., log_requests=True, start_engine_loop=True, stat_loggers=None,
         aggregate_engine_logging=False, client_addresses=None, client_count=1, client_index=0,

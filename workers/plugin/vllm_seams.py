@@ -124,7 +124,7 @@ vllm.v1.core.sched.scheduler:Scheduler
     called get_request_counts(self)
     called has_requests(self)
     written waiting kv_holding_waiting dynamic_sd_lookup
-    read _pause_state block_size connector ec_connector kv_cache_manager lora_config
+    read vllm_config _pause_state block_size connector ec_connector kv_cache_manager lora_config
         max_model_len max_num_active_reqs max_num_running_reqs max_num_scheduled_tokens
         need_mamba_block_aligned_split num_spec_tokens policy requests requires_kv_delivery
         running scheduler_config
