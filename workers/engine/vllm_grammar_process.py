@@ -24,9 +24,8 @@ import xgrammar
 TURN_S = 0.05
 """Time between two looks at what the compilations have used."""
 POLITE_AFTER_S = 0.2
-"""Processor time after which a compilation lets everyone else go first."""
-POLITENESS = 10
-"""Niceness of such a one: next to a busy engine on its only core it gets a tenth of the time."""
+"""Processor time after which a compilation lets everyone else go first: next to a busy engine on
+its only core it then gets a tenth of the time. Niceness would not do: Ray gives much to workers."""
 SMALL_S = 0.1
 """Processor time up to which the engine repeats a compilation, as copying it would take longer."""
 MAX_FORKS = 4
@@ -120,7 +119,7 @@ class GrammarProcess:
                 self._end(job, (f"compiling it takes more than {limit}", None))
                 continue
             if used_s[job] > POLITE_AFTER_S:
-                os.setpriority(os.PRIO_PROCESS, pid, POLITENESS)
+                os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
             os.kill(pid, signal.SIGCONT if turn < self._cpus else signal.SIGSTOP)
 
     def _begin(self, job: int, call: bytes) -> None:
