@@ -3,7 +3,7 @@
 import inspect
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from functools import partial, wraps
 from http import HTTPStatus
@@ -64,6 +64,7 @@ def adapt_handlers(state: State, max_model_len: int) -> None:
         _replace(state, name, method, partial(_answering, max_model_len=max_model_len))
     for name, method in STREAM.items():
         _replace(state, name, method, _begun)
+    _replace(state, "openai_serving_chat", "chat_completion_stream_generator", _calling)
     _replace(state, "openai_serving_responses", "responses_stream_generator", _ending)
     _replace(state, "anthropic_serving_messages", "message_stream_converter", _converting)
     for handler in logging.getLogger("vllm").handlers:
@@ -172,6 +173,38 @@ def _begun(stream: Stream) -> Stream:
                 yield event
 
     return events
+
+
+def _calling(stream: Stream) -> Stream:
+    """Chat: one part of one tool call in an event, which is all that many clients look for.
+
+    vLLM puts there what one step gave, and with drafts a step gives several tokens.
+    """
+
+    @wraps(stream)
+    async def events(*args: Any, **kwargs: Any) -> Events:
+        async with aclosing(stream(*args, **kwargs)) as made:
+            async for event in made:
+                if isinstance(event, str) and '"tool_calls":[' in event:
+                    for part in _one_call_each(json.loads(event.removeprefix("data: "))):
+                        yield f"data: {json.dumps(part, ensure_ascii=False)}\n\n"
+                else:
+                    yield event
+
+    return events
+
+
+def _one_call_each(chunk: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    [choice] = chunk["choices"]
+    calls: dict[int, dict[str, Any]] = {}
+    for call in choice["delta"]["tool_calls"]:
+        if (known := calls.setdefault(call["index"], call)) is not call:
+            arguments = (one["function"].get("arguments") or "" for one in (known, call))
+            known["function"] |= {"arguments": "".join(arguments)}
+    for number, call in enumerate(calls.values(), 1):
+        reason = choice.get("finish_reason") if number == len(calls) else None
+        part = choice | {"delta": choice["delta"] | {"tool_calls": [call]}, "finish_reason": reason}
+        yield chunk | {"choices": [part]}
 
 
 def _ending(stream: Stream) -> Stream:

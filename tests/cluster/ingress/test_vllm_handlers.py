@@ -500,6 +500,38 @@ async def test_a_prompt_that_fills_the_context_is_told_so(
     assert re.search("context length (of|is) 8192 tokens", answer.json()["error"]["message"])
 
 
+# Tool calls
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALLS = "".join(
+    f'<tool_call>\n{{"name": "f", "arguments": {{"number": {n}}}}}\n</tool_call>' for n in (1, 2)
+)
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 4, 1000])
+async def test_an_event_has_a_part_of_one_tool_call(server: Server, tokens_per_step: int) -> None:
+    tokens = server.tokens(CALLS)
+    cuts = range(0, len(tokens), tokens_per_step)
+    steps = [tokens[cut : cut + tokens_per_step] for cut in cuts]
+    server.workers.play([*((step, None) for step in steps[:-1]), (steps[-1], STOP)])
+
+    answer = await post(server, CHAT, stream=True, tools=[TOOL])
+
+    found: dict[int, list[str]] = {}
+    for event in events(answer):
+        for choice in event["choices"]:
+            calls = choice["delta"].get("tool_calls") or []
+            assert len(calls) <= 1
+            for call in calls:
+                parts = found.setdefault(call["index"], ["", ""])
+                parts[0] += call["function"].get("name") or ""
+                parts[1] += call["function"].get("arguments") or ""
+    assert [(name, json.loads(text)) for name, text in found.values()] == [
+        ("f", {"number": 1}),
+        ("f", {"number": 2}),
+    ]
+
+
 # Ids
 
 
