@@ -539,7 +539,7 @@ def test_a_tool_call_streams(client: openai.OpenAI) -> None:
     assert [function.name for function in functions if function.name] == ["get_weather"]
     assert deltas[0].id
     assert json.loads("".join(function.arguments or "" for function in functions)) == PARIS
-    assert len(deltas) >= 3
+    assert len(deltas) >= 2  # a step with accepted drafts gives several tokens
 
 
 def test_a_tool_may_be_left_to_the_model(client: openai.OpenAI) -> None:
