@@ -25,7 +25,13 @@ REFRESH_S = 5.0
 
 ADMISSION_OUTCOMES = ("admitted", "invalid", "unavailable")
 REQUEST_OUTCOMES = ("stop", "length", "abort", "error", "repetition")
-RETRY_REASONS = ("ActorDiedError", "ActorUnavailableError", "EngineDead", "WorkerDraining")
+RETRY_REASONS = (
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "EngineDead",
+    "StepFailed",
+    "WorkerDraining",
+)
 DRAFT_OUTCOMES = ("proposed", "verified", "accepted", "late", "stale")
 
 
