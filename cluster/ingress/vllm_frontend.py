@@ -55,7 +55,7 @@ from workers.errors import GrammarRefused
 
 logger = logging.getLogger(__name__)
 
-ENGINE_FAILED = "the engine failed it; the worker's log says why"
+ENGINE_FAILED = "its worker's engine failed it, see the worker's log"
 SIBLING_FAILED = "another sequence of the same call failed"
 
 SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
@@ -129,11 +129,9 @@ class WorkersCore(EngineCoreClient):
                 continue
             for output in outputs.outputs:
                 if output.finish_reason == FinishReason.ERROR:
-                    why = "its worker's engine failed it, see the worker's log"
-                    logger.error(
-                        "request failed", extra={"request_id": output.request_id, "error": why}
-                    )
-                    self._client.abort([output.request_id], why)
+                    extra = {"request_id": output.request_id, "error": ENGINE_FAILED}
+                    logger.error("request failed", extra=extra)
+                    self._client.abort([output.request_id], ENGINE_FAILED)
                     self._fail(output.request_id, None)
             return outputs
 
@@ -147,7 +145,7 @@ class WorkersCore(EngineCoreClient):
         self._client.abort(request_ids, SIBLING_FAILED)
 
     async def has_workers(self) -> bool:
-        """Whether a worker has reported lately."""
+        """Whether a request that came now would find a worker."""
         return await self._client.has_workers()
 
     def shutdown(self, timeout: float | None = None) -> None:

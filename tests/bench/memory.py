@@ -91,7 +91,7 @@ class Watch:
 def requests(model: str, megabytes: int, tokens: int) -> Iterator[tuple[str, str, Any]]:
     """Name, route and body (an object, or bytes) of each request."""
     size = megabytes * 1_000_000
-    long = WORD * tokens
+    long, words = WORD * tokens, "a b c d " * (size // 8)
     completion = {"model": model, "prompt": "Once", "max_tokens": 1, "temperature": 0}
     hello = [{"role": "user", "content": "Hello"}]
     chat = {"model": model, "messages": hello, "max_completion_tokens": 1}
@@ -100,82 +100,47 @@ def requests(model: str, megabytes: int, tokens: int) -> Iterator[tuple[str, str
     yield (
         f"{tokens:,} tokens, prompt_logprobs 20",
         one,
-        completion
-        | {
-            "prompt": long,
-            "prompt_logprobs": 20,
-        },
+        completion | {"prompt": long, "prompt_logprobs": 20},
     )
     yield (
         f"{tokens:,} tokens, echo, logprobs 20",
         one,
-        completion
-        | {
-            "prompt": long,
-            "echo": True,
-            "logprobs": 20,
-        },
+        completion | {"prompt": long, "echo": True, "logprobs": 20},
     )
     yield (
         f"chat, {tokens:,} tokens, prompt_logprobs 20",
         many,
-        chat
-        | {
-            "messages": [{"role": "user", "content": long}],
-            "prompt_logprobs": 20,
-        },
+        chat | {"messages": [{"role": "user", "content": long}], "prompt_logprobs": 20},
     )
     yield (
         "n=128 of 200 tokens, logprobs 20",
         one,
         completion
-        | {
-            "n": 128,
-            "max_tokens": 200,
-            "logprobs": 20,
-            "ignore_eos": True,
-            "temperature": 1,
-        },
+        | {"n": 128, "max_tokens": 200, "logprobs": 20, "ignore_eos": True, "temperature": 1},
     )
     yield (
         f"{tokens:,} tokens, n=16, prompt_logprobs 20",
         one,
-        completion
-        | {
-            "prompt": long,
-            "n": 16,
-            "temperature": 1,
-            "prompt_logprobs": 20,
-        },
+        completion | {"prompt": long, "n": 16, "temperature": 1, "prompt_logprobs": 20},
     )
     yield (
         "beam search, 128 beams, 30 tokens",
         one,
-        completion
-        | {
-            "use_beam_search": True,
-            "n": 128,
-            "max_tokens": 30,
-        },
+        completion | {"use_beam_search": True, "n": 128, "max_tokens": 30},
     )
     yield "2,000 prompts", one, completion | {"prompt": ["Once"] * 2000}
     yield (
         "1,000 prompts, n=128",
         one,
-        completion
-        | {
-            "prompt": ["Once"] * 1000,
-            "n": 128,
-            "temperature": 1,
-        },
+        completion | {"prompt": ["Once"] * 1000, "n": 128, "temperature": 1},
     )
-    yield f"prompt of {megabytes} MB", one, completion | {"prompt": "a b c d " * (size // 8)}
+    yield f"prompt of {megabytes} MB", one, completion | {"prompt": words}
     yield f"prompt of {megabytes} MB without spaces", one, completion | {"prompt": "x" * size}
     yield f"token ids, {megabytes} MB", one, completion | {"prompt": [1000] * (size // 6)}
     yield (
         f"one message of {megabytes} MB",
         many,
-        chat | {"messages": [{"role": "user", "content": "a b c d " * (size // 8)}]},
+        chat | {"messages": [{"role": "user", "content": words}]},
     )
     yield f"messages, {megabytes} MB", many, chat | {"messages": hello * (size // 40)}
     yield (
@@ -188,38 +153,17 @@ def requests(model: str, megabytes: int, tokens: int) -> Iterator[tuple[str, str
             ]
         },
     )
-    yield (
-        f"responses, {megabytes} MB",
-        "/v1/responses",
-        {
-            "model": model,
-            "input": "a b c d " * (size // 8),
-        },
-    )
+    yield (f"responses, {megabytes} MB", "/v1/responses", {"model": model, "input": words})
     yield (
         f"messages API, {megabytes} MB",
         "/v1/messages",
-        {
-            "model": model,
-            "max_tokens": 1,
-            "messages": [{"role": "user", "content": "a b c d " * (size // 8)}],
-        },
+        {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": words}]},
     )
-    yield (
-        f"tokenize, {megabytes} MB",
-        "/tokenize",
-        {
-            "model": model,
-            "prompt": "a b c d " * (size // 8),
-        },
-    )
+    yield (f"tokenize, {megabytes} MB", "/tokenize", {"model": model, "prompt": words})
     yield (
         f"detokenize, {megabytes} MB",
         "/detokenize",
-        {
-            "model": model,
-            "tokens": [1000] * (size // 6),
-        },
+        {"model": model, "tokens": [1000] * (size // 6)},
     )
     yield f"an unknown field of {megabytes} MB", many, chat | {"extra": [[0]] * (size // 6)}
     yield "JSON of 100,000 levels", many, b'{"model":"m","messages":' + b"[" * 100_000
