@@ -54,6 +54,14 @@ class EnginesDied(RequestFailed):
         self.args = (num_deaths, reason)  # what unpickling passes to __init__
 
 
+class RequestFailsSteps(RequestFailed):
+    """A step that computed this request alone failed, so it is not tried again."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"a step with this request alone failed: {reason}")
+        self.args = (reason,)  # what unpickling passes to __init__
+
+
 _STATUS_OF_REFUSAL = {
     RefusalReason.NO_WORKER: HTTPStatus.SERVICE_UNAVAILABLE,
     RefusalReason.NO_IDLE_WORKER: HTTPStatus.SERVICE_UNAVAILABLE,

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
@@ -43,6 +43,8 @@ from workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+BEAT_S = 0.5
+"""Period at which a worker says that it lives, whatever its engine does."""
 ANSWERED_S = 2.0
 """Max wait of a process that ends for its callers to be told."""
 SENT_S = 1.0
@@ -77,6 +79,14 @@ class GlobalSchedulerReplica(Replica):
         """Take a worker's report."""
         return await self._scheduler.report(report)
 
+    async def beat(self, worker_id: str, stall: str) -> None:
+        """Hear of a worker between its reports."""
+        await self._scheduler.beat(worker_id, stall)
+
+    async def losses(self, attempts: Mapping[str, str]) -> dict[str, WorkerError]:
+        """Which attempts at requests, each with its worker, are to be made elsewhere, and why."""
+        return await self._scheduler.losses(attempts)
+
     async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
         """Take a draft worker's report; returns the other draft workers."""
         return await self._scheduler.report_draft_worker(report)
@@ -108,7 +118,11 @@ class WorkerReplica(Replica):
         )
         self._at_end.callback(self._worker.shutdown)
         self._num_calls = 0
-        self._watching = asyncio.get_running_loop().create_task(self._end_with_engine())
+        event_loop = asyncio.get_running_loop()
+        self._tasks = [
+            event_loop.create_task(self._end_with_engine()),
+            event_loop.create_task(self._beat(scheduler)),
+        ]
 
     async def generate(
         self, worker_id: str, request: EngineRequest, reply_to: StreamAddress
@@ -155,6 +169,12 @@ class WorkerReplica(Replica):
         """Do what the GlobalScheduler answers to a report."""
         with _while_the_scheduler_restarts():
             self._worker.follow(await answer)
+
+    async def _beat(self, scheduler: "DeploymentHandle[Any]") -> None:
+        while True:
+            with _while_the_scheduler_restarts():
+                await scheduler.beat.remote(self._replica_id, self._worker.stall())
+            await asyncio.sleep(BEAT_S)
 
     async def _end_with_engine(self) -> None:
         """End this process when its engine is dead and its callers know.

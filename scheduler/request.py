@@ -36,14 +36,18 @@ class Request:
     """W3C trace context of its call; empty if it is not traced."""
     num_engine_deaths: int = 0
     """Engines that have died under it, perhaps because of it."""
+    num_prior_tokens: int = 0
+    """Output tokens that its earlier attempts gave. Its worker computes them again, as it computes
+    the prompt, and goes on behind them."""
 
     def num_outstanding_tokens(self, num_output_tokens: int = 0) -> int:
-        """Maximum number of tokens still to compute once `num_output_tokens` were generated.
+        """Maximum number of tokens still to compute once this attempt gave `num_output_tokens`.
 
-        The prompt counts until the first output token shows that its prefill is over.
+        What is prefilled, the prompt and prior tokens, counts until the first output token shows
+        that it is over.
         """
-        prompt = 0 if num_output_tokens else self.num_prompt_tokens
-        return prompt + self.max_tokens - num_output_tokens
+        prefill = 0 if num_output_tokens else self.num_prompt_tokens + self.num_prior_tokens
+        return prefill + self.max_tokens - self.num_prior_tokens - num_output_tokens
 
 
 @dataclass(slots=True)

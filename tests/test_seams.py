@@ -296,7 +296,7 @@ MEANT_TO_BE_SET = {
     "converter", "default_msec_format", "default_time_format", "handlers", "propagate",  # logging
     "restype",  # ctypes
     "decoder", "pre_tokenizer",  # tokenizers
-    "packed_number", "scheduled_as",  # names of ours on vLLM's layers and requests
+    "packed_number", "came_as", "goes_on_behind",  # names of ours on vLLM's layers and requests
     "_replace", "_exit",  # of named tuples; os._exit
 }  # fmt: skip
 """Names that none of our classes defines and no table needs."""

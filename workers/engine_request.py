@@ -1,7 +1,6 @@
 """A request on its way to an engine, as every hop between the client and vLLM passes it on."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from scheduler.request import Request
@@ -17,6 +16,17 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """What the attempts at a request have given so far; a new one goes on behind it."""
+
+    output_token_ids: tuple[int, ...]
+    """At least one."""
+    first_token_s: float
+    """Wall-clock time."""
+    last_token_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """A request as scheduling sees it and as its engine does, in one value."""
 
@@ -24,20 +34,19 @@ class EngineRequest:
     core: list[bytes]
     """vLLM's `EngineCoreRequest`, encoded once per request. The engine ignores the id and client in
     it: it uses the id of `request` and the client of the call."""
-    output_token_ids: tuple[int, ...] = ()
-    """Tokens that earlier attempts at the request produced."""
+    progress: Progress | None = None
+    """None for one that begins."""
     grammar: Grammar | None = None
     """Grammar in `core`, which is compiled before the engine sees the request."""
 
     def for_attempt(
-        self, attempt_id: str, output_token_ids: Iterable[int] = (), num_engine_deaths: int = 0
+        self, attempt_id: str, progress: Progress | None = None, num_engine_deaths: int = 0
     ) -> "EngineRequest":
         """This request under the id of one attempt, with what came of those before it."""
-        return EngineRequest(
-            dataclasses.replace(
-                self.request, request_id=attempt_id, num_engine_deaths=num_engine_deaths
-            ),
-            self.core,
-            tuple(output_token_ids),
-            self.grammar,
+        request = dataclasses.replace(
+            self.request,
+            request_id=attempt_id,
+            num_engine_deaths=num_engine_deaths,
+            num_prior_tokens=len(progress.output_token_ids) if progress else 0,
         )
+        return dataclasses.replace(self, request=request, progress=progress)

@@ -22,6 +22,22 @@ class StepFailed(EngineDead):
     """The engine failed in a step that computed this request, which may be the cause."""
 
 
+class EngineStalled(EngineDead):
+    """The engine's step takes much longer than any before and than was predicted."""
+
+
+class PoisonFound(WorkerError):
+    """A step that computed nothing but this request failed, so the request is the cause."""
+
+
+class WorkerSilent(WorkerError):
+    """The worker is not heard of, or knows nothing of the request."""
+
+
+class OutputsLost(WorkerError):
+    """The request has ended on its worker, whose last outputs did not arrive."""
+
+
 class GrammarRefused(ValueError):
     """The grammar of a request is wrong or beyond the bounds, or left no token to go on with."""
 

@@ -133,6 +133,10 @@ class Worker:
         """Report that the engine is dead, so that nothing more is placed here."""
         self._observer.reported(WorkerReport(self.worker_id, {}, (), self._draining, death=reason))
 
+    def stall(self) -> str:
+        """Why the engine seems to hang; empty if it does not."""
+        return self._engine_loop.stall()
+
     def check_health(self) -> None:
         """Raise EngineDead if the engine ended or hangs, WorkerUnfit if it is to be replaced."""
         self._engine_loop.check(self._config.step_timeout_s)

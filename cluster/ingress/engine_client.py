@@ -9,27 +9,45 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from cluster.errors import EnginesDied, RequestRefused
+from cluster.errors import EnginesDied, RequestFailsSteps, RequestRefused
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import Attempt, RequestRecord
 from cluster.placement.directory import WorkerDirectory
 from scheduler.placement import Placed, RefusalReason, Refused
 from scheduler.request import Request
 from workers.engine_request import EngineRequest
-from workers.errors import EngineDead, GrammarRefused, StepFailed, WorkerDraining, WrongWorker
+from workers.errors import (
+    ClientLost,
+    EngineDead,
+    EngineStalled,
+    GrammarRefused,
+    OutputsLost,
+    PoisonFound,
+    StepFailed,
+    WorkerDraining,
+    WorkerError,
+    WrongWorker,
+)
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""Workers that a request may be placed on, if they die before its first token."""
+"""Workers that a request may lose one after another without any progress."""
+PROGRESS_TOKENS = 8
+"""New tokens after which a loss of its worker has nothing to do with the one before."""
 MAX_ENGINE_DEATHS = 2
 """Engines that may die under a request, which is alone on the last one."""
 REPLACEMENT_S = 30.0
 """Time after which a call may find a worker again: about what the start of one takes."""
+QUIET_S = 1.0
+"""Time without a token after which the GlobalScheduler is asked about a request's worker. That is
+the case of requests that wait, too; the question is the same for all of them."""
+WATCH_S = 0.25
+"""Period at which quiet requests are looked for."""
 HEALTH_TIMEOUT_S = 5.0
 """A GlobalScheduler that does not answer for this long places nothing either."""
 NO_WORKER = ""
@@ -65,10 +83,20 @@ class _Live:
     request: EngineRequest
     tried: set[str] = field(default_factory=set)
     """Workers on which it was placed; it is placed there again only if there is no other."""
+    worker_id: str = NO_WORKER
+    """Worker of its current attempt."""
+    heard_s: float = math.inf
+    """When its current attempt began or gave the latest token, by the monotonic clock."""
+    num_tokens_before: int = 0
+    """Tokens that came before its current attempt."""
+    num_fruitless: int = 0
+    """Attempts that lost their workers since it last made progress."""
     num_workers_lost: int = 0
-    """Workers whose process ended under it."""
+    """Workers whose process ended or fell silent under it since then."""
     num_engine_deaths: int = 0
     """Engines that died under it, perhaps because of it."""
+    lost: asyncio.Future[Exception] | None = None
+    """Set when its current attempt is given up."""
     waits_for: RefusalReason = RefusalReason.NO_WORKER
     """Why it has no worker yet, while it has none."""
     response: DeploymentResponse[str | Exception] | None = None
@@ -81,22 +109,36 @@ class _Live:
 
     def begin_attempt(self) -> EngineRequest:
         """The request under a new id for each attempt: it fences off a lost worker's outputs."""
-        attempt_id = f"{self.request_id}.{len(self.record.attempts)}"
-        self.record.attempts.append(Attempt(attempt_id, time.time()))
-        return self.request.for_attempt(
-            attempt_id, self.record.output_token_ids, self.num_engine_deaths
-        )
+        record = self.record
+        attempt_id = f"{self.request_id}.{len(record.attempts)}"
+        record.attempts.append(Attempt(attempt_id, time.time()))
+        self.num_tokens_before = record.num_output_tokens
+        self.worker_id = NO_WORKER
+        return self.request.for_attempt(attempt_id, record.progress(), self.num_engine_deaths)
 
-    def count_death(self, error: Exception) -> None:
-        """Count the death of a worker, if the request may be the cause.
+    def count_loss(self, error: Exception) -> None:
+        """Count the loss of its worker, and the death of an engine if it may be the cause.
 
-        That is so if its step failed, or if a process ended under it that was not the first: nodes
-        are lost and processes are killed for reasons of their own.
+        That is so if its step failed or stalled before it gave a token, or if a process ended
+        under it that was not the first without progress: nodes are lost and processes are killed
+        for reasons of their own.
         """
-        if isinstance(error, RayActorError):
-            self.num_engine_deaths += bool(self.num_workers_lost or self.num_engine_deaths)
-            self.num_workers_lost += 1
-        self.num_engine_deaths += isinstance(error, StepFailed)
+        num_new_tokens = self.record.num_output_tokens - self.num_tokens_before
+        if num_new_tokens >= PROGRESS_TOKENS:
+            self.num_fruitless = self.num_workers_lost = 0
+        match error:
+            case WorkerDraining():
+                return
+            case StepFailed():
+                self.num_engine_deaths += 1
+            case EngineStalled():
+                self.num_engine_deaths += not num_new_tokens
+            case EngineDead() | ClientLost() | OutputsLost():
+                pass
+            case _:
+                self.num_engine_deaths += bool(self.num_workers_lost or self.num_engine_deaths)
+                self.num_workers_lost += 1
+        self.num_fruitless += 1
 
 
 class EngineClient(Generic[Outputs]):
@@ -121,6 +163,7 @@ class EngineClient(Generic[Outputs]):
         self._directory = directory
         self._place = scheduler.place
         self._loads = scheduler.loads
+        self._losses = scheduler.losses
         self._receiver = receiver
         self._decode = decode
         self._observer = observer or IngressObserver()
@@ -128,12 +171,12 @@ class EngineClient(Generic[Outputs]):
         self._live: dict[str, _Live] = {}
         self._attempts: dict[str, _Live] = {}
         self._outputs: asyncio.Queue[Outputs | Failure] = asyncio.Queue()
-        self._receiving: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def submit(self, request: EngineRequest, arrived_s: float) -> RequestRecord:
         """Start a request; `arrived_s` is by the wall clock. Returns the record of its progress."""
-        if self._receiving is None:
-            self._receiving = asyncio.create_task(self._receive())
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
         live = _Live(RequestRecord(request.request, arrived_s), request)
         self._live[live.request_id] = live
         self._observer.began(live.record)
@@ -182,8 +225,8 @@ class EngineClient(Generic[Outputs]):
     async def close(self) -> None:
         """Abort all requests and stop listening."""
         self.abort(list(self._live))
-        if self._receiving is not None:
-            self._receiving.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._receiver.close()
 
     async def _run(self, live: _Live) -> None:
@@ -207,27 +250,32 @@ class EngineClient(Generic[Outputs]):
         self._attempts[attempt_id] = live
         try:
             if await self._result(live, attempt) == "abort":  # not by this client
-                raise RuntimeError("the request was aborted on its worker")
-        except (RayActorError, EngineDead, WorkerDraining) as error:
+                raise OutputsLost("the request was aborted on its worker")
+            await self._last_outputs(live)
+        except RayTaskError:
+            raise  # the worker has failed in its own code, and would again
+        except (RayError, WorkerError) as error:
             if live.ended.is_set():
                 return True
-            record = live.record
             self._attempts.pop(attempt_id, None)
             if live.response is not None:
                 live.response.cancel()  # the worker may only have been out of reach
-            name = type(error).__name__
-            record.attempts[-1].lost = f"{name}: {error}"
-            if record.output_token_ids:
-                raise
-            live.count_death(error)
-            if live.num_engine_deaths == MAX_ENGINE_DEATHS:
-                raise EnginesDied(MAX_ENGINE_DEATHS, str(error)) from None
-            if len(record.attempts) == MAX_ATTEMPTS:
-                raise
-            self._observer.retried(record, name)
+            self._note_loss(live, error)
             return False
-        await self._last_outputs(live)
         return True
+
+    def _note_loss(self, live: _Live, error: Exception) -> None:
+        """Note why a request has lost its worker; raises if it is not to be placed again."""
+        record, name = live.record, type(error).__name__
+        record.attempts[-1].lost = f"{name}: {error}"
+        live.count_loss(error)
+        if isinstance(error, PoisonFound):
+            raise RequestFailsSteps(str(error)) from None
+        if live.num_engine_deaths == MAX_ENGINE_DEATHS:
+            raise EnginesDied(MAX_ENGINE_DEATHS, str(error)) from None
+        if live.num_fruitless >= MAX_ATTEMPTS:
+            raise error
+        self._observer.retried(record, name)
 
     async def _result(self, live: _Live, attempt: EngineRequest) -> str:
         """The finish reason of an attempt on the worker that it is placed on.
@@ -245,7 +293,7 @@ class EngineClient(Generic[Outputs]):
                     )
                     live.response = response
                     placing.reschedule(give_up_s if worker_id == NO_WORKER else None)
-                    result = await response
+                    result = await self._unless_lost(live, worker_id, response)
                     if isinstance(result, WrongWorker):  # from another worker, if it is gone
                         placing.reschedule(give_up_s)
                     elif isinstance(result, Exception):
@@ -259,6 +307,21 @@ class EngineClient(Generic[Outputs]):
                 live.response.cancel()
             live.record.refused = Refused(live.waits_for, REPLACEMENT_S)
             raise RequestRefused(live.record.refused) from None
+
+    async def _unless_lost(self, live: _Live, worker_id: str, response: Any) -> Any:
+        """What the call of a worker gives; raises why if the attempt is given up before."""
+        live.worker_id, live.heard_s = worker_id, time.monotonic()
+        live.lost = asyncio.get_running_loop().create_future()
+        call = asyncio.ensure_future(response)
+        # Cancelled or not, a worker that does not answer may end it at any time.
+        call.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            await asyncio.wait({call, live.lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                raise live.lost.result()
+            return call.result()
+        finally:
+            call.cancel()
 
     async def _worker_for(self, live: _Live, request: Request) -> str:
         """The worker that the GlobalScheduler chooses; raises RequestRefused if it refuses."""
@@ -287,7 +350,7 @@ class EngineClient(Generic[Outputs]):
         try:
             await asyncio.wait_for(live.ended.wait(), LOST_AFTER_S)
         except TimeoutError:
-            raise TimeoutError("the last outputs of the request did not arrive") from None
+            raise OutputsLost("the last outputs of the request did not arrive") from None
 
     def _fail(self, live: _Live, error: Exception) -> None:
         if not live.ended.is_set() and self._end(live.request_id, "error", repr(error)):
@@ -313,6 +376,7 @@ class EngineClient(Generic[Outputs]):
                     continue  # aborted by this client, or from a worker that was given up
                 output.request_id = live.request_id
                 live.record.deliver(output.new_token_ids, now)
+                live.heard_s = time.monotonic()
                 kept.append(output)
                 if output.finish_reason is not None:
                     # It remains for the front end to say how the answer ends, by `finish`.
@@ -321,6 +385,28 @@ class EngineClient(Generic[Outputs]):
             if kept:
                 step.outputs = kept
                 self._outputs.put_nowait(step)
+
+    async def _watch(self) -> None:
+        """Give up attempts on workers that make no steps, do not know them or cannot be reached."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            now = time.monotonic()
+            quiet = {
+                attempt_id: live.worker_id
+                for attempt_id, live in self._attempts.items()
+                if live.worker_id != NO_WORKER and now - live.heard_s > QUIET_S
+            }
+            if not quiet:
+                continue
+            try:
+                async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                    losses = await self._losses.remote(quiet)
+            except (TimeoutError, RayError):
+                continue  # a GlobalScheduler that restarts knows no worker yet either
+            for attempt_id, error in losses.items():
+                live = self._attempts.get(attempt_id)
+                if live and live.lost and not live.lost.done() and live.heard_s + QUIET_S < now:
+                    live.lost.set_result(error)
 
     def _stop(self, request_id: str, outcome: str, error: str = "") -> None:
         """End a request, also on its worker unless it has ended there."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from scheduler.placement import Refused
 from scheduler.request import Request
+from workers.engine_request import Progress
 
 MAX_RECORDS = 10_000
 """Requests and refusals that are kept, about 1 kB each and 4 bytes per output token."""
@@ -52,6 +53,12 @@ class RequestRecord:
         if self.num_output_tokens > num_before:
             self.first_token_s = min(self.first_token_s, now)
             self.last_token_s = now
+
+    def progress(self) -> Progress | None:
+        """What a new attempt goes on behind; None if nothing has come."""
+        if not self.output_token_ids:
+            return None
+        return Progress(tuple(self.output_token_ids), self.first_token_s, self.last_token_s)
 
     @property
     def num_output_tokens(self) -> int:

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.placement.observer import SchedulerObserver
@@ -27,6 +27,7 @@ from scheduler.placement import (
 )
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
+from workers.errors import EngineDead, EngineStalled, WorkerError, WorkerSilent
 from workers.reports import (
     DraftStats,
     DraftWorkerReport,
@@ -43,8 +44,14 @@ FORGET_AFTER_S = 30.0
 """A placement not confirmed by its worker's report within this time is dropped."""
 MAX_REPLACEMENT_S = 120.0
 """Max time that Serve may need to replace a worker; large models take minutes to load."""
-SILENT_AFTER_S = 30.0
-"""A worker that has not reported for this long may hang; a live one reports every 2 s."""
+SILENT_AFTER_S = 2.0
+"""A worker that is not heard for this long, and for `SILENT_GAPS` times its longest silence of
+late, may hang or be out of reach; a live one is heard twice a second."""
+SILENT_GAPS = 4.0
+GAP_HALF_LIFE_S = 30.0
+"""Time in which half of a worker's longest silence is forgotten."""
+MAX_GAP_S = 1.0
+"""A longer silence says nothing of the next one: perhaps the worker was stopped."""
 SUSPECT_GONE_AFTER_S = 5 * NO_WORKER_RETRY_S
 """A request that waits for an idle worker and has not asked again for this long has gone."""
 GONE_AFTER_S = 300.0
@@ -61,7 +68,11 @@ class _WorkerView:
     """The last report of a worker, and the requests placed on it since."""
 
     heard_s: float
-    """Time of the last report, or of the first mention."""
+    """Time of the last report or beat, or of the first mention."""
+    longest_gap_s: float = 0.0
+    """Longest time in which it was not heard, decaying."""
+    stall: str = ""
+    """Why its engine seems to hang; empty if it does not."""
     has_reported: bool = False
     silence_noted: bool = False
     reported: dict[str, int] = field(default_factory=dict)
@@ -83,7 +94,25 @@ class _WorkerView:
     drafts: DraftWatch = field(default_factory=DraftWatch)
 
     def is_silent(self, now: float) -> bool:
-        return now - self.heard_s > SILENT_AFTER_S
+        """Whether it is not heard, or its engine makes no steps."""
+        return bool(self.stall) or self.is_unheard(now)
+
+    def is_unheard(self, now: float) -> bool:
+        return now - self.heard_s > max(SILENT_AFTER_S, SILENT_GAPS * self.longest_gap_s)
+
+    def is_serving(self, now: float) -> bool:
+        return not (self.dead or self.draining or self.is_silent(now))
+
+    def expects(self, request_id: str, now: float) -> bool:
+        """Whether a request was placed on it lately that it has not reported."""
+        placed = self.placed.get(request_id)
+        return placed is not None and now - placed[1] <= FORGET_AFTER_S
+
+    def hear(self, now: float) -> None:
+        gap_s = now - self.heard_s
+        decayed_s = self.longest_gap_s * 0.5 ** (gap_s / GAP_HALF_LIFE_S)
+        self.longest_gap_s = min(max(gap_s, decayed_s), MAX_GAP_S)
+        self.heard_s = now
 
     def load(
         self, worker_id: str, now: float, kept: bool = False, max_num_seqs: float = math.inf
@@ -201,7 +230,7 @@ class GlobalScheduler:
         """Take a worker's report of its requests."""
         now = self._clock()
         view = self._view(report.worker_id, now)
-        view.heard_s = now
+        view.hear(now)
         self._note_report(report.worker_id, view)
         view.reported = report.outstanding
         view.draining = report.draining
@@ -216,6 +245,45 @@ class GlobalScheduler:
             return ReportAnswer(unfit=view.unfit)
         self._watch(report.worker_id, view, report.drafts, now)
         return ReportAnswer(self._choose_draft_worker(view, now), view.unfit)
+
+    async def beat(self, worker_id: str, stall: str) -> None:
+        """Hear of a worker between its reports; `stall` says why its engine seems to hang."""
+        now = self._clock()
+        view = self._view(worker_id, now)
+        view.hear(now)
+        if stall and not view.stall:
+            logger.warning("engine stalls", extra={"worker": worker_id, "reason": stall})
+        elif view.stall and not stall:
+            logger.info("engine makes steps again", extra={"worker": worker_id})
+        view.stall = stall
+
+    async def losses(self, attempts: Mapping[str, str]) -> dict[str, WorkerError]:
+        """Which attempts at requests, each with its worker, are to be made elsewhere, and why.
+
+        Those on a worker that is dead, or silent while another one serves, and those that their
+        worker does not know of.
+        """
+        now = self._clock()
+        found: dict[str, WorkerError] = {}
+        for request_id, worker_id in attempts.items():
+            if error := self._loss(request_id, worker_id, now):
+                found[request_id] = error
+        return found
+
+    def _loss(self, request_id: str, worker_id: str, now: float) -> WorkerError | None:
+        if (view := self._workers.get(worker_id)) is None or not view.has_reported:
+            return None
+        if view.dead:
+            return EngineDead(f"the engine of worker {worker_id} is dead")
+        others = (other for other in self._workers.values() if other is not view)
+        if view.is_silent(now) and any(other.is_serving(now) for other in others):
+            if view.is_unheard(now):
+                silent_s = now - view.heard_s
+                return WorkerSilent(f"worker {worker_id} was last heard {silent_s:.1f} s ago")
+            return EngineStalled(f"worker {worker_id} stalls: {view.stall}")
+        if view.is_silent(now) or request_id in view.reported or view.expects(request_id, now):
+            return None
+        return WorkerSilent(f"worker {worker_id} knows nothing of this request")
 
     async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
         """Take a draft worker's report; returns the others, with which it shares memories."""

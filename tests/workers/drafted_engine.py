@@ -17,7 +17,7 @@ from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafts.draft_client import DraftCounts
 from workers.drafts.draft_stream import DraftWorkerAddress
-from workers.engine_request import EngineRequest
+from workers.engine_request import EngineRequest, Progress
 from workers.token_stream import StreamAddress
 
 NUM_DRAFTS = 6
@@ -37,6 +37,8 @@ class Call:
 
     prompt: Sequence[int]
     params: dict[str, Any] = field(default_factory=dict)
+    prior: Sequence[int] = ()
+    """Tokens of its answer that another engine has given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,9 @@ def _add(engine: Any, name: str, call: Call) -> Any:
         cache_salt=None,
         data_parallel_rank=None,
     )
-    request = Request(name, len(call.prompt), params.max_tokens or 1)
-    engine.add_request(EngineRequest(request, engine._encode(core_request)), CLIENT)
+    request = EngineRequest(
+        Request(name, len(call.prompt), params.max_tokens or 1), engine._encode(core_request)
+    )
+    progress = Progress(tuple(call.prior), time.time(), time.time()) if call.prior else None
+    engine.add_request(request.for_attempt(name, progress), CLIENT)
     return params

@@ -1,5 +1,6 @@
 """An engine without a model: every request generates the tokens 0, 1, 2, ..."""
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class FakeEngine:
         self.go_on.set()
         self.step_error: Exception | None = None
         self.stats_error: Exception | None = None
+        self.predicted_s = math.inf
         self.runs_model = True
         """Whether steps find something to compute."""
         self.is_shut_down = False
@@ -97,6 +99,9 @@ class FakeEngine:
         self.steps.append(list(running))
         clients = {sequence.client for sequence in running.values()}
         return {client: self._output(client, running) for client in clients}, True
+
+    def predicted_step_s(self) -> float:
+        return self.predicted_s
 
     def running(self) -> list[str]:
         return list(islice(self._sequences, self._max_num_seqs))

@@ -60,6 +60,10 @@ class Engine(Protocol):
     def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
         """Compute one step: its output for each client, and whether the model ran."""
 
+    def predicted_step_s(self) -> float:
+        """How long the current step was predicted to take; infinite if nothing predicts steps. Also
+        called while a step hangs."""
+
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Take drafts from this draft worker from now on."""
 

@@ -26,6 +26,12 @@ IDLE_WAIT_S = 0.2
 """Period at which an idle loop polls its streams."""
 EMPTY_STEP_WAIT_S = 0.001
 """Pause after a step that found nothing to compute, e.g. while a grammar compiles."""
+STALL_S = 2.0
+"""A step that takes longer than this, and than `STALL_RATIO` times what was expected, seems to
+hang."""
+STALL_RATIO = 4.0
+LONGEST_HALF_LIFE = 200
+"""Steps in which half of the longest step's time is forgotten."""
 FLUSH_S = 5.0
 """Max wait of an ending loop for the acknowledgement of its last outputs."""
 
@@ -75,6 +81,8 @@ class _Call:
 class _Progress:
     num_steps: int = 0
     step_began_s: float | None = None
+    longest_step_s: float = 0.0
+    """Of late, decaying."""
     finished: list[str] = field(default_factory=list)
 
 
@@ -154,6 +162,16 @@ class EngineLoop:
             self._flushed.set()  # as far as can be: only its thread may use the streams
         if self._ended or self._failure:
             raise self._death()
+
+    def stall(self) -> str:
+        """Why the engine seems to hang; empty if its step takes about as long as expected."""
+        if (began_s := self._progress.step_began_s) is None or self._ended:
+            return ""
+        took_s = time.monotonic() - began_s
+        expected_s = max(self._progress.longest_step_s, self._engine.predicted_step_s())
+        if took_s <= max(STALL_S, STALL_RATIO * expected_s):
+            return ""
+        return f"a step has been running for {took_s:.1f} s, {expected_s:.2f} s was expected"
 
     @property
     def has_failed(self) -> bool:
@@ -275,10 +293,13 @@ class EngineLoop:
             raise
 
     def _step(self) -> None:
-        self._progress.step_began_s = time.monotonic()
+        progress = self._progress
+        progress.step_began_s = began_s = time.monotonic()
         outputs, model_ran = self._engine.step()
-        self._progress.step_began_s = None
-        self._progress.num_steps += model_ran
+        progress.step_began_s = None
+        progress.num_steps += model_ran
+        progress.longest_step_s *= 0.5 ** (1 / LONGEST_HALF_LIFE)
+        progress.longest_step_s = max(progress.longest_step_s, time.monotonic() - began_s)
         for client, output in outputs.items():
             self._streams.send(client, output.frames, time.monotonic())
             for request_id, num_new_tokens in output.num_new_tokens.items():

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import math
 import os
 import secrets
 import time
@@ -29,6 +30,7 @@ from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_grammars import BoundedGrammars
+from workers.engine.vllm_resume import Resumption
 from workers.engine.vllm_sampling import (
     all_logits_processors,
     fix_sampling,
@@ -117,6 +119,7 @@ class VllmEngine:
         self.grammars = manager
         if config.device == "cpu":
             fix_sampling(runner_of(self.core))
+        self._resumption = Resumption(self.core)
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
         self.peaks: Peaks | None = None
@@ -150,16 +153,20 @@ class VllmEngine:
         await self.grammars.prepare(grammar)
 
     def add_request(self, request: EngineRequest, client: StreamAddress) -> None:
-        """Decode and queue a request."""
+        """Decode and queue a request, which goes on behind what came of it elsewhere."""
         core_request: EngineCoreRequest = self._decoder.decode(request.core)
         core_request.request_id = request.request.request_id
+        if request.progress:
+            self._resumption.strip(core_request)
         if client not in self._clients:
             self._clients.append(client)
         # vLLM groups the outputs of a step by this index.
         core_request.client_index = self._clients.index(client)
         preprocessed, wave = self.core.preprocess_add_request(core_request)
         # Our view rides on vLLM's request, so that nothing has to be joined again by id.
-        preprocessed.scheduled_as = request.request  # type: ignore[attr-defined]
+        preprocessed.came_as = request  # type: ignore[attr-defined]
+        if request.progress:
+            self._resumption.resume(preprocessed, request.progress.output_token_ids)
         self.core.add_request(preprocessed, wave)
 
     def abort_requests(self, request_ids: list[str]) -> None:
@@ -204,6 +211,10 @@ class VllmEngine:
         ]
         num_new_tokens = {out.request_id: len(out.new_token_ids) for out in of_client.outputs}
         return StepOutput(num_new_tokens, ends, self._encode(of_client))
+
+    def predicted_step_s(self) -> float:
+        """How long the current step was predicted to take; infinite if vLLM decides steps."""
+        return self._planned.predicted_step_s if self._planned else math.inf
 
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Take drafts from this draft worker from now on."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from scheduler.request import Request, RequestState
+from workers.engine_request import Progress
 
 if TYPE_CHECKING:  # its tests need not import vLLM
     from vllm.v1.request import Request as VllmRequest
@@ -55,7 +56,7 @@ class LiveRequests:
 
     def add(self, state: RequestState) -> None:
         """Add a request that has arrived."""
-        self._notes[state.request.request_id] = RequestNotes(state)
+        self._notes[state.request.request_id] = RequestNotes(state, state.num_output_tokens)
 
     def run(self, request: VllmRequest, now: float) -> RequestState:
         """The state of a running request."""
@@ -111,7 +112,7 @@ class LiveRequests:
         notes = self._notes[request.request_id]
         # The next turn of a streaming-input session comes under the same id.
         if request.num_prompt_tokens != notes.state.request.num_prompt_tokens:
-            notes.state = initial_state(request, notes.state.request, now)
+            notes.state = initial_state(request, notes.state.request, None, now)
             notes.num_delivered = 0
         return notes
 
@@ -154,7 +155,9 @@ def _deliver(notes: RequestNotes, request: VllmRequest, now: float) -> int:
     return num_new_tokens
 
 
-def initial_state(request: VllmRequest, ours: Request | None, now: float) -> RequestState:
+def initial_state(
+    request: VllmRequest, ours: Request | None, progress: Progress | None, now: float
+) -> RequestState:
     """The state of a request that has just arrived; `ours` is None if only vLLM knows it."""
     if ours is None:
         ours = Request(request.request_id, 0, 0, request.priority)
@@ -162,6 +165,15 @@ def initial_state(request: VllmRequest, ours: Request | None, now: float) -> Req
     if (ours.num_prompt_tokens, ours.max_tokens) != lengths:  # e.g. a session's next turn
         num_prompt_tokens, max_tokens = lengths
         ours = replace(ours, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
-    # Its arrival was noted by another process, maybe on another machine, by the wall clock.
-    age_s = max(time.time() - request.arrival_time, 0.0)
-    return RequestState(ours, now - age_s)
+    # Times were noted by another process, maybe on another machine, by the wall clock.
+    wall_clock_s = time.time()
+
+    def here(then_s: float) -> float:
+        return now - max(wall_clock_s - then_s, 0.0)
+
+    state = RequestState(ours, here(request.arrival_time))
+    if progress:
+        state.num_output_tokens = len(progress.output_token_ids)
+        state.first_token_s = here(progress.first_token_s)
+        state.last_token_s = here(progress.last_token_s)
+    return state

@@ -24,6 +24,7 @@ from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_queue import PlannedQueue
 from workers.engine.vllm_requests import LiveRequests, initial_state
+from workers.engine_request import EngineRequest
 
 PROMPT_LOGPROBS_BYTES = 256 << 20
 """Memory for the log probabilities, of the whole vocabulary, of a request's tokens in one step."""
@@ -70,6 +71,8 @@ class PlannedScheduler(Scheduler):
         row_bytes = LOGPROB_BYTES * self.vllm_config.model_config.get_vocab_size()
         self._max_rows = max(1, PROMPT_LOGPROBS_BYTES // row_bytes)
         """Prompt tokens of one step whose log probabilities a request may want."""
+        self.predicted_step_s = inf
+        """Of the latest step; infinite without a profile."""
         self._num_steps = 0
         self._last_step_s = 0.0
         self._last_ended_s = -inf
@@ -77,8 +80,9 @@ class PlannedScheduler(Scheduler):
     def add_request(self, request: VllmRequest) -> None:
         """Queue a request."""
         if request.request_id not in self.requests:
-            ours = getattr(request, "scheduled_as", None)
-            self._live.add(initial_state(request, ours, time.monotonic()))
+            ours: EngineRequest | None = getattr(request, "came_as", None)
+            known, progress = (ours.request, ours.progress) if ours else (None, None)
+            self._live.add(initial_state(request, known, progress, time.monotonic()))
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -91,6 +95,7 @@ class PlannedScheduler(Scheduler):
             self.drafts.offer(self.running, self.planner.acceptance, self._last_step_s)
         view = self._view(began_s)
         plan = self.planner.plan(view, began_s)
+        self.predicted_step_s = plan.predicted_s or inf
         self._preempt(plan)
         decided_s = time.monotonic() - began_s
         with self._shaped(plan):

@@ -36,13 +36,22 @@ vllm.v1.worker.worker_base:WorkerBase
     read model_runner
 vllm.v1.worker.gpu_model_runner:GPUModelRunner
     called get_model(self)
-    read model kv_caches device dtype input_batch
+    called _init_mrope_positions(self, req_state)
+    read model kv_caches device dtype input_batch requests uses_mrope
 vllm.v1.worker.gpu_model_runner
     replaced build_logitsprocs(vllm_config, device, is_pin_memory, is_pooling_model,
         custom_logitsprocs=...)
     named speculative_config.method == "custom_class"
 vllm.v1.worker.gpu_input_batch:InputBatch
     read req_ids
+vllm.v1.worker.gpu_input_batch:CachedRequestState
+    called __init__(self, req_id, prompt_token_ids, mm_features, sampling_params, generator,
+        block_ids, num_computed_tokens, output_token_ids, mrope_positions=None,
+        mrope_position_delta=None, lora_request=None, prompt_embeds=None,
+        in_progress_prompt_logprobs_cpu=None, prompt_is_token_ids=None, prev_num_draft_len=0,
+        pooling_params=None, pooling_states=None)
+vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler
+    read use_fp64_gumbel
 vllm.engine.arg_utils:AsyncEngineArgs
     called create_engine_config(self, usage_context=None, headless=False)
 vllm.engine.arg_utils
@@ -88,7 +97,7 @@ vllm.v1.engine:EngineCoreRequest
     read cache_salt: str | None
     read data_parallel_rank: int | None
     read priority: int
-    read mm_features sampling_params pooling_params lora_request
+    read mm_features sampling_params pooling_params lora_request resumable
 vllm.v1.engine:EngineCoreOutputs
     written scheduler_stats outputs
 vllm.v1.engine:EngineCoreOutput
@@ -114,7 +123,7 @@ vllm.v1.core.sched.scheduler:Scheduler
     overridden _reserve_prefill_lookahead(self, request, num_computed_tokens, num_new_tokens)
     overridden _free_request(self, request, delay_free_blocks=False)
     called _enqueue_waiting_request(self, request)
-    called _handle_blocked_waiting_request(self, request)
+    replaced _handle_blocked_waiting_request(self, request)
     called _mamba_block_aligned_split(self, request, num_new_tokens,
         num_new_local_computed_tokens=0, num_external_computed_tokens=0)
     called _preempt_request(self, request, timestamp, drop_stale_output=False)
@@ -124,6 +133,7 @@ vllm.v1.core.sched.scheduler:Scheduler
     called get_request_counts(self)
     called has_requests(self)
     written waiting kv_holding_waiting dynamic_sd_lookup
+    read grammar_compile_error_reqs use_v2_model_runner
     read vllm_config _pause_state block_size connector ec_connector kv_cache_manager lora_config
         max_model_len max_num_active_reqs max_num_running_reqs max_num_scheduled_tokens
         need_mamba_block_aligned_split num_spec_tokens policy requests requires_kv_delivery
@@ -156,8 +166,11 @@ vllm.v1.request:RequestStatus
 vllm.v1.request:Request
     called __lt__(self, other)
     called update_block_hashes(self)
+    called append_output_token_ids(self, token_ids)
+    written prefill_stats num_preemptions
     written max_tokens num_computed_tokens num_prompt_tokens prompt_token_ids spec_token_ids
         status _all_token_ids _output_token_ids block_hashes
+    read mm_features output_token_ids prompt_embeds prompt_is_token_ids use_structured_output
     read all_token_ids arrival_time drop_stale_output is_prefill_chunk lora_request
         num_output_placeholders num_output_tokens num_stale_output_tokens num_tokens priority
         request_id sampling_params

@@ -1,7 +1,7 @@
 """The cluster behind an ingress, as its client sees it: handles of workers and scheduler."""
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from ray.serve.exceptions import RequestCancelledError
 from scheduler.placement import Placed, RefusalReason, Refused, WorkerLoad
 from scheduler.request import Request
 from workers.engine_request import EngineRequest
+from workers.errors import WorkerError
 from workers.token_stream import StreamAddress, StreamSenders
 
 
@@ -93,12 +94,24 @@ class _Loads:
         return self._scheduler.known
 
 
+class _Losses:
+    def __init__(self, scheduler: "FakeScheduler") -> None:
+        self._scheduler = scheduler
+
+    async def remote(self, attempts: Mapping[str, str]) -> dict[str, WorkerError]:
+        found = self._scheduler.losses_of
+        return {name: found[worker] for name, worker in attempts.items() if worker in found}
+
+
 class FakeScheduler:
     """The handle of the GlobalScheduler, and the directory of the workers that it chooses from."""
 
     def __init__(self) -> None:
         self.place = self
         self.loads = _Loads(self)
+        self.losses = _Losses(self)
+        self.losses_of: dict[str, WorkerError] = {}
+        """Why attempts on a worker are lost, by its id."""
         self.known: list[WorkerLoad] = []
         self.alive = ["a", "b", "c"]
         self.answers: list[Answer] = []

@@ -3,6 +3,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import ANY
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.ingress.engine_client import (
     MAX_ATTEMPTS,
     NO_WORKER,
+    PROGRESS_TOKENS,
     REPLACEMENT_S,
     EngineClient,
     Failure,
@@ -20,8 +22,18 @@ from cluster.observe.request_history import RequestRecord
 from scheduler.placement import Placed, RefusalReason, Refused, WorkerLoad
 from scheduler.request import Request
 from tests.cluster.ingress.fake_cluster import DRAINING, Call, FakeScheduler, FakeWorkers
-from workers.engine_request import EngineRequest
-from workers.errors import ClientLost, EngineDead, StepFailed, WorkerDraining, WrongWorker
+from workers.engine_request import EngineRequest, Progress
+from workers.errors import (
+    ClientLost,
+    EngineDead,
+    EngineStalled,
+    PoisonFound,
+    StepFailed,
+    WorkerDraining,
+    WorkerError,
+    WorkerSilent,
+    WrongWorker,
+)
 from workers.token_stream import StreamReceiver
 
 GARBAGE = [b"garbage"]
@@ -190,30 +202,47 @@ async def test_the_call_may_end_before_the_last_outputs_come(
     assert client.num_live == 0
 
 
-async def test_a_request_whose_last_outputs_never_come_fails(
+async def test_a_request_whose_last_outputs_never_come_goes_on_elsewhere(
     client: Client, workers: FakeWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.ingress.engine_client.LOST_AFTER_S", 0.01)
     submit(client, "r")
     call = await workers.called(1)
+    workers.send(FakeOutput("r.0", [7]))
+    outputs = [await next_outputs(client)]
     call.response.result.set_result("length")
+    again = await workers.called(2)
+    workers.send(FakeOutput("r.0", [8], "length"))  # they come at last
+    workers.send(FakeOutput("r.1", [8], "length"))
+    outputs.append(await next_outputs(client))
 
-    assert await next_outputs(client) == [
-        FakeOutput("r", [], "error: the last outputs of the request did not arrive")
-    ]
+    assert prior_tokens(again) == (7,)
+    assert outputs == [[FakeOutput("r", [7])], [FakeOutput("r", [8], "length")]]
     assert client.num_live == 0
 
 
-@pytest.mark.parametrize(
-    "death",
-    [
-        RayActorError(),
-        EngineDead("a step hangs"),
-        StepFailed("a step failed"),
-        WorkerDraining("draining"),
-    ],
-    ids=["the worker died", "its engine failed", "in its step", "it takes no new requests"],
-)
+DEATHS = [
+    RayActorError(),
+    EngineDead("a step hangs"),
+    StepFailed("a step failed"),
+    WorkerDraining("draining"),
+    ClientLost("unreachable"),
+]
+DEATHS_IDS = [
+    "the worker died",
+    "its engine failed",
+    "in its step",
+    "it takes no new requests",
+    "it reached nobody",
+]
+
+
+def prior_tokens(call: Call) -> tuple[int, ...]:
+    """The tokens behind which an attempt goes on."""
+    return call.request.progress.output_token_ids if call.request.progress else ()
+
+
+@pytest.mark.parametrize("death", DEATHS, ids=DEATHS_IDS)
 async def test_a_request_that_loses_its_worker_before_its_first_token_is_placed_again(
     client: Client, workers: FakeWorkers, death: Exception
 ) -> None:
@@ -229,19 +258,24 @@ async def test_a_request_that_loses_its_worker_before_its_first_token_is_placed_
     assert client.num_live == 0
 
 
-async def test_a_request_that_loses_its_worker_after_its_first_token_ends_with_an_error(
-    client: Client, workers: FakeWorkers
+@pytest.mark.parametrize("death", DEATHS, ids=DEATHS_IDS)
+async def test_a_request_that_loses_its_worker_goes_on_behind_its_last_token(
+    client: Client, workers: FakeWorkers, death: Exception
 ) -> None:
-    submit(client, "r")
-    call = await workers.called(1)
-    workers.send(FakeOutput("r.0", [1]))
-    outputs = [await next_outputs(client)]
-    death = RayActorError()
-    call.response.result.set_exception(death)
-    outputs += [await next_outputs(client)]
+    record = submit(client, "r")
+    first = await workers.called(1)
+    workers.send(FakeOutput("r.0", [1]), FakeOutput("r.0", [2, 3]))
+    outputs = [*await next_outputs(client)]
+    die(first, death)
+    second = await workers.called(2)
+    workers.send(FakeOutput("r.0", [4]))  # late, from the worker that was given up
+    workers.send(FakeOutput("r.1", [4], "stop"))
+    outputs += await next_outputs(client)
 
-    assert outputs == [[FakeOutput("r", [1])], [FakeOutput("r", [], f"error: {death}")]]
-    assert (len(workers.calls), client.num_live) == (1, 0)
+    assert second.request.progress == Progress((1, 2, 3), record.first_token_s, ANY)
+    assert second.request.request.num_prior_tokens == 3
+    assert [output.new_token_ids for output in outputs] == [[1], [2, 3], [4]]
+    assert (list(record.output_token_ids), client.num_live) == ([1, 2, 3, 4], 0)
 
 
 async def test_a_request_that_loses_one_worker_after_another_ends_with_an_error(
@@ -254,6 +288,94 @@ async def test_a_request_that_loses_one_worker_after_another_ends_with_an_error(
 
     assert await next_outputs(client) == [FakeOutput("r", [], f"error: {death}")]
     assert (len(workers.calls), client.num_live) == (MAX_ATTEMPTS, 0)
+
+
+@pytest.mark.parametrize("death", [RayActorError(), EngineDead("x"), ClientLost("x")])
+async def test_losses_between_which_there_is_progress_do_not_add_up(
+    client: Client, workers: FakeWorkers, death: Exception
+) -> None:
+    submit(client, "r")
+    for attempt in range(3 * MAX_ATTEMPTS):
+        call = await workers.called(attempt + 1)
+        assert call.request.request.num_engine_deaths == 0
+        workers.send(FakeOutput(f"r.{attempt}", list(range(PROGRESS_TOKENS))))
+        await next_outputs(client)
+        die(call, death)
+    await workers.called(3 * MAX_ATTEMPTS + 1)
+    workers.send(FakeOutput(f"r.{3 * MAX_ATTEMPTS}", [1], "stop"))
+
+    assert await next_outputs(client) == [FakeOutput("r", [1], "stop")]
+
+
+async def test_workers_that_drain_may_be_as_many_as_there_are(
+    client: Client, workers: FakeWorkers
+) -> None:
+    submit(client, "r")
+    for attempt in range(3 * MAX_ATTEMPTS):
+        die(await workers.called(attempt + 1), WorkerDraining("draining"))
+    await workers.called(3 * MAX_ATTEMPTS + 1)
+    workers.send(FakeOutput(f"r.{3 * MAX_ATTEMPTS}", [1], "stop"))
+
+    assert await next_outputs(client) == [FakeOutput("r", [1], "stop")]
+
+
+async def test_a_request_that_is_the_cause_of_a_failure_is_not_tried_again(
+    client: Client, workers: FakeWorkers
+) -> None:
+    submit(client, "r")
+    die(await workers.called(1), PoisonFound("shapes differ"))
+
+    assert await next_outputs(client) == [
+        FakeOutput("r", [], "error: a step with this request alone failed: shapes differ")
+    ]
+    assert (len(workers.calls), client.num_live) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "num_deaths_before_a_token"),
+    [(WorkerSilent("x"), 0), (EngineStalled("x"), 1), (EngineDead("x"), 0)],
+)
+@pytest.mark.parametrize("tokens", [[], [5, 6]])
+async def test_a_worker_that_makes_no_steps_is_given_up_though_its_call_goes_on(
+    client: Client,
+    workers: FakeWorkers,
+    scheduler: FakeScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: WorkerError,
+    num_deaths_before_a_token: int,
+    tokens: list[int],
+) -> None:
+    monkeypatch.setattr("cluster.ingress.engine_client.QUIET_S", 0.05)
+    monkeypatch.setattr("cluster.ingress.engine_client.WATCH_S", 0.01)
+    submit(client, "r")
+    first = await workers.called(1)
+    if tokens:
+        workers.send(FakeOutput("r.0", tokens))
+        await next_outputs(client)
+    scheduler.losses_of = {first.worker_id: loss}
+    second = await workers.called(2)
+    workers.send(FakeOutput("r.0", [666], "stop"), FakeOutput("r.1", [7], "stop"))
+
+    assert await next_outputs(client) == [FakeOutput("r", [7], "stop")]
+    assert first.response.was_cancelled
+    assert prior_tokens(second) == tuple(tokens)
+    expected = 0 if tokens else num_deaths_before_a_token
+    assert second.request.request.num_engine_deaths == expected
+
+
+async def test_a_request_whose_tokens_come_is_never_asked_about(
+    client: Client,
+    workers: FakeWorkers,
+    scheduler: FakeScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.ingress.engine_client.QUIET_S", 10.0)
+    monkeypatch.setattr("cluster.ingress.engine_client.WATCH_S", 0.01)
+    submit(client, "r")
+    scheduler.losses_of = {(await workers.called(1)).worker_id: WorkerSilent("x")}
+    await asyncio.sleep(0.1)
+
+    assert len(workers.calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -290,17 +412,13 @@ async def test_a_request_under_which_engines_die_is_placed_as_a_suspect_and_then
         )
 
 
-@pytest.mark.parametrize(
-    "error",
-    [ValueError("malformed"), ClientLost("unreachable")],
-)
-async def test_a_request_that_its_worker_refuses_or_gives_up_ends_with_an_error(
-    client: Client, workers: FakeWorkers, error: Exception
+async def test_a_request_that_its_worker_refuses_ends_with_an_error(
+    client: Client, workers: FakeWorkers
 ) -> None:
     submit(client, "r")
-    die(await workers.called(1), error)
+    die(await workers.called(1), ValueError("malformed"))
 
-    assert await next_outputs(client) == [FakeOutput("r", [], f"error: {error}")]
+    assert await next_outputs(client) == [FakeOutput("r", [], "error: malformed")]
     assert (len(workers.calls), client.num_live) == (1, 0)
 
 
