@@ -34,10 +34,12 @@ class RequestFailed(XYServeError):
 
 
 class RequestRefused(RequestFailed):
-    """The cluster does not take a request now: status 429 or 503, to be tried again later."""
+    """The cluster does not take a request now: status 429 or 503, to be tried again later; 422 if
+    it takes no equal one for a while."""
 
     def __init__(self, refused: Refused) -> None:
-        message = f"{refused.reason.text}; retry after {refused.retry_after_s:g} s"
+        found = f" ({refused.detail})" if refused.detail else ""
+        message = f"{refused.reason.text}{found}; retry after {refused.retry_after_s:g} s"
         super().__init__(message, _STATUS_OF_REFUSAL[refused.reason])
         self.args = (refused,)  # what unpickling passes to __init__
         self.retry_after_s = refused.retry_after_s
@@ -65,6 +67,7 @@ class RequestFailsSteps(RequestFailed):
 _STATUS_OF_REFUSAL = {
     RefusalReason.NO_WORKER: HTTPStatus.SERVICE_UNAVAILABLE,
     RefusalReason.NO_IDLE_WORKER: HTTPStatus.SERVICE_UNAVAILABLE,
+    RefusalReason.POISON: HTTPStatus.UNPROCESSABLE_ENTITY,
     RefusalReason.OVERLOAD: HTTPStatus.SERVICE_UNAVAILABLE,
     RefusalReason.QUOTA: HTTPStatus.TOO_MANY_REQUESTS,
 }

@@ -71,6 +71,10 @@ class GlobalSchedulerReplica(Replica):
         """Choose one of the workers."""
         return await self._scheduler.place(request, worker_ids)
 
+    async def refuse(self, fingerprint: str, found: str) -> None:
+        """Refuse requests with this fingerprint for a while, because of what was found of one."""
+        await self._scheduler.refuse(fingerprint, found)
+
     async def placements(self, request_ids: Sequence[str]) -> dict[str, Placement]:
         """Where requests were placed and why."""
         return await self._scheduler.placements(request_ids)

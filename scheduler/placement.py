@@ -89,6 +89,7 @@ class RefusalReason(Worded):
         "no_idle_worker",
         "an engine died under the request, and no worker was idle to try it alone",
     )
+    POISON = "poison", "an equal request has made engines fail"
     OVERLOAD = "overload", "the workers could not serve the request in time"
     QUOTA = "quota", "the share of this tenant is used up"
 
@@ -100,6 +101,8 @@ class Refused:
     reason: RefusalReason
     retry_after_s: float
     """Seconds until the client should ask again."""
+    detail: str = ""
+    """What was found, if the reason does not say all."""
 
     @property
     def is_final(self) -> bool:

@@ -36,6 +36,8 @@ class Request:
     """W3C trace context of its call; empty if it is not traced."""
     num_engine_deaths: int = 0
     """Engines that have died under it, perhaps because of it."""
+    fingerprint: str = ""
+    """Equal for requests with the same prompt and parameters; empty if nobody compares them."""
     num_prior_tokens: int = 0
     """Output tokens that its earlier attempts gave. Its worker computes them again, as it computes
     the prompt, and goes on behind them."""

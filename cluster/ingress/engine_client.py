@@ -7,12 +7,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from cluster.errors import EnginesDied, RequestFailsSteps, RequestRefused
+from cluster.errors import EnginesDied, RequestFailed, RequestFailsSteps, RequestRefused
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import Attempt, RequestRecord
 from cluster.placement.directory import WorkerDirectory
@@ -161,6 +161,7 @@ class EngineClient(Generic[Outputs]):
         # Serve makes the router, which the directory needs, when a method is first named.
         self._generate = workers.generate
         self._directory = directory
+        self._scheduler = scheduler
         self._place = scheduler.place
         self._loads = scheduler.loads
         self._losses = scheduler.losses
@@ -270,12 +271,18 @@ class EngineClient(Generic[Outputs]):
         record.attempts[-1].lost = f"{name}: {error}"
         live.count_loss(error)
         if isinstance(error, PoisonFound):
-            raise RequestFailsSteps(str(error)) from None
+            self._refuse(live.request, RequestFailsSteps(str(error)))
         if live.num_engine_deaths == MAX_ENGINE_DEATHS:
-            raise EnginesDied(MAX_ENGINE_DEATHS, str(error)) from None
+            self._refuse(live.request, EnginesDied(MAX_ENGINE_DEATHS, str(error)))
         if live.num_fruitless >= MAX_ATTEMPTS:
             raise error
         self._observer.retried(record, name)
+
+    def _refuse(self, request: EngineRequest, found: RequestFailed) -> NoReturn:
+        """Fail a request that is the cause of failures, and have equal ones refused."""
+        if fingerprint := request.request.fingerprint:
+            self._scheduler.refuse.remote(fingerprint, str(found))
+        raise found
 
     async def _result(self, live: _Live, attempt: EngineRequest) -> str:
         """The finish reason of an attempt on the worker that it is placed on.

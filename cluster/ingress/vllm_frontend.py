@@ -3,7 +3,10 @@
 import argparse
 import asyncio
 import contextlib
+import copy
+import hashlib
 import logging
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -20,6 +23,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -97,11 +101,22 @@ class WorkersCore(EngineCoreClient):
             call.targets.slo,
             call.targets.slo_class,
             call.traceparent,
+            fingerprint=self._fingerprint(request),
         )
         sent = EngineRequest(ours, self._encode(request), grammar=grammar_of(sampling))
         record = self._client.submit(sent, request.arrival_time)
         record.call_id = call.call_id
         call.records.append(record)
+
+    def _fingerprint(self, request: EngineCoreRequest) -> str:
+        """Equal for requests that are the same work, whoever sends them and when."""
+        digest = hashlib.blake2b(array("q", request.prompt_token_ids or ()), digest_size=8)
+        sampling = copy.copy(request.sampling_params)
+        assert sampling
+        sampling.output_kind = RequestOutputKind.DELTA  # streamed or not
+        for part in self._encode(sampling):
+            digest.update(part)
+        return digest.hexdigest()
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Stop requests on their workers.

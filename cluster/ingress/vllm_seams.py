@@ -52,8 +52,9 @@ vllm.v1.engine.async_llm
 vllm.v1.engine:FinishReason
     read ERROR
 vllm.sampling_params:SamplingParams
+    written output_kind
     read n: int
-    read max_tokens logprobs prompt_logprobs output_kind
+    read max_tokens logprobs prompt_logprobs
 vllm.sampling_params:RequestOutputKind
     read DELTA
 vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger

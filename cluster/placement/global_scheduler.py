@@ -59,6 +59,10 @@ GONE_AFTER_S = 300.0
 DRAFT_WORKER_SILENT_AFTER_S = 3.0
 """A draft worker that has not reported, or owes an answer, for this long may be stopped; a live
 one reports twice a second."""
+REFUSE_S = 600.0
+"""Time in which requests equal to one that made engines fail are refused."""
+MAX_POISONS = 1000
+"""Requests that are remembered for that."""
 MAX_PLACEMENTS = 10_000
 """Placements that are kept for `explain`."""
 
@@ -167,6 +171,8 @@ class GlobalScheduler:
         self._slow_timeout_s = slow_timeout_s or math.inf
         self._suspects: dict[str, float] = {}
         """Requests that wait for an idle worker, with the time of their last question."""
+        self._poisons: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        """What was found of requests that made engines fail, and until when, by fingerprint."""
         self._kept: str | None = None
         """The worker that gets nothing else until it is idle and tries one of them."""
         self._replaced_by_s = -math.inf
@@ -178,6 +184,9 @@ class GlobalScheduler:
     async def place(self, request: Request, worker_ids: Sequence[str]) -> Placed | Refused:
         """Choose one of `worker_ids`, which Serve believes to be alive."""
         now = self._clock()
+        found, until_s = self._poisons.get(request.fingerprint, ("", -math.inf))
+        if now < until_s:
+            return Refused(RefusalReason.POISON, math.ceil(until_s - now), found)
         for gone in self._workers.keys() - set(worker_ids):
             if self._workers[gone].is_silent(now):
                 del self._workers[gone]
@@ -195,6 +204,17 @@ class GlobalScheduler:
             self._placements.popitem(last=False)
         self._observer.placed(request, placement, self._clock() - now)
         return Placed(chosen)
+
+    async def refuse(self, fingerprint: str, found: str) -> None:
+        """Refuse requests with this fingerprint for a while, because of what was found of one."""
+        self._poisons[fingerprint] = found, self._clock() + REFUSE_S
+        self._poisons.move_to_end(fingerprint)
+        if len(self._poisons) > MAX_POISONS:
+            self._poisons.popitem(last=False)
+        logger.warning(
+            "requests like one that made engines fail are refused",
+            extra={"fingerprint": fingerprint, "found": found, "for_s": REFUSE_S},
+        )
 
     def _risks_the_last_worker(
         self, request: Request, loads: Sequence[WorkerLoad], now: float

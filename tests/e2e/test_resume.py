@@ -119,7 +119,7 @@ def streamed(http: httpx.Client, name: str, began: Callable[[], None]) -> list[A
     with http.stream(
         "POST", f"/v1/{route}", json={"model": MODEL, **payload, "stream": True}, timeout=300
     ) as answer:
-        assert answer.status_code == 200
+        assert answer.status_code == 200, answer.read()
         for line in answer.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 events.append(json.loads(line.removeprefix("data: ")))

@@ -227,7 +227,12 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
     while engine.has_requests():
         if worker is not None and setting.is_patient:
             _wait_for_drafts(drafts)
-        outputs, model_ran = engine.step()
+        try:
+            outputs, model_ran = engine.step()
+        except RuntimeError as error:
+            for cause in engine.recover(error):
+                answers[int(cause)].end.append("cause")
+            continue
         num_steps += model_ran
         for output in outputs.values():
             for of_request in decoder.decode(output.frames).outputs:

@@ -50,6 +50,8 @@ class FakeEngine:
         """While it is clear, a step hangs."""
         self.go_on.set()
         self.step_error: Exception | None = None
+        self.causes: list[str] | None = None
+        """Requests that it takes for the cause of `step_error`; None: it does not recover."""
         self.stats_error: Exception | None = None
         self.predicted_s = math.inf
         self.runs_model = True
@@ -99,6 +101,13 @@ class FakeEngine:
         self.steps.append(list(running))
         clients = {sequence.client for sequence in running.values()}
         return {client: self._output(client, running) for client in clients}, True
+
+    def recover(self, error: Exception) -> list[str]:
+        if self.causes is None:
+            raise error
+        self.step_error = None
+        self.abort_requests(self.causes)
+        return self.causes
 
     def predicted_step_s(self) -> float:
         return self.predicted_s

@@ -60,6 +60,10 @@ class Engine(Protocol):
     def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
         """Compute one step: its output for each client, and whether the model ran."""
 
+    def recover(self, error: Exception) -> list[str]:
+        """Go on after a step that failed with `error`: gives the requests that are the cause, which
+        are gone. The others lose nothing. Raises `error` if the engine cannot go on."""
+
     def predicted_step_s(self) -> float:
         """How long the current step was predicted to take; infinite if nothing predicts steps. Also
         called while a step hangs."""

@@ -15,7 +15,7 @@ from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
 from workers.engine_request import EngineRequest, Grammar
-from workers.errors import ClientLost, EngineDead, StepFailed
+from workers.errors import ClientLost, EngineDead, PoisonFound, StepFailed
 from workers.token_stream import StreamAddress, StreamSenders
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ class EngineLoop:
         self._live: dict[str, _OnEngine] = {}
         self._streams = StreamSenders()
         self._progress = _Progress()
+        self._suspects: frozenset[str] = frozenset()
+        """Requests in the step that failed."""
         self._stopping = False
         self._ended = False
         self._failure: Exception | None = None
@@ -205,20 +207,25 @@ class EngineLoop:
 
     def _fail(self, error: Exception) -> None:
         """End all calls because of `error`, under which those in the step fail by StepFailed."""
-        suspects = self._engine.running() if self._progress.step_began_s is not None else ()
+        if self._progress.step_began_s is not None and not self._suspects:
+            self._suspects = frozenset(self._engine.running())
         self._failure, self._ended = error, True
         try:
             self._owner.report_death(_reason(error))
         finally:
-            self._fail_live(frozenset(suspects))
+            self._fail_live()
             self._fail_inbox()
 
-    def _fail_live(self, suspects: frozenset[str] = frozenset()) -> None:
+    def _fail_live(self) -> None:
         # The engine's thread may come back from a step that was given up.
         with contextlib.suppress(KeyError):
             while True:
                 request_id, live = self._live.popitem()
-                death = StepFailed(str(self._death())) if request_id in suspects else self._death()
+                death = (
+                    StepFailed(str(self._death()))
+                    if request_id in self._suspects
+                    else self._death()
+                )
                 with contextlib.suppress(concurrent.futures.InvalidStateError):
                     live.done.set_exception(death)
 
@@ -295,7 +302,11 @@ class EngineLoop:
     def _step(self) -> None:
         progress = self._progress
         progress.step_began_s = began_s = time.monotonic()
-        outputs, model_ran = self._engine.step()
+        try:
+            outputs, model_ran = self._engine.step()
+        except Exception as error:
+            self._recover(error)
+            return
         progress.step_began_s = None
         progress.num_steps += model_ran
         progress.longest_step_s *= 0.5 ** (1 / LONGEST_HALF_LIFE)
@@ -309,6 +320,14 @@ class EngineLoop:
                 self._finish(request_id, finish_reason)
         if not model_ran:
             time.sleep(EMPTY_STEP_WAIT_S)
+
+    def _recover(self, error: Exception) -> None:
+        """Go on after a step that failed, without the requests that are the cause; or raise."""
+        self._suspects = frozenset(self._engine.running())
+        causes = self._engine.recover(error)
+        self._progress.step_began_s, self._suspects = None, frozenset()
+        for request_id in causes:
+            self._finish(request_id, PoisonFound(f"{type(error).__name__}: {error}"))
 
     def _poll_streams(self) -> None:
         for client in self._streams.poll(time.monotonic()):

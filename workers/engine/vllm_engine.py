@@ -30,6 +30,7 @@ from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_grammars import BoundedGrammars
+from workers.engine.vllm_recovery import StepRecovery
 from workers.engine.vllm_resume import Resumption
 from workers.engine.vllm_sampling import (
     all_logits_processors,
@@ -125,6 +126,7 @@ class VllmEngine:
         self.peaks: Peaks | None = None
         """Peaks of its device; None if they were not measured."""
         self._planned: PlannedScheduler | None = None
+        self._recovery: StepRecovery | None = None
         if isinstance(scheduler := self.core.scheduler, PlannedScheduler):
             scheduler.planner = StepPlanner(
                 scheduler.limits,
@@ -133,6 +135,8 @@ class VllmEngine:
             )
             scheduler.drafts.verifies_all = config.device == "cpu"
             self._planned = scheduler
+            if config.device == "cpu":  # others may compute nothing more
+                self._recovery = StepRecovery(self.core, scheduler)
             if draft:
                 self._connect(scheduler.drafts, draft)
         self._observer = observer
@@ -186,6 +190,8 @@ class VllmEngine:
         """One step of vLLM."""
         outputs, model_ran = self.core.step_fn()
         self.core.post_step(model_executed=model_ran)
+        if self._recovery:
+            self._recovery.step_succeeded()
         for of_client in (outputs or {}).values():
             # A client would take this engine's statistics for those of all workers.
             stats, of_client.scheduler_stats = of_client.scheduler_stats, None
@@ -196,6 +202,18 @@ class VllmEngine:
             for index, of_client in (outputs or {}).items()
             if of_client.outputs
         }, model_ran
+
+    def recover(self, error: Exception) -> list[str]:
+        """Go on after a step that failed; gives the requests that are the cause and are gone.
+
+        Raises `error` if the engine cannot go on.
+        """
+        if self._recovery is None:
+            raise error
+        causes, requests = self._recovery.undo_step(error)
+        for request, client_index in requests:
+            self.add_request(request, self._clients[client_index])
+        return causes
 
     def _step_output(self, of_client: EngineCoreOutputs) -> StepOutput:
         ends: dict[str, str | GrammarRefused] = {

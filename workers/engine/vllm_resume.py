@@ -46,7 +46,8 @@ class Resumption:
         """
         request.prefill_stats = None  # the other engine has sent them
         request.num_preemptions = 1
-        request.goes_on_behind = token_ids  # type: ignore[attr-defined]
+        rider: Any = request
+        rider.goes_on_behind = token_ids
         if not request.use_structured_output:
             self._restore(request)
 

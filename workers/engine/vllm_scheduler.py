@@ -24,7 +24,7 @@ from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_queue import PlannedQueue
 from workers.engine.vllm_requests import LiveRequests, initial_state
-from workers.engine_request import EngineRequest
+from workers.engine_request import EngineRequest, Progress
 
 PROMPT_LOGPROBS_BYTES = 256 << 20
 """Memory for the log probabilities, of the whole vocabulary, of a request's tokens in one step."""
@@ -71,6 +71,11 @@ class PlannedScheduler(Scheduler):
         row_bytes = LOGPROB_BYTES * self.vllm_config.model_config.get_vocab_size()
         self._max_rows = max(1, PROMPT_LOGPROBS_BYTES // row_bytes)
         """Prompt tokens of one step whose log probabilities a request may want."""
+        self.on_trial: deque[str] = deque()
+        """Requests under which a step has failed. The first one runs, and no other does, until it
+        has got a token."""
+        self._takes_in = False
+        """Whether it is taking in the output of a step."""
         self.predicted_step_s = inf
         """Of the latest step; infinite without a profile."""
         self._num_steps = 0
@@ -118,6 +123,7 @@ class PlannedScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take in what a step gave, and how long it took."""
+        self._takes_in = True
         scheduled = scheduler_output.num_scheduled_tokens
         starts = self.drafts.starts(scheduled)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -135,7 +141,40 @@ class PlannedScheduler(Scheduler):
                     self.planner.end(step, self._last_step_s, num_new_tokens)
                 break
         self._last_ended_s = now
+        if self.on_trial and num_new_tokens.get(self.on_trial[0]):
+            self.on_trial.popleft()
+        self._takes_in = False
         return outputs
+
+    def abandon_step(self) -> tuple[list[str], list[tuple[EngineRequest, int]]] | None:
+        """Forget the step whose computation has failed, and all requests.
+
+        Gives the ids of those in it, and all requests as they are to be added again, each with the
+        index of its client; None if some of what it gave may have been taken in already.
+        """
+        if self._takes_in or len(self._in_flight) != 1:
+            return None
+        output, _ = self._in_flight.pop()
+        requests = [
+            (self._as_it_is(request), request.client_index) for request in self.requests.values()
+        ]
+        self.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+        return list(output.num_scheduled_tokens), requests
+
+    def _as_it_is(self, request: VllmRequest) -> EngineRequest:
+        """A request with its tokens so far."""
+        came_as: EngineRequest | None = getattr(request, "came_as", None)
+        assert came_as, "only engines whose requests all come from us recover"
+        if not request.num_output_tokens:
+            return came_as
+        state = self._live[request.request_id].state
+        to_wall_clock_s = time.time() - time.monotonic()
+        progress = Progress(
+            tuple(request.output_token_ids),
+            state.first_token_s + to_wall_clock_s,
+            state.last_token_s + to_wall_clock_s,
+        )
+        return came_as.for_attempt(request.request_id, progress, came_as.request.num_engine_deaths)
 
     def make_spec_decoding_stats(
         self,
@@ -162,10 +201,14 @@ class PlannedScheduler(Scheduler):
             super().update_draft_token_ids(draft_token_ids)
 
     def _view(self, now: float) -> StepView:
+        running, waiting = self.running, self._ready()
+        if self.on_trial:
+            running = [r for r in running if r.request_id == self.on_trial[0]]
+            waiting = [r for r in waiting if r.request_id == self.on_trial[0]]
         return StepView(
             step=self._num_steps,
-            running=[self._live.run(request, now) for request in self.running],
-            waiting=[self._live.wait(request, now) for request in self._ready()],
+            running=[self._live.run(request, now) for request in running],
+            waiting=[self._live.wait(request, now) for request in waiting],
             num_free_kv_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
         )
 
@@ -224,7 +267,7 @@ class PlannedScheduler(Scheduler):
     @contextmanager
     def _shaped(self, plan: BatchPlan) -> Iterator[None]:
         """Within it, vLLM gives each request its share in the plan, and admits in its order."""
-        if not plan.tasks and not plan.preempted:
+        if not (plan.tasks or plan.preempted or self.on_trial):
             yield
             return
         self._shares = {task.request_id: task.num_tokens for task in plan.tasks}
@@ -309,6 +352,8 @@ class PlannedScheduler(Scheduler):
     def _free_request(
         self, request: VllmRequest, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        if request.request_id in self.on_trial:
+            self.on_trial.remove(request.request_id)
         self._live.finish(request)
         self.drafts.finish(request.request_id)
         self.planner.finish(request.request_id, request.num_output_tokens)

@@ -25,6 +25,7 @@ vllm.v1.engine.core:EngineCore
     called reset_prefix_cache(self, reset_running_requests=False, reset_connector=False)
     called collective_rpc(self, method, timeout=None, args=..., kwargs=None)
     called shutdown(self)
+    read batch_queue
     read scheduler model_executor vllm_config step_fn structured_output_manager
 vllm.v1.executor.abstract:Executor
     called get_class(vllm_config)
@@ -37,6 +38,7 @@ vllm.v1.worker.worker_base:WorkerBase
 vllm.v1.worker.gpu_model_runner:GPUModelRunner
     called get_model(self)
     called _init_mrope_positions(self, req_state)
+    written execute_model_state
     read model kv_caches device dtype input_batch requests uses_mrope
 vllm.v1.worker.gpu_model_runner
     replaced build_logitsprocs(vllm_config, device, is_pin_memory, is_pooling_model,
@@ -111,6 +113,9 @@ vllm.v1.serial_utils:MsgpackEncoder
 vllm.v1.serial_utils:MsgpackDecoder
     called __init__(self, t=None, share_mem=True, oob_tensor_provider=None)
     called decode(self, bufs)
+vllm.sampling_params:SamplingParams
+    written prompt_logprobs
+    read sampling_type seed
 
 # The scheduler: its steps follow our plans. vLLM says itself that this interface is not public.
 vllm.v1.core.sched.scheduler:Scheduler
@@ -168,6 +173,7 @@ vllm.v1.request:Request
     called update_block_hashes(self)
     called append_output_token_ids(self, token_ids)
     written prefill_stats num_preemptions
+    read client_index
     written max_tokens num_computed_tokens num_prompt_tokens prompt_token_ids spec_token_ids
         status _all_token_ids _output_token_ids block_hashes
     read mm_features output_token_ids prompt_embeds prompt_is_token_ids use_structured_output

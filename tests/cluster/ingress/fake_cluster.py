@@ -103,6 +103,14 @@ class _Losses:
         return {name: found[worker] for name, worker in attempts.items() if worker in found}
 
 
+class _Refuse:
+    def __init__(self) -> None:
+        self.refused: dict[str, str] = {}
+
+    def remote(self, fingerprint: str, found: str) -> None:
+        self.refused[fingerprint] = found
+
+
 class FakeScheduler:
     """The handle of the GlobalScheduler, and the directory of the workers that it chooses from."""
 
@@ -110,6 +118,7 @@ class FakeScheduler:
         self.place = self
         self.loads = _Loads(self)
         self.losses = _Losses(self)
+        self.refuse = _Refuse()
         self.losses_of: dict[str, WorkerError] = {}
         """Why attempts on a worker are lost, by its id."""
         self.known: list[WorkerLoad] = []

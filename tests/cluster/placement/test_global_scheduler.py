@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from cluster.placement.global_scheduler import (
     FORGET_AFTER_S,
+    MAX_POISONS,
     MAX_REPLACEMENT_S,
     NO_WORKER_RETRY_S,
+    REFUSE_S,
     SILENT_AFTER_S,
     SUSPECT_GONE_AFTER_S,
     GlobalScheduler,
@@ -466,3 +468,104 @@ async def test_whatever_happens_no_load_is_negative_and_in_the_end_all_are_zero(
         await scheduler.report(worker.report())
 
     assert await scheduler.loads() == [WorkerLoad(name, 0, 0) for name in workers]
+
+
+async def test_attempts_on_a_worker_that_is_not_heard_are_made_elsewhere(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.report(report("a", {"r": 5}))
+    await scheduler.report(report("b"))
+    clock.now += SILENT_AFTER_S + 0.1
+    alone = await scheduler.losses({"r": "a"})
+    await scheduler.beat("b", "")
+    with_another = await scheduler.losses({"r": "a", "s": "b", "t": "unheard of"})
+    await scheduler.beat("a", "")
+    heard_again = await scheduler.losses({"r": "a"})
+
+    assert (alone, heard_again) == ({}, {})
+    assert repr(with_another.pop("r")) == "WorkerSilent('worker a was last heard 2.1 s ago')"
+    assert repr(with_another) == "{'s': WorkerSilent('worker b knows nothing of this request')}"
+
+
+async def test_a_worker_that_is_often_late_is_given_more_time(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.report(report("a", {"r": 5}))
+    clock.now += 1.0
+    await scheduler.beat("a", "")
+    for silent_s, is_lost in ((3.9, False), (4.1, True), (10.0, True)):
+        clock.now += silent_s
+        await scheduler.report(report("b"))
+        losses = await scheduler.losses({"r": "a"})
+        clock.now -= silent_s
+
+        assert ("r" in losses) == is_lost
+
+
+async def test_a_long_silence_is_no_measure_for_the_next(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.report(report("a", {"r": 5}))
+    clock.now += 60.0  # it was stopped
+    await scheduler.beat("a", "")
+    clock.now += 4.1
+    await scheduler.report(report("b"))
+
+    assert list(await scheduler.losses({"r": "a"})) == ["r"]
+
+
+async def test_attempts_on_an_engine_that_stalls_or_is_dead_are_made_elsewhere(
+    scheduler: GlobalScheduler,
+) -> None:
+    await scheduler.report(report("a", {"r": 5}))
+    await scheduler.report(report("b", {"s": 5}))
+    await scheduler.beat("a", "a step runs")
+    stalled = await scheduler.losses({"r": "a", "s": "b"})
+    placed = await scheduler.place(A_REQUEST, ["a", "b"])
+    await scheduler.beat("a", "")
+    goes_on = await scheduler.losses({"r": "a"})
+    await scheduler.report(WorkerReport("a", {}, (), False, death="it failed"))
+
+    assert repr(stalled) == "{'r': EngineStalled('worker a stalls: a step runs')}"
+    assert (placed, goes_on) == (Placed("b"), {})
+    assert repr(await scheduler.losses({"r": "a"})) == (
+        "{'r': EngineDead('the engine of worker a is dead')}"
+    )
+
+
+async def test_a_request_that_its_worker_never_reports_is_lost_after_a_while(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.report(report("a"))
+    await scheduler.place(A_REQUEST, ["a"])
+    lost = []
+    for clock.now in (1000.0 + FORGET_AFTER_S, 1000.1 + FORGET_AFTER_S):
+        await scheduler.report(report("a"))
+        lost.append(list(await scheduler.losses({A_REQUEST.request_id: "a"})))
+
+    assert lost == [[], [A_REQUEST.request_id]]
+
+
+async def test_requests_equal_to_one_that_made_engines_fail_are_refused_for_a_while(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    poison = dataclasses.replace(A_REQUEST, fingerprint="p")
+    await scheduler.refuse("p", "it failed")
+    refused = await scheduler.place(poison, ["a"])
+    clock.now += REFUSE_S
+
+    assert refused == Refused(RefusalReason.POISON, REFUSE_S, "it failed")
+    assert refused.is_final
+    assert await scheduler.place(A_REQUEST, ["a"]) == Placed("a")
+    assert await scheduler.place(poison, ["b"]) == Placed("b")
+
+
+async def test_only_so_many_of_them_are_remembered(scheduler: GlobalScheduler) -> None:
+    for number in range(MAX_POISONS + 1):
+        await scheduler.refuse(str(number), "it failed")
+    answers = [
+        await scheduler.place(dataclasses.replace(A_REQUEST, fingerprint=name), ["a"])
+        for name in ("0", str(MAX_POISONS))
+    ]
+
+    assert [type(answer) for answer in answers] == [Placed, Refused]

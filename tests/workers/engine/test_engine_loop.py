@@ -1,6 +1,8 @@
 import asyncio
 import concurrent.futures
+import math
 import os
+import re
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,7 +15,7 @@ from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.engine.engine import EngineStats
 from workers.engine.engine_loop import EngineLoop, LoopState
 from workers.engine_request import EngineRequest
-from workers.errors import ClientLost, EngineDead, StepFailed
+from workers.errors import ClientLost, EngineDead, PoisonFound, StepFailed
 from workers.token_stream import StreamAddress, StreamReceiver
 
 NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
@@ -483,3 +485,43 @@ async def test_stopping_leaves_nothing_behind(client: Client) -> None:
     assert engine.is_shut_down
     assert "engine" not in {thread.name for thread in threading.enumerate()}
     await until(lambda: len(os.listdir("/proc/self/fd")) <= num_files)
+
+
+async def test_an_engine_that_recovers_goes_on_without_the_cause(
+    start: StartLoop, client: Client
+) -> None:
+    engine = FakeEngine()
+    engine.go_on.clear()
+    loop = start(engine)
+    cause = loop.add(request("cause", 3), client.address)
+    other = loop.add(request("other", 3), client.address)
+    engine.causes, engine.step_error = ["cause"], RuntimeError("shapes differ")
+    engine.go_on.set()
+
+    with pytest.raises(PoisonFound, match="RuntimeError: shapes differ"):
+        await asyncio.wrap_future(cause)
+    assert await asyncio.wrap_future(other) == "length"
+    assert not loop.has_failed
+    loop.check(1.0)
+
+
+async def test_a_step_that_takes_much_longer_than_expected_stalls(
+    start: StartLoop, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.engine.engine_loop.STALL_S", 0.05)
+    engine = FakeEngine()
+    loop = start(engine)
+    before = loop.stall()
+    engine.go_on.clear()
+    loop.add(request("r", 3), client.address)
+    await until(engine.is_stepping.is_set)
+    stalls = []
+    for engine.predicted_s in (math.inf, 100.0, 0.001):
+        await asyncio.sleep(0.1)
+        stalls.append(loop.stall())
+    engine.go_on.set()
+    await client.has({"r": [0, 1, 2]})
+
+    assert (before, stalls[:2]) == ("", ["", ""])
+    assert re.fullmatch(r"a step has been running for 0\.\d s, 0\.00 s was expected", stalls[2])
+    assert loop.stall() == ""
