@@ -46,12 +46,13 @@ class RequestRefused(RequestFailed):
 
 
 class EnginesDied(RequestFailed):
-    """Several engines died under a request, which is not tried again."""
+    """Engines died or hang under a request, which is not tried again."""
 
     def __init__(self, num_deaths: int, reason: str) -> None:
+        engines = "engines" if num_deaths > 1 else "engine"
         super().__init__(
-            f"{num_deaths} engines died while they ran this request, so it is not tried again; the "
-            f"last one: {reason}"
+            f"{num_deaths} {engines} died while they ran this request, so it is not tried again; "
+            f"the last one: {reason}"
         )
         self.args = (num_deaths, reason)  # what unpickling passes to __init__
 

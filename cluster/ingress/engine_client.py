@@ -312,6 +312,8 @@ class EngineClient(Generic[Outputs]):
                 raise
             if live.response is not None:
                 live.response.cancel()
+            if live.num_engine_deaths:
+                self._refuse(live.request, EnginesDied(1, live.record.attempts[-2].lost))
             live.record.refused = Refused(live.waits_for, REPLACEMENT_S)
             raise RequestRefused(live.record.refused) from None
 

@@ -220,8 +220,11 @@ class GlobalScheduler:
         self, request: Request, loads: Sequence[WorkerLoad], now: float
     ) -> bool:
         """Whether a worker more is to come, without which this request could end the last one."""
+        is_one_to_come = now < self._replaced_by_s or any(
+            self._workers[load.worker_id].stall for load in loads
+        )
         num_serving = sum(load.is_serving for load in loads)
-        return bool(request.num_engine_deaths) and num_serving == 1 and now < self._replaced_by_s
+        return bool(request.num_engine_deaths) and num_serving == 1 and is_one_to_come
 
     def _refuse(self, request: Request, loads: Sequence[WorkerLoad], now: float) -> Refused:
         """Let a request wait; for one under which an engine died, a worker becomes idle."""

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import openai
@@ -19,7 +20,6 @@ from tests.e2e.conftest import (
     Server,
     wait_for_calm,
     wait_for_load,
-    wait_for_placed,
 )
 from tests.e2e.test_explain import only
 from tests.plugins import faults
@@ -52,25 +52,61 @@ def stream(client: openai.OpenAI, number: int) -> int:
     return last.usage.completion_tokens
 
 
-@pytest.mark.usefixtures("restored")
-def test_a_request_that_ends_its_engine_fails_alone(
+def test_a_request_that_makes_steps_fail_fails_alone(
     server: Server, handle: XYServe, client: openai.OpenAI, http: httpx.Client
 ) -> None:
-    """It is never placed beside others again, and given up after the second engine."""
+    """It ends no worker, streams in the same steps are whole, and an equal one is refused."""
     wait_for_calm()
-    blocker = handle.stream("Once", max_tokens=8000, ignore_eos=True)
-    next(blocker)  # the streams go to the other worker
+    pids = {worker.pid for worker in handle.status().workers}
+    once = client.with_options(timeout=600, max_retries=0).completions
+    poison: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": "Hello",
+        "max_tokens": 40,
+        "temperature": 0,
+        "extra_body": faults.order("fail", num_tokens=5) | {"ignore_eos": True},
+    }
     with concurrent.futures.ThreadPoolExecutor(NUM_STREAMS) as pool:
         streams = [pool.submit(stream, client, number) for number in range(NUM_STREAMS)]
-        wait_for_load(handle, num_running=1 + NUM_STREAMS)
-        blocker.close()
-        wait_for_placed(0, NUM_STREAMS)
+        wait_for_load(handle, num_running=NUM_STREAMS)
+        with pytest.raises(openai.APIStatusError, match=MARK) as failure:
+            once.create(**poison, extra_headers={"x-request-id": "poison-1"})
+        began_s = time.monotonic()
+        with pytest.raises(openai.APIStatusError, match=MARK) as refusal:
+            once.create(**poison, extra_headers={"x-request-id": "poison-2"})
+        refused_s = time.monotonic() - began_s
+        other = once.create(**poison | {"prompt": "Hi", "extra_body": {"ignore_eos": True}})
+        assert [done.result() for done in streams] == [MAX_TOKENS] * NUM_STREAMS
+
+    print(f"refused in {refused_s * 1e3:.0f} ms")
+    assert (failure.value.status_code, refusal.value.status_code) == (500, 422)
+    assert "a step with this request alone failed" in str(failure.value)
+    assert "an equal request has made engines fail" in str(refusal.value)
+    assert other.usage
+    assert other.usage.completion_tokens == 40
+    assert {worker.pid for worker in handle.status().workers} == pids
+    assert http.get("/health").status_code == 200
+    record = only(handle.explain("poison-1")).record
+    assert [attempt.lost.partition(":")[0] for attempt in record.attempts] == ["PoisonFound"]
+    # An engine logs why its steps failed; no call does.
+    assert not [text for text in server.tracebacks() if MARK in text and "in generate" in text]
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_request_that_ends_its_process_is_given_up(
+    handle: XYServe, client: openai.OpenAI, http: httpx.Client
+) -> None:
+    """It is tried alone when a second one has ended, and streams beside it go on."""
+    wait_for_calm()
+    with concurrent.futures.ThreadPoolExecutor(NUM_STREAMS) as pool:
+        streams = [pool.submit(stream, client, number) for number in range(NUM_STREAMS)]
+        wait_for_load(handle, num_running=NUM_STREAMS)
         with pytest.raises(openai.APIStatusError, match="2 engines died") as failure:
             client.with_options(timeout=600).completions.create(
                 model=MODEL,
                 prompt="Hello",
                 max_tokens=4,
-                extra_body=faults.order("fail"),
+                extra_body=faults.order("kill"),
                 extra_headers={"x-request-id": "killing-request"},
             )
         assert [done.result() for done in streams] == [MAX_TOKENS] * NUM_STREAMS
@@ -79,14 +115,10 @@ def test_a_request_that_ends_its_engine_fails_alone(
     until(lambda: http.get("/health").status_code == 200)
     explanation = only(handle.explain("killing-request"))
     placements = [trace.placement for trace in explanation.attempt_traces]
-    lost = [attempt.lost.partition(":")[0] for attempt in explanation.record.attempts]
-    # On a busy machine a process may end before its last answer has left it.
-    assert lost in (["StepFailed", "StepFailed"], ["StepFailed", "ActorDiedError"])
-    assert placements[1]
-    assert placements[1].reason is PlacementReason.TRIAL
-    assert placements[1].chosen.num_requests == 0
-    # Each engine logs why it failed, and perhaps a health check of it does; no call does.
-    assert not [text for text in server.tracebacks() if MARK in text and "in generate" in text]
+    assert len(placements) == 3
+    assert placements[2]
+    assert placements[2].reason is PlacementReason.TRIAL
+    assert placements[2].chosen.num_requests == 0
 
 
 @pytest.mark.usefixtures("restored")
@@ -96,7 +128,7 @@ def test_calls_wait_while_no_worker_can_serve_and_health_says_so(
     for worker in handle.status().workers:
         os.kill(worker.pid, signal.SIGKILL)
 
-    until(lambda: http.get("/health").status_code == 503, timeout_s=25)  # silence takes 30 s
+    until(lambda: http.get("/health").status_code == 503, timeout_s=25)
     assert not handle.status().is_serving
     answer = handle.generate("Hello", max_tokens=2)
     assert answer.usage
