@@ -32,6 +32,7 @@ from workers.reports import (
     DraftWorkerReport,
     DraftWorkerStatus,
     ReportAnswer,
+    Stall,
     WorkerReport,
     WorkerStatus,
     WorkerSteps,
@@ -83,7 +84,7 @@ class GlobalSchedulerReplica(Replica):
         """Take a worker's report."""
         return await self._scheduler.report(report)
 
-    async def beat(self, worker_id: str, stall: str) -> None:
+    async def beat(self, worker_id: str, stall: Stall | None) -> None:
         """Hear of a worker between its reports."""
         await self._scheduler.beat(worker_id, stall)
 

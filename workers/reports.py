@@ -61,6 +61,19 @@ class WorkerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Stall:
+    """A step that takes much longer than expected."""
+
+    took_s: float
+    expected_s: float
+    suspects: frozenset[str]
+    """Requests that it computes and that have got no token from this engine."""
+
+    def __str__(self) -> str:
+        return f"a step has been running for {self.took_s:.1f} s, expected {self.expected_s:.2f} s"
+
+
+@dataclass(frozen=True, slots=True)
 class ReportAnswer:
     """What the GlobalScheduler answers to a worker's report."""
 

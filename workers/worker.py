@@ -16,7 +16,7 @@ from workers.engine.engine import Engine
 from workers.engine.engine_loop import EngineLoop, LoopState
 from workers.engine_request import EngineRequest
 from workers.errors import EngineDead, GrammarRefused, WorkerDraining, WorkerUnfit, WrongWorker
-from workers.reports import ReportAnswer, WorkerObserver, WorkerReport, WorkerStatus
+from workers.reports import ReportAnswer, Stall, WorkerObserver, WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress
 
 WATCH_S = 0.25
@@ -133,8 +133,8 @@ class Worker:
         """Report that the engine is dead, so that nothing more is placed here."""
         self._observer.reported(WorkerReport(self.worker_id, {}, (), self._draining, death=reason))
 
-    def stall(self) -> str:
-        """Why the engine seems to hang; empty if it does not."""
+    def stall(self) -> Stall | None:
+        """The engine's step, if it takes much longer than expected."""
         return self._engine_loop.stall()
 
     def check_health(self) -> None:

@@ -29,6 +29,7 @@ from workers.errors import (
     StepFailed,
     WorkerDraining,
     WorkerError,
+    WorkerSilent,
     WrongWorker,
 )
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
@@ -92,7 +93,9 @@ class _Live:
     num_fruitless: int = 0
     """Attempts that lost their workers since it last made progress."""
     num_workers_lost: int = 0
-    """Workers whose process ended or fell silent under it since then."""
+    """Workers whose process ended under it since then."""
+    num_silences: int = 0
+    """Workers that fell silent under it since then."""
     num_engine_deaths: int = 0
     """Engines that died under it, perhaps because of it."""
     lost: asyncio.Future[Exception] | None = None
@@ -116,23 +119,29 @@ class _Live:
         self.worker_id = NO_WORKER
         return self.request.for_attempt(attempt_id, record.progress(), self.num_engine_deaths)
 
+    def is_quiet(self, now: float) -> bool:
+        """Whether nothing has come of its attempt for long, and for longer after each silence."""
+        on_worker = self.worker_id != NO_WORKER
+        return on_worker and now - self.heard_s > QUIET_S * 2**self.num_silences
+
     def count_loss(self, error: Exception) -> None:
         """Count the loss of its worker, and the death of an engine if it may be the cause.
 
-        That is so if its step failed or stalled before it gave a token, or if a process ended
-        under it that was not the first without progress: nodes are lost and processes are killed
-        for reasons of their own.
+        That is so if its step failed or hung before it gave a token, or if a process ended under it
+        that was not the first without progress: nodes are lost and processes are killed for reasons
+        of their own.
         """
         num_new_tokens = self.record.num_output_tokens - self.num_tokens_before
         if num_new_tokens >= PROGRESS_TOKENS:
-            self.num_fruitless = self.num_workers_lost = 0
+            self.num_fruitless = self.num_workers_lost = self.num_silences = 0
         match error:
             case WorkerDraining():
                 return
-            case StepFailed():
+            case WorkerSilent():  # it may be busy only, as all others may be
+                self.num_silences += 1
+                return
+            case StepFailed() | EngineStalled():
                 self.num_engine_deaths += 1
-            case EngineStalled():
-                self.num_engine_deaths += not num_new_tokens
             case EngineDead() | ClientLost() | OutputsLost():
                 pass
             case _:
@@ -403,7 +412,7 @@ class EngineClient(Generic[Outputs]):
             quiet = {
                 attempt_id: live.worker_id
                 for attempt_id, live in self._attempts.items()
-                if live.worker_id != NO_WORKER and now - live.heard_s > QUIET_S
+                if live.is_quiet(now)
             }
             if not quiet:
                 continue
@@ -414,7 +423,7 @@ class EngineClient(Generic[Outputs]):
                 continue  # a GlobalScheduler that restarts knows no worker yet either
             for attempt_id, error in losses.items():
                 live = self._attempts.get(attempt_id)
-                if live and live.lost and not live.lost.done() and live.heard_s + QUIET_S < now:
+                if live and live.lost and not live.lost.done() and live.is_quiet(now):
                     live.lost.set_result(error)
 
     def _stop(self, request_id: str, outcome: str, error: str = "") -> None:

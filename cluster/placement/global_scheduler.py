@@ -33,6 +33,7 @@ from workers.reports import (
     DraftWorkerReport,
     DraftWorkerStatus,
     ReportAnswer,
+    Stall,
     WorkerReport,
 )
 
@@ -59,6 +60,9 @@ GONE_AFTER_S = 300.0
 DRAFT_WORKER_SILENT_AFTER_S = 3.0
 """A draft worker that has not reported, or owes an answer, for this long may be stopped; a live
 one reports twice a second."""
+SUSPECT_AFTER_S = 10.0
+"""Time of a step after which what it computes for the first time is taken for the cause, and tried
+alone. On a busy machine any step may take long."""
 REFUSE_S = 600.0
 """Time in which requests equal to one that made engines fail are refused."""
 MAX_POISONS = 1000
@@ -75,8 +79,7 @@ class _WorkerView:
     """Time of the last report or beat, or of the first mention."""
     longest_gap_s: float = 0.0
     """Longest time in which it was not heard, decaying."""
-    stall: str = ""
-    """Why its engine seems to hang; empty if it does not."""
+    stall: Stall | None = None
     has_reported: bool = False
     silence_noted: bool = False
     reported: dict[str, int] = field(default_factory=dict)
@@ -269,13 +272,13 @@ class GlobalScheduler:
         self._watch(report.worker_id, view, report.drafts, now)
         return ReportAnswer(self._choose_draft_worker(view, now), view.unfit)
 
-    async def beat(self, worker_id: str, stall: str) -> None:
-        """Hear of a worker between its reports; `stall` says why its engine seems to hang."""
+    async def beat(self, worker_id: str, stall: Stall | None) -> None:
+        """Hear of a worker between its reports, and of a step of its engine that seems to hang."""
         now = self._clock()
         view = self._view(worker_id, now)
         view.hear(now)
         if stall and not view.stall:
-            logger.warning("engine stalls", extra={"worker": worker_id, "reason": stall})
+            logger.warning("engine stalls", extra={"worker": worker_id, "reason": str(stall)})
         elif view.stall and not stall:
             logger.info("engine makes steps again", extra={"worker": worker_id})
         view.stall = stall
@@ -299,12 +302,17 @@ class GlobalScheduler:
         if view.dead:
             return EngineDead(f"the engine of worker {worker_id} is dead")
         others = (other for other in self._workers.values() if other is not view)
-        if view.is_silent(now) and any(other.is_serving(now) for other in others):
-            if view.is_unheard(now):
+        if view.is_silent(now):
+            if not any(other.is_serving(now) for other in others):
+                return None
+            if (stall := view.stall) is None or view.is_unheard(now):
                 silent_s = now - view.heard_s
                 return WorkerSilent(f"worker {worker_id} was last heard {silent_s:.1f} s ago")
-            return EngineStalled(f"worker {worker_id} stalls: {view.stall}")
-        if view.is_silent(now) or request_id in view.reported or view.expects(request_id, now):
+            if request_id not in stall.suspects:
+                return WorkerSilent(f"worker {worker_id} stalls: {stall}")
+            is_sure = stall.took_s > SUSPECT_AFTER_S
+            return EngineStalled(f"worker {worker_id} stalls: {stall}") if is_sure else None
+        if request_id in view.reported or view.expects(request_id, now):
             return None
         return WorkerSilent(f"worker {worker_id} knows nothing of this request")
 

@@ -19,7 +19,7 @@ from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats
 from workers.engine_request import EngineRequest
 from workers.errors import EngineDead, StepFailed, WorkerUnfit, WrongWorker
-from workers.reports import DraftStats, DraftWorkerReport, ReportAnswer, WorkerReport
+from workers.reports import DraftStats, DraftWorkerReport, ReportAnswer, Stall, WorkerReport
 from workers.token_stream import StreamAddress, StreamReceiver
 
 CONFIG = parse_args(
@@ -53,11 +53,23 @@ class Answer:
         return self.value
 
 
+class Beats:
+    """Takes the beats of workers, the first of which it fails to."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, Stall | None]] = []
+
+    def remote(self, worker_id: str, stall: Stall | None) -> Any:
+        self.heard.append((worker_id, stall))
+        return Answer(RayActorError() if len(self.heard) == 1 else None)
+
+
 class SchedulerHandle:
     """The handle of a GlobalScheduler that answers each report with the next of `answers`."""
 
     def __init__(self, *answers: Any) -> None:
         self.report = self.report_draft_worker = self
+        self.beat = Beats()
         self.reports: list[WorkerReport | DraftWorkerReport] = []
         self._answers = list(answers)
 
@@ -127,6 +139,31 @@ async def test_a_workers_replica_follows_what_its_reports_are_answered(
     assert scheduler.reports[:2] == [
         WorkerReport("w1", {}, (), draining, NO_DRAFTS) for draining in (False, True)
     ]
+
+
+async def test_a_worker_says_that_it_lives_and_that_its_step_stalls(
+    monkeypatch: pytest.MonkeyPatch, ended: list[Any]
+) -> None:
+    monkeypatch.setattr("cluster.replicas.BEAT_S", 0.01)
+    monkeypatch.setattr("workers.engine.engine_loop.STALL_S", 0.01)
+    engine, scheduler = FakeEngine(), SchedulerHandle(ReportAnswer())
+    engine.predicted_s = 0.001
+    ended.append(replica := make_worker(monkeypatch, engine, scheduler))
+    await until(lambda: len(scheduler.beat.heard) > 2)
+    assert set(scheduler.beat.heard) == {("w1", None)}
+
+    engine.go_on.clear()
+    receiver = StreamReceiver("127.0.0.1")
+    request = EngineRequest(Request("r.0", 10, 1), [])
+    call = asyncio.create_task(replica.generate("w1", request, receiver.address))
+    await until(lambda: scheduler.beat.heard[-1][1] is not None)
+    stall = scheduler.beat.heard[-1][1]
+    engine.go_on.set()
+    await call
+    receiver.close()
+
+    assert stall
+    assert stall.suspects == {"r.0"}
 
 
 async def test_the_end_of_a_workers_replica_ends_its_engine(

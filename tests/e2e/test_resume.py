@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from cluster.client import XYServe
-from tests.e2e.conftest import MODEL, wait_for_calm
+from tests.e2e.conftest import MODEL, wait_for_placed
 
 PERSON = {
     "type": "object",
@@ -186,7 +186,7 @@ def unbroken(http: httpx.Client) -> dict[str, Any]:
 def test_answers_go_on_elsewhere_as_if_nothing_had_been(
     handle: XYServe, http: httpx.Client, unbroken: dict[str, Any], way: signal.Signals
 ) -> None:
-    wait_for_calm()
+    wait_for_placed(0, 0)
     with everything_running(http) as running:
         worker = max(handle.status().workers, key=lambda worker: worker.num_running)
         assert worker.num_running

@@ -16,6 +16,7 @@ from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
 from workers.engine_request import EngineRequest, Grammar
 from workers.errors import ClientLost, EngineDead, PoisonFound, StepFailed
+from workers.reports import Stall
 from workers.token_stream import StreamAddress, StreamSenders
 
 logger = logging.getLogger(__name__)
@@ -165,15 +166,20 @@ class EngineLoop:
         if self._ended or self._failure:
             raise self._death()
 
-    def stall(self) -> str:
-        """Why the engine seems to hang; empty if its step takes about as long as expected."""
+    def stall(self) -> Stall | None:
+        """The current step, if it takes much longer than expected."""
         if (began_s := self._progress.step_began_s) is None or self._ended:
-            return ""
+            return None
         took_s = time.monotonic() - began_s
         expected_s = max(self._progress.longest_step_s, self._engine.predicted_step_s())
         if took_s <= max(STALL_S, STALL_RATIO * expected_s):
-            return ""
-        return f"a step has been running for {took_s:.1f} s, {expected_s:.2f} s was expected"
+            return None
+        suspects = (
+            request_id
+            for request_id in self._engine.running()
+            if (live := self._live.get(request_id)) and not live.num_output_tokens
+        )
+        return Stall(took_s, expected_s, frozenset(suspects))
 
     @property
     def has_failed(self) -> bool:

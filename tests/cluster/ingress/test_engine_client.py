@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -332,7 +333,7 @@ async def test_a_request_that_is_the_cause_of_a_failure_is_not_tried_again(
 
 
 @pytest.mark.parametrize(
-    ("loss", "num_deaths_before_a_token"),
+    ("loss", "num_engine_deaths"),
     [(WorkerSilent("x"), 0), (EngineStalled("x"), 1), (EngineDead("x"), 0)],
 )
 @pytest.mark.parametrize("tokens", [[], [5, 6]])
@@ -342,7 +343,7 @@ async def test_a_worker_that_makes_no_steps_is_given_up_though_its_call_goes_on(
     scheduler: FakeScheduler,
     monkeypatch: pytest.MonkeyPatch,
     loss: WorkerError,
-    num_deaths_before_a_token: int,
+    num_engine_deaths: int,
     tokens: list[int],
 ) -> None:
     monkeypatch.setattr("cluster.ingress.engine_client.QUIET_S", 0.05)
@@ -359,8 +360,26 @@ async def test_a_worker_that_makes_no_steps_is_given_up_though_its_call_goes_on(
     assert await next_outputs(client) == [FakeOutput("r", [7], "stop")]
     assert first.response.was_cancelled
     assert prior_tokens(second) == tuple(tokens)
-    expected = 0 if tokens else num_deaths_before_a_token
-    assert second.request.request.num_engine_deaths == expected
+    assert second.request.request.num_engine_deaths == num_engine_deaths
+
+
+async def test_silent_workers_may_be_many_and_are_given_more_time_each_time(
+    client: Client,
+    workers: FakeWorkers,
+    scheduler: FakeScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.ingress.engine_client.QUIET_S", 0.02)
+    monkeypatch.setattr("cluster.ingress.engine_client.WATCH_S", 0.005)
+    scheduler.losses_of = {name: WorkerSilent("x") for name in scheduler.alive}
+    submit(client, "r")
+    called_s = []
+    for number in range(1, MAX_ATTEMPTS + 3):
+        await workers.called(number)
+        called_s.append(time.monotonic())
+    waits_s = [after - before for before, after in itertools.pairwise(called_s)]
+
+    assert all(wait_s > 0.02 * 2**number for number, wait_s in enumerate(waits_s))
 
 
 async def test_a_request_whose_tokens_come_is_never_asked_about(

@@ -14,6 +14,7 @@ from cluster.placement.global_scheduler import (
     NO_WORKER_RETRY_S,
     REFUSE_S,
     SILENT_AFTER_S,
+    SUSPECT_AFTER_S,
     SUSPECT_GONE_AFTER_S,
     GlobalScheduler,
 )
@@ -29,7 +30,8 @@ from scheduler.placement import (
 )
 from scheduler.request import Request
 from workers.drafts.draft_client import DraftCounts
-from workers.reports import DraftStats, WorkerReport
+from workers.errors import EngineStalled, WorkerSilent
+from workers.reports import DraftStats, Stall, WorkerReport
 
 A_REQUEST = Request("r", num_prompt_tokens=10, max_tokens=5)
 NO_WORKER = Refused(RefusalReason.NO_WORKER, NO_WORKER_RETRY_S)
@@ -477,9 +479,9 @@ async def test_attempts_on_a_worker_that_is_not_heard_are_made_elsewhere(
     await scheduler.report(report("b"))
     clock.now += SILENT_AFTER_S + 0.1
     alone = await scheduler.losses({"r": "a"})
-    await scheduler.beat("b", "")
+    await scheduler.beat("b", None)
     with_another = await scheduler.losses({"r": "a", "s": "b", "t": "unheard of"})
-    await scheduler.beat("a", "")
+    await scheduler.beat("a", None)
     heard_again = await scheduler.losses({"r": "a"})
 
     assert (alone, heard_again) == ({}, {})
@@ -492,7 +494,7 @@ async def test_a_worker_that_is_often_late_is_given_more_time(
 ) -> None:
     await scheduler.report(report("a", {"r": 5}))
     clock.now += 1.0
-    await scheduler.beat("a", "")
+    await scheduler.beat("a", None)
     for silent_s, is_lost in ((3.9, False), (4.1, True), (10.0, True)):
         clock.now += silent_s
         await scheduler.report(report("b"))
@@ -507,7 +509,7 @@ async def test_a_long_silence_is_no_measure_for_the_next(
 ) -> None:
     await scheduler.report(report("a", {"r": 5}))
     clock.now += 60.0  # it was stopped
-    await scheduler.beat("a", "")
+    await scheduler.beat("a", None)
     clock.now += 4.1
     await scheduler.report(report("b"))
 
@@ -517,16 +519,26 @@ async def test_a_long_silence_is_no_measure_for_the_next(
 async def test_attempts_on_an_engine_that_stalls_or_is_dead_are_made_elsewhere(
     scheduler: GlobalScheduler,
 ) -> None:
-    await scheduler.report(report("a", {"r": 5}))
+    """At once those that are not the cause; those that may be, when that is sure."""
+    await scheduler.report(report("a", {"r": 5, "suspect": 5}))
     await scheduler.report(report("b", {"s": 5}))
-    await scheduler.beat("a", "a step runs")
-    stalled = await scheduler.losses({"r": "a", "s": "b"})
+    asked = {"r": "a", "suspect": "a", "s": "b"}
+    losses = []
+    for took_s in (3.0, SUSPECT_AFTER_S + 0.1):
+        await scheduler.beat("a", Stall(took_s, 0.5, frozenset({"suspect"})))
+        losses.append(await scheduler.losses(asked))
     placed = await scheduler.place(A_REQUEST, ["a", "b"])
-    await scheduler.beat("a", "")
-    goes_on = await scheduler.losses({"r": "a"})
+    await scheduler.beat("a", None)
+    goes_on = await scheduler.losses(asked)
     await scheduler.report(WorkerReport("a", {}, (), False, death="it failed"))
 
-    assert repr(stalled) == "{'r': EngineStalled('worker a stalls: a step runs')}"
+    assert [{name: type(error) for name, error in found.items()} for found in losses] == [
+        {"r": WorkerSilent},
+        {"r": WorkerSilent, "suspect": EngineStalled},
+    ]
+    assert str(losses[0]["r"]) == (
+        "worker a stalls: a step has been running for 3.0 s, expected 0.50 s"
+    )
     assert (placed, goes_on) == (Placed("b"), {})
     assert repr(await scheduler.losses({"r": "a"})) == (
         "{'r': EngineDead('the engine of worker a is dead')}"

@@ -512,16 +512,37 @@ async def test_a_step_that_takes_much_longer_than_expected_stalls(
     engine = FakeEngine()
     loop = start(engine)
     before = loop.stall()
+    loop.add(request("old", 1000), client.address)
+    await until(lambda: len(client.tokens.get("old", [])) > 1)
     engine.go_on.clear()
-    loop.add(request("r", 3), client.address)
     await until(engine.is_stepping.is_set)
+    loop.add(request("new", 3), client.address)
     stalls = []
     for engine.predicted_s in (math.inf, 100.0, 0.001):
         await asyncio.sleep(0.1)
         stalls.append(loop.stall())
     engine.go_on.set()
-    await client.has({"r": [0, 1, 2]})
+    await until(lambda: loop.stall() is None)
 
-    assert (before, stalls[:2]) == ("", ["", ""])
-    assert re.fullmatch(r"a step has been running for 0\.\d s, 0\.00 s was expected", stalls[2])
-    assert loop.stall() == ""
+    assert (before, stalls[:2]) == (None, [None, None])
+    assert stalls[2]
+    assert stalls[2].took_s > 0.2
+    assert stalls[2].suspects == frozenset()  # the old one has tokens, the new one waits
+    assert re.fullmatch(r"a step has .* 0\.\d s, expected 0\.0\d s", str(stalls[2]))
+
+
+async def test_requests_that_have_no_token_are_the_suspects_of_a_stall(
+    start: StartLoop, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.engine.engine_loop.STALL_S", 0.01)
+    engine = FakeEngine(max_num_seqs=1)
+    engine.predicted_s = 0.001
+    engine.go_on.clear()
+    loop = start(engine)
+    loop.add(request("first", 3), client.address)
+    loop.add(request("waits", 3), client.address)
+    await until(lambda: loop.stall() is not None)
+
+    assert (stall := loop.stall())
+    assert stall.suspects == {"first"}
+    engine.go_on.set()
