@@ -119,5 +119,25 @@ def test_random_combinations_mean_the_same_with_drafts(comparison: Comparison) -
         assert differences(names(calls), drafted.answers, plain.answers) == ""
 
 
+def compare_counts() -> None:
+    import torch
+    from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+
+    from workers.engine.vllm_sampling import count_at_least
+
+    for rows, columns in ((1, 7), (5, 1000), (33, 64)):
+        x = torch.randint(-9, 9, (rows, columns)).float()
+        x[:, 3], x[0, 4] = -float("inf"), float("nan")
+        for column in (0, 3):
+            values = x[:, column : column + 1]
+            ours, theirs = count_at_least(x, values), batched_count_greater_than(x, values)
+            assert torch.equal(ours, theirs)
+            assert ours.dtype == theirs.dtype
+
+
+def test_ranks_are_counted_as_vllm_counts_them(processes: EngineProcesses) -> None:
+    processes.call(compare_counts)
+
+
 def names(calls: Sequence[Call]) -> list[str]:
     return [str(call.params) for call in calls]
