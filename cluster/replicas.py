@@ -88,6 +88,10 @@ class GlobalSchedulerReplica(Replica):
         """Hear of a worker between its reports."""
         await self._scheduler.beat(worker_id, stall)
 
+    async def bury(self, worker_id: str, reason: str) -> None:
+        """Note that the process of a worker has ended."""
+        await self._scheduler.bury(worker_id, reason)
+
     async def losses(self, attempts: Mapping[str, str]) -> dict[str, WorkerError]:
         """Which attempts at requests, each with its worker, are to be made elsewhere, and why."""
         return await self._scheduler.losses(attempts)

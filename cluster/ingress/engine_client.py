@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.errors import EnginesDied, RequestFailed, RequestFailsSteps, RequestRefused
@@ -279,6 +279,8 @@ class EngineClient(Generic[Outputs]):
         record, name = live.record, type(error).__name__
         record.attempts[-1].lost = f"{name}: {error}"
         live.count_loss(error)
+        if isinstance(error, ActorDiedError):  # it may take seconds until Serve knows
+            self._scheduler.bury.remote(live.worker_id, name)
         if isinstance(error, PoisonFound):
             self._refuse(live.request, RequestFailsSteps(str(error)))
         if live.num_engine_deaths == MAX_ENGINE_DEATHS:
@@ -419,8 +421,9 @@ class EngineClient(Generic[Outputs]):
             try:
                 async with asyncio.timeout(HEALTH_TIMEOUT_S):
                     losses = await self._losses.remote(quiet)
-            except (TimeoutError, RayError):
-                continue  # a GlobalScheduler that restarts knows no worker yet either
+            except Exception as failure:  # any kind: nobody else would notice workers that hang
+                logger.warning("the GlobalScheduler did not answer", extra={"error": repr(failure)})
+                continue
             for attempt_id, error in losses.items():
                 live = self._attempts.get(attempt_id)
                 if live and live.lost and not live.lost.done() and live.is_quiet(now):

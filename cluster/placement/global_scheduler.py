@@ -283,6 +283,11 @@ class GlobalScheduler:
             logger.info("engine makes steps again", extra={"worker": worker_id})
         view.stall = stall
 
+    async def bury(self, worker_id: str, reason: str) -> None:
+        """Note that the process of a worker has ended, as its client has seen."""
+        if (view := self._workers.get(worker_id)) and not view.dead:
+            self._note_death(worker_id, view, reason)
+
     async def losses(self, attempts: Mapping[str, str]) -> dict[str, WorkerError]:
         """Which attempts at requests, each with its worker, are to be made elsewhere, and why.
 
@@ -446,7 +451,7 @@ class GlobalScheduler:
         return [
             (self._load(worker_id, view, now), now - view.heard_s)
             for worker_id, view in sorted(self._workers.items())
-            if now - view.heard_s < GONE_AFTER_S
+            if now - view.heard_s < GONE_AFTER_S and not (view.dead and view.is_unheard(now))
         ]
 
     def _view(self, worker_id: str, now: float) -> _WorkerView:

@@ -103,12 +103,14 @@ class _Losses:
         return {name: found[worker] for name, worker in attempts.items() if worker in found}
 
 
-class _Refuse:
-    def __init__(self) -> None:
-        self.refused: dict[str, str] = {}
+class _Notes:
+    """Keeps what it is told of a worker or a fingerprint."""
 
-    def remote(self, fingerprint: str, found: str) -> None:
-        self.refused[fingerprint] = found
+    def __init__(self) -> None:
+        self.kept: dict[str, str] = {}
+
+    def remote(self, name: str, text: str) -> None:
+        self.kept[name] = text
 
 
 class FakeScheduler:
@@ -118,7 +120,8 @@ class FakeScheduler:
         self.place = self
         self.loads = _Loads(self)
         self.losses = _Losses(self)
-        self.refuse = _Refuse()
+        self.refuse = _Notes()
+        self.bury = _Notes()
         self.losses_of: dict[str, WorkerError] = {}
         """Why attempts on a worker are lost, by its id."""
         self.known: list[WorkerLoad] = []

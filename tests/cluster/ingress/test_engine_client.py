@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import itertools
 import time
 from collections.abc import AsyncIterator
@@ -8,7 +9,7 @@ from unittest.mock import ANY
 
 import msgspec
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from cluster.ingress.engine_client import (
     MAX_ATTEMPTS,
@@ -320,16 +321,32 @@ async def test_workers_that_drain_may_be_as_many_as_there_are(
     assert await next_outputs(client) == [FakeOutput("r", [1], "stop")]
 
 
-async def test_a_request_that_is_the_cause_of_a_failure_is_not_tried_again(
-    client: Client, workers: FakeWorkers
+async def test_a_worker_whose_process_has_ended_is_known_to_be_dead_at_once(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
 ) -> None:
     submit(client, "r")
+    first = await workers.called(1)
+    die(first, ActorDiedError())
+    await workers.called(2)
+
+    assert scheduler.bury.kept == {first.worker_id: "ActorDiedError"}
+
+
+async def test_a_request_that_is_the_cause_of_a_failure_is_not_tried_again(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    request = as_sent("r")
+    request = dataclasses.replace(
+        request, request=dataclasses.replace(request.request, fingerprint="f")
+    )
+    client.submit(request, time.time())
     die(await workers.called(1), PoisonFound("shapes differ"))
 
     assert await next_outputs(client) == [
         FakeOutput("r", [], "error: a step with this request alone failed: shapes differ")
     ]
     assert (len(workers.calls), client.num_live) == (1, 0)
+    assert scheduler.refuse.kept == {"f": "a step with this request alone failed: shapes differ"}
 
 
 @pytest.mark.parametrize(

@@ -545,6 +545,21 @@ async def test_attempts_on_an_engine_that_stalls_or_is_dead_are_made_elsewhere(
     )
 
 
+async def test_a_worker_whose_process_has_ended_gets_nothing_and_is_soon_forgotten(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    await scheduler.report(report("a"))
+    await scheduler.report(report("b", {"s": 5}))
+    await scheduler.bury("a", "it has ended")
+    await scheduler.bury("unheard of", "it has ended")
+    placed = await scheduler.place(A_REQUEST, ["a", "b"])
+    clock.now += SILENT_AFTER_S + 0.1
+    await scheduler.beat("b", None)
+
+    assert placed == Placed("b")
+    assert [load.worker_id for load in await scheduler.loads()] == ["b"]
+
+
 async def test_a_request_that_its_worker_never_reports_is_lost_after_a_while(
     scheduler: GlobalScheduler, clock: FakeClock
 ) -> None:
