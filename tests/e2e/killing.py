@@ -30,7 +30,7 @@ from tests.e2e.conftest import (
 from tests.plugins import faults
 
 NUM_STREAMS = 8
-MAX_TOKENS = 400
+MAX_TOKENS = 1500
 STEP_TIMEOUT_S = 15.0
 """Time after which a step hangs, so that nobody has to wait long for it."""
 QUIET_S = 8.0
