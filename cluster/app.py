@@ -8,6 +8,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from cluster.config.app_config import AppConfig, parse_args
+from cluster.config.nodes import NodesConfig
 from cluster.errors import DeviceMissing
 from cluster.ingress.ingress import Ingress
 from cluster.placement.router import PlacementRouter
@@ -23,9 +24,12 @@ def build_app(args: dict[str, Any]) -> Application:
     config = parse_args(args)
     if not config.wait_for_device:
         _check_device(config)
-    scheduler = _deployment(GlobalSchedulerReplica, name="GlobalScheduler", num_replicas=1).bind(
-        config
-    )
+    scheduler = _deployment(
+        GlobalSchedulerReplica,
+        name="GlobalScheduler",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0, **_on(config.nodes.global_scheduler)},
+    ).bind(config)
     workers = _deployment(
         WorkerReplica,
         name="Worker",
@@ -40,13 +44,16 @@ def build_app(args: dict[str, Any]) -> Application:
         health_check_period_s=1,  # how soon Serve sees that a worker's process has ended
     ).bind(config, scheduler)
     # Bound as an argument, the draft workers are part of the app.
-    draft_workers = _draft_workers(config.draft).bind(config, scheduler) if config.draft else None
+    draft_workers = (
+        _draft_workers(config.draft, config.nodes).bind(config, scheduler) if config.draft else None
+    )
     return _deployment(
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=config.num_ingresses,
         ray_actor_options={
             "num_cpus": 0,
+            **_on(config.nodes.ingress),
             "runtime_env": {
                 "env_vars": _VLLM_ENV
                 | {"OMP_NUM_THREADS": "1", "VLLM_MAX_N_SEQUENCES": str(config.ingress.max_n)}
@@ -78,7 +85,11 @@ def _deployment(cls: type, **options: Any) -> Any:
 def _worker_resources(config: AppConfig) -> dict[str, Any]:
     worker = config.worker
     env = _VLLM_ENV | worker.thread_env
-    options: dict[str, Any] = {"num_cpus": worker.cpus, "runtime_env": {"env_vars": env}}
+    options: dict[str, Any] = {
+        "num_cpus": worker.cpus,
+        **_on(config.nodes.worker),
+        "runtime_env": {"env_vars": env},
+    }
     if worker.device == "cuda":
         options["num_gpus"] = 1
     elif worker.device == "npu":
@@ -86,13 +97,22 @@ def _worker_resources(config: AppConfig) -> dict[str, Any]:
     return options
 
 
-def _draft_workers(config: DraftConfig) -> Any:
+def _on(labels: dict[str, str]) -> dict[str, Any]:
+    """Options of an actor that runs only on nodes with these labels."""
+    return {"label_selector": labels} if labels else {}
+
+
+def _draft_workers(config: DraftConfig, nodes: NodesConfig) -> Any:
     env = _VLLM_ENV | {"OMP_NUM_THREADS": str(max(config.cpus, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
     return _deployment(
         DraftReplica,
         name="DraftWorker",
         num_replicas=config.num_workers,
-        ray_actor_options={"num_cpus": config.cpus, "runtime_env": {"env_vars": env}},
+        ray_actor_options={
+            "num_cpus": config.cpus,
+            **_on(nodes.draft_worker),
+            "runtime_env": {"env_vars": env},
+        },
     )
 
 
@@ -101,12 +121,19 @@ def _check_device(config: AppConfig) -> None:
     resource, need = {"cpu": ("CPU", config.worker.cpus), "cuda": ("GPU", 1), "npu": ("NPU", 1)}[
         config.worker.device
     ]
+    labels = config.nodes.worker
     largest = max(
-        (node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"]), default=0
+        (
+            node["Resources"].get(resource, 0)
+            for node in ray.nodes()
+            if node["Alive"] and labels.items() <= node["Labels"].items()
+        ),
+        default=0,
     )
     if largest < need:
+        among = f" with the labels of nodes.worker ({labels})" if labels else ""
         raise DeviceMissing(
             f"worker.device is {config.worker.device} and needs {need} {resource} on one node, but "
-            f"the largest node of this Ray cluster has {largest:g}: add such a node, change "
+            f"the largest node of this Ray cluster{among} has {largest:g}: add such a node, change "
             "worker.device or worker.cpus, or set wait_for_device if the cluster grows on demand"
         )

@@ -264,8 +264,14 @@ class DraftReplica(Replica):
             lambda: make_drafters(draft, resolve_model(config.model), resolve_model),
             send,
             get_node_ip_address(),
+            config.stream_ports,
         )
         self._at_end.callback(self._draft_worker.shutdown)
+
+    @property
+    def stream_endpoint(self) -> str:
+        """Where workers and other draft workers send what drafts are to be made of."""
+        return self._draft_worker.address.stream.endpoint
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
         """The draft worker's id, and the drafts it made after a time, by the wall clock."""

@@ -1,0 +1,117 @@
+"""An app whose workers are on other nodes than its front, and what links and nodes do to it."""
+
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.nodes.load import Stream, streaming
+from tests.nodes.ray_nodes import ROOT, RayNodes
+
+NUM_STREAMS = 8
+CUT_S = 20.0
+"""Time for which a link is cut: longer than a stream's heartbeats, shorter than Ray's patience."""
+API_TESTS = (
+    "test_a_chat_is_answered",
+    "test_a_chat_streams_the_same_answer_and_its_usage",
+    "test_an_answer_follows_a_json_schema",
+    "test_several_choices_stream_side_by_side",
+    "test_twenty_requests_at_once_get_each_its_own_answer",
+    "test_streams_give_the_same_answers_piece_by_piece",
+    "test_the_asynchronous_twins_give_the_same_answers",
+)
+"""Those that `make test` runs; `python -m tests.nodes.api` runs all."""
+
+
+@pytest.fixture(scope="session")
+def unbroken(nodes: RayNodes) -> list[Stream]:
+    """The streams as they are when nothing happens."""
+    with streaming(nodes.server.url, NUM_STREAMS) as ended:
+        return ended()
+
+
+def test_each_actor_runs_on_a_node_of_its_labels(nodes: RayNodes) -> None:
+    found = defaultdict(set)
+    for replica in nodes.replicas():
+        found[replica.deployment].add(replica.address)
+
+    front = {nodes.head.address}
+    assert found == {
+        "Ingress": front,
+        "GlobalScheduler": front,
+        "DraftWorker": front,
+        "Worker": {host.address for host in nodes.others},
+    }
+
+
+def test_the_api_and_the_handle_work_with_workers_on_other_nodes(
+    nodes: RayNodes, tmp_path: Path
+) -> None:
+    nodes.server.write(tmp_path / "server.json")
+
+    done = nodes.run(
+        nodes.head,
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *(f"--rootdir={ROOT}", f"--config-file={ROOT}/pyproject.toml"),
+        f"--server={tmp_path / 'server.json'}",
+        *("-k", " or ".join(API_TESTS)),
+        *(str(ROOT / "tests/e2e" / name) for name in ("test_openai_api.py", "test_handle.py")),
+    )
+
+    assert done.returncode == 0, done.stdout
+
+
+def test_doctor_finds_every_stream_open(nodes: RayNodes) -> None:
+    done = nodes.run(
+        nodes.head,
+        *(sys.executable, "-P", "-m", "cluster.cli.main", "doctor", str(nodes.server.config)),
+        *("--links", "--address", nodes.server.ray_address),
+    )
+
+    # Two workers, each to the ingress and to the draft worker.
+    assert "4 streams between replicas are open." in done.stdout
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_link_that_delays_and_loses_gives_the_same_bytes(
+    nodes: RayNodes, unbroken: list[Stream]
+) -> None:
+    weather = nodes.others[0].weather(delay_s=0.05, loss=0.05)
+    with weather, streaming(nodes.server.url, NUM_STREAMS) as ended:
+        assert ended() == unbroken
+
+
+def test_a_link_that_is_cut_and_healed_loses_and_doubles_nothing(
+    nodes: RayNodes, unbroken: list[Stream]
+) -> None:
+    before = nodes.replicas()
+    with streaming(nodes.server.url, NUM_STREAMS) as ended:
+        with nodes.others[0].cut_off():
+            time.sleep(CUT_S)
+        assert ended() == unbroken
+
+    assert nodes.replicas() == before
+
+
+def test_a_request_that_comes_while_a_link_is_cut_is_answered(
+    nodes: RayNodes, unbroken: list[Stream]
+) -> None:
+    with nodes.others[0].cut_off(), streaming(nodes.server.url, NUM_STREAMS) as ended:
+        time.sleep(CUT_S)
+    assert ended() == unbroken
+
+
+def test_a_node_that_is_killed_loses_and_doubles_nothing(
+    nodes: RayNodes, unbroken: list[Stream]
+) -> None:
+    lost = nodes.others[0]
+    # Nobody is told, as when its power goes.
+    with streaming(nodes.server.url, NUM_STREAMS) as ended, lost.cut_off():
+        lost.kill()
+        assert ended() == unbroken
+    nodes.start(lost)
+    nodes.wait_until_running(len(nodes.others))
+    assert httpx.get(f"{nodes.server.url}/health", timeout=30).status_code == 200
