@@ -1,9 +1,7 @@
 """Streams that run while something happens to a node, and what their clients got."""
 
 import concurrent.futures
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import openai
@@ -52,25 +50,27 @@ class Stream:
             self.began.set()
 
 
-@contextlib.contextmanager
-def streaming(
-    url: str, num_streams: int, max_tokens: int = MAX_TOKENS, first: int = 0
-) -> Iterator[Callable[[], list[Stream]]]:
-    """Streams, all of which have begun; gives what waits for their end and returns them."""
-    streams = [Stream(first + number) for number in range(num_streams)]
-    with (
-        openai.OpenAI(
+class Load:
+    """Streams at the same time, which begin when this is made."""
+
+    def __init__(self, url: str, num_streams: int, max_tokens: int = MAX_TOKENS) -> None:
+        self._client = openai.OpenAI(
             base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
-        ) as client,
-        concurrent.futures.ThreadPoolExecutor(num_streams) as pool,
-    ):
-        running = [pool.submit(stream.run, client, max_tokens) for stream in streams]
+        )
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_streams)
+        self._streams = [Stream(number) for number in range(num_streams)]
+        self._running = [
+            self._pool.submit(stream.run, self._client, max_tokens) for stream in self._streams
+        ]
 
-        def ended() -> list[Stream]:
-            for future in running:
-                future.result()
-            return streams
-
-        for stream in streams:
+    def wait_until_begun(self) -> None:
+        """Wait for the first token of each stream."""
+        for stream in self._streams:
             stream.began.wait(TIMEOUT_S)
-        yield ended
+
+    def ended(self) -> list[Stream]:
+        """Wait for the end of all streams, and return them."""
+        with self._pool, self._client:
+            for future in self._running:
+                future.result()
+        return self._streams

@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,25 @@ class Host:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
+
+    def listening(self) -> set[tuple[str, int]]:
+        """Addresses and ports at which its processes listen."""
+        table = subprocess.run(
+            self.command("ss", "--listening", "--tcp", "--numeric", "--no-header"),
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        ends = [line.split()[3].rpartition(":") for line in table.splitlines()]
+        return {(address.strip("[]"), int(port)) for address, _, port in ends}
+
+    def close_ports(self, open_ports: Sequence[str]) -> None:
+        """Let in only what connects to these ports, or ranges such as `1-5`; lose all else."""
+        rules = f"""table inet firewall {{ chain input {{ type filter hook input priority 0;
+            iifname "eth0" ct state established,related accept;
+            iifname "eth0" tcp dport {{ {", ".join(open_ports)} }} accept;
+            iifname "eth0" meta l4proto tcp drop; }} }}"""
+        subprocess.run(self.command("nft", rules), check=True)
 
     @contextlib.contextmanager
     def cut_off(self) -> Iterator[None]:
@@ -157,8 +176,9 @@ def missing() -> str:
     """What this machine lacks or forbids of a network of ours; empty if nothing."""
     if os.getuid() != 0:
         return "network namespaces need root"
-    if not shutil.which("ip"):
-        return "there is no command `ip`: apt-get install iproute2"
+    for command, package in {"ip": "iproute2", "nft": "nftables"}.items():
+        if not shutil.which(command):
+            return f"there is no command `{command}`: apt-get install {package}"
     try:
         with network(1):
             return ""

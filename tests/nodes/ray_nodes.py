@@ -1,11 +1,12 @@
 """A Ray cluster whose nodes are hosts of their own, and an app on it: front and workers apart.
 
-It is started with the commands of deploy/README.md. The head has the ingress, the GlobalScheduler
-and the draft worker, every other node one worker.
+It is started as deploy/README.md says, behind a firewall that opens the ports of the table there.
+The head has the ingress, the GlobalScheduler and the draft worker, every other node one worker.
 """
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -27,7 +28,26 @@ ROOT = Path(__file__).resolve().parents[2]
 RAY_PORT, DASHBOARD_PORT, HTTP_PORT = 6379, 8265, 8000
 STREAM_PORTS = (20000, 20009)
 READY_S = 300.0
+README = (ROOT / "deploy" / "README.md").read_text()
+RAY_PORTS = re.findall(r"--[a-z-]+-port=[0-9]+", README)
+"""Options of `ray start` that choose its ports."""
 FRONT, BACK = {"tier": "front"}, {"tier": "back"}
+
+
+def open_ports(is_head: bool) -> list[str]:
+    """The ports that a node opens to others, by the table in the README."""
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in README.partition("| what | on | address |")[2].splitlines()[2:]
+    ]
+    rows = rows[: rows.index([""])]
+    ports = {
+        port
+        for _, on, _, where, _, open_to in rows
+        if open_to != "nobody" and (is_head or on == "every node")
+        for port in re.findall(r"[0-9]+(?:-[0-9]+)?", where)
+    }
+    return sorted(ports)
 
 
 @dataclass(frozen=True)
@@ -51,11 +71,15 @@ class RayNodes:
     server: Server
     env: dict[str, str]
 
+    @property
+    def hosts(self) -> list[Host]:
+        """All its nodes."""
+        return [self.head, *self.others]
+
     def start(self, host: Host) -> None:
         """Start Ray on one of the other hosts, and let it join."""
-        labels, folder = "tier=back", self.server.ray_folder
-        address = f"{self.head.address}:{RAY_PORT}"
-        _ray(self.env, host, folder, f"--address={address}", "--num-cpus=1", f"--labels={labels}")
+        options = (f"--address={self.server.ray_address}", "--num-cpus=1", "--labels=tier=back")
+        _ray(self.env, host, self.server.ray_folder, *options)
 
     def run(self, host: Host, *args: str) -> "subprocess.CompletedProcess[str]":
         """Run a program on a host, in the folder of the server's config."""
@@ -137,6 +161,8 @@ def ray_nodes(folder: Path, num_others: int, **args: Any) -> Iterator[RayNodes]:
                 ray_folder=ray_folder,
             )
             nodes = RayNodes(head, others, server, env)
+            for host in net.hosts:
+                host.close_ports(open_ports(is_head=host is head))
             _write_config(server.config, num_others, args)
             _ray(
                 env,
@@ -187,7 +213,7 @@ def _write_config(path: Path, num_workers: int, args: dict[str, Any]) -> None:
 def _ray(env: dict[str, str], host: Host, folder: Path, *options: str) -> None:
     """`ray start` on a host."""
     command = [
-        *_command("ray", "start", f"--node-ip-address={host.address}", *options),
+        *_command("ray", "start", f"--node-ip-address={host.address}", *RAY_PORTS, *options),
         f"--object-store-memory={100 << 20}",
     ]
     log = folder / f"{host.name}.log"

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.nodes.load import Stream, streaming
-from tests.nodes.ray_nodes import ROOT, RayNodes
+from tests.nodes.load import Stream
+from tests.nodes.ray_nodes import ROOT, STREAM_PORTS, RayNodes
 
 NUM_STREAMS = 8
 CUT_S = 20.0
@@ -29,8 +29,7 @@ API_TESTS = (
 @pytest.fixture(scope="session")
 def unbroken(nodes: RayNodes) -> list[Stream]:
     """The streams as they are when nothing happens."""
-    with streaming(nodes.server.url, NUM_STREAMS) as ended:
-        return ended()
+    return Load(nodes.server.url, NUM_STREAMS).ended()
 
 
 def test_each_actor_runs_on_a_node_of_its_labels(nodes: RayNodes) -> None:
@@ -45,6 +44,14 @@ def test_each_actor_runs_on_a_node_of_its_labels(nodes: RayNodes) -> None:
         "DraftWorker": front,
         "Worker": {host.address for host in nodes.others},
     }
+
+
+def test_the_sockets_of_the_app_listen_on_the_address_of_their_node(nodes: RayNodes) -> None:
+    first, last = STREAM_PORTS
+    found = {at for host in nodes.hosts for at in host.listening() if first <= at[1] <= last}
+
+    # The ingress and the draft worker.
+    assert found == {(nodes.head.address, first), (nodes.head.address, first + 1)}
 
 
 def test_the_api_and_the_handle_work_with_workers_on_other_nodes(
@@ -79,39 +86,38 @@ def test_doctor_finds_every_stream_open(nodes: RayNodes) -> None:
 def test_a_link_that_delays_and_loses_gives_the_same_bytes(
     nodes: RayNodes, unbroken: list[Stream]
 ) -> None:
-    weather = nodes.others[0].weather(delay_s=0.05, loss=0.05)
-    with weather, streaming(nodes.server.url, NUM_STREAMS) as ended:
-        assert ended() == unbroken
+    with nodes.others[0].weather(delay_s=0.05, loss=0.05):
+        assert Load(nodes.server.url, NUM_STREAMS).ended() == unbroken
 
 
 def test_a_link_that_is_cut_and_healed_loses_and_doubles_nothing(
     nodes: RayNodes, unbroken: list[Stream]
 ) -> None:
     before = nodes.replicas()
-    with streaming(nodes.server.url, NUM_STREAMS) as ended:
-        with nodes.others[0].cut_off():
-            time.sleep(CUT_S)
-        assert ended() == unbroken
+    load = Load(nodes.server.url, NUM_STREAMS)
+    load.wait_until_begun()
 
-    assert nodes.replicas() == before
-
-
-def test_a_request_that_comes_while_a_link_is_cut_is_answered(
-    nodes: RayNodes, unbroken: list[Stream]
-) -> None:
-    with nodes.others[0].cut_off(), streaming(nodes.server.url, NUM_STREAMS) as ended:
+    with nodes.others[0].cut_off():
+        # These begin while it is cut, and have no other worker than those that there are.
+        later = Load(nodes.server.url, NUM_STREAMS)
         time.sleep(CUT_S)
-    assert ended() == unbroken
+
+    assert load.ended() == unbroken
+    assert later.ended() == unbroken
+    assert nodes.replicas() == before
 
 
 def test_a_node_that_is_killed_loses_and_doubles_nothing(
     nodes: RayNodes, unbroken: list[Stream]
 ) -> None:
     lost = nodes.others[0]
-    # Nobody is told, as when its power goes.
-    with streaming(nodes.server.url, NUM_STREAMS) as ended, lost.cut_off():
+    load = Load(nodes.server.url, NUM_STREAMS)
+    load.wait_until_begun()
+
+    with lost.cut_off():  # nobody is told, as when its power goes
         lost.kill()
-        assert ended() == unbroken
+        assert load.ended() == unbroken
+
     nodes.start(lost)
     nodes.wait_until_running(len(nodes.others))
     assert httpx.get(f"{nodes.server.url}/health", timeout=30).status_code == 200
