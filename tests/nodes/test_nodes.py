@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.nodes.load import Stream
+from tests.nodes.load import Load, Stream
 from tests.nodes.ray_nodes import ROOT, STREAM_PORTS, RayNodes
 
 NUM_STREAMS = 8
