@@ -1,5 +1,7 @@
 """The Serve application: its deployments and how they are bound to each other."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import ray
@@ -9,7 +11,7 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.config.nodes import NodesConfig
-from cluster.errors import DeviceMissing
+from cluster.errors import DeviceMissing, NodeMissing
 from cluster.ingress.ingress import Ingress
 from cluster.placement.router import PlacementRouter
 from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
@@ -23,7 +25,9 @@ def build_app(args: dict[str, Any]) -> Application:
     """The app for `args` of a Serve config; raises ConfigError before anything starts."""
     config = parse_args(args)
     if not config.wait_for_device:
-        _check_device(config)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        check_labels(config.nodes, nodes)
+        check_device(config, nodes)
     scheduler = _deployment(
         GlobalSchedulerReplica,
         name="GlobalScheduler",
@@ -116,24 +120,34 @@ def _draft_workers(config: DraftConfig, nodes: NodesConfig) -> Any:
     )
 
 
-def _check_device(config: AppConfig) -> None:
-    """Refuse a config whose workers would wait for ever for a device that no node has."""
+def check_labels(wanted: NodesConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse labels that none of Ray's nodes has: actors would wait for ever for such a node."""
+    for role in fields(wanted):
+        labels = getattr(wanted, role.name)
+        if not any(_has(node, labels) for node in nodes):
+            options = ",".join(f"{label}={value}" for label, value in labels.items())
+            raise NodeMissing(
+                f"nodes.{role.name} is {labels}, and no node of this Ray cluster has these labels: "
+                f"start one by `ray start --address=HEAD:6379 --labels={options}`, change "
+                f"nodes.{role.name}, or set wait_for_device if the cluster grows on demand"
+            )
+
+
+def check_device(config: AppConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse workers that would wait for ever for a device that none of these nodes has."""
     resource, need = {"cpu": ("CPU", config.worker.cpus), "cuda": ("GPU", 1), "npu": ("NPU", 1)}[
         config.worker.device
     ]
     labels = config.nodes.worker
-    largest = max(
-        (
-            node["Resources"].get(resource, 0)
-            for node in ray.nodes()
-            if node["Alive"] and labels.items() <= node["Labels"].items()
-        ),
-        default=0,
-    )
-    if largest < need:
-        among = f" with the labels of nodes.worker ({labels})" if labels else ""
+    found = (node["Resources"].get(resource, 0) for node in nodes if _has(node, labels))
+    if (largest := max(found, default=0)) < need:
+        among = f" with the labels {labels} of nodes.worker" if labels else ""
         raise DeviceMissing(
             f"worker.device is {config.worker.device} and needs {need} {resource} on one node, but "
             f"the largest node of this Ray cluster{among} has {largest:g}: add such a node, change "
             "worker.device or worker.cpus, or set wait_for_device if the cluster grows on demand"
         )
+
+
+def _has(node: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    return all(node["Labels"].get(label) == value for label, value in labels.items())

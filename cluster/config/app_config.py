@@ -84,7 +84,8 @@ class AppConfig:
     drain_timeout_s: float = 600.0
     """Time that a replica which is to stop has for finishing its requests, in seconds."""
     wait_for_device: bool = False
-    """Whether to start even if no node has the device yet, for clusters that grow on demand."""
+    """Whether to start even if no node has the device or the labels yet, for clusters that grow on
+    demand."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     draft: DraftConfig | None = None
     """Draft workers in addition to the workers; null: no drafts."""

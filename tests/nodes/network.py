@@ -67,11 +67,18 @@ class Host:
 
     def close_ports(self, open_ports: Sequence[str]) -> None:
         """Let in only what connects to these ports, or ranges such as `1-5`; lose all else."""
-        rules = f"""table inet firewall {{ chain input {{ type filter hook input priority 0;
-            iifname "eth0" ct state established,related accept;
-            iifname "eth0" tcp dport {{ {", ".join(open_ports)} }} accept;
-            iifname "eth0" meta l4proto tcp drop; }} }}"""
-        subprocess.run(self.command("nft", rules), check=True)
+        rules = [
+            "table inet firewall {",
+            "chain input {",
+            "type filter hook input priority 0",
+            'iifname "eth0" ct state established,related accept',
+            f'iifname "eth0" tcp dport {{ {", ".join(open_ports)} }} accept',
+            'iifname "eth0" meta l4proto tcp drop',
+            "}",
+            "}",
+        ]
+        command = self.command("nft", "-f", "-")
+        subprocess.run(command, input="\n".join(rules) + "\n", text=True, check=True)
 
     @contextlib.contextmanager
     def cut_off(self) -> Iterator[None]:
