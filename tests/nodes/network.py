@@ -22,6 +22,8 @@ from pathlib import Path
 
 NAME = re.compile(r"xy([0-9a-f]+)[a-z][0-9]*")
 """Namespaces, bridges and links of ours, with the pid of their maker in hex."""
+PACKAGES = {"ip": "iproute2", "nft": "nftables"}
+"""Packages by the command in them that is used here."""
 SIOCETHTOOL = 0x8946
 OFFLOADS = (0x15, 0x17, 0x19, 0x1F, 0x24, 0x2C)
 """The commands that set what a network card may leave to the next one: checksums (rx, tx), and to
@@ -183,14 +185,18 @@ def missing() -> str:
     """What this machine lacks or forbids of a network of ours; empty if nothing."""
     if os.getuid() != 0:
         return "network namespaces need root"
-    for command, package in {"ip": "iproute2", "nft": "nftables"}.items():
-        if not shutil.which(command):
-            return f"there is no command `{command}`: apt-get install {package}"
+    if packages := missing_packages():
+        return f"network namespaces need {' and '.join(packages)}: apt-get install them"
     try:
         with network(1):
             return ""
     except subprocess.CalledProcessError as error:
         return f"{' '.join(error.cmd)}: {error.stderr.strip()}"
+
+
+def missing_packages() -> list[str]:
+    """Packages that have the commands for a network, and are not installed."""
+    return [package for command, package in PACKAGES.items() if not shutil.which(command)]
 
 
 def forbid_offloads(link: str) -> None:
