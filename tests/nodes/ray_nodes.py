@@ -31,6 +31,8 @@ READY_S = 300.0
 README = (ROOT / "deploy" / "README.md").read_text()
 RAY_PORTS = re.findall(r"--[a-z-]+-port=[0-9]+", README)
 """Options of `ray start` that choose its ports."""
+RAY_SETTINGS = dict(re.findall(r"(RAY_grpc_\w+)=([0-9]+)", README))
+"""Settings of Ray, by environment variable."""
 FRONT, BACK = {"tier": "front"}, {"tier": "back"}
 
 
@@ -140,14 +142,18 @@ def ray_nodes(folder: Path, num_others: int, **args: Any) -> Iterator[RayNodes]:
     shutil.rmtree(ray_folder, ignore_errors=True)
     ray_folder.mkdir()
     settings = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env = settings | {
-        "PYTHONPATH": f"{ROOT}:{faults.FOLDER}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # Workers claim cores in a folder of their own: those of a server that runs here as well.
-        "TMPDIR": str(ray_folder),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    env = (
+        settings
+        | RAY_SETTINGS
+        | {
+            "PYTHONPATH": f"{ROOT}:{faults.FOLDER}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            # Workers claim cores in a folder of their own: those of a server that runs here as well.
+            "TMPDIR": str(ray_folder),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+    )
     try:
         with network(1 + num_others) as net:
             head, *others = net.hosts
