@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import threading
+import time
 from dataclasses import dataclass, field
 
 import openai
@@ -22,11 +23,14 @@ class Stream:
     error: str = ""
     num_tokens: int = 0
     """What its usage says."""
+    longest_pause_s: float = field(default=0.0, compare=False)
+    """Longest time between two of its chunks."""
     began: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
     """Set at its first token, and at its end."""
 
     def run(self, client: openai.OpenAI, max_tokens: int) -> None:
         """Read it to its end. Every second one samples, with a seed of its own."""
+        heard_s = time.monotonic()
         try:
             for chunk in client.completions.create(
                 model=MODEL,
@@ -38,6 +42,10 @@ class Stream:
                 stream_options={"include_usage": True},
                 extra_body={"ignore_eos": True},
             ):
+                now = time.monotonic()
+                if self.began.is_set():
+                    self.longest_pause_s = max(self.longest_pause_s, now - heard_s)
+                heard_s = now
                 for choice in chunk.choices:
                     self.text += choice.text
                     self.finish_reason = choice.finish_reason or self.finish_reason

@@ -48,6 +48,15 @@ class Host:
         """All processes of this host."""
         return [int(pid) for pid in _run("ip", "netns", "pids", self.name).split()]
 
+    def pids_of(self, program: str) -> list[int]:
+        """Those that run a program of this name."""
+        found = []
+        for pid in self.pids():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if Path(f"/proc/{pid}/comm").read_text().strip() == program:
+                    found.append(pid)
+        return found
+
     def kill(self) -> None:
         """End all its processes at once, as a loss of power does."""
         while pids := self.pids():

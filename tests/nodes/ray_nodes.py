@@ -149,7 +149,7 @@ def ray_nodes(folder: Path, num_others: int, **args: Any) -> Iterator[RayNodes]:
             "PYTHONPATH": f"{ROOT}:{faults.FOLDER}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            # Workers claim cores in a folder of their own: those of a server that runs here as well.
+            # Workers claim cores here, so that a server on this machine may have them as well.
             "TMPDIR": str(ray_folder),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
