@@ -79,6 +79,8 @@ class Host:
     def close_ports(self, open_ports: Sequence[str]) -> None:
         """Let in only what connects to these ports, or ranges such as `1-5`; lose all else."""
         rules = [
+            "add table inet firewall",
+            "delete table inet firewall",  # the rules before these
             "table inet firewall {",
             "chain input {",
             "type filter hook input priority 0",

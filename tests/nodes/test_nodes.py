@@ -9,7 +9,7 @@ import pytest
 
 from tests.nodes.api import run_tests
 from tests.nodes.load import Load, Stream
-from tests.nodes.ray_nodes import STREAM_PORTS, RayNodes
+from tests.nodes.ray_nodes import STREAM_PORTS, RayNodes, open_ports
 
 NUM_STREAMS = 8
 CUT_S = 20.0
@@ -63,16 +63,38 @@ def test_the_api_and_the_handle_work_with_workers_on_other_nodes(nodes: RayNodes
     assert f"{len(API_TESTS) + 1} passed" in done.stdout  # one of them twice
 
 
-def test_doctor_finds_every_stream_open(nodes: RayNodes) -> None:
+def examine_links(nodes: RayNodes) -> tuple[int, str]:
+    """The exit status and the words of `xyserve doctor --links` on the head."""
     done = nodes.run(
         nodes.head,
         *(sys.executable, "-P", "-m", "cluster.cli.main", "doctor", str(nodes.server.config)),
         *("--links", "--address", nodes.server.ray_address),
     )
+    return done.returncode, " ".join(done.stdout.split())
+
+
+def test_doctor_finds_every_stream_open(nodes: RayNodes) -> None:
+    status, words = examine_links(nodes)
 
     # Two workers, each to the ingress and to the draft worker.
-    assert "4 streams between replicas are open." in done.stdout
-    assert done.returncode == 0, done.stdout
+    assert "4 streams between replicas are open." in words
+    assert status == 0, words
+
+
+def test_doctor_names_the_streams_that_a_firewall_closes(nodes: RayNodes) -> None:
+    ports = open_ports(is_head=True)
+    first, last = STREAM_PORTS
+    nodes.head.close_ports([port for port in ports if port != f"{first}-{last}"])
+    try:
+        status, words = examine_links(nodes)
+    finally:
+        nodes.head.close_ports(ports)
+
+    head, sender = nodes.head.address, nodes.others[0].address
+    assert f"on {sender} cannot reach {head} port {first}, where" in words
+    assert f"open TCP ports {first} to {last} on {head} for {sender}" in words
+    assert "4 failed" in words
+    assert status == 1
 
 
 def test_a_link_that_delays_and_loses_gives_the_same_bytes(
