@@ -67,14 +67,18 @@ class Host:
 
     def listening(self) -> set[tuple[str, int]]:
         """Addresses and ports at which its processes listen."""
-        table = subprocess.run(
-            self.command("ss", "--listening", "--tcp", "--numeric", "--no-header"),
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        ends = [line.split()[3].rpartition(":") for line in table.splitlines()]
+        ends = [line.split()[3].rpartition(":") for line in self._sockets("--listening")]
         return {(address.strip("[]"), int(port)) for address, _, port in ends}
+
+    def _sockets(self, *which: str) -> list[str]:
+        """Its TCP sockets: state, bytes received and not read, bytes to be acknowledged, ends."""
+        options = ("--tcp", "--numeric", "--no-header")
+        return _run(*self.command("ss", *options, *which)).splitlines()
+
+    def has_unsent(self) -> bool:
+        """Whether a connection of its processes waits for data to be acknowledged."""
+        open_ones = [line.split() for line in self._sockets() if line.startswith("ESTAB")]
+        return any(int(num_unsent) for _, _, num_unsent, *_ in open_ones)
 
     def close_ports(self, open_ports: Sequence[str]) -> None:
         """Let in only what connects to these ports, or ranges such as `1-5`; lose all else."""

@@ -14,6 +14,8 @@ from tests.nodes.ray_nodes import STREAM_PORTS, RayNodes, open_ports
 NUM_STREAMS = 8
 CUT_S = 20.0
 """Time for which a link is cut: longer than a stream's heartbeats, shorter than Ray's patience."""
+HEALED_S = 120.0
+"""Max time until a healed link carries everything again."""
 API_TESTS = (
     "test_a_chat_is_answered",
     "test_a_chat_streams_the_same_answer_and_its_usage",
@@ -73,6 +75,14 @@ def examine_links(nodes: RayNodes) -> tuple[int, str]:
     return done.returncode, " ".join(done.stdout.split())
 
 
+def wait_until_healed(nodes: RayNodes) -> None:
+    """Wait until what was sent before has arrived, and all workers answer."""
+    give_up_s = time.monotonic() + HEALED_S
+    while any(host.has_unsent() for host in nodes.hosts) or examine_links(nodes)[0] != 0:
+        assert time.monotonic() < give_up_s
+        time.sleep(0.5)
+
+
 def test_doctor_finds_every_stream_open(nodes: RayNodes) -> None:
     status, words = examine_links(nodes)
 
@@ -118,6 +128,7 @@ def test_a_link_that_is_cut_and_healed_loses_and_doubles_nothing(
 
     assert load.ended() == unbroken
     assert later.ended() == unbroken
+    wait_until_healed(nodes)
     assert nodes.replicas() == before
 
 
