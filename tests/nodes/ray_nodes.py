@@ -152,6 +152,7 @@ def ray_nodes(folder: Path, num_others: int, **args: Any) -> Iterator[RayNodes]:
             # Workers claim cores here, so that a server on this machine may have them as well.
             "TMPDIR": str(ray_folder),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",  # for a busy machine
         }
     )
     try:
