@@ -1,5 +1,7 @@
 """The Serve application: its deployments and how they are bound to each other."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import ray
@@ -8,7 +10,8 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from cluster.config.app_config import AppConfig, parse_args
-from cluster.errors import DeviceMissing
+from cluster.config.nodes import NodesConfig
+from cluster.errors import DeviceMissing, NodeMissing
 from cluster.ingress.ingress import Ingress
 from cluster.placement.router import PlacementRouter
 from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
@@ -22,10 +25,15 @@ def build_app(args: dict[str, Any]) -> Application:
     """The app for `args` of a Serve config; raises ConfigError before anything starts."""
     config = parse_args(args)
     if not config.wait_for_device:
-        _check_device(config)
-    scheduler = _deployment(GlobalSchedulerReplica, name="GlobalScheduler", num_replicas=1).bind(
-        config
-    )
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        check_labels(config.nodes, nodes)
+        check_device(config, nodes)
+    scheduler = _deployment(
+        GlobalSchedulerReplica,
+        name="GlobalScheduler",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0, **_on(config.nodes.global_scheduler)},
+    ).bind(config)
     workers = _deployment(
         WorkerReplica,
         name="Worker",
@@ -40,13 +48,16 @@ def build_app(args: dict[str, Any]) -> Application:
         health_check_period_s=1,  # how soon Serve sees that a worker's process has ended
     ).bind(config, scheduler)
     # Bound as an argument, the draft workers are part of the app.
-    draft_workers = _draft_workers(config.draft).bind(config, scheduler) if config.draft else None
+    draft_workers = (
+        _draft_workers(config.draft, config.nodes).bind(config, scheduler) if config.draft else None
+    )
     return _deployment(
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=config.num_ingresses,
         ray_actor_options={
             "num_cpus": 0,
+            **_on(config.nodes.ingress),
             "runtime_env": {
                 "env_vars": _VLLM_ENV
                 | {"OMP_NUM_THREADS": "1", "VLLM_MAX_N_SEQUENCES": str(config.ingress.max_n)}
@@ -78,7 +89,11 @@ def _deployment(cls: type, **options: Any) -> Any:
 def _worker_resources(config: AppConfig) -> dict[str, Any]:
     worker = config.worker
     env = _VLLM_ENV | worker.thread_env
-    options: dict[str, Any] = {"num_cpus": worker.cpus, "runtime_env": {"env_vars": env}}
+    options: dict[str, Any] = {
+        "num_cpus": worker.cpus,
+        **_on(config.nodes.worker),
+        "runtime_env": {"env_vars": env},
+    }
     if worker.device == "cuda":
         options["num_gpus"] = 1
     elif worker.device == "npu":
@@ -86,27 +101,53 @@ def _worker_resources(config: AppConfig) -> dict[str, Any]:
     return options
 
 
-def _draft_workers(config: DraftConfig) -> Any:
+def _on(labels: dict[str, str]) -> dict[str, Any]:
+    """Options of an actor that runs only on nodes with these labels."""
+    return {"label_selector": labels} if labels else {}
+
+
+def _draft_workers(config: DraftConfig, nodes: NodesConfig) -> Any:
     env = _VLLM_ENV | {"OMP_NUM_THREADS": str(max(config.cpus, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
     return _deployment(
         DraftReplica,
         name="DraftWorker",
         num_replicas=config.num_workers,
-        ray_actor_options={"num_cpus": config.cpus, "runtime_env": {"env_vars": env}},
+        ray_actor_options={
+            "num_cpus": config.cpus,
+            **_on(nodes.draft_worker),
+            "runtime_env": {"env_vars": env},
+        },
     )
 
 
-def _check_device(config: AppConfig) -> None:
-    """Refuse a config whose workers would wait for ever for a device that no node has."""
+def check_labels(wanted: NodesConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse labels that none of Ray's nodes has: actors would wait for ever for such a node."""
+    for role in fields(wanted):
+        labels = getattr(wanted, role.name)
+        if not any(_has(node, labels) for node in nodes):
+            options = ",".join(f"{label}={value}" for label, value in labels.items())
+            raise NodeMissing(
+                f"nodes.{role.name} is {labels}, and no node of this Ray cluster has these labels: "
+                f"start one by `ray start --address=HEAD:6379 --labels={options}`, change "
+                f"nodes.{role.name}, or set wait_for_device if the cluster grows on demand"
+            )
+
+
+def check_device(config: AppConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse workers that would wait for ever for a device that none of these nodes has."""
     resource, need = {"cpu": ("CPU", config.worker.cpus), "cuda": ("GPU", 1), "npu": ("NPU", 1)}[
         config.worker.device
     ]
-    largest = max(
-        (node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"]), default=0
-    )
-    if largest < need:
+    labels = config.nodes.worker
+    found = (node["Resources"].get(resource, 0) for node in nodes if _has(node, labels))
+    if (largest := max(found, default=0)) < need:
+        among = f" with the labels {labels} of nodes.worker" if labels else ""
         raise DeviceMissing(
             f"worker.device is {config.worker.device} and needs {need} {resource} on one node, but "
-            f"the largest node of this Ray cluster has {largest:g}: add such a node, change "
+            f"the largest node of this Ray cluster{among} has {largest:g}: add such a node, change "
             "worker.device or worker.cpus, or set wait_for_device if the cluster grows on demand"
         )
+
+
+def _has(node: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    return all(node["Labels"].get(label) == value for label, value in labels.items())

@@ -7,6 +7,7 @@ import msgspec
 from ray.util import get_node_ip_address
 
 from cluster.ingress.protocol import Chunk
+from workers.sockets import Ports
 from workers.token_stream import StreamAddress, StreamReceiver
 
 _decode_chunks = msgspec.msgpack.Decoder(list[Chunk]).decode
@@ -15,7 +16,9 @@ _decode_chunks = msgspec.msgpack.Decoder(list[Chunk]).decode
 class ChunkReceiver:
     """Gives each chunk to its call; used in one event loop, from the first streamed call on."""
 
-    def __init__(self) -> None:
+    def __init__(self, ports: Ports | None = None) -> None:
+        """Listen at one of `ports`, by default at any that is free."""
+        self._ports = ports
         self._chunks: dict[str, asyncio.Queue[str]] = {}
         self._address: StreamAddress | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -23,7 +26,7 @@ class ChunkReceiver:
     def open(self, call_id: str, chunks: asyncio.Queue[str]) -> StreamAddress:
         """Put the chunks of a call into `chunks`; returns where they are to be sent."""
         if self._address is None:
-            receiver = StreamReceiver(get_node_ip_address())
+            receiver = StreamReceiver(get_node_ip_address(), self._ports)
             self._address = receiver.address
             self._receiving = asyncio.create_task(_receive(receiver, self._chunks))
         self._chunks[call_id] = chunks

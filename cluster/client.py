@@ -38,6 +38,7 @@ from cluster.observe.explanation import Explanation
 from cluster.observe.request_history import Refusal
 from cluster.ray_cluster import join_ray_cluster
 from workers.reports import WorkerSteps
+from workers.sockets import Ports, check_ports
 from workers.timeline import Span
 from workers.token_stream import LOST_AFTER_S
 
@@ -70,7 +71,11 @@ class XYServe:
     """
 
     def __init__(
-        self, ingress: "DeploymentHandle[Any]", address: str | None = None, app: str = "xyserve"
+        self,
+        ingress: "DeploymentHandle[Any]",
+        address: str | None = None,
+        app: str = "xyserve",
+        stream_ports: Ports | None = None,
     ) -> None:
         self._deployment = ingress
         self._worker_id = ray.get_runtime_context().get_worker_id() if address else ""
@@ -78,20 +83,28 @@ class XYServe:
         self._address = address
         self._app = app
         self._loop = BackgroundLoop("xyserve-client")
-        self._chunks = ChunkReceiver()
+        self._stream_ports = stream_ports
+        self._chunks = ChunkReceiver(stream_ports)
 
     @classmethod
-    def connect(cls, address: str | None = None, app: str = "xyserve") -> "XYServe":
+    def connect(
+        cls,
+        address: str | None = None,
+        app: str = "xyserve",
+        stream_ports: Ports | None = None,
+    ) -> "XYServe":
         """Connect to `app` on the Ray cluster at `address`, which is HOST:PORT.
 
-        By default that is RAY_ADDRESS, or else the cluster of this machine. ConnectionError within
-        5 s if no Ray cluster is there, AppNotFound if the app is not.
+        By default that is RAY_ADDRESS, or else the cluster of this machine. Streamed answers arrive
+        at one of `stream_ports`, the first and the last of a range, by default at any that is free.
+        ConnectionError within 5 s if no Ray cluster is there, AppNotFound if the app is not.
         """
+        check_ports(stream_ports)
         if not ray.is_initialized():
             join_ray_cluster(address)
         try:
             here = ray.get_runtime_context().gcs_address
-            return cls(serve.get_app_handle(app), here, app)
+            return cls(serve.get_app_handle(app), here, app, stream_ports)
         except RayServeException:
             apps = ", ".join(serve.status().applications) or "none"
             raise AppNotFound(
@@ -245,7 +258,7 @@ class XYServe:
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._loop.check_usable()
-        return XYServe.connect, (self._address, self._app)
+        return XYServe.connect, (self._address, self._app, self._stream_ports)
 
     @property
     def _ingress(self) -> "DeploymentHandle[Any]":

@@ -21,6 +21,10 @@ class DeviceMissing(ConfigError):
     """No node of the Ray cluster has the device that the config asks for."""
 
 
+class NodeMissing(ConfigError):
+    """No node of the Ray cluster has the labels that the config asks for."""
+
+
 class RequestFailed(XYServeError):
     """A request ended with an error; `status` and the message are the server's."""
 

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -44,12 +45,18 @@ from workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+Report = TypeVar("Report")
+ReportAnswered = TypeVar("ReportAnswered")
+
 BEAT_S = 0.5
 """Period at which a worker says that it lives, whatever its engine does."""
 ANSWERED_S = 2.0
 """Max wait of a process that ends for its callers to be told."""
 SENT_S = 1.0
 """Time in which Ray sends an answer that a method has returned, on a busy machine too."""
+ANSWER_TIMEOUT_S = 5.0
+"""Time that the GlobalScheduler has to answer a report or a beat; then the next one is sent. Ray
+may lose a call when a link between nodes is cut."""
 EXPORT_LOADS_S = 2.0
 """Period at which the GlobalScheduler's view of the workers is exported."""
 
@@ -174,15 +181,15 @@ class WorkerReplica(Replica):
         """Serve's hook: it replaces this replica when this raises."""
         self._worker.check_health()
 
-    async def follow(self, answer: "DeploymentResponse[ReportAnswer]") -> None:
+    def follow(self, answer: ReportAnswer) -> None:
         """Do what the GlobalScheduler answers to a report."""
-        with _while_the_scheduler_restarts():
-            self._worker.follow(await answer)
+        self._worker.follow(answer)
 
     async def _beat(self, scheduler: "DeploymentHandle[Any]") -> None:
         while True:
             with _while_the_scheduler_restarts():
-                await scheduler.beat.remote(self._replica_id, self._worker.stall())
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    await scheduler.beat.remote(self._replica_id, self._worker.stall())
             await asyncio.sleep(BEAT_S)
 
     async def _end_with_engine(self) -> None:
@@ -226,6 +233,46 @@ class WorkerReplica(Replica):
             )
 
 
+class _Reports(Generic[Report, ReportAnswered]):
+    """Sends reports to the GlobalScheduler one at a time, the latest only, and follows its answers.
+
+    So none is overtaken by an older one, and none pile up while it is out of reach.
+    """
+
+    def __init__(
+        self,
+        send: "Callable[[Report], DeploymentResponse[ReportAnswered]]",
+        follow: Callable[[ReportAnswered], None],
+        join: Callable[[Report, Report], Report],
+    ) -> None:
+        """`join` makes one of a report that was not sent and the next."""
+        self._send, self._follow, self._join = send, follow, join
+        self._event_loop = asyncio.get_running_loop()
+        self._next: Report | None = None
+        self._sending: asyncio.Task[None] | None = None
+
+    def send(self, report: Report) -> None:
+        """Send a report, now or after the one under way; called from any thread."""
+        self._event_loop.call_soon_threadsafe(self._put, report)
+
+    def _put(self, report: Report) -> None:
+        self._next = report if self._next is None else self._join(self._next, report)
+        if self._sending is None or self._sending.done():
+            self._sending = self._event_loop.create_task(self._send_all())
+
+    async def _send_all(self) -> None:
+        while self._next is not None:
+            report, self._next = self._next, None
+            with _while_the_scheduler_restarts():
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    self._follow(await self._send(report))
+
+
+def _join_reports(unsent: WorkerReport, report: WorkerReport) -> WorkerReport:
+    """The later report, with what only the earlier one says."""
+    return dataclasses.replace(report, finished=(*unsent.finished, *report.finished))
+
+
 class _ReportingTelemetry(WorkerTelemetry):
     """Sends a worker's reports to the GlobalScheduler too, and has its answers followed."""
 
@@ -237,15 +284,18 @@ class _ReportingTelemetry(WorkerTelemetry):
         scheduler: "DeploymentHandle[Any]",
     ) -> None:
         super().__init__(config, history)
-        self._replica = replica
         self._send = scheduler.report
-        self._event_loop = asyncio.get_running_loop()
+        self._reports: _Reports[WorkerReport, ReportAnswer] = _Reports(
+            self._send.remote, replica.follow, _join_reports
+        )
 
     def reported(self, report: WorkerReport) -> None:
         """Export and send a report."""
         super().reported(report)
-        answer = self._send.remote(report)
-        asyncio.run_coroutine_threadsafe(self._replica.follow(answer), self._event_loop)
+        if report.death:
+            self._send.remote(report)  # at once: the calls fail after it, and are placed again
+        else:
+            self._reports.send(report)
 
 
 class DraftReplica(Replica):
@@ -256,12 +306,14 @@ class DraftReplica(Replica):
         super().__init__(config, "draft_worker")
         draft = config.draft
         metrics = DraftWorkerMetrics(Exporter(config.model_name, config.metrics))
-        event_loop = asyncio.get_running_loop()
+        method = scheduler.report_draft_worker
+        reports: _Reports[DraftWorkerReport, list[DraftWorkerAddress]] = _Reports(
+            method.remote, self._meet, lambda _, report: report
+        )
 
         def send(report: DraftWorkerReport) -> None:
             metrics.export(report.status)
-            answer = scheduler.report_draft_worker.remote(report)
-            asyncio.run_coroutine_threadsafe(self._follow(answer), event_loop)
+            reports.send(report)
 
         self._draft_worker = DraftWorker(
             self._replica_id,
@@ -269,8 +321,14 @@ class DraftReplica(Replica):
             lambda: make_drafters(draft, resolve_model(config.model), resolve_model),
             send,
             get_node_ip_address(),
+            config.stream_ports,
         )
         self._at_end.callback(self._draft_worker.shutdown)
+
+    @property
+    def stream_endpoint(self) -> str:
+        """Where workers and other draft workers send what drafts are to be made of."""
+        return self._draft_worker.address.stream.endpoint
 
     async def spans(self, since_s: float) -> tuple[str, list[Span]]:
         """The draft worker's id, and the drafts it made after a time, by the wall clock."""
@@ -280,9 +338,8 @@ class DraftReplica(Replica):
         """Serve's hook: it replaces this replica when this raises."""
         self._draft_worker.check_health()
 
-    async def _follow(self, answer: "DeploymentResponse[list[DraftWorkerAddress]]") -> None:
-        with _while_the_scheduler_restarts():
-            self._draft_worker.set_peers(await answer)
+    def _meet(self, peers: list[DraftWorkerAddress]) -> None:
+        self._draft_worker.set_peers(peers)
 
 
 @contextlib.contextmanager
@@ -290,5 +347,5 @@ def _while_the_scheduler_restarts() -> Iterator[None]:
     """Keep the GlobalScheduler's last answer if this call of it fails."""
     try:
         yield
-    except (RayError, RuntimeError) as error:
+    except (RayError, RuntimeError, TimeoutError) as error:
         logger.warning("the GlobalScheduler did not answer", extra={"error": repr(error)})

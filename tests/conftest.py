@@ -12,9 +12,10 @@ pytest_plugins = ["tests.broken_fixtures"]
 TESTS = Path(__file__).parent
 
 NEEDS = {
-    "e2e": ("e2e/*",),
+    "e2e": ("e2e/*", "nodes/*"),
     "ray": (
         "e2e/*",
+        "nodes/*",
         "*/test_ray_*",
         "cluster/test_*",
         "cluster/ingress/*",
@@ -26,6 +27,7 @@ NEEDS = {
     ),
     "vllm": (
         "e2e/*",
+        "nodes/*",
         "*/test_vllm_*",
         "cluster/cli/test_calibrate.py",
         "cluster/models/*",
@@ -57,6 +59,9 @@ def needs(path: Path) -> set[str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out files that need anything slow")
+    parser.addoption(
+        "--server", type=Path, help="JSON file of the running server that tests/e2e is to test"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from cluster.cli.main import app
 from cluster.config.app_config import AppConfig, parse_args
+from cluster.config.serve_file import read_serve_file
 from tests.clients.clients import CLIENTS
 from tests.clients.run import BEGIN, END, rows
 from tests.test_imports import FLOORS
@@ -193,10 +194,13 @@ def test_every_python_example_can_be_read(name: str) -> None:
 
 
 @each_readme
-def test_every_piece_of_config_is_accepted(name: str) -> None:
+def test_every_piece_of_config_is_accepted(name: str, tmp_path: Path) -> None:
     for block in blocks(name, "yaml"):
         args = yaml.safe_load(textwrap.dedent(block))
-        if args.keys() <= AppConfig.__dataclass_fields__.keys():
+        if "applications" in args:
+            (tmp_path / "app.yaml").write_text(block)
+            read_serve_file(tmp_path / "app.yaml")
+        elif args.keys() <= AppConfig.__dataclass_fields__.keys():
             parse_args(args)
         else:
             assert args.keys() == {"deployments"}

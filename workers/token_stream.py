@@ -27,8 +27,6 @@ CLOSE_AFTER_S = 300.0
 """A stream unused this long is closed; the next message opens a new one."""
 MAX_RESENT = 64
 """Max messages resent at once: a slow receiver has them already, and need not read all again."""
-HEARTBEAT_MS = 2000
-"""Interval of heartbeats; a connection that misses three is reopened."""
 ACK_EVERY = 16
 """Messages per acknowledgement while more are waiting to be read."""
 
@@ -58,8 +56,6 @@ class StreamSender:
         options: sockets.Options = {
             zmq.IDENTITY: uuid.uuid4().bytes,
             zmq.SNDHWM: 0,  # bounded by LOST_AFTER_S, not by dropping
-            zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
-            zmq.HEARTBEAT_TIMEOUT: 3 * HEARTBEAT_MS,
         }
         self._socket = sockets.connect(context, address.endpoint, options)
         self._next_seq = 0
@@ -108,12 +104,12 @@ class StreamSender:
 class StreamReceiver:
     """The receiving end: one socket for any number of senders, read by one asyncio task."""
 
-    def __init__(self, host: str) -> None:
-        """Listen on a free port of `host`, an address that the senders can reach."""
+    def __init__(self, host: str, ports: sockets.Ports | None = None) -> None:
+        """Listen on `host`, an address that the senders can reach, at one of `ports`."""
         self._context = zmq.asyncio.Context()
         # With the handover a sender that reconnects keeps its identity.
         options: sockets.Options = {zmq.RCVHWM: 0, zmq.ROUTER_HANDOVER: 1}
-        self._socket, endpoint = sockets.listen(self._context, host, options)
+        self._socket, endpoint = sockets.listen(self._context, host, options, ports)
         self.address = StreamAddress(endpoint, secrets.token_bytes(16))
         self._expected: dict[bytes, int] = {}
 

@@ -4,7 +4,7 @@ They read nothing from the machine, except for the model's files and the draft h
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from cluster.placement.ray_seams import VERSION as RAY
 from workers.config import DraftConfig
 from workers.plugin.vllm_seams import VERSION as VLLM
 from workers.seams import is_same_series
+from workers.sockets import Ports, host_and_port
 
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
 TORCH = "2.13.0"
@@ -57,6 +58,20 @@ class Port:
     problem: str = ""
     is_ray: bool = False
     """Whether a Ray process holds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A stream of the running app and, if it cannot be opened, the reason."""
+
+    sender: str
+    """Deployment and id of the replica that sends."""
+    sender_address: str
+    """Address of its node."""
+    receiver: str
+    """Deployment and id of the replica that listens."""
+    endpoint: str
+    fault: str = ""
 
 
 def check_python(version: tuple[int, int]) -> Finding:
@@ -296,6 +311,46 @@ def check_ray_port(check: str, port: Port, option: str) -> Finding:
     detail = f"Port {port.number}, Ray's default, {port.problem}."
     remedy = f"stop that process, or ray start --head {option}={port.number + 1}"
     return Finding(check, "warn", detail, remedy)
+
+
+def check_stream_ports(ports: Ports | None, num_listening: int) -> Finding:
+    """The range for the streams: a port for each replica that listens, at worst on one node."""
+    if ports is None:
+        detail = "Streams take any free port; a firewall between nodes needs a range."
+        return Finding("stream ports", "ok", detail)
+    num_ports = ports[1] - ports[0] + 1
+    detail = f"{num_ports} ports for {num_listening} ingresses and draft workers."
+    if num_ports >= 2 * num_listening:
+        return Finding("stream ports", "ok", detail)
+    detail = f"{detail} While they are replaced, old and new ones may listen on one node."
+    remedy = f"stream_ports: [{ports[0]}, {ports[0] + 2 * num_listening - 1}]"
+    return Finding("stream ports", "warn", detail, remedy)
+
+
+def check_links(links: Sequence[Link], num_silent: int, ports: Ports | None) -> list[Finding]:
+    """The streams between the replicas of a running app, of which `num_silent` do not answer."""
+    findings = []
+    for link in links:
+        if not link.fault:
+            continue
+        host, port = host_and_port(link.endpoint)
+        open_ports = f"TCP ports {ports[0]} to {ports[1]}" if ports else f"TCP port {port}"
+        remedy = f"open {open_ports} on {host} for {link.sender_address}"
+        if ports is None:
+            remedy += ", and set stream_ports to a range: without one the port is another each time"
+        detail = (
+            f"{link.sender} on {link.sender_address} cannot reach {host} port {port}, where "
+            f"{link.receiver} listens: {link.fault}."
+        )
+        findings.append(Finding("link", "fail", detail, remedy))
+    if num_silent:
+        detail = f"{num_silent} replicas of the app do not answer."
+        remedy = "serve status, and open Ray's own ports between the nodes (deploy/README.md)"
+        findings.append(Finding("link", "warn", detail, remedy))
+    num_open = sum(not link.fault for link in links)
+    if num_open or not findings:
+        findings.append(Finding("links", "ok", f"{num_open} streams between replicas are open."))
+    return findings
 
 
 def check_model(name: str, directory: Path | None) -> Finding:

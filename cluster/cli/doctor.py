@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.cli.options import DEFAULT_CONFIG, Config
+from cluster.cli.options import DEFAULT_CONFIG, Address, Config
 
 if TYPE_CHECKING:
     from cluster.cli.checks import Finding
+    from cluster.config.serve_file import ServeFile
 
 
-def doctor(config: Config = DEFAULT_CONFIG) -> None:
+def doctor(
+    config: Config = DEFAULT_CONFIG,
+    links: Annotated[
+        bool,
+        typer.Option("--links", help="Check instead whether the nodes of the running app connect."),
+    ] = False,
+    address: Address = None,
+) -> None:
     """Check whether this machine can serve CONFIG, and print a remedy for each problem."""
     # The config's schema would make every other command start more slowly.
     from cluster.cli.probes import examine
     from cluster.config.serve_file import read_serve_file
 
-    if not print_findings(examine(read_serve_file(config)), Console()):
+    serve_file = read_serve_file(config)
+    if not print_findings(_links(serve_file, address) if links else examine(serve_file), Console()):
         raise typer.Exit(1)
+
+
+def _links(serve_file: ServeFile, address: str | None) -> list[Finding]:
+    # Importing Ray takes seconds.
+    from cluster.cli.links import examine_links
+
+    return examine_links(serve_file, address)
 
 
 def print_findings(findings: list[Finding], console: Console) -> bool:

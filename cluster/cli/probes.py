@@ -34,6 +34,7 @@ from cluster.cli.checks import (
     check_ray_port,
     check_ray_token,
     check_shared_memory,
+    check_stream_ports,
     check_torch,
     check_torch_companions,
     check_torch_npu,
@@ -140,10 +141,13 @@ def _examine_hardware(serve_file: ServeFile, model: Path | None) -> list[Finding
 
 def _examine_ports(serve_file: ServeFile) -> list[Finding]:
     http = probe_port(serve_file.host, serve_file.port)
+    config = serve_file.config
+    num_listening = config.num_ingresses + (config.draft.num_workers if config.draft else 0)
     return [
         check_http_port(http, serve_apps(serve_file.url) if http.problem else None),
         check_ray_port("ray port", probe_port("127.0.0.1", 6379), "--port"),
         check_ray_port("ray dashboard", probe_port("127.0.0.1", 8265), "--dashboard-port"),
+        check_stream_ports(config.stream_ports, num_listening),
     ]
 
 

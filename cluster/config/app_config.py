@@ -13,12 +13,14 @@ from typing import Any
 
 import pydantic
 
+from cluster.config.nodes import NodesConfig
 from cluster.config.observe import LogConfig, TracingConfig
 from cluster.config.routes import EXTRA_PATHS
 from cluster.config.slo import SloConfig
 from cluster.errors import ConfigError
 from cluster.models.default_model import DEFAULT_MODEL
 from workers.config import DraftConfig, EngineConfig, WorkerConfig
+from workers.sockets import check_ports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +84,17 @@ class AppConfig:
     drain_timeout_s: float = 600.0
     """Time that a replica which is to stop has for finishing its requests, in seconds."""
     wait_for_device: bool = False
-    """Whether to start even if no node has the device yet, for clusters that grow on demand."""
+    """Whether to start even if no node has the device or the labels yet, for clusters that grow on
+    demand."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     draft: DraftConfig | None = None
     """Draft workers in addition to the workers; null: no drafts."""
     ingress: IngressConfig = field(default_factory=IngressConfig)
     slo: SloConfig = field(default_factory=SloConfig)
+    nodes: NodesConfig = field(default_factory=NodesConfig)
+    stream_ports: tuple[int, int] | None = None
+    """First and last of the TCP ports at which ingresses and draft workers take the streams of
+    tokens and drafts, each at one on its node; null: any free port."""
     metrics: bool = True
     """Whether to export metrics to Prometheus and to keep the latest steps, which `xyserve steps`
     and `xyserve explain` show."""
@@ -101,6 +108,7 @@ class AppConfig:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if not self.drain_timeout_s >= 0:
             raise ValueError(f"drain_timeout_s ({self.drain_timeout_s}) must not be negative")
+        check_ports(self.stream_ports)
         if self.draft and self.worker.step_policy.name == "vllm":
             raise ValueError(
                 "draft needs one of our worker.step_policy names, which decide how many drafts are "

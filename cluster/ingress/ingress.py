@@ -67,11 +67,13 @@ class Ingress(Replica):
         self._history = RequestHistory()
         metrics = RequestMetrics(Exporter(config.model_name, config.metrics), config.slo)
         observer = IngressTelemetry(metrics, self._tracing, self._history)
+        receiver = StreamReceiver(get_node_ip_address(), config.stream_ports)
+        self._stream_endpoint = receiver.address.endpoint
         self._client = EngineClient(
             workers,
             WorkerDirectory(workers),
             scheduler,
-            StreamReceiver(get_node_ip_address()),
+            receiver,
             decode_outputs(),
             observer,
             config.ingress.placement_timeout_s,
@@ -86,6 +88,11 @@ class Ingress(Replica):
         self._senders = StreamSenders()
         self._chunks: defaultdict[StreamAddress, list[Chunk]] = defaultdict(list)
         self._polling: asyncio.Task[None] | None = None
+
+    @property
+    def stream_endpoint(self) -> str:
+        """Where workers send the tokens."""
+        return self._stream_endpoint
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's hook for the HTTP app."""

@@ -45,6 +45,8 @@ ray.serve.handle:DeploymentBroadcastResponse
 
 # Used by the client handle, `xyserve up` and the tests; a replica would not import this much.
 IN_COMMANDS = seams("""
+ray.serve.handle:DeploymentBroadcastResponse
+    called results(self, *, timeout_s=None, return_exceptions=False)
 ray._private.authentication.authentication_token_setup
     called maybe_enable_token_auth_if_token_available(warn_if_disabled=True)
 ray._private.gcs_utils

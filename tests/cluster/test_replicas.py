@@ -166,6 +166,41 @@ async def test_a_worker_says_that_it_lives_and_that_its_step_stalls(
     assert stall.suspects == {"r.0"}
 
 
+async def test_reports_wait_for_the_answer_to_the_one_before_and_become_one(
+    monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
+) -> None:
+    answered = asyncio.Event()
+
+    class Unreachable(SchedulerHandle):
+        def remote(self, report: WorkerReport | DraftWorkerReport) -> Any:
+            answer = super().remote(report)
+
+            async def wait() -> Any:
+                await answered.wait()
+                return await answer
+
+            return wait()
+
+    scheduler = Unreachable(ReportAnswer())
+    replica = make_worker(monkeypatch, FakeEngine(), scheduler)
+    ended.append(replica)
+    receiver = StreamReceiver("127.0.0.1")
+    await until(lambda: len(scheduler.reports) == 1)
+    for number in range(3):
+        request = EngineRequest(Request(f"r.{number}", 10, 1), [])
+        await replica.generate("w1", request, receiver.address)
+    reports = replica._telemetry._reports
+    await until(lambda: reports._next is not None and "r.2" in reports._next.finished)
+    assert len(scheduler.reports) == 1
+    answered.set()
+    await until(lambda: len(scheduler.reports) == 2)
+
+    [_, report] = scheduler.reports
+    assert isinstance(report, WorkerReport)
+    assert report.finished == ("r.0", "r.1", "r.2")
+    receiver.close()
+
+
 async def test_the_end_of_a_workers_replica_ends_its_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,5 +1,7 @@
 """One cluster for the whole session: `xyserve up` as a user starts it, on ports of its own."""
 
+import dataclasses
+import json
 import os
 import re
 import signal
@@ -57,6 +59,18 @@ class Server:
     folder: Path
     ray_folder: Path
 
+    def write(self, file: Path) -> None:
+        """Write it down for `pytest --server`."""
+        file.write_text(json.dumps(dataclasses.asdict(self), default=str))
+
+    @classmethod
+    def read(cls, file: Path) -> "Server":
+        """The server that was written down."""
+        known = json.loads(file.read_text())
+        for name in ("config", "folder", "ray_folder"):
+            known[name] = Path(known[name])
+        return cls(**known)
+
     def replicas(self) -> dict[int, str]:
         """The live replicas of the app, by pid; Ray has a log of each, and its title names it."""
         found = {}
@@ -109,7 +123,13 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Server]:
+def server(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Server]:
+    if file := request.config.getoption("server"):
+        yield Server.read(file)
+        return
+    collector: Collector = request.getfixturevalue("collector")
     tracing = {"endpoint": collector.endpoint, "sample_ratio": 0.0}
     with serving(tmp_path_factory.mktemp("server"), tracing=tracing) as server:
         yield server

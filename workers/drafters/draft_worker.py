@@ -70,8 +70,9 @@ class DraftWorker:
         make_drafters: Callable[[], dict[str, Drafter]],
         report: Callable[[DraftWorkerReport], object],
         host: str,
+        ports: sockets.Ports | None = None,
     ) -> None:
-        """Listen on a free port of `host`, an address that the workers can reach."""
+        """Listen on `host`, an address that the workers can reach, at one of `ports`."""
         began_s = time.monotonic()
         self._report = report
         self._cpus: CpuClaim | None = None
@@ -79,7 +80,7 @@ class DraftWorker:
             self._cpus = claim_cpus(config.cpus)
             self._cpus.pin_process()
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket, endpoint = sockets.listen(self._zmq, host, {zmq.SNDHWM: MAX_UNREAD})
+        self._socket, endpoint = sockets.listen(self._zmq, host, {zmq.SNDHWM: MAX_UNREAD}, ports)
         self.address = DraftWorkerAddress(
             draft_worker_id,
             secrets.token_hex(8),

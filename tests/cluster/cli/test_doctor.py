@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from cluster.cli import checks, probes
-from cluster.cli.checks import GIB, Device, Finding, Level, Port
+from cluster.cli.checks import GIB, Device, Finding, Level, Link, Port
 from cluster.cli.doctor import print_findings
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.config.serve_file import ServeFile
@@ -356,6 +356,55 @@ def test_a_port_that_ray_holds_means_that_a_cluster_runs() -> None:
 
     assert finding.level == "warn"
     assert "a Ray cluster is already running here" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("ports", "level"),
+    [(None, "ok"), ((20000, 20003), "ok"), ((20000, 20002), "warn")],
+)
+def test_the_ports_of_streams_are_enough_while_replicas_are_replaced(
+    ports: tuple[int, int] | None, level: Level
+) -> None:
+    finding = checks.check_stream_ports(ports, num_listening=2)
+
+    assert finding.level == level
+    assert finding.remedy == ("stream_ports: [20000, 20003]" if level == "warn" else "")
+
+
+OPEN = Link("Worker w1", "10.0.0.2", "Ingress i1", "tcp://10.0.0.1:20000")
+CLOSED = dataclasses.replace(OPEN, fault="nothing answers within 3 s")
+
+
+@pytest.mark.parametrize(
+    ("ports", "remedy"),
+    [
+        ((20000, 20009), "open TCP ports 20000 to 20009 on 10.0.0.1 for 10.0.0.2"),
+        (
+            None,
+            "open TCP port 20000 on 10.0.0.1 for 10.0.0.2, and set stream_ports to a range: "
+            "without one the port is another each time",
+        ),
+    ],
+)
+def test_a_stream_that_cannot_be_opened_is_named_with_both_ends(
+    ports: tuple[int, int] | None, remedy: str
+) -> None:
+    assert checks.check_links([OPEN, CLOSED], 0, ports) == [
+        Finding(
+            "link",
+            "fail",
+            "Worker w1 on 10.0.0.2 cannot reach 10.0.0.1 port 20000, where Ingress i1 listens: "
+            "nothing answers within 3 s.",
+            remedy,
+        ),
+        Finding("links", "ok", "1 streams between replicas are open."),
+    ]
+
+
+def test_a_replica_that_does_not_answer_is_a_warning() -> None:
+    [silent] = checks.check_links([], 1, None)
+
+    assert (silent.level, silent.detail) == ("warn", "1 replicas of the app do not answer.")
 
 
 def test_a_taken_port_names_the_process_that_listens() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from cluster.config.app_config import AppConfig, IngressConfig, parse_args
+from cluster.config.nodes import NodesConfig
 from cluster.config.routes import EXTRA_PATHS
 from cluster.config.serve_file import IMPORT_PATH, read_serve_file
 from cluster.config.slo import SloClass, SloConfig
@@ -51,6 +52,8 @@ def test_args_become_the_config_at_every_level() -> None:
             "worker": {"device": "cuda", "engine": {"max_num_seqs": 4, "seed": 7}},
             "ingress": {"max_n": 3},
             "slo": {"default": "batch", "classes": {"night": {"ttft_ms": 60_000}}},
+            "nodes": {"worker": {"tier": "back"}},
+            "stream_ports": [20000, 20099],
         }
     )
 
@@ -60,6 +63,8 @@ def test_args_become_the_config_at_every_level() -> None:
         worker=WorkerConfig(device="cuda", engine=EngineConfig(max_num_seqs=4, seed=7)),
         ingress=IngressConfig(max_n=3),
         slo=SloConfig(default="batch", classes={"night": SloClass(ttft_ms=60_000)}),
+        nodes=NodesConfig(worker={"tier": "back"}),
+        stream_ports=(20000, 20099),
     )
 
 
@@ -137,6 +142,16 @@ def test_extra_arguments_that_vllm_has_are_taken() -> None:
         ({"num_workers": 0}, "num_workers (0) must be at least 1"),
         ({"num_ingresses": -1}, "num_ingresses (-1) must be at least 1"),
         ({"drain_timeout_s": -1}, "drain_timeout_s (-1.0) must not be negative"),
+        (
+            {"stream_ports": [20099, 20000]},
+            "stream_ports ([20099, 20000]) must be the first and the last of a range of ports, "
+            "such as [20000, 20099]",
+        ),
+        (
+            {"nodes": {"worker": {"tier": "in(a, b)"}}},
+            "nodes: worker.tier ('in(a, b)') must be a label's value: letters, digits and ., _ or "
+            "- between them",
+        ),
         ({"ingress": {"max_n": 0}}, "ingress: max_n (0) must be positive"),
         (
             {"ingress": {"routes": ["/sleep"]}},
