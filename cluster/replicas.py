@@ -208,9 +208,9 @@ class WorkerReplica(Replica):
             check_seams(config.worker.device)
             # vLLM takes long to import, and is checked first.
             from workers.profiling.vllm_calibrated_engine import make_engine
-
-            self._start.ended(StartPhase.IMPORTS)
-            observer = self._telemetry if config.metrics or config.tracing else None
+        self._start.ended(StartPhase.IMPORTS)
+        observer = self._telemetry if config.metrics or config.tracing else None
+        with nothing_collected():
             engine = make_engine(
                 resolve_model(config.model), config.worker, observer, config.draft, self._start
             )

@@ -75,7 +75,11 @@ def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
         args["quantization"] = QUANTIZATION
         args["dtype"] = "float32"
         args["additional_config"] = {
-            QUANTIZATION: {"weight_format": config.weight_format, "num_threads": config.cpus}
+            QUANTIZATION: {
+                "weight_format": config.weight_format,
+                "num_threads": config.cpus,
+                "keep_packed_weights": config.keep_packed_weights,
+            }
         }
     args["distributed_executor_backend"] = "uni"
     args |= config.engine.extra_args

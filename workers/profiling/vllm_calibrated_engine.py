@@ -1,5 +1,6 @@
 """An engine that predicts its steps by a profile of this machine."""
 
+import functools
 from collections.abc import Callable
 
 from vllm.config import VllmConfig
@@ -32,6 +33,8 @@ def make_engine(
     start = start or Start()
     with VLLM.replaced(EngineCore, "_initialize_kv_caches", _timed(start)):
         engine = VllmEngine(model, config, observer, draft)
+    if config.uses_own_kernels:
+        _keep_packed_weights(engine.core)
     engine.grammars.warm_up()
     start.ended(StartPhase.SCHEDULER)
     if isinstance(scheduler := engine.core.scheduler, PlannedScheduler):
@@ -47,10 +50,20 @@ def make_engine(
     return engine
 
 
+def _keep_packed_weights(core: EngineCore) -> None:
+    from workers.plugin.vllm_linear import KernelConfig  # other devices do without our kernels
+
+    kernels = core.vllm_config.quant_config
+    assert isinstance(kernels, KernelConfig)
+    assert kernels.packed_weights
+    kernels.packed_weights.finish()
+
+
 def _timed(start: Start) -> Callable[[EngineCore, VllmConfig], KVCacheConfig]:
     """What makes the KV cache, between the phases before and after it."""
     initialize = EngineCore._initialize_kv_caches
 
+    @functools.wraps(initialize)
     def initialize_kv_caches(core: EngineCore, vllm_config: VllmConfig) -> KVCacheConfig:
         start.ended(StartPhase.MODEL)
         kv_cache_config: KVCacheConfig = initialize(core, vllm_config)
