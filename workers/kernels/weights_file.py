@@ -99,7 +99,7 @@ def _read(source: IO[bytes], entry: dict[str, Any]) -> Weight:
     weight = Weight(entry["n"], entry["k"], Format[entry["format"].upper()], entry["gate_up"])
     checksum = 0
     for array in weight.arrays():
-        memory = memoryview(array).cast("B")
+        memory = array.data.cast("B")
         if source.readinto(memory) != len(memory):  # type: ignore[attr-defined]
             raise EOFError("it is cut off")
         checksum = zlib.crc32(memory, checksum)
@@ -126,11 +126,11 @@ def _write(out: IO[bytes], key: str, weights: Mapping[str, Weight]) -> None:
     out.write(header)
     for weight in weights.values():
         for array in weight.arrays():
-            out.write(memoryview(array).cast("B"))
+            out.write(array.data.cast("B"))
 
 
 def _checksum(arrays: tuple[NDArray[np.generic], ...]) -> int:
     checksum = 0
     for array in arrays:
-        checksum = zlib.crc32(memoryview(array).cast("B"), checksum)
+        checksum = zlib.crc32(array.data.cast("B"), checksum)
     return checksum

@@ -70,7 +70,7 @@ class KernelConfig(QuantizationConfig):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.packed_weights: PackedWeights | None = None
         """Of the engine's model; None until its first layer is made."""
 

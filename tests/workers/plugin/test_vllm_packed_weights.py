@@ -43,7 +43,8 @@ def start(model: str, config: WorkerConfig, meanwhile: Callable[[], None] | None
     from workers.home import home
 
     engine = LLMEngine.from_engine_args(engine_args(model, config))
-    weights = engine.vllm_config.quant_config.packed_weights
+    kernels: Any = engine.vllm_config.quant_config
+    weights = kernels.packed_weights
     if meanwhile:
         meanwhile()
     num_found = weights.num_found
