@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 LOAD_FORMATS = {"auto", "hf", "safetensors", "pt"}
 """vLLM's load formats whose weights depend on the files of the checkpoint alone."""
+FILES = {".safetensors", ".bin", ".pt", ".json"}
+"""Suffixes of the files that weights are loaded by; others in the folder may change at will."""
 SETTLED_S = 0.1
 """Age of a file from which on a later change has a later time, by any kernel's clock."""
 
@@ -35,10 +37,15 @@ class PackedWeights:
         """Read the file if it holds what packing would give; without `keep` there is no file."""
         self._folder = Path(config.model_config.model)
         self._began = _identity(self._folder) if keep and _is_plain(config) else None
-        self._key = json.dumps([_key(config, weight_format), self._began], default=str)
+        self._key = ""
         self._file = _path(self._folder, weight_format)
-        self._found = read_weights(self._file, self._key) if self._began else {}
+        self._found: dict[str, Weight] = {}
+        if self._began is not None:
+            self._key = json.dumps([_key(config, weight_format), self._began], default=str)
+            self._found = read_weights(self._file, self._key)
         self._made: dict[str, Weight] = {}
+        self._nameless = {""}
+        """Names that do not tell layers apart."""
 
     @property
     def num_found(self) -> int:
@@ -54,7 +61,14 @@ class PackedWeights:
 
     def add(self, prefix: str, weight: Weight) -> None:
         """Take note of a weight that was packed."""
+        if prefix in self._made:
+            self._nameless.add(prefix)
         self._made[prefix] = weight
+
+    def kept(self) -> dict[str, Weight]:
+        """All weights that the file is to have: those of layers with a name of their own."""
+        weights = self._found | self._made
+        return {name: weight for name, weight in weights.items() if name not in self._nameless}
 
     def finish(self) -> None:
         """Write what was packed, once the whole model is loaded; why it cannot be is logged.
@@ -69,7 +83,7 @@ class PackedWeights:
         if not self._made or not is_same:
             return
         try:
-            write_weights(self._file, self._key, self._found | self._made)
+            write_weights(self._file, self._key, self.kept())
         except OSError as error:
             logger.warning(
                 "packed weights cannot be kept, and each start packs them again; free space there, "
@@ -96,7 +110,8 @@ def _identity(folder: Path) -> list[Any] | None:
 
     The time of a file's last change (ctime) cannot be set, unlike that of its content (mtime).
     """
-    stats = {file.name: file.stat() for file in sorted(folder.iterdir()) if file.is_file()}
+    files = sorted(file for file in folder.iterdir() if file.suffix in FILES)
+    stats = {file.name: file.stat() for file in files}
     if any(time.time() - stat.st_ctime < SETTLED_S for stat in stats.values()):
         return None
     return [

@@ -2,10 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.workers.engine_process import (
@@ -17,6 +19,7 @@ from tests.workers.engine_process import (
 )
 from tests.workers.tiny_models import write_checkpoint
 from workers.config import EngineConfig, WorkerConfig
+from workers.kernels.gemm import Weight
 
 BATCH = Batch([[7], [*range(3, 60)], [*range(200, 300)]])
 Home = dict[str, str]
@@ -210,3 +213,21 @@ def test_an_engine_of_another_format_or_config_packs_its_own(
     others = [config(weight_format="int8"), config({"rms_norm_eps": 1e-3})]
 
     assert [processes.call(start, model, other, env=home)[1] for other in others] == [0, 0]
+
+
+def names_kept(names: Sequence[str]) -> list[str]:
+    """Names in the file if layers of these names are packed."""
+    from workers.plugin.vllm_packed_weights import PackedWeights
+
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(model="nowhere"))
+    weights = PackedWeights(config, "auto", keep=False)
+    weight = Weight.pack(np.ones((4, 4), np.float32))
+    for name in names:
+        weights.add(name, weight)
+    return list(weights.kept())
+
+
+def test_layers_that_a_name_does_not_tell_apart_are_not_kept(processes: EngineProcesses) -> None:
+    names = ("a", "b", "", "c", "b", "", "b")
+
+    assert processes.call(names_kept, names) == ["a", "c"]
