@@ -33,8 +33,6 @@ def make_engine(
     start = start or Start()
     with VLLM.replaced(EngineCore, "_initialize_kv_caches", _timed(start)):
         engine = VllmEngine(model, config, observer, draft)
-    if config.uses_own_kernels:
-        _keep_packed_weights(engine.core)
     engine.grammars.warm_up()
     start.ended(StartPhase.SCHEDULER)
     if isinstance(scheduler := engine.core.scheduler, PlannedScheduler):
@@ -48,15 +46,6 @@ def make_engine(
         scheduler.planner.calibrate(cost_model, model_work(engine.core))
     start.ended(StartPhase.CALIBRATION)
     return engine
-
-
-def _keep_packed_weights(core: EngineCore) -> None:
-    from workers.plugin.vllm_linear import KernelConfig  # other devices do without our kernels
-
-    kernels = core.vllm_config.quant_config
-    assert isinstance(kernels, KernelConfig)
-    assert kernels.packed_weights
-    kernels.packed_weights.finish()
 
 
 def _timed(start: Start) -> Callable[[EngineCore, VllmConfig], KVCacheConfig]:
