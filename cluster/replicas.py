@@ -38,6 +38,7 @@ from workers.reports import (
     WorkerStatus,
     WorkerSteps,
 )
+from workers.start import Start, StartPhase, nothing_collected
 from workers.step_history import RequestStep, StepHistory
 from workers.timeline import Span
 from workers.token_stream import StreamAddress
@@ -126,11 +127,17 @@ class WorkerReplica(Replica):
     """Has a worker, and remembers its steps."""
 
     def __init__(self, config: AppConfig, scheduler: "DeploymentHandle[Any]") -> None:
+        self._start = Start()
         super().__init__(config, "worker")
+        self._start.ended(StartPhase.PROCESS)
         self._history = StepHistory()
         self._telemetry = _ReportingTelemetry(config, self._history, self, scheduler)
         self._worker = Worker(
-            self._replica_id, config.worker, lambda: self._make_engine(config), self._telemetry
+            self._replica_id,
+            config.worker,
+            lambda: self._make_engine(config),
+            self._telemetry,
+            start=self._start,
         )
         self._at_end.callback(self._worker.shutdown)
         self._num_calls = 0
@@ -208,12 +215,16 @@ class WorkerReplica(Replica):
         os._exit(1)  # an orderly end could hang with the engine
 
     def _make_engine(self, config: AppConfig) -> Engine:
-        check_seams(config.worker.device)
-        # vLLM takes long to import, and is checked first.
-        from workers.profiling.vllm_calibrated_engine import make_engine
-
+        with nothing_collected():
+            check_seams(config.worker.device)
+            # vLLM takes long to import, and is checked first.
+            from workers.profiling.vllm_calibrated_engine import make_engine
+        self._start.ended(StartPhase.IMPORTS)
         observer = self._telemetry if config.metrics or config.tracing else None
-        engine = make_engine(resolve_model(config.model), config.worker, observer, config.draft)
+        with nothing_collected():
+            engine = make_engine(
+                resolve_model(config.model), config.worker, observer, config.draft, self._start
+            )
         self._telemetry.watch(engine)
         return engine
 

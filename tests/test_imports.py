@@ -58,7 +58,10 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     ),
     "workers": (
         frozenset(
-            {"config", "cpus", "engine_request", "errors", "home", "seams", "sockets", "timeline"}
+            {
+                *("config", "cpus", "engine_request", "errors", "home", "seams", "sockets"),
+                *("start", "timeline"),
+            }
         ),
         frozenset({"kernels", "token_stream"}),
         frozenset({"drafts", "plugin", "step_history"}),

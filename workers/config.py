@@ -97,6 +97,10 @@ class WorkerConfig:
     weight_format: Literal["auto", "int8", "int4"] = "auto"
     """Format of the weights in our kernels; `auto` is lossless: bf16 if the checkpoint is, else
     fp32."""
+    keep_packed_weights: bool = True
+    """Whether our kernels' weights are kept in a file, so that a later start of the same model need
+    not pack them; for a local checkpoint, in `packed/` of the home folder, as large as in
+    memory."""
     calibrate_at_start: bool = True
     """Whether an engine times its steps at its first start on a machine, for about ten seconds, so
     that step times can be predicted; `xyserve calibrate` measures more accurately."""

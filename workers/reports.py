@@ -1,11 +1,13 @@
 """What workers and draft workers report of themselves, and who sees it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from scheduler.task import StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.drafts.draft_stream import DraftWorkerAddress
+from workers.start import PhaseTime
 from workers.step_history import StepSummary
 
 
@@ -111,6 +113,8 @@ class WorkerStatus:
     """Whether its steps have long been much longer than predicted, unlike those of others."""
     slowness: float = 1.0
     """How long its steps take lately compared with what was predicted."""
+    start: Mapping[str, PhaseTime] = field(default_factory=dict)
+    """What each phase of its start took, by `StartPhase`."""
 
 
 @dataclass(frozen=True, slots=True)

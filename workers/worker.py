@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import time
@@ -17,7 +18,10 @@ from workers.engine.engine_loop import EngineLoop, LoopState
 from workers.engine_request import EngineRequest
 from workers.errors import EngineDead, GrammarRefused, WorkerDraining, WorkerUnfit, WrongWorker
 from workers.reports import ReportAnswer, Stall, WorkerObserver, WorkerReport, WorkerStatus
+from workers.start import Start, StartPhase
 from workers.token_stream import StreamAddress
+
+logger = logging.getLogger(__name__)
 
 WATCH_S = 0.25
 """Period at which a worker looks whether its engine lives."""
@@ -35,12 +39,14 @@ class Worker:
         make_engine: Callable[[], Engine],
         observer: WorkerObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
+        start: Start | None = None,
     ) -> None:
-        """`clock` times the reports."""
+        """`clock` times the reports, `start` what comes before requests."""
         self.worker_id = worker_id
         self._config = config
         self._observer = observer or WorkerObserver()
         self._clock = clock
+        self._start = start or Start()
         self._reported: WorkerReport | None = None
         self._reported_s = -math.inf
         self._draining = False
@@ -97,11 +103,15 @@ class Worker:
             draining=self._draining,
             drafts=state.engine.drafts,
             slowness=state.engine.slowness,
+            start={str(phase): time for phase, time in self._start.times.items()},
         )
 
     def follow(self, answer: ReportAnswer) -> None:
         """Take drafts from the draft worker that the answer to a report names, and be replaced if
         it says so."""
+        if StartPhase.REPORT not in self._start.times:
+            self._start.ended(StartPhase.REPORT)
+            logger.info("worker started", extra=self._start.summary())
         self._unfit = answer.unfit
         if self._reported and self._reported.drafts:
             self._engine_loop.assign_draft_worker(answer.draft_worker)

@@ -31,6 +31,7 @@ def status(app_name: AppName = "xyserve", address: Address = None) -> None:
 def _workers_table(app_name: str, state: AppStatus) -> Table:
     table = Table(
         "worker", "pid", "cores", "running", "waiting", "tokens left", "KV", "memory", "steps",
+        "start",
         *(("acceptance", "tokens/decode") if state.draft_workers else ()),
         title=f"{app_name}: {state.model}",
     )  # fmt: skip
@@ -45,6 +46,7 @@ def _workers_table(app_name: str, state: AppStatus) -> Table:
             f"{worker.kv_cache_usage:.0%}",
             f"{worker.memory_bytes / 2**30:.1f} GiB",
             str(worker.num_steps),
+            f"{sum(phase.took_s for phase in worker.start.values()):.0f} s",
             *_draft_cells(worker.drafts),
         )
     return table

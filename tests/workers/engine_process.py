@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -83,12 +84,14 @@ class EngineProcesses:
     """A process that has imported vLLM, and each call in a fork of it, one after another."""
 
     def __init__(self) -> None:
+        # What engines keep is of tiny models, and not for the user.
+        self._cache = tempfile.TemporaryDirectory(prefix="xyserve-tests-")
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_fork_calls, args=(theirs,))
+        self._process = context.Process(target=_fork_calls, args=(theirs, self._cache.name))
         self._process.start()
         theirs.close()  # so that the death of the process ends the pipe
 
@@ -111,6 +114,7 @@ class EngineProcesses:
         with suppress(BrokenPipeError):
             self._pipe.send(None)
         self._process.join()
+        self._cache.cleanup()
 
     def _kill(self) -> None:
         forks = psutil.Process(self._process.pid).children()
@@ -121,12 +125,14 @@ class EngineProcesses:
         self._pipe.close()
 
 
-def _fork_calls(pipe: Connection) -> None:
+def _fork_calls(pipe: Connection, cache: str) -> None:
+    os.environ.pop("XYSERVE_HOME", None)
     # A fork loses the threads that OpenMP started; compiling how vLLM ranks tokens takes seconds.
     os.environ |= {
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "XDG_CACHE_HOME": cache,
     }
     import transformers  # noqa: F401
     import vllm.v1.engine.llm_engine

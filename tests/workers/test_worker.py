@@ -1,5 +1,6 @@
 import asyncio
 import dataclasses
+import logging
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -334,6 +335,20 @@ async def test_the_status_counts_what_runs_and_waits(setup: Setup, make_setup: M
         num_steps=1,
         kv_cache_usage=1 / 8,
     )
+
+
+async def test_a_worker_has_started_when_its_first_report_is_answered(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (await setup.worker.status()).start
+    with caplog.at_level(logging.INFO, "workers.worker"):
+        setup.worker.follow(ReportAnswer())
+        setup.worker.follow(ReportAnswer())
+
+    after = (await setup.worker.status()).start
+    assert (list(before), list(after)) == ([], ["report"])
+    assert caplog.messages == ["worker started"]
+    assert vars(caplog.records[0])["took_s"] > 0
 
 
 async def test_an_idle_worker_reports_as_a_heartbeat(setup: Setup) -> None:

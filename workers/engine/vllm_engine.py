@@ -75,7 +75,11 @@ def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
         args["quantization"] = QUANTIZATION
         args["dtype"] = "float32"
         args["additional_config"] = {
-            QUANTIZATION: {"weight_format": config.weight_format, "num_threads": config.cpus}
+            QUANTIZATION: {
+                "weight_format": config.weight_format,
+                "num_threads": config.cpus,
+                "keep_packed_weights": config.keep_packed_weights,
+            }
         }
     args["distributed_executor_backend"] = "uni"
     args |= config.engine.extra_args
@@ -115,6 +119,8 @@ class VllmEngine:
         ):
             self.core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
             """vLLM's engine core; touched between two steps only."""
+        if config.uses_own_kernels:
+            _keep_packed_weights(vllm_config)
         manager = self.core.structured_output_manager
         assert isinstance(manager, BoundedGrammars)
         self.grammars = manager
@@ -290,6 +296,15 @@ class VllmEngine:
             DraftClient(secrets.token_hex(8)),
             LastHiddenStates(runner_of(self.core).model).rows if wants_states else None,
         )
+
+
+def _keep_packed_weights(vllm_config: VllmConfig) -> None:
+    from workers.plugin.vllm_linear import KernelConfig  # other devices do without our kernels
+
+    kernels = vllm_config.quant_config
+    assert isinstance(kernels, KernelConfig)
+    if kernels.packed_weights:
+        kernels.packed_weights.finish()
 
 
 def _vllm_config(model: str, config: WorkerConfig, draft: DraftConfig | None) -> VllmConfig:

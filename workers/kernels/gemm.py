@@ -35,7 +35,7 @@ class Weight:
     """A weight matrix `[n, k]`, packed for the instruction set in use."""
 
     def __init__(self, n: int, k: int, format: Format, gate_up: bool) -> None:
-        """Allocate a packed weight, for `pack` to fill."""
+        """Allocate a packed weight, for `pack` or `read_weights` to fill."""
         kernels = native.kernels()
         self.n, self.k, self.gate_up = n, k, gate_up
         self._format = format
@@ -91,7 +91,11 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weight."""
-        return self._panels.nbytes + (0 if self._scales is None else self._scales.nbytes)
+        return sum(array.nbytes for array in self.arrays())
+
+    def arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """The memory that holds the packed weight."""
+        return (self._panels,) if self._scales is None else (self._panels, self._scales)
 
     @property
     def out_features(self) -> int:

@@ -1,5 +1,6 @@
 """The virtual-padding GEMM in vLLM: the quantization method `xyserve`."""
 
+import contextlib
 import itertools
 import weakref
 from typing import Any
@@ -28,6 +29,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from workers.kernels import gemm, native
 from workers.kernels.gemm import Weight
 from workers.plugin.names import QUANTIZATION
+from workers.plugin.vllm_packed_weights import PackedWeights
 
 # A torch operator takes numbers and tensors only, so a packed weight is passed by its number.
 _numbers = itertools.count()
@@ -63,9 +65,14 @@ direct_register_custom_op("xyserve_linear", _linear, fake_impl=_linear_fake)
 class KernelConfig(QuantizationConfig):
     """Serves every linear layer and the LM head.
 
-    The engine's `additional_config["xyserve"]` holds `weight_format` (as in `WorkerConfig`) and
-    `num_threads`.
+    The engine's `additional_config["xyserve"]` holds `weight_format` and `keep_packed_weights` (as
+    in `WorkerConfig`) and `num_threads`.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.packed_weights: PackedWeights | None = None
+        """Of the engine's model; None until its first layer is made."""
 
     @override
     def get_name(self) -> str:  # type: ignore[override]
@@ -92,47 +99,87 @@ class KernelConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our GEMM for linear layers and the LM head; None, which is vLLM's own, for the rest."""
-        config = get_current_vllm_config().additional_config
+        if not isinstance(layer, LinearBase | VocabParallelEmbedding):
+            return None
+        vllm_config = get_current_vllm_config()
+        config = vllm_config.additional_config
         options = config.get(QUANTIZATION, {}) if isinstance(config, dict) else {}
         native.set_num_threads(options.get("num_threads", torch.get_num_threads()))
         weight_format = options.get("weight_format", "auto")
+        if self.packed_weights is None:
+            keep = options.get("keep_packed_weights", False)
+            self.packed_weights = PackedWeights(vllm_config, weight_format, keep)
         if isinstance(layer, LinearBase):
-            return KernelLinearMethod(weight_format, prefix)
-        if isinstance(layer, VocabParallelEmbedding):
-            return KernelEmbeddingMethod(weight_format, prefix)
-        return None
+            return KernelLinearMethod(weight_format, prefix, self.packed_weights)
+        return KernelEmbeddingMethod(weight_format, prefix, self.packed_weights)
 
 
-def pack(layer: Any, weight_format: str, prefix: str) -> None:
-    """Pack `layer.weight` into `layer.packed`; ValueError names the layer."""
-    gate_up = isinstance(layer, MergedColumnParallelLinear) and (
-        len(layer.output_sizes) == 2 and layer.output_sizes[0] == layer.output_sizes[1]
-    )
-    try:
-        layer.packed = Weight.pack(
-            layer.weight.detach().contiguous().numpy(), weight_format, gate_up=gate_up
-        )
-    except ValueError as error:
-        raise ValueError(f"{prefix or type(layer).__name__}: {error}") from None
+def pack(layer: Any, weight_format: str, prefix: str, packed_weights: PackedWeights) -> None:
+    """Pack `layer.weight` into `layer.packed`, or find it; ValueError names the layer."""
+    n, k = layer.weight.shape
+    packed = packed_weights.find(prefix, n, k, gate_up=_is_gate_up(layer))
+    if packed is None:
+        try:
+            weight = layer.weight.detach().contiguous().numpy()
+            packed = Weight.pack(weight, weight_format, gate_up=_is_gate_up(layer))
+        except ValueError as error:
+            raise ValueError(f"{prefix or type(layer).__name__}: {error}") from None
+        packed_weights.add(prefix, packed)
+    layer.packed = packed
     layer.packed_number = next(_numbers)
     _weights[layer.packed_number] = layer.packed
+
+
+def _is_gate_up(layer: Any) -> bool:
+    return isinstance(layer, MergedColumnParallelLinear) and (
+        len(layer.output_sizes) == 2 and layer.output_sizes[0] == layer.output_sizes[1]
+    )
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Load nothing into a weight that is packed already."""
 
 
 @register_weight_loader_v2_supported_method
 class KernelLinearMethod(UnquantizedLinearMethod):
     """A linear layer that uses the virtual-padding GEMM."""
 
-    def __init__(self, weight_format: str, prefix: str) -> None:
+    def __init__(self, weight_format: str, prefix: str, packed_weights: PackedWeights) -> None:
         """Keep the format for when the weights are loaded."""
         super().__init__()
         self._weight_format, self._prefix = weight_format, prefix
+        self._packed_weights = packed_weights
+        self._is_found = False
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Make the weight; without memory if it is packed already, and what is loaded is ignored.
+
+        Whoever reads such a weight gets an error, or a tensor without memory.
+        """
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        gate_up = _is_gate_up(layer)
+        self._is_found = self._packed_weights.find(self._prefix, n, k, gate_up=gate_up) is not None
+        if self._is_found:
+            kwargs["weight_loader"] = _ignore
+        with torch.device("meta") if self._is_found else contextlib.nullcontext():
+            super().create_weights(
+                layer, input_size_per_partition, output_partition_sizes, *args, **kwargs
+            )
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the weight and free the loaded one."""
-        if layer.weight.is_meta or getattr(layer, "_cpu_skip_gemm_dispatch", False):
+        is_elsewhere = layer.weight.is_meta and not self._is_found
+        if is_elsewhere or getattr(layer, "_cpu_skip_gemm_dispatch", False):
             super().process_weights_after_loading(layer)
             return
-        pack(layer, self._weight_format, self._prefix)
+        pack(layer, self._weight_format, self._prefix, self._packed_weights)
         layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     def apply(
@@ -148,22 +195,23 @@ class KernelLinearMethod(UnquantizedLinearMethod):
 class KernelEmbeddingMethod(UnquantizedEmbeddingMethod):
     """An embedding, packed only if it is also an LM head; look-ups use the plain weight."""
 
-    def __init__(self, weight_format: str, prefix: str) -> None:
+    def __init__(self, weight_format: str, prefix: str, packed_weights: PackedWeights) -> None:
         """Keep the LM head at 8 bits or more: its errors go straight into the logits."""
         super().__init__()
+        self._packed_weights = packed_weights
         self._weight_format = "int8" if weight_format == "int4" else weight_format
         self._prefix = prefix
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack an LM head."""
         if isinstance(layer, ParallelLMHead) and not layer.weight.is_meta:
-            pack(layer, self._weight_format, self._prefix)
+            pack(layer, self._weight_format, self._prefix, self._packed_weights)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute `x W^T + bias`."""
         if not hasattr(layer, "packed"):  # the model uses its embedding as LM head
-            pack(layer, self._weight_format, self._prefix)
+            pack(layer, self._weight_format, self._prefix, self._packed_weights)
         out: torch.Tensor = torch.ops.vllm.xyserve_linear(x, layer.packed_number, bias)
         return out

@@ -26,6 +26,7 @@ vllm.v1.engine.core:EngineCore
     called collective_rpc(self, method, timeout=None, args=..., kwargs=None)
     called shutdown(self)
     read batch_queue
+    replaced _initialize_kv_caches(self, vllm_config)
     read scheduler model_executor vllm_config step_fn structured_output_manager
 vllm.v1.executor.abstract:Executor
     called get_class(vllm_config)

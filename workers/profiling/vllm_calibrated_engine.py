@@ -1,12 +1,21 @@
 """An engine that predicts its steps by a profile of this machine."""
 
+import functools
+from collections.abc import Callable
+
+from vllm.config import VllmConfig
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
 from scheduler.cost_model import CostModel
 from workers.config import DraftConfig, WorkerConfig
 from workers.engine.vllm_engine import VllmEngine
 from workers.engine.vllm_scheduler import PlannedScheduler
+from workers.plugin.vllm_seams import VLLM
 from workers.profiling.vllm_profile import calibrated_profile
 from workers.profiling.vllm_work import model_work
 from workers.reports import WorkerObserver
+from workers.start import Start, StartPhase
 
 
 def make_engine(
@@ -14,14 +23,18 @@ def make_engine(
     config: WorkerConfig,
     observer: WorkerObserver | None = None,
     draft: DraftConfig | None = None,
+    start: Start | None = None,
 ) -> VllmEngine:
     """A `VllmEngine` that is ready to predict: its profile is read, or measured first.
 
     Measuring takes seconds, and happens once for each model, config and machine. Steps that
-    vLLM's own scheduler decides are not predicted.
+    vLLM's own scheduler decides are not predicted. `start` is told of its phases.
     """
-    engine = VllmEngine(model, config, observer, draft)
+    start = start or Start()
+    with VLLM.replaced(EngineCore, "_initialize_kv_caches", _timed(start)):
+        engine = VllmEngine(model, config, observer, draft)
     engine.grammars.warm_up()
+    start.ended(StartPhase.SCHEDULER)
     if isinstance(scheduler := engine.core.scheduler, PlannedScheduler):
         cost_model: CostModel | None = None
         if config.calibrate_at_start and (
@@ -31,4 +44,19 @@ def make_engine(
             engine.peaks = profile.peaks
         # Counted last: measuring takes the first step, which may pack weights.
         scheduler.planner.calibrate(cost_model, model_work(engine.core))
+    start.ended(StartPhase.CALIBRATION)
     return engine
+
+
+def _timed(start: Start) -> Callable[[EngineCore, VllmConfig], KVCacheConfig]:
+    """What makes the KV cache, between the phases before and after it."""
+    initialize = EngineCore._initialize_kv_caches
+
+    @functools.wraps(initialize)
+    def initialize_kv_caches(core: EngineCore, vllm_config: VllmConfig) -> KVCacheConfig:
+        start.ended(StartPhase.MODEL)
+        kv_cache_config: KVCacheConfig = initialize(core, vllm_config)
+        start.ended(StartPhase.KV_CACHE)
+        return kv_cache_config
+
+    return initialize_kv_caches

@@ -85,7 +85,7 @@ def loaded(processes: EngineProcesses, name: str, folder: Path, **config: Any) -
         load,
         name,
         folder / name,
-        WorkerConfig(engine=engine, calibrate_at_start=False, **config),
+        WorkerConfig(engine=engine, calibrate_at_start=False, keep_packed_weights=False, **config),
     )
     return found
 
