@@ -5,6 +5,7 @@ import time
 from collections import deque
 
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.sample.logits_processor import BatchUpdate
 
 from workers.engine.vllm_sampling import runner_of
 from workers.engine.vllm_scheduler import PlannedScheduler
@@ -60,8 +61,7 @@ class StepRecovery:
             self._in_vain.clear()
         elif self._is_in_vain(time.monotonic()):
             raise error
-        runner_of(self._core).execute_model_state = None
-        self._core.step_fn()  # a step without requests, in which the runner forgets all
+        self._forget_batch()
         if not self._core.reset_prefix_cache():  # blocks of the step count as computed
             raise error
         suspects = dict.fromkeys((*in_step, *pending))
@@ -72,6 +72,19 @@ class StepRecovery:
             extra={"requests": in_step, "is_the_cause": bool(causes)},
         )
         return causes, [one for one in requests if one[0].request.request_id not in causes]
+
+    def _forget_batch(self) -> None:
+        """Have the runner forget all requests, wherever in the step it was."""
+        runner = runner_of(self._core)
+        runner.execute_model_state = None
+        # Some may have missed that rows of the batch were added or moved.
+        batch = runner.input_batch
+        nothing = BatchUpdate(0, removed=range(batch.max_num_reqs), added=(), moved=())
+        for processor in batch.logitsprocs.all:
+            processor.update_state(nothing)
+        if (holder := batch.thinking_budget_state_holder) is not None:
+            holder.sync_batch(nothing)
+        self._core.step_fn()  # a step without requests
 
     def _is_in_vain(self, now: float) -> bool:
         """Note a failure without a clear cause; whether there were too many of late."""
