@@ -81,7 +81,7 @@ class Worker:
         self._engine_loop.check(self._config.step_timeout_s)
         try:
             if request.grammar is not None:
-                await self._engine_loop.prepare(request.grammar)
+                await self._engine_loop.prepare(request.request, request.grammar)
             return await asyncio.wrap_future(self._engine_loop.add(request, reply_to))
         except (asyncio.CancelledError, GrammarRefused):
             self._engine_loop.abort([request.request.request_id])

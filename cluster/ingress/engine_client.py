@@ -5,7 +5,8 @@ import contextvars
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
@@ -50,10 +51,12 @@ the case of requests that wait, too; the question is the same for all of them.""
 WATCH_S = 0.25
 """Period at which quiet requests are looked for."""
 HEALTH_TIMEOUT_S = 5.0
-"""A GlobalScheduler that does not answer for this long places nothing either."""
+"""Time that the GlobalScheduler has to say how the workers are."""
 NO_WORKER = ""
 """Worker id of a call that Serve holds until a worker is up, which then answers `WrongWorker`.
 Serve counts the calls it holds, so that autoscaling starts workers."""
+PLACE_TIMEOUT_S = 1.0
+"""Time that the GlobalScheduler has to place a request; then this client places it."""
 RESTART_S = 0.1
 """Pause before a GlobalScheduler that died is asked again."""
 
@@ -219,12 +222,12 @@ class EngineClient(Generic[Outputs]):
 
     async def has_workers(self) -> bool:
         """Whether a request that came now would be placed on a worker that reports."""
+        alive = self._directory.worker_ids()
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
                 loads = {load.worker_id: load for load in await self._loads.remote()}
         except (TimeoutError, RayActorError):
-            return False
-        alive = self._directory.worker_ids()
+            return bool(alive)  # this client would place it
         return any(worker_id not in loads or loads[worker_id].is_serving for worker_id in alive)
 
     @property
@@ -348,12 +351,7 @@ class EngineClient(Generic[Outputs]):
         while True:
             alive = self._directory.worker_ids()
             untried = [worker_id for worker_id in alive if worker_id not in live.tried]
-            try:
-                answer = await self._place.remote(request, untried or alive)
-            except RayActorError as error:
-                logger.warning("the GlobalScheduler restarts", extra={"error": repr(error)})
-                await asyncio.sleep(RESTART_S)
-                continue
+            answer = await self._place_or_choose(request, untried or alive)
             if isinstance(answer, Placed):
                 return answer.worker_id
             if answer.is_final:
@@ -364,6 +362,23 @@ class EngineClient(Generic[Outputs]):
                 return NO_WORKER
             live.tried.clear()
             await asyncio.sleep(answer.retry_after_s)
+
+    async def _place_or_choose(
+        self, request: Request, worker_ids: Sequence[str]
+    ) -> Placed | Refused:
+        """The GlobalScheduler's answer; if there is none, the worker with fewest requests of this
+        client. A request under which an engine died waits: only the GlobalScheduler can keep a
+        worker for it."""
+        try:
+            async with asyncio.timeout(PLACE_TIMEOUT_S):
+                answer: Placed | Refused = await self._place.remote(request, worker_ids)
+                return answer
+        except (RayActorError, TimeoutError) as error:
+            logger.warning("the GlobalScheduler does not answer", extra={"error": repr(error)})
+        if request.num_engine_deaths or not worker_ids:
+            return Refused(RefusalReason.NO_WORKER, RESTART_S)
+        counts = Counter(live.worker_id for live in self._attempts.values())
+        return Placed(min(worker_ids, key=lambda worker_id: counts[worker_id]))
 
     async def _last_outputs(self, live: _Live) -> None:
         """Wait for the last outputs: the stream may deliver them after the call's result."""

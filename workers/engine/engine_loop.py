@@ -107,6 +107,8 @@ class EngineLoop:
         self._reported_s = -math.inf
         self._inbox: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._live: dict[str, _OnEngine] = {}
+        self._preparing: dict[str, Request] = {}
+        """Requests whose grammars are being compiled; changed in another thread."""
         self._streams = StreamSenders()
         self._progress = _Progress()
         self._suspects: frozenset[str] = frozenset()
@@ -122,9 +124,14 @@ class EngineLoop:
         self._thread.start()
         made.result()
 
-    async def prepare(self, grammar: Grammar) -> None:
-        """Compile a grammar while the engine makes its steps; GrammarRefused if it cannot be."""
-        await self._engine.prepare(grammar)
+    async def prepare(self, request: Request, grammar: Grammar) -> None:
+        """Compile the grammar of a request while the engine makes its steps; GrammarRefused if it
+        cannot be. Meanwhile the request counts as one that waits."""
+        self._preparing[request.request_id] = request
+        try:
+            await self._engine.prepare(grammar)
+        finally:
+            del self._preparing[request.request_id]
 
     def add(self, request: EngineRequest, client: StreamAddress) -> concurrent.futures.Future[str]:
         """Start a request; the future gives its finish reason, or fails with its error."""
@@ -239,6 +246,9 @@ class EngineLoop:
 
     def _state(self, finished: tuple[str, ...] = ()) -> LoopState:
         outstanding = {
+            request_id: request.num_outstanding_tokens()
+            for request_id, request in self._preparing.copy().items()
+        } | {
             request_id: live.request.num_outstanding_tokens(live.num_output_tokens)
             for request_id, live in self._live.items()
         }

@@ -607,15 +607,30 @@ async def test_workers_that_were_tried_are_asked_again_if_no_other_takes_the_req
     assert [worker_ids for _, worker_ids in scheduler.asked] == [["a", "b"], ["b"], ["a", "b"]]
 
 
-async def test_a_request_outlives_a_restart_of_the_global_scheduler(
-    client: Client, workers: FakeWorkers, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
+async def test_without_the_global_scheduler_requests_are_spread_over_the_workers(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.answers = [RayActorError() for _ in range(4)]
+    for number in range(4):
+        submit(client, str(number))
+        await workers.called(number + 1)
+
+    assert [call.worker_id for call in workers.calls] == ["a", "b", "c", "a"]
+
+
+async def test_a_suspect_waits_for_the_global_scheduler(
+    client: Client,
+    workers: FakeWorkers,
+    scheduler: FakeScheduler,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cluster.ingress.engine_client.RESTART_S", 0.001)
+    submit(client, "r")
+    die(await workers.called(1), StepFailed("x"))
     scheduler.answers = [RayActorError(), RayActorError(), Placed("c")]
-    record = submit(client, "r")
 
-    assert (await workers.called(1)).worker_id == "c"
-    assert [attempt.lost for attempt in record.attempts] == [""]
+    assert (await workers.called(2)).worker_id == "c"
+    assert len(scheduler.asked) == 4
 
 
 async def test_a_global_scheduler_that_fails_fails_the_request(
@@ -662,15 +677,17 @@ async def test_the_time_on_a_worker_does_not_count_as_waiting_for_one(
     await client.close()
 
 
-async def test_a_global_scheduler_that_does_not_answer_is_waited_for_no_longer(
+async def test_a_global_scheduler_that_does_not_answer_is_not_waited_for(
     workers: FakeWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.ingress.engine_client.HEALTH_TIMEOUT_S", 0.01)
-    client = make_client(workers, SilentScheduler(), placement_timeout_s=0.01)
+    monkeypatch.setattr("cluster.ingress.engine_client.PLACE_TIMEOUT_S", 0.01)
+    client = make_client(workers, scheduler := SilentScheduler(), placement_timeout_s=5)
     submit(client, "r")
 
-    [output] = await next_outputs(client)
-    assert str(output.finish_reason).startswith("error: no worker takes new requests; retry after")
+    assert (await workers.called(1)).worker_id == "a"
+    assert await client.has_workers()
+    scheduler.alive = []
     assert not await client.has_workers()
     await client.close()
 

@@ -14,7 +14,7 @@ from tests.workers.fake_clock import FakeClock
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.engine.engine import EngineStats
 from workers.engine.engine_loop import EngineLoop, LoopState
-from workers.engine_request import EngineRequest
+from workers.engine_request import EngineRequest, Grammar
 from workers.errors import ClientLost, EngineDead, PoisonFound, StepFailed
 from workers.token_stream import StreamAddress, StreamReceiver
 
@@ -515,7 +515,7 @@ async def test_a_step_that_takes_much_longer_than_expected_stalls(
     loop.add(request("old", 1000), client.address)
     await until(lambda: len(client.tokens.get("old", [])) > 1)
     engine.go_on.clear()
-    await until(engine.is_stepping.is_set)
+    await asyncio.sleep(0.1)  # a step may have begun before
     loop.add(request("new", 3), client.address)
     stalls = []
     for engine.predicted_s in (math.inf, 100.0, 0.001):
@@ -546,3 +546,23 @@ async def test_requests_that_have_no_token_are_the_suspects_of_a_stall(
     assert (stall := loop.stall())
     assert stall.suspects == {"first"}
     engine.go_on.set()
+
+
+async def test_a_request_whose_grammar_is_being_compiled_counts_as_one_that_waits(
+    start: StartLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, compiled = FakeEngine(), asyncio.Event()
+
+    async def prepare(grammar: Grammar) -> None:
+        await compiled.wait()
+
+    monkeypatch.setattr(engine, "prepare", prepare)
+    loop = start(engine)
+    preparing = asyncio.create_task(loop.prepare(Request("r", 10, 3), Grammar("REGEX", "a*")))
+    await asyncio.sleep(0)
+    during = await asyncio.wrap_future(loop.state())
+    compiled.set()
+    await preparing
+    after = await asyncio.wrap_future(loop.state())
+
+    assert (during.outstanding, after.outstanding) == ({"r": 13}, {})
