@@ -29,7 +29,7 @@ def cut(nodes: RayNodes, unbroken: list[Stream], seconds: float) -> None:
     show(f"cut for {seconds:g} s, streams begun before", load.ended(), unbroken)
     show(f"cut for {seconds:g} s, streams begun during", later.ended(), unbroken)
     if host.pids_of("raylet"):
-        nodes.wait_until_running(len(nodes.others))
+        nodes.wait_until_healed()
         print("replicas are the same:", nodes.replicas() == before, flush=True)
     else:
         print("Ray has given the node up", flush=True)

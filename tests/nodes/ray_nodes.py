@@ -27,7 +27,7 @@ from tests.plugins import faults
 ROOT = Path(__file__).resolve().parents[2]
 RAY_PORT, DASHBOARD_PORT, HTTP_PORT = 6379, 8265, 8000
 STREAM_PORTS = (20000, 20009)
-READY_S = 300.0
+READY_S = 600.0
 README = (ROOT / "deploy" / "README.md").read_text()
 RAY_PORTS = re.findall(r"--[a-z-]+-port=[0-9]+", README)
 """Options of `ray start` that choose its ports."""
@@ -93,6 +93,22 @@ class RayNodes:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def examine_links(self) -> tuple[int, str]:
+        """The exit status and the words of `xyserve doctor --links` on the head."""
+        done = self.run(
+            self.head,
+            *(sys.executable, "-P", "-m", "cluster.cli.main", "doctor", str(self.server.config)),
+            *("--links", "--address", self.server.ray_address),
+        )
+        return done.returncode, " ".join(done.stdout.split())
+
+    def wait_until_healed(self) -> None:
+        """Wait until what was sent before has arrived, and all workers answer."""
+        give_up_s = time.monotonic() + READY_S
+        while any(host.has_unsent() for host in self.hosts) or self.examine_links()[0] != 0:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.5)
 
     def replicas(self) -> list[Replica]:
         """The replicas that Serve believes there are."""

@@ -1,6 +1,5 @@
 """An app whose workers are on other nodes than its front, and what links and nodes do to it."""
 
-import sys
 import time
 from collections import defaultdict
 
@@ -11,11 +10,11 @@ from tests.nodes.api import run_tests
 from tests.nodes.load import Load, Stream
 from tests.nodes.ray_nodes import STREAM_PORTS, RayNodes, open_ports
 
+pytestmark = pytest.mark.timeout(900)  # the first one starts the cluster
+
 NUM_STREAMS = 8
 CUT_S = 20.0
 """Time for which a link is cut: longer than a stream's heartbeats, shorter than Ray's patience."""
-HEALED_S = 120.0
-"""Max time until a healed link carries everything again."""
 API_TESTS = (
     "test_a_chat_is_answered",
     "test_a_chat_streams_the_same_answer_and_its_usage",
@@ -65,26 +64,8 @@ def test_the_api_and_the_handle_work_with_workers_on_other_nodes(nodes: RayNodes
     assert f"{len(API_TESTS) + 1} passed" in done.stdout  # one of them twice
 
 
-def examine_links(nodes: RayNodes) -> tuple[int, str]:
-    """The exit status and the words of `xyserve doctor --links` on the head."""
-    done = nodes.run(
-        nodes.head,
-        *(sys.executable, "-P", "-m", "cluster.cli.main", "doctor", str(nodes.server.config)),
-        *("--links", "--address", nodes.server.ray_address),
-    )
-    return done.returncode, " ".join(done.stdout.split())
-
-
-def wait_until_healed(nodes: RayNodes) -> None:
-    """Wait until what was sent before has arrived, and all workers answer."""
-    give_up_s = time.monotonic() + HEALED_S
-    while any(host.has_unsent() for host in nodes.hosts) or examine_links(nodes)[0] != 0:
-        assert time.monotonic() < give_up_s
-        time.sleep(0.5)
-
-
 def test_doctor_finds_every_stream_open(nodes: RayNodes) -> None:
-    status, words = examine_links(nodes)
+    status, words = nodes.examine_links()
 
     # Two workers, each to the ingress and to the draft worker.
     assert "4 streams between replicas are open." in words
@@ -96,7 +77,7 @@ def test_doctor_names_the_streams_that_a_firewall_closes(nodes: RayNodes) -> Non
     first, last = STREAM_PORTS
     nodes.head.close_ports([port for port in ports if port != f"{first}-{last}"])
     try:
-        status, words = examine_links(nodes)
+        status, words = nodes.examine_links()
     finally:
         nodes.head.close_ports(ports)
 
@@ -128,7 +109,7 @@ def test_a_link_that_is_cut_and_healed_loses_and_doubles_nothing(
 
     assert load.ended() == unbroken
     assert later.ended() == unbroken
-    wait_until_healed(nodes)
+    nodes.wait_until_healed()
     assert nodes.replicas() == before
 
 
