@@ -267,10 +267,15 @@ class GlobalScheduler:
         self._note_pace(report.worker_id, view, report.slowness, now)
         for request_id in (*report.outstanding, *report.finished):
             view.placed.pop(request_id, None)
+        others_serve = any(
+            self._load(other_id, other, now).is_serving
+            for other_id, other in self._workers.items()
+            if other_id != report.worker_id
+        )
         if report.drafts is None:
-            return ReportAnswer(unfit=view.unfit)
+            return ReportAnswer(unfit=view.unfit, others_serve=others_serve)
         self._watch(report.worker_id, view, report.drafts, now)
-        return ReportAnswer(self._choose_draft_worker(view, now), view.unfit)
+        return ReportAnswer(self._choose_draft_worker(view, now), view.unfit, others_serve)
 
     async def beat(self, worker_id: str, stall: Stall | None) -> None:
         """Hear of a worker between its reports, and of a step of its engine that seems to hang."""

@@ -124,10 +124,14 @@ class Chaos:
         async def learn(call: Call) -> None:
             async with room:
                 sent = await self._send(call, "calm")
-            assert not sent.fault(), f"{call.name}, on a calm server: {sent.fault()}"
             self._unbroken[call.name] = sent.answer
+            if fault := sent.fault():
+                faults.append(f"{call.name}: {fault}")
 
+        faults: list[str] = []
         await asyncio.gather(*(learn(call) for call in self._calls))
+        if faults:
+            raise AssertionError("on a calm server:\n" + "\n".join(faults))
 
     async def _be_client(
         self, draw: random.Random, monkey: Monkey, goes_on: Callable[[], bool]

@@ -122,7 +122,6 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("text-logprobs-stream", "completion", text | stream | {"logprobs": 3})
     yield Kind("text-echo", "completion", GREEDY | WHOLE | {"echo": True, "logprobs": 1})
     yield Kind("prompt-logprobs", "completion", text | {"prompt_logprobs": 2})
-    yield Kind("prompt-logprobs-stream", "completion", text | stream | {"prompt_logprobs": 1})
     yield Kind("n-seeded", "completion", SEEDED | WHOLE | {"n": 3})
     yield Kind("n-seeded-stream", "chat", SEEDED | WHOLE | stream | {"n": 3})
     yield Kind("seeded-stream", "completion", SEEDED | WHOLE | usage | {"top_p": 0.9})
