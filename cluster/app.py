@@ -23,9 +23,14 @@ def build_app(args: dict[str, Any]) -> Application:
     config = parse_args(args)
     if not config.wait_for_device:
         _check_device(config)
-    scheduler = _deployment(GlobalSchedulerReplica, name="GlobalScheduler", num_replicas=1).bind(
-        config
-    )
+    scheduler = _deployment(
+        GlobalSchedulerReplica,
+        name="GlobalScheduler",
+        num_replicas=1,
+        # New requests wait while it is gone or hangs. Nothing that it does takes long.
+        health_check_period_s=1,
+        health_check_timeout_s=5,
+    ).bind(config)
     workers = _deployment(
         WorkerReplica,
         name="Worker",

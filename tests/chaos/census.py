@@ -61,9 +61,9 @@ def census(server: Server) -> Census:
     processes: Counter[str] = Counter()
     ports: Counter[str] = Counter()
     descriptors: Counter[str] = Counter()
-    for process in _processes(server):
+    for process in processes_of(server):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if (name := _name(process)).startswith("ray::IDLE"):
+            if (name := name_of(process)).startswith("ray::IDLE"):
                 continue
             listening = [
                 one for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN
@@ -90,7 +90,7 @@ def settled(server: Server, before: Census, timeout_s: float) -> Census:
     return now
 
 
-def _processes(server: Server) -> list[psutil.Process]:
+def processes_of(server: Server) -> list[psutil.Process]:
     """All that were started by the server, also those whose parent has died."""
     marks = (f"TMPDIR={server.ray_folder}".encode(), str(server.ray_folder).encode())
     found = []
@@ -103,7 +103,7 @@ def _processes(server: Server) -> list[psutil.Process]:
     return found
 
 
-def _name(process: psutil.Process) -> str:
+def name_of(process: psutil.Process) -> str:
     command = process.cmdline()
     title = " ".join(command)
     if replica := re.search(r"ServeReplica:xyserve:(\w+)", title):
