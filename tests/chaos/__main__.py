@@ -4,13 +4,14 @@ import argparse
 import asyncio
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import ray
 
 from cluster.client import XYServe
 from tests.chaos.chaos import Chaos, Settings, is_clean, to_json
-from tests.chaos.kinds import CALLS, KINDS, VARIANTS
+from tests.chaos.kinds import KINDS, Call
 from tests.chaos.monkey import WEIGHTS
 from tests.e2e.conftest import serving
 
@@ -39,33 +40,35 @@ def main() -> int:
         default=",".join(WEIGHTS),
         help="kinds of replicas to hit; empty: none, as a check of the run itself",
     )
+    parser.add_argument("--variants", type=int, default=2, help="prompts of each kind of request")
     parser.add_argument("--only", default="", help="names of kinds of requests, by commas")
     args = parser.parse_args()
     only = set(filter(None, args.only.split(",")))
     if unknown := only - {kind.name for kind in KINDS}:
         parser.error(f"no kinds of requests: {', '.join(sorted(unknown))}")
     targets = {name: WEIGHTS[name] for name in args.targets.split(",") if name}
-    calls = [call for call in CALLS if not only or call.kind.name in only]
+    chosen = [kind for kind in KINDS if not only or kind.name in only]
+    calls = [Call(kind, variant) for kind in chosen for variant in range(args.variants)]
     settings = Settings(60 * args.minutes, args.seed, args.clients, args.every, targets, args.kills)
     began_s = time.monotonic()
 
     def print_line(text: str) -> None:
         print(f"[{time.monotonic() - began_s:7.1f}] {text}", flush=True)
 
-    print_line(f"starting a server; {len(KINDS)} kinds of requests, {VARIANTS} prompts each")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(
-            Path(folder),
-            num_workers=args.workers,
-            num_ingresses=NUM_INGRESSES,
-            draft={"drafters": ["suffix"], "num_workers": NUM_DRAFT_WORKERS},
-        ) as server,
-        XYServe.connect(server.ray_address) as handle,
-    ):
+    print_line(f"starting a server for {len(chosen)} kinds of requests")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        server = stack.enter_context(
+            serving(
+                Path(folder),
+                num_workers=args.workers,
+                num_ingresses=NUM_INGRESSES,
+                draft={"drafters": ["suffix"], "num_workers": NUM_DRAFT_WORKERS},
+            )
+        )
+        stack.callback(ray.shutdown)  # before the server ends, or Ray ends this process
+        handle = stack.enter_context(XYServe.connect(server.ray_address))
         print_line(f"serving at {server.url}; logs are in {server.ray_folder}")
         summary = asyncio.run(Chaos(server, handle, calls, print_line).run(settings))
-        ray.shutdown()
     text = to_json(summary)
     print(text)
     if args.json:

@@ -74,7 +74,7 @@ def census(server: Server) -> Census:
             descriptors[name] = max(descriptors[name], num_descriptors)
     return Census(
         processes,
-        Counter(actor.class_name for actor in _actors()),
+        Counter(actor.class_name for actor in _actors(server)),
         ports,
         descriptors,
         _files(server),
@@ -115,9 +115,12 @@ def name_of(process: psutil.Process) -> str:
     return module or " ".join(names[:2]) or process.name()
 
 
-def _actors() -> list[Any]:
+def _actors(server: Server) -> list[Any]:
     found: list[Any] = list_actors(
-        filters=[("state", "!=", "DEAD")], limit=MAX_ACTORS, raise_on_missing_output=False
+        server.dashboard,
+        filters=[("state", "!=", "DEAD")],
+        limit=MAX_ACTORS,
+        raise_on_missing_output=False,
     )
     return found
 

@@ -13,8 +13,6 @@ PATHS: dict[Api, str] = {
     "completion": "/v1/completions",
     "responses": "/v1/responses",
 }
-VARIANTS = 2
-"""Prompts of each kind."""
 NUM_TOKENS = 90
 LONG_PROMPT_TOKENS = 1800
 """More than a step takes of one prompt beside others, so that it is cut into chunks."""
@@ -193,4 +191,3 @@ def _kinds() -> Iterator[Kind]:
 
 
 KINDS = tuple(_kinds())
-CALLS = tuple(Call(kind, variant) for kind in KINDS for variant in range(VARIANTS))
