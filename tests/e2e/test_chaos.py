@@ -1,4 +1,4 @@
-"""A short chaos: no request suffers while replicas of all kinds die. For a long one: tests/chaos."""
+"""A short chaos: no request suffers while replicas of all kinds die."""
 
 import json
 import subprocess
