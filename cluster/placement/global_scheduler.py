@@ -267,11 +267,8 @@ class GlobalScheduler:
         self._note_pace(report.worker_id, view, report.slowness, now)
         for request_id in (*report.outstanding, *report.finished):
             view.placed.pop(request_id, None)
-        others_serve = any(
-            self._load(other_id, other, now).is_serving
-            for other_id, other in self._workers.items()
-            if other_id != report.worker_id
-        )
+        others = (other for other in self._workers.values() if other is not view)
+        others_serve = any(other.is_serving(now) for other in others)
         if report.drafts is None:
             return ReportAnswer(unfit=view.unfit, others_serve=others_serve)
         self._watch(report.worker_id, view, report.drafts, now)

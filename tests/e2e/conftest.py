@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from tests.plugins import faults
 READY_TIMEOUT_S = 480
 ANSWER_TIMEOUT_S = 120
 RESTORED_TIMEOUT_S = 120
+STOPPED_TIMEOUT_S = 120
 MODEL = "smollm2-135m-instruct"
 WORKER = {
     "cpus": 1,
@@ -168,8 +168,8 @@ def running(config: Path) -> Iterator[Server]:
             ray_folder=ray_folder,
         )
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        process.terminate()  # SIGINT is ignored in what a shell started in the background
+        process.wait(timeout=STOPPED_TIMEOUT_S)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
