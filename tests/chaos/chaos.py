@@ -24,6 +24,8 @@ SETTLED_S = 40.0
 ASK_AGAIN_S = 0.5
 KNOWN_TIMEOUT_S = 30.0
 MAX_RETRIES = 5
+BEFORE_GAP_S = 10.0
+"""Time for which a hit may have its effect on a stream: a replacement takes about as long."""
 NUM_GAPS = 8
 """Longest waits of streams that the summary tells."""
 CALM_AT_ONCE = 4
@@ -53,6 +55,8 @@ class Ledger:
     faults: list[tuple[str, str, str]] = field(default_factory=list)
     """Sort, call and what is wrong."""
     gaps: list[Gap] = field(default_factory=list)
+    worst_by_hits: dict[str, float] = field(default_factory=dict)
+    """Longest wait while replicas of these kinds were hit, or shortly after that."""
     worst_first_s: float = 0.0
     by_kind: Counter[str] = field(default_factory=Counter)
 
@@ -184,15 +188,22 @@ class Chaos:
         if sent.chunk_s:
             ledger.worst_first_s = max(ledger.worst_first_s, sent.chunk_s[0] - sent.began_s)
         for began_s, seconds in sent.gaps():
-            if len(ledger.gaps) < NUM_GAPS or seconds > ledger.gaps[-1].seconds:
-                during = [
-                    f"{hit} {hit.began_s - began_s:+.1f} s"
-                    for hit in hits
-                    if began_s - 15.0 <= hit.ended_s and hit.began_s <= began_s + seconds
-                ]
-                ledger.gaps.append(Gap(seconds, sent.call_id, began_s, ", ".join(during)))
-                ledger.gaps.sort(key=lambda gap: -gap.seconds)
-                del ledger.gaps[NUM_GAPS:]
+            self._enter_gap(sent, began_s, seconds, hits)
+
+    def _enter_gap(self, sent: Sent, began_s: float, seconds: float, hits: Sequence[Hit]) -> None:
+        ledger = self._ledger
+        during = [
+            hit
+            for hit in hits
+            if began_s - BEFORE_GAP_S <= hit.ended_s and hit.began_s <= began_s + seconds
+        ]
+        targets = "+".join(sorted({hit.target for hit in during})) or "none"
+        ledger.worst_by_hits[targets] = max(ledger.worst_by_hits.get(targets, 0.0), seconds)
+        if len(ledger.gaps) < NUM_GAPS or seconds > ledger.gaps[-1].seconds:
+            words = ", ".join(f"{hit} {hit.began_s - began_s:+.1f} s" for hit in during)
+            ledger.gaps.append(Gap(seconds, sent.call_id, began_s, words))
+            ledger.gaps.sort(key=lambda gap: -gap.seconds)
+            del ledger.gaps[NUM_GAPS:]
 
     def _fault(self, sort: str, sent: Sent, words: str) -> None:
         self._ledger.faults.append((sort, sent.call_id, words))
@@ -230,6 +241,9 @@ class Chaos:
                 {"seconds": round(gap.seconds, 2), "call": gap.call, "hits": gap.hits}
                 for gap in ledger.gaps
             ],
+            "worst_by_hits": {
+                name: round(seconds, 2) for name, seconds in sorted(ledger.worst_by_hits.items())
+            },
             "by_kind": dict(sorted(ledger.by_kind.items())),
         }
 
