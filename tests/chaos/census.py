@@ -92,15 +92,16 @@ def settled(server: Server, before: Census, timeout_s: float) -> Census:
 
 def processes_of(server: Server) -> list[psutil.Process]:
     """All that were started by the server, also those whose parent has died."""
-    marks = (f"TMPDIR={server.ray_folder}".encode(), str(server.ray_folder).encode())
-    found = []
+    mark = f"TMPDIR={server.ray_folder}".encode()
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            environ = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-            command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-            if process.pid != os.getpid() and (marks[0] in environ or marks[1] in command):
-                found.append(process)
-    return found
+            if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+                # A process that has set its title may have lost its environment there.
+                for one in (process, *process.children(recursive=True)):
+                    found[one.pid] = one
+    found.pop(os.getpid(), None)
+    return list(found.values())
 
 
 def name_of(process: psutil.Process) -> str:

@@ -161,7 +161,8 @@ class Chaos:
             for hit in hits
             if hit.target == "Ingress"
             and hit.action != "stop"
-            and sent.began_s <= hit.ended_s <= sent.ended_s
+            and hit.ended_s <= sent.ended_s
+            and sent.began_s <= hit.gone_s
         ]
         return bool(killed) and not await self._is_known(sent.call_id)
 

@@ -17,11 +17,15 @@ from ray.serve.exceptions import RayServeException
 
 from tests.e2e.conftest import Server
 
-Action = Literal["kill", "stop", "stop and kill"]
+Action = Literal["kill", "stop", "stop and kill", "terminate"]
 
 WEIGHTS = {"Worker": 5, "DraftWorker": 3, "GlobalScheduler": 2, "Ingress": 3}
 """How often each kind of replica is hit, compared with the others."""
-ACTIONS: dict[Action, int] = {"kill": 3, "stop": 1, "stop and kill": 1}
+ACTIONS: dict[Action, int] = {"kill": 3, "stop": 1, "stop and kill": 1, "terminate": 1}
+"""How often each is chosen. Some clouds terminate, by SIGTERM, what they take back."""
+_AT_ONCE: dict[Action, signal.Signals] = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
+DYING_S = 10.0
+"""Time in which a process ends that was told to terminate."""
 MAX_STOP_S = 1.5
 """Longest time for which a process is stopped: a stream that it serves stands as long."""
 NOTICED_S = 0.2
@@ -39,6 +43,11 @@ class Hit:
     pid: int
     began_s: float
     ended_s: float
+
+    @property
+    def gone_s(self) -> float:
+        """Time at which the process had ended, if it was to end, at the latest."""
+        return self.ended_s + DYING_S * (self.action == "terminate")
 
     def __str__(self) -> str:
         return f"{self.action} {self.target}"
@@ -95,14 +104,14 @@ class Monkey:
         pid = self._draw.choice(pids)
         hit = Hit(name, action, pid, time.monotonic(), 0.0)
         with contextlib.suppress(ProcessLookupError):
-            if action != "kill":
+            if action in _AT_ONCE:
+                os.kill(pid, _AT_ONCE[action])
+            else:
                 os.kill(pid, signal.SIGSTOP)
                 try:
                     await asyncio.sleep(self._draw.uniform(0.1, MAX_STOP_S))
                 finally:
                     os.kill(pid, signal.SIGCONT if action == "stop" else signal.SIGKILL)
-            else:
-                os.kill(pid, signal.SIGKILL)
             hit.ended_s = time.monotonic()
             self.hits.append(hit)
 

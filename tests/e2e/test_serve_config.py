@@ -21,7 +21,7 @@ from tests.e2e.test_explain import only
 
 SERVE = str(Path(sys.executable).with_name("serve"))
 DEPLOY_TIMEOUT_S = 200
-NUM_LONG = 700
+NUM_LONG = 1000
 """Tokens of an answer that takes longer than a worker waits for it when it is to leave."""
 
 
@@ -133,7 +133,7 @@ def test_scaling_down_and_up_breaks_no_stream(
         for attempt in only(handle.explain(call_id)).record.attempts
         if attempt.lost
     ]
-    assert lost == ["WorkerDraining"] * 3
+    assert set(lost) == {"WorkerDraining"}
 
 
 def test_a_changed_config_is_applied_with_streams_in_flight(
