@@ -172,7 +172,7 @@ class Chaos:
         while True:
             try:
                 return bool(await asyncio.to_thread(self._handle.explain, call_id))
-            except RequestFailed:  # asked of the one that was killed
+            except (RequestFailed, TimeoutError):  # asked of the one that was killed
                 if time.monotonic() > give_up_s:
                     raise
                 await asyncio.sleep(ASK_AGAIN_S)

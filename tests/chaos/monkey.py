@@ -13,6 +13,7 @@ from typing import Literal
 
 import psutil
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from tests.e2e.conftest import Server
@@ -127,7 +128,7 @@ class Monkey:
         found = Counter(self._replicas())
         try:
             deployments = serve.status().applications["xyserve"].deployments
-        except (RayServeException, KeyError):
+        except (RayError, RayServeException, KeyError):
             return False
         return all(
             found[name]
