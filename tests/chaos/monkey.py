@@ -31,8 +31,8 @@ MAX_STOP_S = 1.5
 """Longest time for which a process is stopped: a stream that it serves stands as long."""
 NOTICED_S = 0.2
 """Pause before a replica counts as alive again, in which its users hear of it."""
-FREE = ("DraftWorker", "GlobalScheduler")
-"""Kinds that may be hit again before Serve has replaced the last one."""
+FREE = "DraftWorker"
+"""The kind that may be hit again before Serve has replaced the last one: nothing waits for it."""
 
 
 @dataclass(slots=True)
@@ -55,10 +55,10 @@ class Hit:
 
 
 class Monkey:
-    """Hits replicas of a server, each time another one.
+    """Hits replicas of a server.
 
-    Workers and ingresses are hit only while all that the app wants of them serve, so that another
-    one lives.
+    Others than draft workers are hit only while as many serve as the app wants: so another worker
+    and another ingress live, and a GlobalScheduler has lived since the last one died.
     """
 
     def __init__(self, server: Server, draw: random.Random, targets: dict[str, int]) -> None:
@@ -117,7 +117,7 @@ class Monkey:
             self.hits.append(hit)
 
     def _may_be_hit(self, name: str) -> bool:
-        return name in FREE or (self._is_whole((name,)) and self._stays_whole(name))
+        return name == FREE or (self._is_whole((name,)) and self._stays_whole(name))
 
     def _stays_whole(self, name: str) -> bool:
         time.sleep(NOTICED_S)
