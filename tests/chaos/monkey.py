@@ -31,8 +31,6 @@ MAX_STOP_S = 1.5
 """Longest time for which a process is stopped: a stream that it serves stands as long."""
 NOTICED_S = 0.2
 """Pause before a replica counts as alive again, in which its users hear of it."""
-FREE = "DraftWorker"
-"""The kind that may be hit again before Serve has replaced the last one: nothing waits for it."""
 
 
 @dataclass(slots=True)
@@ -57,8 +55,8 @@ class Hit:
 class Monkey:
     """Hits replicas of a server.
 
-    Others than draft workers are hit only while as many serve as the app wants: so another worker
-    and another ingress live, and a GlobalScheduler has lived since the last one died.
+    A kind is hit only while as many of it serve as the app wants: so another worker and another
+    ingress live, and a GlobalScheduler has lived since the last one died.
     """
 
     def __init__(self, server: Server, draw: random.Random, targets: dict[str, int]) -> None:
@@ -117,9 +115,9 @@ class Monkey:
             self.hits.append(hit)
 
     def _may_be_hit(self, name: str) -> bool:
-        return name == FREE or (self._is_whole((name,)) and self._stays_whole(name))
-
-    def _stays_whole(self, name: str) -> bool:
+        """Whether as many of its kind serve as are wanted, and their users have heard of all."""
+        if not self._is_whole((name,)):
+            return False
         time.sleep(NOTICED_S)
         return self._is_whole((name,))
 
