@@ -29,6 +29,7 @@ DYING_S = 10.0
 """Time in which a process ends that was told to terminate."""
 MAX_STOP_S = 1.5
 """Longest time for which a process is stopped: a stream that it serves stands as long."""
+LOOK_AGAIN_S = 0.5
 NOTICED_S = 0.2
 """Pause before a replica counts as alive again, in which its users hear of it."""
 
@@ -76,13 +77,15 @@ class Monkey:
         return dict(sorted(Counter(str(hit) for hit in self.hits).items()))
 
     async def run(self, goes_on: Callable[[], bool], every_s: float) -> None:
-        """Hit a replica about each `every_s` seconds."""
+        """Hit a replica each `every_s` seconds, or later if Serve takes longer to replace it."""
         while goes_on():
             await asyncio.sleep(self._draw.uniform(0, 2 * every_s))
             names, weights = zip(*self._targets.items(), strict=True)
             name = self._draw.choices(names, weights)[0]
             action = self._draw.choices(list(ACTIONS), list(ACTIONS.values()))[0]
-            if await asyncio.to_thread(self._may_be_hit, name):
+            while goes_on() and not await asyncio.to_thread(self._may_be_hit, name):
+                await asyncio.sleep(LOOK_AGAIN_S)  # hitting another one would be less random
+            if goes_on():
                 await self._hit(name, action)
 
     async def restored(self, timeout_s: float) -> None:
