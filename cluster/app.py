@@ -33,6 +33,10 @@ def build_app(args: dict[str, Any]) -> Application:
         name="GlobalScheduler",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0, **_on(config.nodes.global_scheduler)},
+        # Ingresses do its work, not so well, while it is gone or hangs. Nothing that it does
+        # takes long.
+        health_check_period_s=1,
+        health_check_timeout_s=5,
     ).bind(config)
     workers = _deployment(
         WorkerReplica,

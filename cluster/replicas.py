@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayError
+from ray.serve._private.replica import Replica as ReplicaOfServe
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.util import get_node_ip_address
 
@@ -19,6 +20,7 @@ from cluster.observe.exporter import DraftWorkerMetrics, Exporter, PlacementMetr
 from cluster.observe.phases import phases
 from cluster.observe.replica import Replica
 from cluster.observe.telemetry import SchedulerTelemetry, WorkerTelemetry
+from cluster.placement import ray_seams
 from cluster.placement.global_scheduler import GlobalScheduler
 from scheduler.placement import Placed, Placement, Refused, WorkerLoad
 from scheduler.request import Request
@@ -140,6 +142,7 @@ class WorkerReplica(Replica):
             start=self._start,
         )
         self._at_end.callback(self._worker.shutdown)
+        self._at_end.enter_context(_called_at_stop(self._worker.drain))
         self._num_calls = 0
         event_loop = asyncio.get_running_loop()
         self._tasks = [
@@ -351,6 +354,19 @@ class DraftReplica(Replica):
 
     def _meet(self, peers: list[DraftWorkerAddress]) -> None:
         self._draft_worker.set_peers(peers)
+
+
+@contextlib.contextmanager
+def _called_at_stop(hook: Callable[[], None]) -> Iterator[None]:
+    """Have `hook` called, in any thread, when Serve begins to stop the replica of this process."""
+    drain = ReplicaOfServe._drain_ongoing_requests
+
+    async def drain_after_hook(self: Any, *args: Any, **kwargs: Any) -> None:
+        hook()
+        await drain(self, *args, **kwargs)
+
+    with ray_seams.RAY.replaced(ReplicaOfServe, "_drain_ongoing_requests", drain_after_hook):
+        yield
 
 
 @contextlib.contextmanager

@@ -83,6 +83,8 @@ class ReportAnswer:
     """The draft worker that drafts for it."""
     unfit: str = ""
     """Why it must be replaced; empty if it need not be."""
+    others_serve: bool = False
+    """Whether another worker takes requests."""
 
 
 @dataclass(frozen=True, slots=True)

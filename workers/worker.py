@@ -1,6 +1,7 @@
 """The worker actor: one engine on one device, its tokens leaving by the token stream."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import math
@@ -27,6 +28,9 @@ WATCH_S = 0.25
 """Period at which a worker looks whether its engine lives."""
 REPORT_HEARTBEAT_S = 2.0
 """Interval of reports while nothing changes."""
+MOVE_AFTER_S = 5.0
+"""Time that requests have for their end on a worker which drains: to go on elsewhere, their tokens
+are computed again."""
 
 
 class Worker:
@@ -50,6 +54,9 @@ class Worker:
         self._reported: WorkerReport | None = None
         self._reported_s = -math.inf
         self._draining = False
+        self._draining_since_s = math.inf
+        self._calls: set[asyncio.Future[str]] = set()
+        """The results that calls wait for."""
         self._unfit = ""
         self._cpus: CpuClaim | None = None
         if config.device == "cpu":
@@ -71,21 +78,39 @@ class Worker:
         The call lasts as long as its request, so that the death of either side is noticed by
         the other, and a replica that is to stop waits for the requests it runs. Cancelling the
         call aborts the request. Raises ValueError for a malformed request, WrongWorker if it was
-        placed on another one, WorkerDraining, EngineDead (StepFailed, if it was in the step that
-        failed), ClientLost when the client no longer reads its stream, and GrammarRefused.
+        placed on another one, WorkerDraining, after the first tokens too when others are to go on
+        with it, EngineDead (StepFailed, if it was in the step that failed), ClientLost when the
+        client no longer reads its stream, and GrammarRefused.
         """
         if worker_id != self.worker_id:
             raise WrongWorker(f"worker {worker_id} is gone, and this is {self.worker_id}")
-        if self._draining:
-            raise WorkerDraining(f"worker {self.worker_id} is draining")
+        self._check_takes_new()
         self._engine_loop.check(self._config.step_timeout_s)
         try:
             if request.grammar is not None:
                 await self._engine_loop.prepare(request.request, request.grammar)
-            return await asyncio.wrap_future(self._engine_loop.add(request, reply_to))
-        except (asyncio.CancelledError, GrammarRefused):
+                self._check_takes_new()
+            return await self._result(self._engine_loop.add(request, reply_to))
+        except (asyncio.CancelledError, GrammarRefused, WorkerDraining):
             self._engine_loop.abort([request.request.request_id])
             raise
+
+    async def _result(self, running: concurrent.futures.Future[str]) -> str:
+        """The finish reason of a request; WorkerDraining if it is to go on elsewhere."""
+        result = asyncio.wrap_future(running)
+        self._calls.add(result)
+        try:
+            await asyncio.wait([result])
+            if result.cancelled():
+                raise WorkerDraining(f"worker {self.worker_id} leaves, and another one serves")
+            return result.result()
+        finally:
+            self._calls.discard(result)
+            result.cancel()
+
+    def _check_takes_new(self) -> None:
+        if self._draining:
+            raise WorkerDraining(f"worker {self.worker_id} is draining")
 
     async def status(self) -> WorkerStatus:
         """The worker's load and place on its node."""
@@ -107,20 +132,23 @@ class Worker:
         )
 
     def follow(self, answer: ReportAnswer) -> None:
-        """Take drafts from the draft worker that the answer to a report names, and be replaced if
-        it says so."""
+        """Take drafts from the draft worker that the answer to a report names, be replaced if it
+        says so, and, when this worker has drained for a while, let others go on with its requests
+        if it says that they can."""
         if StartPhase.REPORT not in self._start.times:
             self._start.ended(StartPhase.REPORT)
             logger.info("worker started", extra=self._start.summary())
         self._unfit = answer.unfit
+        if answer.others_serve and self._clock() - self._draining_since_s >= MOVE_AFTER_S:
+            for call in self._calls:
+                call.cancel()
         if self._reported and self._reported.drafts:
             self._engine_loop.assign_draft_worker(answer.draft_worker)
 
-    async def drain(self) -> None:
-        """Take nothing new and return when the last request has ended."""
-        self._draining = True
-        while (await asyncio.wrap_future(self._engine_loop.state())).outstanding:
-            await asyncio.sleep(0.1)
+    def drain(self) -> None:
+        """Take nothing new from now on, as this worker is to stop when its calls have ended."""
+        if not self._draining:
+            self._draining, self._draining_since_s = True, self._clock()
 
     def report_load(self, state: LoopState) -> None:
         """Report the state of the engine's loop if it has changed or a heartbeat is due."""

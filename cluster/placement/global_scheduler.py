@@ -267,10 +267,12 @@ class GlobalScheduler:
         self._note_pace(report.worker_id, view, report.slowness, now)
         for request_id in (*report.outstanding, *report.finished):
             view.placed.pop(request_id, None)
+        others = (other for other in self._workers.values() if other is not view)
+        others_serve = any(other.is_serving(now) for other in others)
         if report.drafts is None:
-            return ReportAnswer(unfit=view.unfit)
+            return ReportAnswer(unfit=view.unfit, others_serve=others_serve)
         self._watch(report.worker_id, view, report.drafts, now)
-        return ReportAnswer(self._choose_draft_worker(view, now), view.unfit)
+        return ReportAnswer(self._choose_draft_worker(view, now), view.unfit, others_serve)
 
     async def beat(self, worker_id: str, stall: Stall | None) -> None:
         """Hear of a worker between its reports, and of a step of its engine that seems to hang."""

@@ -31,9 +31,12 @@ ray.serve._private.common:ReplicaID
 ray.util.metrics:Metric
     called _record(self, value, tags=None)
 
-# What Serve calls on a replica, and what asks all replicas of a deployment.
+# What Serve calls on a replica, also when it begins to wait for the end of its calls, for which
+# there is no hook, and what asks all replicas of a deployment.
 ray.serve
     called ingress(app=None)
+ray.serve._private.replica:Replica
+    replaced _drain_ongoing_requests(self, min_draining_period_s=0.0, check_immediately=False)
 ray.serve._private.replica
     named __serve_build_asgi_app__
     named self._callable.__del__

@@ -4,10 +4,12 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
+from ray.serve._private.replica import Replica as ReplicaOfServe
 
 from cluster.config.app_config import parse_args
 from cluster.observe.replica import Replica
@@ -199,6 +201,22 @@ async def test_reports_wait_for_the_answer_to_the_one_before_and_become_one(
     assert isinstance(report, WorkerReport)
     assert report.finished == ("r.0", "r.1", "r.2")
     receiver.close()
+
+
+async def test_a_workers_replica_drains_from_when_serve_begins_to_stop_it(
+    monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
+) -> None:
+    replica = make_worker(monkeypatch, FakeEngine(), SchedulerHandle(ReportAnswer()))
+    ended.append(replica)
+    # What Serve calls then, of a replica that has no calls.
+    of_serve = SimpleNamespace(
+        _deployment_config=SimpleNamespace(graceful_shutdown_wait_loop_s=0),
+        get_num_ongoing_requests=lambda: 0,
+    )
+    assert not (await replica.status()).draining
+    await ReplicaOfServe._drain_ongoing_requests(of_serve)
+
+    assert (await replica.status()).draining
 
 
 async def test_the_end_of_a_workers_replica_ends_its_engine(

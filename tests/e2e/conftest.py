@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from tests.plugins import faults
 READY_TIMEOUT_S = 480
 ANSWER_TIMEOUT_S = 120
 RESTORED_TIMEOUT_S = 120
+STOPPED_TIMEOUT_S = 120
 MODEL = "smollm2-135m-instruct"
 WORKER = {
     "cpus": 1,
@@ -188,8 +188,8 @@ def running(config: Path) -> Iterator[Server]:
             ray_folder=ray_folder,
         )
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        process.terminate()  # SIGINT is ignored in what a shell started in the background
+        process.wait(timeout=STOPPED_TIMEOUT_S)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:

@@ -16,10 +16,13 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from cluster.client import XYServe
 from tests.bench.answers import token_ids
-from tests.e2e.conftest import MODEL, Server
+from tests.e2e.conftest import MODEL, Server, wait_for_calm
+from tests.e2e.test_explain import only
 
 SERVE = str(Path(sys.executable).with_name("serve"))
 DEPLOY_TIMEOUT_S = 200
+NUM_LONG = 1000
+"""Tokens of an answer that takes longer than a worker waits for it when it is to leave."""
 
 
 def deploy(server: Server, document: dict[str, Any], path: Path) -> None:
@@ -59,10 +62,11 @@ def original(server: Server) -> Iterator[dict[str, Any]]:
 
 
 class Streams:
-    """Long streams in threads, each reading to its end."""
+    """Long seeded streams in threads, each reading to its end."""
 
-    def __init__(self, client: openai.OpenAI, count: int, max_tokens: int) -> None:
-        self.num_tokens = [0] * count
+    def __init__(self, client: openai.OpenAI, name: str, count: int, max_tokens: int) -> None:
+        self.call_ids = [f"{name}-{index}" for index in range(count)]
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.errors: list[BaseException] = []
         self._client = client
         self._threads = [
@@ -77,51 +81,67 @@ class Streams:
                 model=MODEL,
                 prompt=f"Story {index}: once upon a time",
                 max_tokens=max_tokens,
+                temperature=0.9,
+                seed=index,
                 stream=True,
+                extra_headers={"x-request-id": self.call_ids[index]},
                 extra_body={"ignore_eos": True, "return_token_ids": True},
             ):
-                self.num_tokens[index] += sum(len(token_ids(c)) for c in chunk.choices)
+                self.tokens[index] += [t for c in chunk.choices for t in token_ids(c)]
         except Exception as error:
             self.errors.append(error)
 
     def wait_until_flowing(self) -> None:
-        while not all(self.num_tokens) and not self.errors:
+        while not all(self.tokens) and not self.errors:
             time.sleep(0.05)
 
-    def join(self) -> None:
+    def join(self) -> "Streams":
         for thread in self._threads:
             thread.join(timeout=DEPLOY_TIMEOUT_S)
+        return self
 
 
 def test_scaling_down_and_up_breaks_no_stream(
     server: Server, client: openai.OpenAI, handle: XYServe, original: dict[str, Any]
 ) -> None:
+    """What does not end in time on the worker that leaves goes on, equal, on the other one."""
     scaled = original["applications"][0]
-    streams = Streams(client, count=6, max_tokens=150)
+    unbroken = Streams(client, "unbroken", 6, NUM_LONG).join()
+    wait_for_calm()
+    streams = Streams(client, "scaled", 6, NUM_LONG)
     streams.wait_until_flowing()
     busy_before = [worker.num_running for worker in handle.status().workers]
 
     scaled["deployments"] = [{"name": "Worker", "num_replicas": 1}]
     deploy(server, original, server.folder / "one.yaml")
     wait_until(server, "RUNNING", num_workers=1)
-    late = Streams(client, count=2, max_tokens=20)
+    late = Streams(client, "late", 2, 20)
     late.wait_until_flowing()
+    streams.join()
     scaled["deployments"] = [{"name": "Worker", "num_replicas": 2}]
     deploy(server, original, server.folder / "two.yaml")
     wait_until(server, "RUNNING", num_workers=2)
-    streams.join()
     late.join()
 
     assert sorted(busy_before) == [3, 3]  # both workers had streams when one was told to go
-    assert streams.errors + late.errors == []
-    assert streams.num_tokens + late.num_tokens == [150] * 6 + [20] * 2
+    assert unbroken.errors + streams.errors + late.errors == []
+    assert streams.tokens == unbroken.tokens
+    assert [len(tokens) for tokens in late.tokens] == [20] * 2
+    lost = [
+        attempt.lost.partition(":")[0]
+        for call_id in streams.call_ids
+        for attempt in only(handle.explain(call_id)).record.attempts
+        if attempt.lost
+    ]
+    assert set(lost) == {"WorkerDraining"}
 
 
 def test_a_changed_config_is_applied_with_streams_in_flight(
     server: Server, client: openai.OpenAI, original: dict[str, Any]
 ) -> None:
     original["applications"][0]["args"]["ingress"]["max_n"] = 3
-    streams = Streams(client, count=2, max_tokens=200)
+    unbroken = Streams(client, "unbroken", 2, NUM_LONG).join()
+    streams = Streams(client, "updated", 2, NUM_LONG)
     streams.wait_until_flowing()
 
     deploy(server, original, server.folder / "changed.yaml")
@@ -130,7 +150,8 @@ def test_a_changed_config_is_applied_with_streams_in_flight(
 
     with pytest.raises(openai.BadRequestError, match=r"\b3\b"):
         client.completions.create(model=MODEL, prompt="Hello", n=4)
-    assert (streams.errors, streams.num_tokens) == ([], [200, 200])
+    assert unbroken.errors + streams.errors == []
+    assert streams.tokens == unbroken.tokens
 
 
 def test_a_device_that_no_node_has_is_refused_in_one_sentence(

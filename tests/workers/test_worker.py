@@ -27,7 +27,7 @@ from workers.errors import (
 )
 from workers.reports import ReportAnswer, WorkerObserver, WorkerReport, WorkerStatus
 from workers.token_stream import StreamAddress, StreamReceiver
-from workers.worker import Worker
+from workers.worker import MOVE_AFTER_S, Worker
 
 NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
 
@@ -287,16 +287,49 @@ async def test_draining_refuses_new_requests_and_waits_for_the_old(setup: Setup)
     setup.engine.go_on.clear()
     old = setup.generate("old")
     await until(setup.engine.is_stepping.is_set)
-    drain = asyncio.create_task(setup.worker.drain())
-    await asyncio.sleep(0)
+    setup.worker.drain()
     with pytest.raises(WorkerDraining, match="worker w is draining"):
         await setup.generate("new")
-    assert not drain.done()
+    assert not old.done()
     setup.engine.go_on.set()
-    await asyncio.wait_for(drain, 30)
 
-    assert old.done()
-    assert await old == "length"
+    assert await asyncio.wait_for(old, 30) == "length"
+
+
+@pytest.mark.parametrize(
+    ("others_serve", "since_s", "moves"),
+    [(True, MOVE_AFTER_S, True), (True, MOVE_AFTER_S - 0.1, False), (False, 1000.0, False)],
+    ids=["a while ago", "just now", "there is no other"],
+)
+async def test_what_runs_on_a_draining_worker_moves_if_another_one_serves(
+    setup: Setup, others_serve: bool, since_s: float, moves: bool
+) -> None:
+    running = setup.generate("a", LONG)
+    await until(lambda: bool(setup.engine.steps))
+    setup.worker.drain()
+    setup.clock.now += since_s
+    setup.worker.drain()  # Serve says so again after a restart of its controller
+    setup.worker.follow(ReportAnswer(others_serve=others_serve))
+
+    if moves:
+        with pytest.raises(WorkerDraining, match="worker w leaves, and another one serves"):
+            await asyncio.wait_for(running, 30)
+        await until(lambda: not setup.engine.has_requests())
+    else:
+        await turn(setup)
+        assert not running.done()
+        running.cancel()
+
+
+async def test_a_worker_that_is_to_stay_keeps_its_requests(setup: Setup) -> None:
+    running = setup.generate("a", LONG)
+    await until(lambda: bool(setup.engine.steps))
+    setup.clock.now += 1000
+    setup.worker.follow(ReportAnswer(others_serve=True))
+    await turn(setup)
+
+    assert not running.done()
+    running.cancel()
 
 
 @pytest.mark.usefixtures("_node")
@@ -382,7 +415,7 @@ async def test_changes_are_reported_together_once_the_interval_is_over(setup: Se
 
 async def test_draining_is_reported(setup: Setup) -> None:
     await turn(setup)
-    await setup.worker.drain()
+    setup.worker.drain()
     setup.clock.now = 100.25
     await turn(setup)
 

@@ -165,6 +165,20 @@ async def test_a_draining_worker_gets_no_requests(scheduler: GlobalScheduler) ->
     ] == [Placed("b"), NO_WORKER, NO_WORKER]
 
 
+async def test_a_worker_is_told_whether_another_one_could_go_on_with_its_requests(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    answers = [await scheduler.report(report("a", draining=True))]
+    answers += [
+        await scheduler.report(report("b", draining=draining)) for draining in (True, False)
+    ]
+    answers += [await scheduler.report(report("a", draining=True))]
+    clock.now += SILENT_AFTER_S + 0.1
+    answers.append(await scheduler.report(report("a", draining=True)))
+
+    assert [answer.others_serve for answer in answers] == [False, False, False, True, False]
+
+
 async def test_a_dead_worker_gets_no_requests_whatever_it_reports_later(
     scheduler: GlobalScheduler,
 ) -> None:

@@ -1,0 +1,155 @@
+"""Parts other than workers that are lost while requests run, and what that costs.
+
+The table "When parts die" in cluster/README.md says the same. An ingress of two: see tests/chaos.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+
+import httpx
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from cluster.client import XYServe
+from tests.chaos.census import name_of, processes_of
+from tests.e2e.conftest import MODEL, Server
+from tests.e2e.test_draft_worker import answers, wait_until
+from tests.workload import questions
+
+CONTROLLER = "ray::ServeController"
+PROXY = "ray::ProxyActor"
+DASHBOARD_AGENT = "ray::DashboardAgent"
+
+
+async def answers_around(
+    handle: XYServe, prompts: list[str], lose: Callable[[], None]
+) -> list[list[int]]:
+    """Answers to the prompts, half of them asked before a part is lost and half just after."""
+    running = asyncio.create_task(answers(handle, prompts[::2]))
+    await asyncio.to_thread(wait_for_first_tokens, handle, len(prompts[::2]))
+    await asyncio.to_thread(lose)
+    new = await answers(handle, prompts[1::2])
+    old = await running
+    return [answer for pair in zip(old, new, strict=True) for answer in pair]
+
+
+def wait_for_first_tokens(handle: XYServe, num_running: int) -> None:
+    wait_until(lambda: sum(worker.num_running for worker in handle.status().workers) == num_running)
+
+
+def pids(server: Server, name: str) -> list[int]:
+    """The processes of the server with this name."""
+    found = []
+    for process in processes_of(server):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name_of(process) == name:
+                found.append(process.pid)
+    return found
+
+
+def kill(server: Server, name: str) -> int:
+    (pid,) = pids(server, name)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def is_back(server: Server, name: str, old: int) -> bool:
+    return any(pid != old for pid in pids(server, name))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    return questions(8)
+
+
+@pytest.fixture(scope="module")
+def expected(handle: XYServe, prompts: list[str]) -> list[list[int]]:
+    return asyncio.run(answers(handle, prompts))
+
+
+def test_placements_wait_for_the_global_scheduler_and_what_runs_goes_on(
+    server: Server, handle: XYServe, prompts: list[str], expected: list[list[int]]
+) -> None:
+    lost: list[int] = []
+
+    found = asyncio.run(
+        answers_around(handle, prompts, lambda: lost.append(kill(server, "GlobalScheduler")))
+    )
+
+    assert found == expected
+    assert is_back(server, "GlobalScheduler", lost[0])
+    wait_until(lambda: len(workers_known()) == len(handle.status().workers))
+
+
+def workers_known() -> list[str]:
+    """The workers of which the GlobalScheduler has heard."""
+    scheduler = serve.get_deployment_handle("GlobalScheduler", "xyserve")
+    return [load.worker_id for load in scheduler.loads.remote().result()]
+
+
+def test_a_global_scheduler_that_hangs_is_replaced_and_requests_wait(
+    server: Server, handle: XYServe, prompts: list[str], expected: list[list[int]]
+) -> None:
+    (pid,) = pids(server, "GlobalScheduler")
+
+    found = asyncio.run(answers_around(handle, prompts, lambda: os.kill(pid, signal.SIGSTOP)))
+
+    assert found == expected
+    wait_until(lambda: pid not in pids(server, "GlobalScheduler"))
+
+
+@pytest.mark.usefixtures("restored")
+def test_without_serves_controller_requests_go_on_and_then_it_replaces_workers_again(
+    server: Server,
+    handle: XYServe,
+    http: httpx.Client,
+    prompts: list[str],
+    expected: list[list[int]],
+) -> None:
+    lost: list[int] = []
+
+    found = asyncio.run(
+        answers_around(handle, prompts, lambda: lost.append(kill(server, CONTROLLER)))
+    )
+    by_http = http.post("/v1/completions", json={"model": MODEL, "prompt": "Hi", "max_tokens": 2})
+
+    assert found == expected
+    assert by_http.status_code == httpx.codes.OK
+    wait_until(lambda: is_back(server, CONTROLLER, lost[0]))
+    os.kill(handle.status().workers[0].pid, signal.SIGKILL)  # which `restored` waits for
+
+
+def test_without_the_dashboard_agent_requests_go_on(
+    server: Server, handle: XYServe, prompts: list[str], expected: list[list[int]]
+) -> None:
+    lost: list[int] = []
+
+    found = asyncio.run(
+        answers_around(handle, prompts, lambda: lost.append(kill(server, DASHBOARD_AGENT)))
+    )
+
+    assert found == expected
+    assert [node["Alive"] for node in ray.nodes()] == [True]
+
+
+def test_without_the_proxy_handles_go_on_and_http_comes_back(
+    server: Server, handle: XYServe, prompts: list[str], expected: list[list[int]]
+) -> None:
+    lost: list[int] = []
+
+    found = asyncio.run(answers_around(handle, prompts, lambda: lost.append(kill(server, PROXY))))
+
+    assert found == expected
+    wait_until(lambda: is_healthy(server))
+
+
+def is_healthy(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health", timeout=5).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
