@@ -58,7 +58,17 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     ),
     "workers": (
         frozenset(
-            {"config", "cpus", "engine_request", "errors", "home", "seams", "sockets", "timeline"}
+            {
+                "config",
+                "cpus",
+                "engine_request",
+                "errors",
+                "home",
+                "latest",
+                "seams",
+                "sockets",
+                "timeline",
+            }
         ),
         frozenset({"kernels", "token_stream"}),
         frozenset({"drafts", "plugin", "step_history"}),

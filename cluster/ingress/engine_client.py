@@ -195,13 +195,13 @@ class EngineClient(Generic[Outputs]):
         live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
         return live.record
 
-    def abort(self, request_ids: list[str], error: str = "") -> None:
+    def abort(self, request_ids: list[str], error: str = "", outcome: str = "error") -> None:
         """Stop requests wherever they are, because the client left or because of an `error`.
 
         Nothing more comes from them.
         """
         for request_id in request_ids:
-            self._stop(request_id, "error" if error else "abort", error)
+            self._stop(request_id, outcome if error else "abort", error)
 
     def finish(self, request_id: str, outcome: str, num_output_tokens: int) -> None:
         """End a request whose answer is complete, with a number of output tokens.

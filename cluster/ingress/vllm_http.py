@@ -26,9 +26,10 @@ from vllm.exceptions import VLLMValidationError
 
 from cluster.config.app_config import AppConfig
 from cluster.config.routes import EXTRA_PATHS, ROUTES
-from cluster.ingress.calls import Calls, CallsByHeader
+from cluster.ingress.calls import Call, Calls, CallsByHeader
 from cluster.ingress.error_answers import ErrorAnswers
 from cluster.ingress.http_metrics import METRICS, HttpMetrics
+from cluster.ingress.unread import UnreadLimit
 from cluster.ingress.vllm_responses import KEEPS_NONE
 from cluster.ingress.vllm_seams import FRONT_END
 
@@ -70,9 +71,16 @@ SCALE_OUT = ("/inference/v1/generate", "/v1/chat/completions/render", "/v1/compl
 
 
 def http_app(
-    app: FastAPI, config: AppConfig, calls: Calls, http_metrics: HttpMetrics | None = None
+    app: FastAPI,
+    config: AppConfig,
+    calls: Calls,
+    give_up: Callable[[Call, str], None],
+    http_metrics: HttpMetrics | None = None,
 ) -> ASGIApp:
-    """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect."""
+    """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect.
+
+    `give_up` ends the requests of a call whose client does not read its stream.
+    """
     app.title, app.version = "XY-Serve", version("xyserve")
     app.description = f"The model `{config.model_name}`, served by XY-Serve."
     _choose_routes(app, config.ingress.routes)
@@ -89,8 +97,10 @@ def http_app(
     FRONT_END.replace(app, "user_middleware", kept)
     # Starlette has already built it, without these handlers.
     FRONT_END.replace(app, "middleware_stack", None)
-    sized = RequestSizeLimit(ErrorAnswers(app), config.ingress.max_request_bytes)
-    answering: ASGIApp = CallsByHeader(sized, calls, Calls(config.slo))
+    limits = config.ingress
+    sized = RequestSizeLimit(ErrorAnswers(app), limits.max_request_bytes)
+    read = UnreadLimit(sized, limits.max_unread_bytes, limits.unread_timeout_s, give_up)
+    answering: ASGIApp = CallsByHeader(read, calls, Calls(config.slo))
     return DisconnectByMessage(http_metrics.counted(answering) if http_metrics else answering)
 
 

@@ -43,7 +43,8 @@ ray.serve.handle:DeploymentBroadcastResponse
     called results_async(self, *, timeout_s=None, return_exceptions=False)
 """)
 
-# Used by the client handle, `xyserve up` and the tests; a replica would not import this much.
+# Used by the client handle, `xyserve up`, Serve's proxies and the tests; a replica would not import
+# this much.
 IN_COMMANDS = seams("""
 ray._private.authentication.authentication_token_setup
     called maybe_enable_token_auth_if_token_available(warn_if_disabled=True)
@@ -59,6 +60,10 @@ ray.dashboard.modules.serve.sdk:ServeSubmissionClient
     called __init__(self, dashboard_head_address, create_cluster_if_needed=False, cookies=None,
         metadata=None, headers=None)
     called deploy_applications(self, config)
+uvicorn.protocols.http.httptools_impl:RequestResponseCycle
+    read transport
+uvicorn.protocols.http.h11_impl:RequestResponseCycle
+    read transport
 ray._private.worker
     named kwargs.pop("_temp_dir"
 ray._private.ray_constants

@@ -1,0 +1,177 @@
+"""Clients that do not read their streams, before the real front end over scripted workers."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from starlette.types import Message
+from vllm.v1.engine import FinishReason
+
+from cluster.config.app_config import MIN_UNREAD_BYTES, parse_args
+from cluster.ingress.unread import EXTENSION, TAKEN
+from tests.cluster.ingress.answering_workers import Server, Step, serving
+from tests.cluster.ingress.test_vllm_handlers import BODIES
+
+LIMIT = MIN_UNREAD_BYTES
+FEW, MANY = 1500, 6000
+"""Tokens of which the events take more than the limit; what then waits as tokens takes less, or
+more."""
+TIMEOUT_S = 30.0
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running() -> AsyncIterator[Server]:
+    config = parse_args(
+        {
+            "worker": {"kernels": "vllm"},
+            "ingress": {"max_unread_bytes": LIMIT, "unread_timeout_s": 1e6},
+        }
+    )
+    async with serving(config) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: Server) -> Server:
+    running.records.take()
+    return running
+
+
+def play(server: Server, num_tokens: int, reason: FinishReason | None = None) -> None:
+    """Have the next requests answered with so many tokens, one in a step; the last may end them."""
+    [token_id] = server.tokens("a")
+    steps: list[Step] = [([token_id], None)] * (num_tokens - 1)
+    server.workers.play([*steps, ([token_id], reason)])
+
+
+class SlowClient:
+    """A call whose client takes nothing until it is told to."""
+
+    def __init__(self, server: Server, path: str, *, tells: bool = True, **params: Any) -> None:
+        """Its proxy `tells` what is taken, as those of `xyserve up` do."""
+        self.sent: list[Message] = []
+        self._come = asyncio.Event()
+        self._received: asyncio.Queue[Message] = asyncio.Queue()
+        body = json.dumps(BODIES[path] | {"stream": True} | params).encode()
+        self._received.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": path,
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json"), (b"host", b"app")],
+            "extensions": {EXTENSION: {}} if tells else {},
+        }
+        self.running = asyncio.create_task(server.asgi_app(scope, self._received.get, self._send))
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+        self._come.set()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(message.get("body", b"")) for message in self.sent)
+
+    @property
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()
+
+    def take(self) -> None:
+        """Take all that was sent."""
+        self._received.put_nowait({"type": TAKEN, "num_bytes": self.num_bytes})
+
+    def leave(self) -> None:
+        self._received.put_nowait({"type": "http.disconnect"})
+
+    async def sent_at_least(self, num_bytes: int) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while self.num_bytes < num_bytes:
+                self._come.clear()
+                await self._come.wait()
+
+    async def ended(self) -> None:
+        await asyncio.wait_for(self.running, TIMEOUT_S)
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_stream_that_is_not_read_is_held_back_and_goes_on_where_it_was(
+    server: Server, path: str
+) -> None:
+    play(server, FEW, FinishReason.LENGTH)
+    client = SlowClient(server, path)
+    await client.sent_at_least(LIMIT)
+    async with asyncio.timeout(TIMEOUT_S):
+        while not any(call.response.result.done() for call in server.workers.calls):
+            await asyncio.sleep(0)  # the worker has sent all
+    held_at = client.num_bytes
+
+    while not client.running.done():
+        client.take()
+        await asyncio.sleep(0)
+
+    assert held_at < LIMIT + 10_000
+    assert server.records.take() == [("length", FEW)]
+    assert client.text.count(" a") + client.text.count('"a') >= FEW
+    assert client.text.count("data: ") < FEW  # what gathered came in fewer events
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_stream_for_which_too_much_waits_ends_with_an_error_that_says_so(
+    server: Server, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    play(server, MANY)
+    client = SlowClient(server, path)
+
+    await client.ended()
+
+    [record] = [one for one in server.records.ended_ones]
+    assert record.outcome == "unread"
+    assert record.error.startswith("the client does not read its stream: ")
+    assert "ingress.max_unread_bytes" in record.error
+    events = [part for part in client.text.split("\n\n") if part and part != "data: [DONE]"]
+    name, _, data = events[-1].rpartition("data: ")
+    error = json.loads(data)
+    assert error.get("error", error)["message"] == record.error
+    assert name == NAMES.get(path, "")
+    assert client.num_bytes < 2 * LIMIT
+    assert [one.getMessage() for one in caplog.records if one.name.startswith("cluster")] == [
+        "a stream that is not read was ended"
+    ]
+    assert server.client.num_live == 0
+
+
+NAMES = {"/v1/responses": "event: error\n", "/v1/messages": "event: error\n"}
+"""Names of the last event, where the API has names."""
+
+
+async def test_a_client_that_leaves_while_it_is_held_back_is_an_abort(server: Server) -> None:
+    play(server, FEW)
+    client = SlowClient(server, "/v1/completions")
+    await client.sent_at_least(LIMIT)
+
+    client.leave()
+    await client.ended()
+    async with asyncio.timeout(TIMEOUT_S):
+        while server.client.num_live:
+            await asyncio.sleep(0)
+
+    assert [outcome for outcome, _ in server.records.take()] == ["abort"]
+
+
+async def test_without_word_of_a_proxy_nothing_is_held_back(server: Server) -> None:
+    play(server, MANY, FinishReason.LENGTH)
+    client = SlowClient(server, "/v1/completions", tells=False)
+
+    await client.ended()
+
+    assert client.num_bytes > 2 * LIMIT
+    assert server.records.take() == [("length", MANY)]
