@@ -101,7 +101,8 @@ class _Answer:
         """What the client sends next, or how much it has taken."""
         if self._receiving is None:
             self._receiving = asyncio.ensure_future(self._receive())
-        await asyncio.wait({self._receiving, self._due}, return_when=asyncio.FIRST_COMPLETED)
+        awaited: set[asyncio.Future[Any]] = {self._receiving, self._due}
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if self._receiving.done():
             received, self._receiving = self._receiving, None
             return received.result()

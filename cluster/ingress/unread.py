@@ -31,7 +31,8 @@ class UnreadLimit:
 
     While `max_bytes` of it are on their way, no more is made of its tokens, which gather in vLLM's
     output processor. It ends when those take `max_bytes` too, or when the client has taken nothing
-    for `timeout_s`: `give_up` ends the call's requests with an error, which is its last event.
+    for `timeout_s`: `give_up` ends the call's requests with an error, which is its last event, and
+    those of a client that has left without one.
     """
 
     def __init__(
@@ -67,6 +68,9 @@ class UnreadLimit:
             await self._app(scope, answer.received, limited)
         finally:
             reading.cancel()
+            # A client that leaves while it is held back leaves the makers of its events behind,
+            # which would go on until they are collected as garbage.
+            self._give_up(call, "")
 
     async def _wait_for_room(self, call: Call, answer: "_Answer") -> None:
         taken_s, num_taken = self._clock(), answer.num_taken

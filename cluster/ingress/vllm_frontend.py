@@ -160,11 +160,15 @@ class WorkersCore(EngineCoreClient):
         self._client.abort(request_ids, SIBLING_FAILED)
 
     def give_up(self, call: Call, reason: str) -> None:
-        """End the requests of a call whose client does not read its stream, with an error."""
+        """End the requests of a call whose client does not read its stream, with an error.
+
+        Without a reason, those of a client that has left.
+        """
         request_ids = [record.request.request_id for record in call.records if not record.outcome]
         self._client.abort(request_ids, reason, "unread")
         for request_id in request_ids:
-            self._fail(request_id, RequestFailed(reason, HTTPStatus.REQUEST_TIMEOUT))
+            error = RequestFailed(reason or "the client left", HTTPStatus.REQUEST_TIMEOUT)
+            self._fail(request_id, error)
 
     async def has_workers(self) -> bool:
         """Whether a request that came now would find a worker."""
