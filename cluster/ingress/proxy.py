@@ -16,6 +16,10 @@ from cluster.ingress.unread import EXTENSION, TAKEN, TELL_EVERY
 DECODED = (HEADERS.call_id, "x-session-id", "serve-multiplexed-model-id")
 """Headers that Serve's proxy decodes; one that is no UTF-8 would be a plain 500."""
 
+NOT_OURS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
+"""Headers by which Serve's own load balancer has its proxies cut requests short, or go on when the
+client has left. A client's are dropped."""
+
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.middlewares"}
 """The environment variable by which Serve's proxies find `middlewares`."""
 
@@ -29,7 +33,10 @@ def middlewares() -> list[Middleware]:
 
 
 class ReadableHeaders:
-    """Refuses calls with ids that the app would refuse too, before the proxy reads them."""
+    """Refuses calls with ids that the app would refuse too, before the proxy reads them.
+
+    Also drops what is for the proxy itself.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,9 +44,16 @@ class ReadableHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer why its headers cannot be read."""
         try:
-            for key, value in scope.get("headers", ()):
-                if (name := key.decode("latin-1").lower().replace("_", "-")) in DECODED:
+            headers = [
+                (key.decode("latin-1").lower().replace("_", "-"), key, value)
+                for key, value in scope.get("headers", ())
+            ]
+            for name, _, value in headers:
+                if name in DECODED:
                     check_id(name, value.decode("latin-1"))
+            scope["headers"] = [
+                (key, value) for name, key, value in headers if name not in NOT_OURS
+            ]
         except RequestFailed as failure:
             if scope["type"] != "http":
                 raise

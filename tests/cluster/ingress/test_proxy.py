@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.ingress.proxy import CALLBACK, TakenAnswers
+from cluster.ingress.proxy import CALLBACK, ReadableHeaders, TakenAnswers
 from cluster.ingress.unread import EXTENSION, TAKEN, TELL_EVERY
 
 
@@ -47,6 +47,22 @@ async def test_a_header_that_serve_could_not_read_is_refused(name: str, value: b
 @pytest.mark.parametrize("headers", [{}, {"x-request-id": b"mine"}, {"x-other": b"\xff"}])
 async def test_other_headers_pass(headers: dict[str, bytes]) -> None:
     assert (await get(headers)).text == "hello"
+
+
+async def test_what_is_for_the_proxy_itself_is_dropped() -> None:
+    async def named(request: Request) -> Response:
+        return PlainTextResponse(" ".join(sorted(request.headers)))
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(ReadableHeaders(Starlette(routes=[Route("/", named)]))),
+        base_url="http://here",
+        headers={"x-mine": "1", "X-Request-Timeout-Seconds": "1"},
+    ) as client:
+        answer = await client.get("/", headers=[(b"x_request_disconnect_disabled", b"\xff")])
+
+    assert "x-mine" in answer.text
+    assert "timeout" not in answer.text
+    assert "disabled" not in answer.text
 
 
 PIECE = b"x" * 10_000
