@@ -12,8 +12,8 @@ from workers.latest import Latest
 
 MAX_BYTES = 32 << 20
 """Memory of the requests and refusals that are kept: those of about 15,000 usual requests."""
-RECORD_BYTES, ATTEMPT_BYTES = 1000, 500
-"""Memory of a record and of an attempt, without their texts and tokens."""
+RECORD_BYTES, ATTEMPT_BYTES, REFUSAL_BYTES = 1000, 500, 300
+"""Memory of a record, of an attempt and of a refusal, without their texts and tokens."""
 MIN_QUERY = 4
 """Minimum length of a query; fewer characters would match too many ids."""
 
@@ -151,7 +151,7 @@ class RequestHistory:
 def _num_bytes(record: RequestRecord | Refusal) -> int:
     """The memory that a record takes."""
     if isinstance(record, Refusal):
-        return RECORD_BYTES + len(record.call_id) + 4 * len(record.message)
+        return REFUSAL_BYTES + len(record.call_id) + 4 * len(record.message)
     texts = (record.call_id, record.request.traceparent, record.error)
     attempts = sum(
         ATTEMPT_BYTES + len(one.attempt_id) + 4 * len(one.lost) for one in record.attempts

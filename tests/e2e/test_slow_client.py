@@ -1,7 +1,10 @@
 """A client that does not read its stream: it is held back and given up, and nobody else notices."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import urllib.parse
 
 import openai
@@ -61,6 +64,38 @@ def test_a_client_that_does_not_read_is_given_up_with_a_reason_and_others_go_on(
     told = json.loads(event.removeprefix("data: "))["error"]
     assert (told["code"], told["message"]) == (408, error)
     assert CALL_ID in log_of(server, "a stream that is not read was ended")
+
+
+HANDLE = """
+import sys
+from cluster.client import XYServe
+
+with XYServe.connect(sys.argv[1]) as xy:
+    stream = xy.stream("Once", max_tokens=8000, ignore_eos=True, request_id=sys.argv[2])
+    next(stream)
+    print("begun", flush=True)
+    for _ in stream:
+        pass
+"""
+HANDLE_ID = "a-handle-that-does-not-read"
+
+
+def test_a_handle_whose_process_stands_still_is_given_up(server: Server, handle: XYServe) -> None:
+    wait_for_load(handle, num_running=0)
+    command = [sys.executable, "-c", HANDLE, server.ray_address, HANDLE_ID]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            process.send_signal(signal.SIGSTOP)
+            wait_for_load(handle, num_running=0)
+        finally:
+            process.kill()
+
+    [explanation] = handle.explain(HANDLE_ID)
+    assert isinstance(explanation, Explanation)
+    assert explanation.record.outcome == "abort"
+    assert log_of(server, "a client handle does not read its streams")
 
 
 def log_of(server: Server, message: str) -> str:

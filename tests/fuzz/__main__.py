@@ -57,7 +57,7 @@ class Report:
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
     warm: dict[str, Usage] = field(default_factory=dict)
-    """What each process held after the first inputs."""
+    """What each process held after the first half of the inputs."""
     after: dict[str, Usage] = field(default_factory=dict)
 
 
@@ -70,15 +70,15 @@ class Fuzz:
         self.report = Report(seed)
 
     def run(self, number: int, raw_at_once: int = RAW_AT_ONCE) -> Report:
-        """Send about so many inputs, the first tenth of them before memory is looked at."""
+        """Send about so many inputs; memory is looked at when the first half has had its effect."""
         began_s = time.monotonic()
         others = Others(self._url, self._model)
         processes = AppProcesses(self._port)
         seed = self.report.seed
         with others.streaming():
-            self._send(max(number // 10, 1), min(raw_at_once, number // 10), seed + 1)
+            self._send(number // 2, raw_at_once, seed)
             self.report.warm = processes.usage()
-            self._send(number - number // 10, raw_at_once, seed)
+            self._send(number - number // 2, raw_at_once, seed + number)
         self.report.num_streams_beside = others.num_streams
         self.report.faults += others.faults
         self.report.after = self._settled(processes)
