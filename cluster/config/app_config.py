@@ -33,6 +33,9 @@ class IngressConfig:
     max_request_bytes: int = 8 << 20
     """Maximum size of a request body, which may take 25 times as much memory while it is read; a
     larger one is answered with 413."""
+    body_timeout_s: float = 60.0
+    """Time, in seconds, in which the body of a request must have come; later it is answered with
+    408."""
     max_n: int = 128
     """Maximum number of sequences (`n`) of one request."""
     placement_timeout_s: float = 60.0
@@ -67,7 +70,7 @@ class IngressConfig:
                     f"routes: {path!r} cannot be switched on; choose from {', '.join(EXTRA_PATHS)}"
                 )
         limits = ("request_bytes", "n", "sequences", "total_logprobs")
-        times = ("placement_timeout_s", "unread_timeout_s")
+        times = ("placement_timeout_s", "unread_timeout_s", "body_timeout_s")
         for name in (*times, *(f"max_{limit}" for limit in limits)):
             if not getattr(self, name) > 0:  # NaN is not positive either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")

@@ -98,7 +98,7 @@ def http_app(
     # Starlette has already built it, without these handlers.
     FRONT_END.replace(app, "middleware_stack", None)
     limits = config.ingress
-    sized = RequestSizeLimit(ErrorAnswers(app), limits.max_request_bytes)
+    sized = BodyLimit(ErrorAnswers(app), limits.max_request_bytes, limits.body_timeout_s)
     read = UnreadLimit(sized, limits.max_unread_bytes, limits.unread_timeout_s, give_up)
     answering: ASGIApp = CallsByHeader(read, calls, Calls(config.slo))
     return DisconnectByMessage(http_metrics.counted(answering) if http_metrics else answering)
@@ -227,22 +227,39 @@ TOKENIZE_WEIGHT = 8
 routes refuse a text that is longer than the context before they make tokens of it."""
 
 
-class RequestSizeLimit:
-    """Refuses bodies over `max_bytes` with status 413, declared or streamed."""
+class BodyLimit:
+    """Refuses bodies over `max_bytes` with status 413, and those that do not come with 408.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    A request has one of the places that Serve gives out while its body comes.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        """A body must have come within `timeout_s`."""
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, counting its body."""
-        received = 0
+        received, is_whole = 0, False
+        give_up_s = asyncio.get_running_loop().time() + self._timeout_s
         is_tokenize = scope.get("path", "").endswith("/tokenize")
         max_bytes = self._max_bytes // TOKENIZE_WEIGHT if is_tokenize else self._max_bytes
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            if is_whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(give_up_s):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    408,
+                    f"The request body did not come within {self._timeout_s:g} s "
+                    "(ingress.body_timeout_s).",
+                ) from None
+            is_whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > max_bytes:
                 key = "ingress.max_request_bytes"

@@ -412,7 +412,7 @@ def test_a_route_that_would_rebuild_the_engine_is_not_there(http: httpx.Client, 
     assert_error(post(http, path, {}), 404, f"Not Found: POST {path}")
 
 
-# Anything
+# Structured output
 
 
 def test_a_grammar_that_leaves_no_token_is_refused_where_it_does(http: httpx.Client) -> None:
