@@ -48,7 +48,7 @@ class IngressConfig:
     unless streamed, of `max_tokens` tokens, in all sequences."""
     max_unread_bytes: int = 1 << 20
     """Maximum size of what waits for the client of one stream that does not read it, on the way and
-    again as tokens; then the stream ends with an error."""
+    again as tokens; before that, its requests leave their workers until it reads on."""
     unread_timeout_s: float = 60.0
     """Time, in seconds, for which a client with `max_unread_bytes` on the way may take nothing;
     then its stream ends with an error."""

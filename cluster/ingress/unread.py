@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,13 +27,26 @@ LOOK_S = 0.5
 """Period at which it is looked how much has come for a client that reads nothing."""
 
 
+class RequestsOfCalls(Protocol):
+    """What makes the tokens of calls."""
+
+    def hold(self, call: Call) -> None:
+        """Make no more tokens, and leave the workers to others; to be repeated at will."""
+
+    def go_on(self, call: Call) -> None:
+        """Make tokens again, if they were held."""
+
+    def give_up(self, call: Call, reason: str) -> None:
+        """End with an error; without a reason, because the client left."""
+
+
 class UnreadLimit:
     """Holds a stream back whose client does not read it, and ends it when that lasts.
 
     While `max_bytes` of it are on their way, no more is made of its tokens, which gather in vLLM's
-    output processor. It ends when those take `max_bytes` too, or when the client has taken nothing
-    for `timeout_s`: `give_up` ends the call's requests with an error, which is its last event, and
-    those of a client that has left without one.
+    output processor. When those take half of `max_bytes`, its requests are taken from their workers
+    until the client reads on. It ends when the client has taken nothing for `timeout_s`, or if the
+    tokens take `max_bytes` all the same: the last event is an error.
     """
 
     def __init__(
@@ -40,13 +54,13 @@ class UnreadLimit:
         app: ASGIApp,
         max_bytes: int,
         timeout_s: float,
-        give_up: Callable[[Call, str], None],
+        requests: RequestsOfCalls,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
-        self._give_up = give_up
+        self._requests = requests
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +84,7 @@ class UnreadLimit:
             reading.cancel()
             # A client that leaves while it is held back leaves the makers of its events behind,
             # which would go on until they are collected as garbage.
-            self._give_up(call, "")
+            self._requests.give_up(call, "")
 
     async def _wait_for_room(self, call: Call, answer: "_Answer") -> None:
         taken_s, num_taken = self._clock(), answer.num_taken
@@ -94,9 +108,12 @@ class UnreadLimit:
                     "a stream that is not read was ended",
                     extra={"call_id": call.call_id, "error": reason},
                 )
-                self._give_up(call, reason)
+                self._requests.give_up(call, reason)
                 return
+            if held_bytes > self._max_bytes / 2:
+                self._requests.hold(call)
             await answer.wait(LOOK_S)
+        self._requests.go_on(call)
 
 
 class _Answer:

@@ -159,6 +159,14 @@ class WorkersCore(EngineCoreClient):
         request_ids = self.output_processor.abort_requests([queue.request_id], internal=True)
         self._client.abort(request_ids, SIBLING_FAILED)
 
+    def hold(self, call: Call) -> None:
+        """Take the requests of a call from their workers."""
+        self._client.hold([record.request.request_id for record in call.records])
+
+    def go_on(self, call: Call) -> None:
+        """Have the requests of a call go on that were held."""
+        self._client.go_on([record.request.request_id for record in call.records])
+
     def give_up(self, call: Call, reason: str) -> None:
         """End the requests of a call whose client does not read its stream, with an error.
 
@@ -284,7 +292,7 @@ class Frontend:
         core = WorkersCore(client)
         self._llm = ClusterLLM(vllm_config, core, config.ingress, stat_loggers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
-        self.asgi_app = http_app(self._app, config, calls, core.give_up, http_metrics)
+        self.asgi_app = http_app(self._app, config, calls, core, http_metrics)
 
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""

@@ -26,10 +26,10 @@ from vllm.exceptions import VLLMValidationError
 
 from cluster.config.app_config import AppConfig
 from cluster.config.routes import EXTRA_PATHS, ROUTES
-from cluster.ingress.calls import Call, Calls, CallsByHeader
+from cluster.ingress.calls import Calls, CallsByHeader
 from cluster.ingress.error_answers import ErrorAnswers
 from cluster.ingress.http_metrics import METRICS, HttpMetrics
-from cluster.ingress.unread import UnreadLimit
+from cluster.ingress.unread import RequestsOfCalls, UnreadLimit
 from cluster.ingress.vllm_responses import KEEPS_NONE
 from cluster.ingress.vllm_seams import FRONT_END
 
@@ -74,12 +74,12 @@ def http_app(
     app: FastAPI,
     config: AppConfig,
     calls: Calls,
-    give_up: Callable[[Call, str], None],
+    requests: RequestsOfCalls,
     http_metrics: HttpMetrics | None = None,
 ) -> ASGIApp:
     """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect.
 
-    `give_up` ends the requests of a call whose client does not read its stream.
+    `requests` holds those of a call whose client does not read its stream.
     """
     app.title, app.version = "XY-Serve", version("xyserve")
     app.description = f"The model `{config.model_name}`, served by XY-Serve."
@@ -99,7 +99,7 @@ def http_app(
     FRONT_END.replace(app, "middleware_stack", None)
     limits = config.ingress
     sized = BodyLimit(ErrorAnswers(app), limits.max_request_bytes, limits.body_timeout_s)
-    read = UnreadLimit(sized, limits.max_unread_bytes, limits.unread_timeout_s, give_up)
+    read = UnreadLimit(sized, limits.max_unread_bytes, limits.unread_timeout_s, requests)
     answering: ASGIApp = CallsByHeader(read, calls, Calls(config.slo))
     return DisconnectByMessage(http_metrics.counted(answering) if http_metrics else answering)
 

@@ -98,6 +98,7 @@ def write_config(path: Path, port: int, **args: object) -> None:
                 "max_request_bytes": 200_000,
                 "placement_timeout_s": 300,
                 "max_unread_bytes": MIN_UNREAD_BYTES,
+                "unread_timeout_s": 5,
             },
         }
         | args,

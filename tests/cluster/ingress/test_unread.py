@@ -11,7 +11,7 @@ import pytest_asyncio
 from starlette.types import Message
 from vllm.v1.engine import FinishReason
 
-from cluster.config.app_config import MIN_UNREAD_BYTES, parse_args
+from cluster.config.app_config import MIN_UNREAD_BYTES, AppConfig, parse_args
 from cluster.ingress.unread import EXTENSION, TAKEN
 from tests.cluster.ingress.answering_workers import Server, Step, serving
 from tests.cluster.ingress.test_vllm_handlers import BODIES
@@ -20,6 +20,8 @@ LIMIT = MIN_UNREAD_BYTES
 FEW, MANY = 1500, 6000
 """Tokens of which the events take more than the limit; what then waits as tokens takes less, or
 more."""
+MESSAGES_MORE = 700
+"""So many more, where events are shorter: for the same to wait as tokens."""
 TIMEOUT_S = 30.0
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -27,14 +29,20 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running() -> AsyncIterator[Server]:
-    config = parse_args(
-        {
-            "worker": {"kernels": "vllm"},
-            "ingress": {"max_unread_bytes": LIMIT, "unread_timeout_s": 1e6},
-        }
-    )
-    async with serving(config) as server:
+    async with serving(config(1e6)) as server:
         yield server
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def impatient() -> AsyncIterator[Server]:
+    """One that waits for no client."""
+    async with serving(config(1e-6)) as server:
+        yield server
+
+
+def config(unread_timeout_s: float) -> AppConfig:
+    ingress = {"max_unread_bytes": LIMIT, "unread_timeout_s": unread_timeout_s}
+    return parse_args({"worker": {"kernels": "vllm"}, "ingress": ingress})
 
 
 @pytest.fixture
@@ -138,10 +146,39 @@ async def test_a_stream_that_is_not_read_is_held_back_and_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("path", BODIES)
-async def test_a_stream_for_which_too_much_waits_ends_with_an_error_that_says_so(
-    server: Server, path: str, caplog: pytest.LogCaptureFixture
+async def test_a_request_that_is_not_read_leaves_its_worker_until_it_is(
+    server: Server, path: str
+) -> None:
+    """The engine computes no more for nobody."""
+    play(server, FEW + MESSAGES_MORE * (path == "/v1/messages"))
+    [endless] = server.workers.scripts
+    server.workers.play(endless, [(server.tokens("b"), FinishReason.LENGTH)])
+    client = SlowClient(server, path)
+    async with asyncio.timeout(TIMEOUT_S):
+        while not server.workers.calls or not server.workers.calls[0].response.was_cancelled:
+            await asyncio.sleep(0)
+    [held] = server.client._live.values()
+    num_tokens = held.record.num_output_tokens
+
+    while not client.running.done():
+        client.take()
+        await asyncio.sleep(0)
+
+    _, again = server.workers.calls
+    assert again.request.progress is not None
+    assert len(again.request.progress.output_token_ids) == num_tokens
+    assert server.records.take() == [("length", num_tokens + 1)]
+    assert said(client) == "a" * num_tokens + "b"
+    assert held.record.attempts[0].lost == "its client did not read the stream"
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_stream_that_is_not_read_for_too_long_ends_with_an_error_that_says_so(
+    impatient: Server, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
+    server = impatient
+    server.records.take()
     play(server, MANY)
     client = SlowClient(server, path)
 
@@ -150,7 +187,7 @@ async def test_a_stream_for_which_too_much_waits_ends_with_an_error_that_says_so
     [record] = [one for one in server.records.ended_ones]
     assert record.outcome == "unread"
     assert record.error.startswith("the client does not read its stream: ")
-    assert "ingress.max_unread_bytes" in record.error
+    assert "ingress.unread_timeout_s" in record.error
     events = [part for part in client.text.split("\n\n") if part and part != "data: [DONE]"]
     name, _, data = events[-1].rpartition("data: ")
     error = json.loads(data)
