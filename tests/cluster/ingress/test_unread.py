@@ -204,6 +204,17 @@ NAMES = {"/v1/responses": "event: error\n", "/v1/messages": "event: error\n"}
 """Names of the last event, where the API has names."""
 
 
+async def test_tokens_that_come_too_fast_to_be_held_end_a_stream_too(server: Server) -> None:
+    play(server, MANY)
+    client = SlowClient(server, "/v1/completions")
+
+    await client.ended()
+
+    [record] = server.records.ended_ones
+    assert record.outcome == "unread"
+    assert client.num_bytes < 2 * LIMIT
+
+
 async def test_a_client_that_leaves_while_it_is_held_back_is_an_abort(server: Server) -> None:
     play(server, FEW)
     client = SlowClient(server, "/v1/completions")
