@@ -175,10 +175,10 @@ async def test_a_client_that_does_not_take_the_rest_of_an_answer_is_cut_off() ->
 
 async def test_a_slow_client_that_goes_on_is_not_cut_off() -> None:
     app = Streaming(num_pieces=200)
-    async with serving(TakenAnswers(app, stuck_s=1.0)) as (client, _), asyncio.timeout(TIMEOUT_S):
-        for _ in range(10):
-            await read(client, 20 * len(PIECE))
-            await asyncio.sleep(0.15)
+    async with serving(TakenAnswers(app, stuck_s=3.0)) as (client, _), asyncio.timeout(TIMEOUT_S):
+        for _ in range(40):
+            await read(client, 5 * len(PIECE))
+            await asyncio.sleep(0.1)
         await read(client, 1)
 
     assert app.num_sent == 200
