@@ -88,12 +88,12 @@ class UnreadLimit:
 
     async def _wait_for_room(self, call: Call, answer: "_Answer") -> None:
         taken_s, num_taken = self._clock(), answer.num_taken
-        held = -_num_tokens(call)
+        num_before, is_held = _num_tokens(call), False
         while answer.num_sent - answer.num_taken > self._max_bytes:
             if answer.num_taken > num_taken:
                 taken_s, num_taken = self._clock(), answer.num_taken
             silent_s = self._clock() - taken_s
-            held_bytes = (held + _num_tokens(call)) * call.token_bytes
+            held_bytes = (_num_tokens(call) - num_before) * call.token_bytes
             if silent_s > self._timeout_s or held_bytes > self._max_bytes:
                 answer.given_up = True
                 if all(record.outcome for record in call.records):
@@ -112,8 +112,10 @@ class UnreadLimit:
                 return
             if held_bytes > self._max_bytes / 2:
                 self._requests.hold(call)
+                is_held = True
             await answer.wait(LOOK_S)
-        self._requests.go_on(call)
+        if is_held:
+            self._requests.go_on(call)
 
 
 class _Answer:

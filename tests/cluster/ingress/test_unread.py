@@ -20,12 +20,22 @@ from tests.cluster.ingress.answering_workers import Server, Step, serving
 from tests.cluster.ingress.test_vllm_handlers import BODIES
 
 LIMIT = MIN_UNREAD_BYTES
-FEW, MANY = 1500, 6000
-"""Tokens of which the events take more than the limit; what then waits as tokens takes less, or
-more."""
-MESSAGES_MORE = 700
-"""So many more, where events are shorter: for the same to wait as tokens."""
+MANY = 6000
+"""Tokens of which the events take more than the limit, and what then waits as tokens too."""
 TIMEOUT_S = 120.0
+
+COMPLETIONS, MESSAGES = "/v1/completions", "/v1/messages"
+
+
+def few(path: str) -> int:
+    """Tokens of which the events take more than the limit, and the others not half of it."""
+    return 1500 if path == MESSAGES else 1000  # its events are shorter
+
+
+def several(path: str) -> int:
+    """Tokens of which the events take more than the limit, and the others not all of it."""
+    return few(path) + 550
+
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -130,7 +140,7 @@ def said(client: SlowClient) -> str:
 async def test_a_stream_that_is_not_read_is_held_back_and_goes_on_where_it_was(
     server: Server, path: str
 ) -> None:
-    play(server, FEW, FinishReason.LENGTH)
+    play(server, few(path), FinishReason.LENGTH)
     client = SlowClient(server, path)
     await client.sent_at_least(LIMIT)
     async with asyncio.timeout(TIMEOUT_S):
@@ -143,9 +153,9 @@ async def test_a_stream_that_is_not_read_is_held_back_and_goes_on_where_it_was(
         await asyncio.sleep(0)
 
     assert held_at < LIMIT + 10_000
-    assert server.records.take() == [("length", FEW)]
-    assert said(client) == "a" * FEW
-    assert client.text.count("data: ") < FEW  # what gathered came in fewer events
+    assert server.records.take() == [("length", few(path))]
+    assert said(client) == "a" * few(path)
+    assert client.text.count("data: ") < few(path)  # what gathered came in fewer events
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -153,7 +163,7 @@ async def test_a_request_that_is_not_read_leaves_its_worker_until_it_is(
     server: Server, path: str
 ) -> None:
     """The engine computes no more for nobody."""
-    play(server, FEW + MESSAGES_MORE * (path == "/v1/messages"))
+    play(server, several(path))
     [endless] = server.workers.scripts
     server.workers.play(endless, [(server.tokens("b"), FinishReason.LENGTH)])
     client = SlowClient(server, path)
@@ -225,7 +235,9 @@ async def test_tokens_that_come_though_they_are_held_end_a_stream_too() -> None:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         for _ in range(3):
-            await send({"type": "http.response.body", "body": b"x" * LIMIT, "more_body": True})
+            await send(
+                {"type": "http.response.body", "body": b"x" * (LIMIT + 1), "more_body": True}
+            )
 
     async def send(message: Message) -> None:
         # Once the app waits for room.
@@ -241,14 +253,15 @@ async def test_tokens_that_come_though_they_are_held_end_a_stream_too() -> None:
     finally:
         current_call.reset(token)
 
-    [reason, left] = noted
+    assert len(noted) == 2, noted
+    reason, left = noted
     assert reason.startswith("the client does not read its stream: ")
     assert left == ""
 
 
 async def test_a_client_that_leaves_while_it_is_held_back_is_an_abort(server: Server) -> None:
-    play(server, FEW)
-    client = SlowClient(server, "/v1/completions")
+    play(server, few(COMPLETIONS))
+    client = SlowClient(server, COMPLETIONS)
     await client.sent_at_least(LIMIT)
 
     client.leave()
@@ -261,10 +274,10 @@ async def test_a_client_that_leaves_while_it_is_held_back_is_an_abort(server: Se
 
 
 async def test_without_word_of_a_proxy_nothing_is_held_back(server: Server) -> None:
-    play(server, FEW, FinishReason.LENGTH)
+    play(server, MANY // 2, FinishReason.LENGTH)
     client = SlowClient(server, "/v1/completions", tells=False)
 
     await client.ended()
 
     assert client.num_bytes > 2 * LIMIT
-    assert server.records.take() == [("length", FEW)]
+    assert server.records.take() == [("length", MANY // 2)]
