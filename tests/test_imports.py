@@ -59,8 +59,8 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "workers": (
         frozenset(
             {
-                *("config", "cpus", "engine_request", "errors", "home", "seams", "sockets"),
-                *("start", "timeline"),
+                *("config", "cpus", "engine_request", "errors", "home", "latest", "seams"),
+                *("sockets", "start", "timeline"),
             }
         ),
         frozenset({"kernels", "token_stream"}),

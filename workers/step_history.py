@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from scheduler.task import Reason, Stage, StageTask, StepReport
 from workers.timeline import Span, wall_clock_ahead_s
 
-MAX_STEPS = 20_000
-"""Max steps kept: a quarter of an hour at 50 ms a step."""
-MAX_ENTRIES = 400_000
-"""Max tasks and deferrals in all kept steps together, about 100 bytes each."""
+MAX_BYTES = 64 << 20
+"""Memory of the steps that are kept: a quarter of an hour of eight requests at 50 ms a step."""
+STEP_BYTES, ENTRY_BYTES = 1400, 400
+"""Memory of a step, and of each of its requests beside the characters of its id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +58,17 @@ class RequestStep:
 class StepHistory:
     """The reports of a worker's latest steps; the engine's thread adds to it, others read it."""
 
-    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._steps: deque[StepReport] = deque()
-        self._max_entries = max_entries
-        self._num_entries = 0
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
 
     def add(self, step: StepReport) -> None:
-        """Keep a step, and drop the oldest ones beyond the limits."""
+        """Keep a step, and drop the oldest ones beyond the limit."""
         self._steps.append(step)
-        self._num_entries += _num_entries(step)
-        while len(self._steps) > MAX_STEPS or self._num_entries > self._max_entries:
-            self._num_entries -= _num_entries(self._steps.popleft())
+        self._num_bytes += _num_bytes(step)
+        while self._num_bytes > self._max_bytes:
+            self._num_bytes -= _num_bytes(self._steps.popleft())
 
     def summaries(self, since_s: float, most: int) -> list[StepSummary]:
         """The latest `most` steps that ended after `since_s`, a wall-clock time."""
@@ -102,9 +102,11 @@ class StepHistory:
             yield step, began_s
 
 
-def _num_entries(step: StepReport) -> int:
-    """Entries that a step takes in a history."""
-    return 1 + len(step.tasks) + len(step.plan.deferred)
+def _num_bytes(step: StepReport) -> int:
+    """The memory that a step takes."""
+    ids = [*step.preempted, *(task.request_id for task in step.tasks)]
+    ids += [deferral.request_id for deferral in step.plan.deferred]
+    return STEP_BYTES + ENTRY_BYTES * len(ids) + sum(map(len, ids))
 
 
 def _seen_by(request_id: str, step: StepReport, began_s: float) -> RequestStep | None:

@@ -4,8 +4,10 @@ import time
 from collections import deque
 from typing import NamedTuple
 
-MAX_SPANS = 20_000
-"""Spans kept: some minutes of steps, in a few megabytes."""
+MAX_BYTES = 16 << 20
+"""Memory of the spans that are kept: some minutes of steps."""
+SPAN_BYTES, ENTRY_BYTES = 400, 200
+"""Memory of a span, and of each of its requests beside the characters of its id."""
 
 
 class Span(NamedTuple):
@@ -27,11 +29,16 @@ class Timeline:
     """The latest spans of one process; written by one thread, read by others."""
 
     def __init__(self) -> None:
-        self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
+        self._spans: deque[Span] = deque()
+        self._num_bytes = 0
 
     def add(self, name: str, began_s: float, ended_s: float, of_requests: dict[str, int]) -> None:
-        """Add a span, by the machine's monotonic clock."""
-        self._spans.append(Span(name, began_s, ended_s, of_requests))
+        """Add a span, by the machine's monotonic clock, and drop the oldest beyond the limit."""
+        span = Span(name, began_s, ended_s, of_requests)
+        self._spans.append(span)
+        self._num_bytes += _num_bytes(span)
+        while self._num_bytes > MAX_BYTES:
+            self._num_bytes -= _num_bytes(self._spans.popleft())
 
     def since(self, began_s: float) -> list[Span]:
         """Spans that ended after `began_s`; times are of the wall clock, which machines share."""
@@ -41,3 +48,9 @@ class Timeline:
             for span in self._spans.copy()
             if span.ended_s + ahead_s > began_s
         ]
+
+
+def _num_bytes(span: Span) -> int:
+    """The memory that a span takes."""
+    ids = span.of_requests
+    return SPAN_BYTES + ENTRY_BYTES * len(ids) + sum(map(len, ids))

@@ -23,10 +23,17 @@ RESEND_AFTER_S = 1.0
 delays one, much shorter than LOST_AFTER_S."""
 LOST_AFTER_S = 30.0
 """Time without an owed acknowledgement after which a receiver counts as lost."""
+MAX_UNACKED_BYTES = 256 << 20
+"""Memory of what one receiver has not acknowledged; one that owes more counts as lost too."""
 CLOSE_AFTER_S = 300.0
 """A stream unused this long is closed; the next message opens a new one."""
 MAX_RESENT = 64
 """Max messages resent at once: a slow receiver has them already, and need not read all again."""
+FRAME_BYTES = 100
+"""Memory of a frame beside its bytes."""
+MAX_SENDERS = 10_000
+"""Streams that a receiver knows, about 200 bytes each; a sender opens a new one after each pause of
+CLOSE_AFTER_S."""
 ACK_EVERY = 16
 """Messages per acknowledgement while more are waiting to be read."""
 
@@ -55,11 +62,12 @@ class StreamSender:
         self._token = address.token
         options: sockets.Options = {
             zmq.IDENTITY: uuid.uuid4().bytes,
-            zmq.SNDHWM: 0,  # bounded by LOST_AFTER_S, not by dropping
+            zmq.SNDHWM: 0,  # bounded by MAX_UNACKED_BYTES, not by dropping
         }
         self._socket = sockets.connect(context, address.endpoint, options)
         self._next_seq = 0
         self._unacked: deque[tuple[int, list[bytes]]] = deque()
+        self._num_bytes = 0  # of all unacknowledged messages
         self._progress_at = 0.0  # last acknowledgement, or when waiting for one began
         self._resend_at = 0.0
 
@@ -69,6 +77,7 @@ class StreamSender:
         if not self._unacked:
             self._progress_at, self._resend_at = now, now + RESEND_AFTER_S
         self._unacked.append((self._next_seq, message))
+        self._num_bytes += _num_bytes(message)
         self._next_seq += 1
         self._socket.send_multipart(message, copy=False)
 
@@ -80,7 +89,8 @@ class StreamSender:
             except msgspec.MsgspecError:
                 continue  # another program that took over the port of a receiver that is gone
             while self._unacked and self._unacked[0][0] <= acked:
-                self._unacked.popleft()
+                _, message = self._unacked.popleft()
+                self._num_bytes -= _num_bytes(message)
                 self._progress_at, self._resend_at = now, now + RESEND_AFTER_S
         if self._unacked and now >= self._resend_at:
             for _, message in itertools.islice(self._unacked, MAX_RESENT):
@@ -93,12 +103,17 @@ class StreamSender:
         return not self._unacked
 
     def is_lost(self, now: float) -> bool:
-        """Whether the receiver has owed an acknowledgement for `LOST_AFTER_S`."""
-        return bool(self._unacked) and now - self._progress_at > LOST_AFTER_S
+        """Whether the receiver has owed an acknowledgement for too long, or for too much."""
+        is_late = bool(self._unacked) and now - self._progress_at > LOST_AFTER_S
+        return is_late or self._num_bytes > MAX_UNACKED_BYTES
 
     def close(self) -> None:
         """Close the socket; what was not acknowledged is dropped."""
         self._socket.close()
+
+
+def _num_bytes(message: list[bytes]) -> int:
+    return FRAME_BYTES * len(message) + sum(map(len, message))
 
 
 class StreamReceiver:
@@ -111,7 +126,7 @@ class StreamReceiver:
         options: sockets.Options = {zmq.RCVHWM: 0, zmq.ROUTER_HANDOVER: 1}
         self._socket, endpoint = sockets.listen(self._context, host, options, ports)
         self.address = StreamAddress(endpoint, secrets.token_bytes(16))
-        self._expected: dict[bytes, int] = {}
+        self._expected: dict[bytes, int] = {}  # the one heard last is at the end
 
     async def receive(self) -> list[bytes]:
         """Frames of the next message; messages of one sender arrive in order."""
@@ -124,9 +139,11 @@ class StreamReceiver:
                 continue  # not a sender of ours
             if header.token != self.address.token:
                 continue
-            expected = self._expected.get(sender, 0)
+            expected = self._expected.pop(sender, 0)
+            self._expected[sender] = expected + (header.seq == expected)
+            if len(self._expected) > MAX_SENDERS:
+                del self._expected[next(iter(self._expected))]
             if header.seq == expected:
-                self._expected[sender] = expected + 1
                 if header.seq % ACK_EVERY == 0 or not await self._socket.poll(0):
                     await self._acknowledge(sender, header.seq)
                 return frames

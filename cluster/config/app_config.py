@@ -22,6 +22,9 @@ from cluster.models.default_model import DEFAULT_MODEL
 from workers.config import DraftConfig, EngineConfig, WorkerConfig
 from workers.sockets import check_ports
 
+MIN_UNREAD_BYTES = 128 << 10
+"""Twice what a client takes before its proxy tells the ingress."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressConfig:
@@ -32,6 +35,9 @@ class IngressConfig:
     max_request_bytes: int = 8 << 20
     """Maximum size of a request body, which may take 25 times as much memory while it is read; a
     larger one is answered with 413."""
+    body_timeout_s: float = 60.0
+    """Time, in seconds, in which the body of a request must have come; later it is answered with
+    408."""
     max_n: int = 128
     """Maximum number of sequences (`n`) of one request."""
     placement_timeout_s: float = 60.0
@@ -42,6 +48,12 @@ class IngressConfig:
     max_total_logprobs: int = 1_000_000
     """Maximum number of log probabilities in an answer, about 0.5 kB each: of the prompts and,
     unless streamed, of `max_tokens` tokens, in all sequences."""
+    max_unread_bytes: int = 1 << 20
+    """Maximum size of what waits for the client of one stream that does not read it, on the way and
+    again as tokens; before that, its requests leave their workers until it reads on."""
+    unread_timeout_s: float = 60.0
+    """Time, in seconds, for which a client with `max_unread_bytes` on the way may take nothing;
+    then its stream ends with an error."""
     tool_call_parser: str | None = "hermes"
     """vLLM's parser for the model's tool calls; null: no automatic tool choice."""
     reasoning_parser: str | None = None
@@ -60,9 +72,15 @@ class IngressConfig:
                     f"routes: {path!r} cannot be switched on; choose from {', '.join(EXTRA_PATHS)}"
                 )
         limits = ("request_bytes", "n", "sequences", "total_logprobs")
-        for name in ("placement_timeout_s", *(f"max_{limit}" for limit in limits)):
+        times = ("placement_timeout_s", "unread_timeout_s", "body_timeout_s")
+        for name in (*times, *(f"max_{limit}" for limit in limits)):
             if not getattr(self, name) > 0:  # NaN is not positive either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+        if self.max_unread_bytes < MIN_UNREAD_BYTES:
+            raise ValueError(
+                f"max_unread_bytes ({self.max_unread_bytes}) must be at least {MIN_UNREAD_BYTES}: "
+                "proxies tell no more often what was read"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,8 @@ class Call:
     """Its requests, in order; a call without any was not admitted."""
     num_logprobs: int = 0
     """Log probabilities that its answer may have."""
+    token_bytes: int = 100
+    """Memory of an output token while it waits for the client, with its log probabilities."""
     status: int = HTTPStatus.OK
     message: str = ""
     """Text of the error that it was answered with."""

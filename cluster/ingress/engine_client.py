@@ -61,6 +61,10 @@ RESTART_S = 0.1
 """Pause before a GlobalScheduler that died is asked again."""
 
 
+HELD = "its client did not read the stream"
+"""Why an attempt ended whose request was held."""
+
+
 class StepOutputs(Protocol):
     """What one step of one worker produced for this client, in vLLM's form."""
 
@@ -198,13 +202,36 @@ class EngineClient(Generic[Outputs]):
         live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
         return live.record
 
-    def abort(self, request_ids: list[str], error: str = "") -> None:
+    def abort(self, request_ids: list[str], error: str = "", outcome: str = "error") -> None:
         """Stop requests wherever they are, because the client left or because of an `error`.
 
         Nothing more comes from them.
         """
         for request_id in request_ids:
-            self._stop(request_id, "error" if error else "abort", error)
+            self._stop(request_id, outcome if error else "abort", error)
+
+    def hold(self, request_ids: list[str]) -> None:
+        """Take requests from their workers; what they have so far is kept for `go_on`."""
+        for request_id in request_ids:
+            live = self._live.get(request_id)
+            if live is None or live.task is None or live.ended.is_set():
+                continue
+            attempt = live.record.attempts[-1] if live.record.attempts else None
+            if attempt:
+                self._attempts.pop(attempt.attempt_id, None)
+                attempt.lost = HELD
+            if live.response is not None:
+                live.response.cancel()
+            live.task.cancel()
+            live.task = None
+
+    def go_on(self, request_ids: list[str]) -> None:
+        """Place requests again that were held."""
+        for request_id in request_ids:
+            live = self._live.get(request_id)
+            if live is not None and live.task is None and not live.ended.is_set():
+                live.tried.clear()
+                live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
 
     def finish(self, request_id: str, outcome: str, num_output_tokens: int) -> None:
         """End a request whose answer is complete, with a number of output tokens.

@@ -87,6 +87,8 @@ class Ingress(Replica):
         )
         self._senders = StreamSenders()
         self._chunks: defaultdict[StreamAddress, list[Chunk]] = defaultdict(list)
+        self._lost: defaultdict[StreamAddress, set[asyncio.Event]] = defaultdict(set)
+        """For each stream to a client handle, whether its client no longer reads."""
         self._polling: asyncio.Task[None] | None = None
 
     @property
@@ -121,14 +123,22 @@ class Ingress(Replica):
         """`call` with the answer sent to `reply_to` in chunks; returns after the last one."""
         if self._polling is None:
             self._polling = asyncio.create_task(self._poll_senders())
+        lost = asyncio.Event()
+        self._lost[reply_to].add(lost)
         try:
             async with contextlib.aclosing(
                 self._frontend.stream(api, json.loads(payload))
             ) as chunks:
                 async for data in chunks:
+                    if lost.is_set():
+                        raise RequestFailed("the client does not read its stream", 408)
                     self._send(reply_to, Chunk(call_id, data))
         except RequestFailed as failure:
             return failure
+        finally:
+            self._lost[reply_to].discard(lost)
+            if not self._lost[reply_to]:
+                del self._lost[reply_to]
         self._send(reply_to, Chunk(call_id, ""))
         return None
 
@@ -191,7 +201,13 @@ class Ingress(Replica):
 
     async def _poll_senders(self) -> None:
         while True:
-            self._senders.poll(time.monotonic())
+            for address in self._senders.poll(time.monotonic()):
+                logger.warning(
+                    "a client handle does not read its streams",
+                    extra={"client": address.endpoint, "num_streams": len(self._lost[address])},
+                )
+                for lost in self._lost.pop(address):
+                    lost.set()
             await asyncio.sleep(POLL_INTERVAL_S)
 
 

@@ -48,6 +48,7 @@ class IngressTelemetry(IngressObserver):
 
     def ended(self, record: RequestRecord) -> None:
         """Count a request that ended, with a span for each retry."""
+        self._history.settle(record)
         self._set_live(self._num_live - 1)
         self._metrics.count_end(record)
         for before, attempt in itertools.pairwise(record.attempts):

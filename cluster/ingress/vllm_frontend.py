@@ -159,6 +159,25 @@ class WorkersCore(EngineCoreClient):
         request_ids = self.output_processor.abort_requests([queue.request_id], internal=True)
         self._client.abort(request_ids, SIBLING_FAILED)
 
+    def hold(self, call: Call) -> None:
+        """Take the requests of a call from their workers."""
+        self._client.hold([record.request.request_id for record in call.records])
+
+    def go_on(self, call: Call) -> None:
+        """Have the requests of a call go on that were held."""
+        self._client.go_on([record.request.request_id for record in call.records])
+
+    def give_up(self, call: Call, reason: str) -> None:
+        """End the requests of a call whose client does not read its stream, with an error.
+
+        Without a reason, those of a client that has left.
+        """
+        request_ids = [record.request.request_id for record in call.records if not record.outcome]
+        self._client.abort(request_ids, reason, "unread")
+        for request_id in request_ids:
+            error = RequestFailed(reason or "the client left", HTTPStatus.REQUEST_TIMEOUT)
+            self._fail(request_id, error)
+
     async def has_workers(self) -> bool:
         """Whether a request that came now would find a worker."""
         return await self._client.has_workers()
@@ -270,9 +289,10 @@ class Frontend:
         args.served_model_name = config.model_name  # in messages and metrics
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         stat_loggers = (RequestStatLogger,) if config.metrics else ()
-        self._llm = ClusterLLM(vllm_config, WorkersCore(client), config.ingress, stat_loggers)
+        core = WorkersCore(client)
+        self._llm = ClusterLLM(vllm_config, core, config.ingress, stat_loggers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
-        self.asgi_app = http_app(self._app, config, calls, http_metrics)
+        self.asgi_app = http_app(self._app, config, calls, core, http_metrics)
 
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""

@@ -137,5 +137,6 @@ def _widened(tool: Any) -> Any:
     function = _function(tool)
     if getattr(function, "parameters", None) is None:
         return tool
+    check_json_nesting(function.parameters)
     function = function.model_copy(update={"parameters": enforceable(function.parameters)})
     return tool.model_copy(update={"function": function}) if hasattr(tool, "function") else function

@@ -29,6 +29,7 @@ from cluster.config.routes import EXTRA_PATHS, ROUTES
 from cluster.ingress.calls import Calls, CallsByHeader
 from cluster.ingress.error_answers import ErrorAnswers
 from cluster.ingress.http_metrics import METRICS, HttpMetrics
+from cluster.ingress.unread import RequestsOfCalls, UnreadLimit
 from cluster.ingress.vllm_responses import KEEPS_NONE
 from cluster.ingress.vllm_seams import FRONT_END
 
@@ -70,9 +71,16 @@ SCALE_OUT = ("/inference/v1/generate", "/v1/chat/completions/render", "/v1/compl
 
 
 def http_app(
-    app: FastAPI, config: AppConfig, calls: Calls, http_metrics: HttpMetrics | None = None
+    app: FastAPI,
+    config: AppConfig,
+    calls: Calls,
+    requests: RequestsOfCalls,
+    http_metrics: HttpMetrics | None = None,
 ) -> ASGIApp:
-    """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect."""
+    """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect.
+
+    `requests` holds those of a call whose client does not read its stream.
+    """
     app.title, app.version = "XY-Serve", version("xyserve")
     app.description = f"The model `{config.model_name}`, served by XY-Serve."
     _choose_routes(app, config.ingress.routes)
@@ -89,8 +97,10 @@ def http_app(
     FRONT_END.replace(app, "user_middleware", kept)
     # Starlette has already built it, without these handlers.
     FRONT_END.replace(app, "middleware_stack", None)
-    sized = RequestSizeLimit(ErrorAnswers(app), config.ingress.max_request_bytes)
-    answering: ASGIApp = CallsByHeader(sized, calls, Calls(config.slo))
+    limits = config.ingress
+    sized = BodyLimit(ErrorAnswers(app), limits.max_request_bytes, limits.body_timeout_s)
+    read = UnreadLimit(sized, limits.max_unread_bytes, limits.unread_timeout_s, requests)
+    answering: ASGIApp = CallsByHeader(read, calls, Calls(config.slo))
     return DisconnectByMessage(http_metrics.counted(answering) if http_metrics else answering)
 
 
@@ -217,22 +227,39 @@ TOKENIZE_WEIGHT = 8
 routes refuse a text that is longer than the context before they make tokens of it."""
 
 
-class RequestSizeLimit:
-    """Refuses bodies over `max_bytes` with status 413, declared or streamed."""
+class BodyLimit:
+    """Refuses bodies over `max_bytes` with status 413, and those that do not come with 408.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    A request has one of the places that Serve gives out while its body comes.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        """A body must have come within `timeout_s`."""
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, counting its body."""
-        received = 0
+        received, is_whole = 0, False
+        give_up_s = asyncio.get_running_loop().time() + self._timeout_s
         is_tokenize = scope.get("path", "").endswith("/tokenize")
         max_bytes = self._max_bytes // TOKENIZE_WEIGHT if is_tokenize else self._max_bytes
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            if is_whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(give_up_s):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    408,
+                    f"The request body did not come within {self._timeout_s:g} s "
+                    "(ingress.body_timeout_s).",
+                ) from None
+            is_whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > max_bytes:
                 key = "ingress.max_request_bytes"

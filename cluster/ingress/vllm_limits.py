@@ -7,6 +7,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from cluster.config.app_config import IngressConfig
 from cluster.ingress.calls import Call
 
+LOGPROB_BYTES = 500
+"""Memory of one log probability."""
+
 
 def check_limits(
     limits: IngressConfig, call: Call, prompt: Any, params: Any, max_model_len: int
@@ -20,6 +23,7 @@ def check_limits(
             f"prompt and n: {num_sequences} sequences at a time are more than "
             f"{limits.max_sequences} (ingress.max_sequences): send several calls"
         )
+    call.token_bytes += LOGPROB_BYTES * (0 if params.logprobs is None else params.logprobs + 1)
     call.num_logprobs += _num_logprobs(prompt, params, max_model_len)
     if call.num_logprobs > limits.max_total_logprobs:
         raise ValueError(

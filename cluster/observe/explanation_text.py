@@ -36,7 +36,8 @@ def describe(explanation: Explanation) -> list[str]:
             lines.append(f"Attempt {number} of {len(record.attempts)}:")
         lines += _attempt(record, attempt, trace, is_first=number == 1)
     if record.error:
-        lines.append(f"It failed: {record.error}")
+        verb = "was ended" if record.outcome == "unread" else "failed"
+        lines.append(f"It {verb}: {record.error}")
     return lines
 
 

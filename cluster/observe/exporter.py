@@ -24,7 +24,7 @@ REFRESH_S = 5.0
 """How often kept gauges are set again: well within the 20 s after which Ray forgets them."""
 
 ADMISSION_OUTCOMES = ("admitted", "invalid", "unavailable")
-REQUEST_OUTCOMES = ("stop", "length", "abort", "error", "repetition")
+REQUEST_OUTCOMES = ("stop", "length", "abort", "unread", "error", "repetition")
 RETRY_REASONS = (
     "ActorDiedError",
     "ActorUnavailableError",

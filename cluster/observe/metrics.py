@@ -87,8 +87,8 @@ ADMISSIONS = _counter(
 REQUESTS = _counter(
     "requests",
     "requests",
-    "Requests that ended, by outcome: stop, length, abort (the client left), repetition, error;"
-    " n=4 counts 4.",
+    "Requests that ended, by outcome: stop, length, abort (the client left), unread (it did not"
+    " read its stream), repetition, error; n=4 counts 4.",
     "slo_class",
     "outcome",
 )

@@ -2,16 +2,18 @@
 
 import math
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from scheduler.placement import Refused
 from scheduler.request import Request
 from workers.engine_request import Progress
+from workers.latest import Latest
 
-MAX_RECORDS = 10_000
-"""Requests and refusals that are kept, about 1 kB each and 4 bytes per output token."""
+MAX_BYTES = 32 << 20
+"""Memory of the requests and refusals that are kept: those of about 15,000 usual requests."""
+RECORD_BYTES, ATTEMPT_BYTES, REFUSAL_BYTES = 1000, 500, 300
+"""Memory of a record, of an attempt and of a refusal, without their texts and tokens."""
 MIN_QUERY = 4
 """Minimum length of a query; fewer characters would match too many ids."""
 
@@ -39,7 +41,8 @@ class RequestRecord:
     output_token_ids: "array[int]" = field(default_factory=lambda: array("I"))
     """Tokens that have come, in 4 bytes each: the history keeps them."""
     outcome: str = ""
-    """vLLM's finish reason; empty while the request is in flight."""
+    """vLLM's finish reason, or `unread` if its client did not read the stream; empty while the
+    request is in flight."""
     error: str = ""
     refused: Refused | None = None
     """The refusal that it failed with, if it was one."""
@@ -83,11 +86,12 @@ class RequestRecord:
         return self.last_token_s - self.arrived_s
 
     def attainment(self) -> dict[str, bool]:
-        """Whether it met each of its targets, and `all` of them; empty if the client left.
+        """Whether it met each of its targets, and `all` of them; empty if the client left, or did
+        not read.
 
         A request that failed met none.
         """
-        if self.outcome == "abort":
+        if self.outcome in ("abort", "unread"):
             return {}
         slo, failed = self.request.slo, self.outcome == "error"
         met = {}
@@ -117,17 +121,17 @@ class Refusal:
 class RequestHistory:
     """The latest requests and refusals by id."""
 
-    def __init__(self, max_records: int = MAX_RECORDS) -> None:
-        self._records: OrderedDict[str, RequestRecord | Refusal] = OrderedDict()
-        self._max_records = max_records
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._records: Latest[RequestRecord | Refusal] = Latest(max_bytes)
 
     def add(self, record: RequestRecord | Refusal) -> None:
-        """Keep a record, and evict the oldest if there are too many."""
+        """Keep a record, in place of the oldest if there is no room."""
         key = record.call_id if isinstance(record, Refusal) else record.request.request_id
-        self._records[key] = record
-        self._records.move_to_end(key)
-        while len(self._records) > self._max_records:
-            self._records.popitem(last=False)
+        self._records.add(key, record, _num_bytes(record))
+
+    def settle(self, record: RequestRecord) -> None:
+        """Count what a request that has ended takes; until then its ingress needs it anyway."""
+        self._records.resize(record.request.request_id, record, _num_bytes(record))
 
     def find(self, query: str) -> list[RequestRecord | Refusal]:
         """The records whose id contains `query`, oldest first.
@@ -142,3 +146,15 @@ class RequestHistory:
             for key, record in self._records.items()
             if query in key or (isinstance(record, RequestRecord) and query in record.call_id)
         ]
+
+
+def _num_bytes(record: RequestRecord | Refusal) -> int:
+    """The memory that a record takes."""
+    if isinstance(record, Refusal):
+        return REFUSAL_BYTES + len(record.call_id) + 4 * len(record.message)
+    texts = (record.call_id, record.request.traceparent, record.error)
+    attempts = sum(
+        ATTEMPT_BYTES + len(one.attempt_id) + 4 * len(one.lost) for one in record.attempts
+    )
+    tokens = record.output_token_ids.itemsize * len(record.output_token_ids)
+    return RECORD_BYTES + 4 * sum(map(len, texts)) + attempts + tokens

@@ -28,6 +28,7 @@ from scheduler.placement import (
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.errors import EngineDead, EngineStalled, WorkerError, WorkerSilent
+from workers.latest import Latest
 from workers.reports import (
     DraftStats,
     DraftWorkerReport,
@@ -67,8 +68,10 @@ REFUSE_S = 600.0
 """Time in which requests equal to one that made engines fail are refused."""
 MAX_POISONS = 1000
 """Requests that are remembered for that."""
-MAX_PLACEMENTS = 10_000
-"""Placements that are kept for `explain`."""
+MAX_PLACEMENTS_BYTES = 16 << 20
+"""Memory of the placements that are kept for `explain`: those of about 10,000 requests."""
+PLACEMENT_BYTES = 1200
+"""Memory of a placement, with what it says of two workers."""
 
 
 @dataclass(slots=True)
@@ -180,7 +183,7 @@ class GlobalScheduler:
         """The worker that gets nothing else until it is idle and tries one of them."""
         self._replaced_by_s = -math.inf
         """Time until which a worker that died may be replaced by a new one."""
-        self._placements: OrderedDict[str, Placement] = OrderedDict()
+        self._placements: Latest[Placement] = Latest(MAX_PLACEMENTS_BYTES)
         self._workers: dict[str, _WorkerView] = {}
         self._draft_workers: dict[str, _DraftWorkerView] = {}
 
@@ -202,9 +205,7 @@ class GlobalScheduler:
         chosen = placement.chosen.worker_id
         self._workers[chosen].placed[request.request_id] = request, now
         self._suspects.pop(request.request_id, None)
-        self._placements[request.request_id] = placement
-        if len(self._placements) > MAX_PLACEMENTS:
-            self._placements.popitem(last=False)
+        self._placements.add(request.request_id, placement, PLACEMENT_BYTES)
         self._observer.placed(request, placement, self._clock() - now)
         return Placed(chosen)
 
@@ -249,8 +250,8 @@ class GlobalScheduler:
 
     async def placements(self, request_ids: Sequence[str]) -> dict[str, Placement]:
         """Where requests were placed and why; those no longer known are left out."""
-        known = self._placements
-        return {request_id: known[request_id] for request_id in request_ids if request_id in known}
+        found = {request_id: self._placements.get(request_id) for request_id in request_ids}
+        return {request_id: placement for request_id, placement in found.items() if placement}
 
     async def report(self, report: WorkerReport) -> ReportAnswer:
         """Take a worker's report of its requests."""

@@ -46,7 +46,8 @@ ray.serve.handle:DeploymentBroadcastResponse
     called results_async(self, *, timeout_s=None, return_exceptions=False)
 """)
 
-# Used by the client handle, `xyserve up` and the tests; a replica would not import this much.
+# Used by the client handle, `xyserve up`, Serve's proxies and the tests; a replica would not import
+# this much.
 IN_COMMANDS = seams("""
 ray.serve.handle:DeploymentBroadcastResponse
     called results(self, *, timeout_s=None, return_exceptions=False)
@@ -64,6 +65,10 @@ ray.dashboard.modules.serve.sdk:ServeSubmissionClient
     called __init__(self, dashboard_head_address, create_cluster_if_needed=False, cookies=None,
         metadata=None, headers=None)
     called deploy_applications(self, config)
+uvicorn.protocols.http.httptools_impl:RequestResponseCycle
+    read transport
+uvicorn.protocols.http.h11_impl:RequestResponseCycle
+    read transport
 ray._private.worker
     named kwargs.pop("_temp_dir"
 ray._private.ray_constants

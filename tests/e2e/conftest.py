@@ -22,6 +22,7 @@ import yaml
 from ray import serve
 
 from cluster.client import XYServe
+from cluster.config.app_config import MIN_UNREAD_BYTES
 from scheduler.placement import WorkerLoad
 from tests.collector import Collector, collecting
 from tests.plugins import faults
@@ -107,7 +108,12 @@ def write_config(path: Path, port: int, **args: object) -> None:
             "draft": {"drafters": ["suffix"]},
             "worker": WORKER,
             # Long enough for a worker to start on a busy machine.
-            "ingress": {"max_request_bytes": 200_000, "placement_timeout_s": 300},
+            "ingress": {
+                "max_request_bytes": 200_000,
+                "placement_timeout_s": 300,
+                "max_unread_bytes": MIN_UNREAD_BYTES,
+                "unread_timeout_s": 5,
+            },
         }
         | args,
     }

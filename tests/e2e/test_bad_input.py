@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import hypothesis
 import pytest
-import schemathesis
-from hypothesis import strategies as st
 
 from cluster.client import XYServe
-from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Server
+from tests.e2e.conftest import MODEL, Server
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -415,54 +412,7 @@ def test_a_route_that_would_rebuild_the_engine_is_not_there(http: httpx.Client, 
     assert_error(post(http, path, {}), 404, f"Not Found: POST {path}")
 
 
-# Anything
-
-
-def valid(path: str) -> dict[str, Any]:
-    return PROMPTS[path] | {"model": MODEL}
-
-
-def bounded(body: dict[str, Any]) -> dict[str, Any]:
-    """Of few tokens, where it would be many: that is legal, but takes its time."""
-    limits = {"max_tokens": 2, "max_completion_tokens": 2, "n": 2}
-    return {"max_tokens": 2, "max_completion_tokens": 2} | {
-        key: min(value, limits[key]) if key in limits and isinstance(value, int) else value
-        for key, value in body.items()
-        if not (key in limits and value is None)
-    }
-
-
-@pytest.fixture(scope="module")
-def api(server: Server) -> schemathesis.schemas.BaseSchema:
-    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-
-
-@pytest.mark.parametrize("mode", schemathesis.GenerationMode)
-@pytest.mark.parametrize("path", [CHAT, COMPLETION, "/tokenize", "/detokenize"])
-def test_no_body_breaks_the_server(
-    api: schemathesis.schemas.BaseSchema, path: str, mode: schemathesis.GenerationMode
-) -> None:
-    """Some fields that the API's own schema allows, or does not, in place of valid ones."""
-
-    @hypothesis.given(case=api[path]["POST"].as_strategy(generation_mode=mode), data=st.data())
-    @hypothesis.settings(
-        max_examples=25,
-        phases=[hypothesis.Phase.generate],
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    def check(case: schemathesis.Case[Any], data: st.DataObject) -> None:
-        if isinstance(case.body, dict) and case.body:
-            keys = data.draw(st.sets(st.sampled_from(sorted(case.body)), min_size=1, max_size=3))
-            case.body = bounded(valid(path) | {key: case.body[key] for key in keys})
-
-        answer = case.call(timeout=ANSWER_TIMEOUT_S)
-
-        assert answer.status_code < 500, (case.body, answer.text)
-
-    check()
+# Structured output
 
 
 def test_a_grammar_that_leaves_no_token_is_refused_where_it_does(http: httpx.Client) -> None:

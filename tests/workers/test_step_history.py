@@ -4,7 +4,7 @@ from math import inf
 import pytest
 
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
-from workers.step_history import StepHistory
+from workers.step_history import ENTRY_BYTES, STEP_BYTES, StepHistory
 
 NOW = 1_000.0
 WALL_AHEAD_S = 500.0
@@ -44,8 +44,8 @@ def taken(
     )
 
 
-def history(*steps: StepReport, max_entries: int = 1000) -> StepHistory:
-    history = StepHistory(max_entries)
+def history(*steps: StepReport, max_bytes: int = 1 << 20) -> StepHistory:
+    history = StepHistory(max_bytes)
     for step in steps:
         history.add(step)
     return history
@@ -121,7 +121,7 @@ def test_the_oldest_steps_are_forgotten_when_there_is_no_room() -> None:
     waits = {str(number): Reason.KV for number in range(97)}
     steps = history(
         *(taken(number, {"a": DECODE, "b": DECODE}, deferred=waits) for number in range(10)),
-        max_entries=399,
+        max_bytes=3 * (STEP_BYTES + 99 * ENTRY_BYTES + 97 * 2 + 1),
     )
 
     assert [s.step for s in steps.summaries(0.0, 100)] == [7, 8, 9]

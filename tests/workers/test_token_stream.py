@@ -10,6 +10,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workers import token_stream
 from workers.token_stream import (
     CLOSE_AFTER_S,
     LOST_AFTER_S,
@@ -358,6 +359,37 @@ def test_a_receiver_that_stays_silent_is_lost_once(senders: StreamSenders) -> No
     times = (100.0, 100.0 + LOST_AFTER_S, 100.1 + LOST_AFTER_S, 100.2 + LOST_AFTER_S)
 
     assert [senders.poll(now) for now in times] == [[], [], [NOBODY], []]
+
+
+def test_a_receiver_that_owes_too_much_is_lost_at_once(
+    senders: StreamSenders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_stream, "MAX_UNACKED_BYTES", 100_000)
+    for _ in range(9):
+        senders.send(NOBODY, [b"x" * 10_000], 1000.0)
+    assert senders.poll(1000.0) == []
+
+    senders.send(NOBODY, [b"x" * 10_000], 1000.0)
+
+    assert senders.poll(1000.0) == [NOBODY]
+    assert senders.is_idle()
+
+
+async def test_a_receiver_forgets_the_streams_that_it_has_not_heard_for_longest(
+    receiver: StreamReceiver,
+    context: zmq.Context[zmq.Socket[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_stream, "MAX_SENDERS", 2)
+    streams = [StreamSender(context, receiver.address) for _ in range(3)]
+    for stream in streams:
+        stream.send([b"first"], 0.0)
+        assert await receiver.receive() == [b"first"]
+
+    assert len(receiver._expected) == 2
+    for stream in streams[1:]:
+        stream.send([b"second"], 0.0)
+        assert await receiver.receive() == [b"second"]
 
 
 def test_more_messages_do_not_put_off_the_loss_of_a_silent_receiver(senders: StreamSenders) -> None:

@@ -508,6 +508,18 @@ CALLS = "".join(
 )
 
 
+async def test_the_schema_of_a_tool_may_not_nest_without_end(server: Server) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(400):
+        schema = {"type": "object", "properties": {"a": schema}}
+    deep = {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+    answer = await post(server, CHAT, tools=[deep])
+
+    assert answer.status_code == 400, answer.text
+    assert "nested too deeply" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("tokens_per_step", [1, 4, 1000])
 async def test_an_event_has_a_part_of_one_tool_call(server: Server, tokens_per_step: int) -> None:
     tokens = server.tokens(CALLS)

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.ingress.vllm_http import DisconnectByMessage, RequestSizeLimit
+from cluster.ingress.vllm_http import BodyLimit, DisconnectByMessage
 
 POST: Scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
@@ -29,7 +29,7 @@ async def answer_length(request: Request) -> Response:
 
 @pytest.fixture
 def limited() -> ASGIApp:
-    return RequestSizeLimit(Starlette(routes=[Route("/", answer_length, methods=["POST"])]), 10)
+    return BodyLimit(Starlette(routes=[Route("/", answer_length, methods=["POST"])]), 10, 60.0)
 
 
 async def in_pieces(*sizes: int) -> AsyncIterator[bytes]:
@@ -60,7 +60,7 @@ async def test_a_body_over_the_limit_is_refused(limited: ASGIApp, sizes: tuple[i
 
 async def test_a_text_to_tokenize_is_smaller() -> None:
     routes = [Route("/v/tokenize", answer_length, methods=["POST"])]
-    transport = httpx.ASGITransport(RequestSizeLimit(Starlette(routes=routes), 80))
+    transport = httpx.ASGITransport(BodyLimit(Starlette(routes=routes), 80, 60.0))
     async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
         whole, large = [await client.post("/v/tokenize", content=b"x" * n) for n in (10, 11)]
 
@@ -70,6 +70,40 @@ async def test_a_text_to_tokenize_is_smaller() -> None:
         "The request body is over the limit of 10 bytes "
         "(ingress.max_request_bytes / 8, for /tokenize).",
     )
+
+
+async def test_a_body_that_does_not_come_is_refused() -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.Event().wait()
+
+    routes = [Route("/", answer_length, methods=["POST"])]
+
+    answer = await post(BodyLimit(Starlette(routes=routes), 10, 0.05), endless())
+
+    assert answer.status_code == 408
+    assert answer.text == "The request body did not come within 0.05 s (ingress.body_timeout_s)."
+
+
+async def test_what_comes_after_the_body_may_take_its_time() -> None:
+    async def waits(request: Request) -> Response:
+        await request.body()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(request.receive(), 0.03)
+        return PlainTextResponse("done")
+
+    received: asyncio.Queue[Message] = asyncio.Queue()
+    received.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    routes = [Route("/", waits, methods=["POST"])]
+    await BodyLimit(Starlette(routes=routes), 10, 0.05)({**POST}, received.get, send)
+
+    assert sent[0]["status"] == 200
 
 
 async def test_what_is_no_request_is_not_counted() -> None:
@@ -85,7 +119,7 @@ async def test_what_is_no_request_is_not_counted() -> None:
     async def send(message: Message) -> None:
         raise AssertionError(message)
 
-    await RequestSizeLimit(app, 10)({"type": "lifespan"}, receive, send)
+    await BodyLimit(app, 10, 60.0)({"type": "lifespan"}, receive, send)
 
     assert seen == [message]
 

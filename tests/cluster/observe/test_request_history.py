@@ -83,13 +83,35 @@ def test_requests_are_found_by_part_of_their_id_unless_it_is_too_short() -> None
 
 
 def test_the_oldest_are_forgotten() -> None:
-    history = RequestHistory(max_records=3)
+    history = RequestHistory(max_bytes=4000)
     for number in range(5):
         history.add(record(f"request-{number}"))
 
-    assert [r.request.request_id for r in history.find("request") if isinstance(r, RequestRecord)]
-    assert len(history.find("request")) == 3
-    assert history.find("request-1") == []
+    assert ids(history) == ["request-2", "request-3", "request-4"]
+
+
+def test_a_request_takes_more_room_once_it_has_ended() -> None:
+    history = RequestHistory(max_bytes=5000)
+    records = [record(f"request-{number}") for number in range(3)]
+    for one in records:
+        history.add(one)
+    records[1].deliver([7] * 500, 101.0)
+    history.settle(records[1])
+
+    assert ids(history) == ["request-1", "request-2"]
+
+    history.add(records[0])
+    records[1].deliver([7] * 5000, 102.0)
+    history.settle(records[1])
+
+    assert ids(history) == ["request-2", "request-0"]  # more than there is room for
+
+
+def ids(history: RequestHistory) -> list[str]:
+    """All requests of a history, oldest first."""
+    return [
+        one.request.request_id for one in history.find("request") if isinstance(one, RequestRecord)
+    ]
 
 
 @pytest.mark.parametrize(
