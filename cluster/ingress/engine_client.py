@@ -7,60 +7,39 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import EnginesDied, RequestFailed, RequestFailsSteps, RequestRefused
+from cluster.ingress.live_request import NO_WORKER, LiveRequest
 from cluster.ingress.observer import IngressObserver
-from cluster.observe.request_history import Attempt, RequestRecord
+from cluster.observe.request_history import RequestRecord
 from cluster.placement.directory import WorkerDirectory
 from scheduler.placement import Placed, RefusalReason, Refused
 from scheduler.request import Request
 from workers.engine_request import EngineRequest
-from workers.errors import (
-    ClientLost,
-    EngineDead,
-    EngineStalled,
-    GrammarRefused,
-    OutputsLost,
-    PoisonFound,
-    StepFailed,
-    WorkerDraining,
-    WorkerError,
-    WorkerSilent,
-    WrongWorker,
-)
+from workers.errors import GrammarRefused, OutputsLost, PoisonFound, WorkerError, WrongWorker
 from workers.token_stream import LOST_AFTER_S, StreamReceiver
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """Workers that a request may lose one after another without any progress."""
-PROGRESS_TOKENS = 8
-"""New tokens after which a loss of its worker has nothing to do with the one before."""
 MAX_ENGINE_DEATHS = 2
 """Engines that may die under a request, which is alone on the last one."""
 REPLACEMENT_S = 30.0
 """Time after which a call may find a worker again: about what the start of one takes."""
-QUIET_S = 1.0
-"""Time without a token after which the GlobalScheduler is asked about a request's worker. That is
-the case of requests that wait, too; the question is the same for all of them."""
 WATCH_S = 0.25
 """Period at which quiet requests are looked for."""
 HEALTH_TIMEOUT_S = 5.0
 """Time that the GlobalScheduler has to say how the workers are."""
-NO_WORKER = ""
-"""Worker id of a call that Serve holds until a worker is up, which then answers `WrongWorker`.
-Serve counts the calls it holds, so that autoscaling starts workers."""
 PLACE_TIMEOUT_S = 1.0
 """Time that the GlobalScheduler has to place a request; then this client places it."""
 RESTART_S = 0.1
 """Pause before a GlobalScheduler that died is asked again."""
-
-
 HELD = "its client did not read the stream"
 """Why an attempt ended whose request was held."""
 
@@ -81,80 +60,6 @@ class Failure:
 
     request_id: str
     error: Exception
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request that was submitted and has not ended."""
-
-    record: RequestRecord
-    request: EngineRequest
-    tried: set[str] = field(default_factory=set)
-    """Workers on which it was placed; it is placed there again only if there is no other."""
-    worker_id: str = NO_WORKER
-    """Worker of its current attempt."""
-    heard_s: float = math.inf
-    """When its current attempt began or gave the latest token, by the monotonic clock."""
-    num_tokens_before: int = 0
-    """Tokens that came before its current attempt."""
-    num_fruitless: int = 0
-    """Attempts that lost their workers since it last made progress."""
-    num_workers_lost: int = 0
-    """Workers whose process ended under it since then."""
-    num_silences: int = 0
-    """Workers that fell silent under it since then."""
-    num_engine_deaths: int = 0
-    """Engines that died under it, perhaps because of it."""
-    lost: asyncio.Future[Exception] | None = None
-    """Set when its current attempt is given up."""
-    waits_for: RefusalReason = RefusalReason.NO_WORKER
-    """Why it has no worker yet, while it has none."""
-    response: DeploymentResponse[str | Exception] | None = None
-    task: asyncio.Task[None] | None = None
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def request_id(self) -> str:
-        return self.record.request.request_id
-
-    def begin_attempt(self) -> EngineRequest:
-        """The request under a new id for each attempt: it fences off a lost worker's outputs."""
-        record = self.record
-        attempt_id = f"{self.request_id}.{len(record.attempts)}"
-        record.attempts.append(Attempt(attempt_id, time.time()))
-        self.num_tokens_before = record.num_output_tokens
-        self.worker_id = NO_WORKER
-        return self.request.for_attempt(attempt_id, record.progress(), self.num_engine_deaths)
-
-    def is_quiet(self, now: float) -> bool:
-        """Whether nothing has come of its attempt for long, and for longer after each silence."""
-        on_worker = self.worker_id != NO_WORKER
-        return on_worker and now - self.heard_s > QUIET_S * 2**self.num_silences
-
-    def count_loss(self, error: Exception) -> None:
-        """Count the loss of its worker, and the death of an engine if it may be the cause.
-
-        That is so if its step failed or hung before it gave a token, or if a process ended under it
-        that was not the first without progress: nodes are lost and processes are killed for reasons
-        of their own.
-        """
-        num_new_tokens = self.record.num_output_tokens - self.num_tokens_before
-        if num_new_tokens >= PROGRESS_TOKENS:
-            self.num_fruitless = self.num_workers_lost = self.num_silences = 0
-        match error:
-            case WorkerDraining():
-                return
-            case WorkerSilent():  # it may be busy only, as all others may be
-                self.num_silences += 1
-                return
-            case StepFailed() | EngineStalled():
-                self.num_engine_deaths += 1
-            case EngineDead() | ClientLost() | OutputsLost():
-                pass
-            case _:
-                self.num_engine_deaths += bool(self.num_workers_lost or self.num_engine_deaths)
-                self.num_workers_lost += 1
-        self.num_fruitless += 1
 
 
 class EngineClient(Generic[Outputs]):
@@ -185,8 +90,8 @@ class EngineClient(Generic[Outputs]):
         self._decode = decode
         self._observer = observer or IngressObserver()
         self._placement_timeout_s = placement_timeout_s
-        self._live: dict[str, _Live] = {}
-        self._attempts: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
+        self._attempts: dict[str, LiveRequest] = {}
         self._outputs: asyncio.Queue[Outputs | Failure] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -194,7 +99,7 @@ class EngineClient(Generic[Outputs]):
         """Start a request; `arrived_s` is by the wall clock. Returns the record of its progress."""
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
-        live = _Live(RequestRecord(request.request, arrived_s), request)
+        live = LiveRequest(RequestRecord(request.request, arrived_s), request)
         self._live[live.request_id] = live
         self._observer.began(live.record)
         # In an empty context: Serve names its calls after the HTTP request in the context, and its
@@ -269,7 +174,7 @@ class EngineClient(Generic[Outputs]):
             task.cancel()
         self._receiver.close()
 
-    async def _run(self, live: _Live) -> None:
+    async def _run(self, live: LiveRequest) -> None:
         """Keep the request on some worker until it ends."""
         try:
             while not await self._attempt(live):
@@ -283,7 +188,7 @@ class EngineClient(Generic[Outputs]):
         except Exception as error:  # any kind: nothing else would end the request
             self._fail(live, error)
 
-    async def _attempt(self, live: _Live) -> bool:
+    async def _attempt(self, live: LiveRequest) -> bool:
         """Run the request on one worker; False if it lost that worker and is to be retried."""
         attempt = live.begin_attempt()
         attempt_id = attempt.request.request_id
@@ -304,7 +209,7 @@ class EngineClient(Generic[Outputs]):
             return False
         return True
 
-    def _note_loss(self, live: _Live, error: Exception) -> None:
+    def _note_loss(self, live: LiveRequest, error: Exception) -> None:
         """Note why a request has lost its worker; raises if it is not to be placed again."""
         record, name = live.record, type(error).__name__
         record.attempts[-1].lost = f"{name}: {error}"
@@ -325,7 +230,7 @@ class EngineClient(Generic[Outputs]):
             self._scheduler.refuse.remote(fingerprint, str(found))
         raise found
 
-    async def _result(self, live: _Live, attempt: EngineRequest) -> str:
+    async def _result(self, live: LiveRequest, attempt: EngineRequest) -> str:
         """The finish reason of an attempt on the worker that it is placed on.
 
         RequestRefused if it has none when its time is up.
@@ -358,7 +263,7 @@ class EngineClient(Generic[Outputs]):
             live.record.refused = Refused(live.waits_for, REPLACEMENT_S)
             raise RequestRefused(live.record.refused) from None
 
-    async def _unless_lost(self, live: _Live, worker_id: str, response: Any) -> Any:
+    async def _unless_lost(self, live: LiveRequest, worker_id: str, response: Any) -> Any:
         """What the call of a worker gives; raises why if the attempt is given up before."""
         live.worker_id, live.heard_s = worker_id, time.monotonic()
         live.lost = asyncio.get_running_loop().create_future()
@@ -373,7 +278,7 @@ class EngineClient(Generic[Outputs]):
         finally:
             call.cancel()
 
-    async def _worker_for(self, live: _Live, request: Request) -> str:
+    async def _worker_for(self, live: LiveRequest, request: Request) -> str:
         """The worker that the GlobalScheduler chooses; raises RequestRefused if it refuses."""
         while True:
             alive = self._directory.worker_ids()
@@ -407,14 +312,14 @@ class EngineClient(Generic[Outputs]):
         counts = Counter(live.worker_id for live in self._attempts.values())
         return Placed(min(worker_ids, key=lambda worker_id: counts[worker_id]))
 
-    async def _last_outputs(self, live: _Live) -> None:
+    async def _last_outputs(self, live: LiveRequest) -> None:
         """Wait for the last outputs: the stream may deliver them after the call's result."""
         try:
             await asyncio.wait_for(live.ended.wait(), LOST_AFTER_S)
         except TimeoutError:
             raise OutputsLost("the last outputs of the request did not arrive") from None
 
-    def _fail(self, live: _Live, error: Exception) -> None:
+    def _fail(self, live: LiveRequest, error: Exception) -> None:
         if not live.ended.is_set() and self._end(live.request_id, "error", repr(error)):
             extra = {"request_id": live.request_id, "error": repr(error)}
             if isinstance(error, RequestRefused | GrammarRefused):
@@ -481,7 +386,7 @@ class EngineClient(Generic[Outputs]):
             if live.task is not None:
                 live.task.cancel()
 
-    def _end(self, request_id: str, outcome: str, error: str = "") -> _Live | None:
+    def _end(self, request_id: str, outcome: str, error: str = "") -> LiveRequest | None:
         if (live := self._live.pop(request_id, None)) is not None:
             record = live.record
             if record.attempts:

@@ -13,12 +13,11 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from cluster.ingress.engine_client import (
     MAX_ATTEMPTS,
-    NO_WORKER,
-    PROGRESS_TOKENS,
     REPLACEMENT_S,
     EngineClient,
     Failure,
 )
+from cluster.ingress.live_request import NO_WORKER, PROGRESS_TOKENS
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import RequestRecord
 from scheduler.placement import Placed, RefusalReason, Refused, WorkerLoad
@@ -363,7 +362,7 @@ async def test_a_worker_that_makes_no_steps_is_given_up_though_its_call_goes_on(
     num_engine_deaths: int,
     tokens: list[int],
 ) -> None:
-    monkeypatch.setattr("cluster.ingress.engine_client.QUIET_S", 0.05)
+    monkeypatch.setattr("cluster.ingress.live_request.QUIET_S", 0.05)
     monkeypatch.setattr("cluster.ingress.engine_client.WATCH_S", 0.01)
     submit(client, "r")
     first = await workers.called(1)
@@ -386,7 +385,7 @@ async def test_silent_workers_may_be_many_and_are_given_more_time_each_time(
     scheduler: FakeScheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cluster.ingress.engine_client.QUIET_S", 0.02)
+    monkeypatch.setattr("cluster.ingress.live_request.QUIET_S", 0.02)
     monkeypatch.setattr("cluster.ingress.engine_client.WATCH_S", 0.005)
     scheduler.losses_of = {name: WorkerSilent("x") for name in scheduler.alive}
     submit(client, "r")
@@ -405,7 +404,7 @@ async def test_a_request_whose_tokens_come_is_never_asked_about(
     scheduler: FakeScheduler,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cluster.ingress.engine_client.QUIET_S", 10.0)
+    monkeypatch.setattr("cluster.ingress.live_request.QUIET_S", 10.0)
     monkeypatch.setattr("cluster.ingress.engine_client.WATCH_S", 0.01)
     submit(client, "r")
     scheduler.losses_of = {(await workers.called(1)).worker_id: WorkerSilent("x")}
