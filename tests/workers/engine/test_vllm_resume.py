@@ -4,9 +4,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from scheduler.policy import StepPolicy
 from tests.workers.drafted_engine import Answer, Call, Ran, Setting, run_calls
 from tests.workers.engine_process import EngineProcesses
 from tests.workers.sampling_parameters import (
@@ -64,7 +66,8 @@ def resume_everywhere(
     ]
     texts = [unbroken.tokens[index] for index, _ in places]
     plain = _run_in_pieces(processes, model, config, broken, None)
-    drafted = _run_in_pieces(processes, model, config, broken, texts)
+    has_drafts = config.step_policy.name != "vllm"
+    drafted = _run_in_pieces(processes, model, config, broken, texts if has_drafts else None)
     resumed = [Resumed(answer, {}) for answer in unbroken.answers]
     for (index, num_prior), *answers in zip(places, plain, drafted, strict=True):
         resumed[index].by_num_prior[num_prior] = (answers[0], answers[1])
@@ -105,12 +108,16 @@ def test_from_every_token_the_rest_is_the_same(by_name: dict[str, Resumed], name
     assert unequal(name, by_name[name]) == ""
 
 
-def test_random_combinations_go_on_in_chunks(processes: EngineProcesses, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("policy", ["hybrid", "vllm"])
+def test_random_combinations_go_on_in_chunks(
+    processes: EngineProcesses, tiny_llama: Path, policy: Literal["hybrid", "vllm"]
+) -> None:
     comparison = Comparison(processes, tiny_llama)
     [calls] = random_batches(comparison, random.Random(8), BATCH)
     engine = replace(CONFIG.engine, max_num_batched_tokens=24, max_num_seqs=6)
+    config = replace(CONFIG, engine=engine, step_policy=StepPolicy(name=policy))
 
-    all_resumed = resume_everywhere(processes, tiny_llama, calls, replace(CONFIG, engine=engine))
+    all_resumed = resume_everywhere(processes, tiny_llama, calls, config)
 
     for call, resumed in zip(calls, all_resumed, strict=True):
         assert unequal(str(call.params), resumed) == ""
