@@ -40,8 +40,10 @@ NUM_AT_ONCE = 8
 RAW_AT_ONCE = 500
 RAW_SHARE = 10
 """One input in so many is a raw client."""
-MAX_GROWTH_BYTES = 64 * MIB
-"""Growth of a process's memory, after it has reached its usual size, that is a fault."""
+MAX_GROWTH_BYTES = 256 * MIB
+"""Growth of a process's memory, after it has reached its usual size, that is a fault. The proxy and
+the ingress go up and down by 160 MiB, which some forty bodies at a time take that are too large:
+`tests.soak` sees smaller slopes."""
 MAX_NEW_FDS = 16
 SETTLE_S = 90.0
 """Time that a process has to give back descriptors."""
