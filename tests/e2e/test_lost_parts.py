@@ -12,7 +12,6 @@ from collections.abc import Callable
 import httpx
 import psutil
 import pytest
-import ray
 from ray import serve
 
 from cluster.client import XYServe
@@ -23,7 +22,6 @@ from tests.workload import questions
 
 CONTROLLER = "ray::ServeController"
 PROXY = "ray::ProxyActor"
-DASHBOARD_AGENT = "ray::DashboardAgent"
 
 
 async def answers_around(
@@ -122,19 +120,6 @@ def test_without_serves_controller_requests_go_on_and_then_it_replaces_workers_a
     assert by_http.status_code == httpx.codes.OK
     wait_until(lambda: is_back(server, CONTROLLER, lost[0]))
     os.kill(handle.status().workers[0].pid, signal.SIGKILL)  # which `restored` waits for
-
-
-def test_without_the_dashboard_agent_requests_go_on(
-    server: Server, handle: XYServe, prompts: list[str], expected: list[list[int]]
-) -> None:
-    lost: list[int] = []
-
-    found = asyncio.run(
-        answers_around(handle, prompts, lambda: lost.append(kill(server, DASHBOARD_AGENT)))
-    )
-
-    assert found == expected
-    assert [node["Alive"] for node in ray.nodes()] == [True]
 
 
 def test_without_the_proxy_handles_go_on_and_http_comes_back(

@@ -35,7 +35,7 @@ vllm.v1.executor.uniproc_executor:UniProcExecutor
 vllm.v1.worker.worker_base:WorkerWrapperBase
     read worker
 vllm.v1.worker.worker_base:WorkerBase
-    read model_runner
+    read model_runner distributed_init_method
 vllm.v1.worker.gpu_model_runner:GPUModelRunner
     called get_model(self)
     called _init_mrope_positions(self, req_state)

@@ -2,9 +2,13 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from scheduler.cost_model import CostModel
@@ -33,6 +37,7 @@ def make_engine(
     start = start or Start()
     with VLLM.replaced(EngineCore, "_initialize_kv_caches", _timed(start)):
         engine = VllmEngine(model, config, observer, draft)
+    _forget_rendezvous(engine.core.model_executor)
     engine.grammars.warm_up()
     start.ended(StartPhase.SCHEDULER)
     if isinstance(scheduler := engine.core.scheduler, PlannedScheduler):
@@ -60,3 +65,14 @@ def _timed(start: Start) -> Callable[[EngineCore, VllmConfig], KVCacheConfig]:
         return kv_cache_config
 
     return initialize_kv_caches
+
+
+def _forget_rendezvous(executor: Executor) -> None:
+    """Remove the file by which the processes of an engine find each other, if this is its only one.
+
+    vLLM does so at an orderly end only: each worker that is killed would leave a file in TMPDIR.
+    """
+    if isinstance(executor, UniProcExecutor):
+        rendezvous = urlsplit(executor.driver_worker.worker.distributed_init_method)
+        if rendezvous.scheme == "file":
+            Path(rendezvous.path).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 import json
 import os
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -66,6 +67,8 @@ class Start:
     tokens: list[list[int]]
     profile_s: float | None
     peaks: Peaks | None
+    temp_files: list[str]
+    """Files that it has in the temp folder while it lives, as after it was killed."""
 
 
 def start_engine(model: str, config: WorkerConfig) -> Start:
@@ -77,6 +80,7 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
     from workers.engine.vllm_engine import encoder
     from workers.profiling.vllm_calibrated_engine import make_engine
 
+    tempfile.tempdir = os.environ["XDG_CACHE_HOME"]  # a new folder
     engine = make_engine(model, config)
     scheduler: Any = engine.core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
@@ -117,6 +121,7 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
         tokens,
         profile.took_s if profile else None,
         engine.peaks,
+        [path.name for path in Path(tempfile.gettempdir()).iterdir() if path.is_file()],
     )
 
 
@@ -138,6 +143,12 @@ def start(processes: EngineProcesses, model: str, cache: Path, config: WorkerCon
     env = {"XDG_CACHE_HOME": str(cache)}
     result: Start = processes.call(start_engine, model, config, env=env)
     return result
+
+
+def test_a_killed_engine_leaves_no_temp_file(
+    processes: EngineProcesses, model: str, cache: Path
+) -> None:
+    assert start(processes, model, cache, CONFIG).temp_files == []
 
 
 def test_a_first_start_measures_the_engine_and_leaves_nothing_behind(
