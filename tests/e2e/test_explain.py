@@ -26,7 +26,7 @@ from cluster.observe.explanation_text import describe
 from cluster.observe.request_history import Refusal
 from scheduler.task import Stage
 from tests.collector import Collector
-from tests.e2e.conftest import MODEL, Server, wait_for_calm
+from tests.e2e.conftest import MODEL, Server, wait_for_calm, wait_for_load
 
 PROMPT = "one two three four " * 8
 FAST = {"x-slo-class": "interactive"}
@@ -239,7 +239,7 @@ def test_a_retried_request_is_explained_with_its_lost_worker(
             )
             for number in range(2)
         ]
-        await asyncio.sleep(1)
+        await asyncio.to_thread(wait_for_load, handle, 2)
         os.kill(killed.pid, signal.SIGKILL)
         return await asyncio.gather(*calls)
 
