@@ -24,6 +24,8 @@ NAME = re.compile(r"xy([0-9a-f]+)[a-z][0-9]*")
 """Namespaces, bridges and links of ours, with the pid of their maker in hex."""
 PACKAGES = {"ip": "iproute2", "nft": "nftables"}
 """Packages by the command in them that is used here."""
+SWITCH_MAC = "02:00:00:00:00:fe"
+"""Address of this machine on the switch, of those that anybody may use."""
 SIOCETHTOOL = 0x8946
 OFFLOADS = (0x15, 0x17, 0x19, 0x1F, 0x24, 0x2C)
 """The commands that set what a network card may leave to the next one: checksums (rx, tx), and to
@@ -173,7 +175,8 @@ def network(num_hosts: int) -> Iterator[Network]:
     tag, subnet = f"xy{os.getpid():x}", f"198.18.{os.getpid() % 256}"
     bridge = f"{tag}b"
     try:
-        _run("ip", "link", "add", bridge, "type", "bridge")
+        # Of its own it takes that of one of its links, and another one when that is cut.
+        _run("ip", "link", "add", bridge, "address", SWITCH_MAC, "type", "bridge")
         _run("ip", "addr", "add", f"{subnet}.254/24", "dev", bridge)
         _run("ip", "link", "set", bridge, "up")
         forbid_offloads(bridge)
