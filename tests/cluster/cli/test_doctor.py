@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -504,13 +503,11 @@ def test_a_hub_id_is_looked_for_in_the_cache(
     assert checks.check_model("org/name", snapshot).level == "warn"
 
 
-def test_this_machine_is_examined_fast_and_each_finding_has_a_remedy(tmp_path: Path) -> None:
+def test_this_machine_is_examined_and_each_finding_has_a_remedy(tmp_path: Path) -> None:
     model = str(checkpoint(tmp_path / "m"))
-    start = time.monotonic()
 
     findings = probes.examine(serve_file(model=model, num_workers=1000))
 
-    assert time.monotonic() - start < 2
     assert {"cores", "memory"} <= {f.check for f in findings if f.level == "warn"}
     assert {"python", "ray", "model"} <= {f.check for f in findings if f.level == "ok"}
     for finding in findings:
