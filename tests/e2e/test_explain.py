@@ -26,7 +26,7 @@ from cluster.observe.explanation_text import describe
 from cluster.observe.request_history import Refusal
 from scheduler.task import Stage
 from tests.collector import Collector
-from tests.e2e.conftest import MODEL, Server, wait_for_calm, wait_for_load
+from tests.e2e.conftest import MODEL, Server, wait_for_calm, wait_for_placed
 
 PROMPT = "one two three four " * 8
 FAST = {"x-slo-class": "interactive"}
@@ -230,7 +230,7 @@ def test_a_retried_request_is_explained_with_its_lost_worker(
         calls = [
             asyncio.create_task(
                 handle.generate_async(
-                    f"{number} {PROMPT * 45}",
+                    f"{number} {PROMPT * 220}",
                     max_tokens=5,
                     request_id=f"retried-{number}",
                     traceparent=f"00-{trace_id}-00f067aa0ba902b7-01",
@@ -239,7 +239,7 @@ def test_a_retried_request_is_explained_with_its_lost_worker(
             )
             for number in range(2)
         ]
-        await asyncio.to_thread(wait_for_load, handle, 2)
+        await asyncio.to_thread(wait_for_placed, 1, 1)
         os.kill(killed.pid, signal.SIGKILL)
         return await asyncio.gather(*calls)
 
