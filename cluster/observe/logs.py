@@ -6,6 +6,7 @@ An event is a log call with a constant message, its variable parts in `extra`:
 
 import json
 import logging
+import logging.handlers
 import math
 import re
 import threading
@@ -20,6 +21,8 @@ from pythonjsonlogger.json import JsonFormatter
 
 from cluster.config.observe import LogConfig
 
+SERVE = "ray.serve"
+"""Serve's logger."""
 PACKAGES = ("cluster", "workers", "scheduler")
 """Packages whose events are formatted here; libraries configure their own loggers."""
 
@@ -57,6 +60,17 @@ def set_up_logs(config: LogConfig, **context: str) -> None:
         logger.handlers = [handler]
         logger.setLevel(config.level.upper())
         logger.propagate = False
+
+
+def keep_serves_logs() -> None:
+    """Have Serve's own log of this replica outlive vLLM's import, which closes every handler.
+
+    A closed one has no target. A controller of Serve that starts again asks each replica for the
+    path of its log, and would stop those that answer with an error: all that imported vLLM.
+    """
+    for handler in logging.getLogger(SERVE).handlers:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            handler.close = handler.flush  # type: ignore[method-assign]
 
 
 class _TextFormatter(logging.Formatter):

@@ -9,7 +9,7 @@ from ray import serve
 from ray.util import get_node_ip_address
 
 from cluster.config.app_config import AppConfig
-from cluster.observe.logs import set_up_logs
+from cluster.observe.logs import keep_serves_logs, set_up_logs
 from cluster.observe.tracing import Tracing
 from workers import sockets
 
@@ -37,6 +37,7 @@ class Replica:
         """What ends with the replica, the latest first; traces are sent last."""
         context = replica_context()
         set_up_logs(config.logs, **context)
+        keep_serves_logs()
         self._replica_id = context["replica"]
         self._tracing = Tracing(config.tracing, role, self._replica_id)
         self._at_end.callback(self._tracing.shut_down)

@@ -37,6 +37,10 @@ ray.serve
     called ingress(app=None)
 ray.serve._private.replica:Replica
     replaced _drain_ongoing_requests(self, min_draining_period_s=0.0, check_immediately=False)
+ray.serve._private.constants
+    named SERVE_LOGGER_NAME = "ray.serve"
+ray.serve._private.logging_utils
+    named isinstance(handler, logging.handlers.MemoryHandler)
 ray.serve._private.replica
     named __serve_build_asgi_app__
     named self._callable.__del__

@@ -15,9 +15,10 @@ import pytest
 from ray import serve
 
 from cluster.client import XYServe
+from tests.bench.answers import token_ids
 from tests.chaos.census import name_of, processes_of
 from tests.e2e.conftest import MODEL, Server
-from tests.e2e.test_draft_worker import answers, wait_until
+from tests.e2e.test_draft_worker import NUM_TOKENS, answers, wait_until
 from tests.workload import questions
 
 CONTROLLER = "ray::ServeController"
@@ -27,17 +28,24 @@ PROXY = "ray::ProxyActor"
 async def answers_around(
     handle: XYServe, prompts: list[str], lose: Callable[[], None]
 ) -> list[list[int]]:
-    """Answers to the prompts, half of them asked before a part is lost and half just after."""
-    running = asyncio.create_task(answers(handle, prompts[::2]))
-    await asyncio.to_thread(wait_for_first_tokens, handle, len(prompts[::2]))
+    """Greedy answers, half of them begun before a part is lost, half asked for just after it."""
+    begun = asyncio.Event()
+
+    async def one(prompt: str) -> list[int]:
+        tokens = []
+        async for chunk in handle.stream_async(
+            prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, return_token_ids=True
+        ):
+            tokens += [t for c in chunk.choices for t in token_ids(c)]
+            begun.set()
+        return tokens
+
+    running = [asyncio.create_task(one(prompt)) for prompt in prompts[::2]]
+    await begun.wait()
     await asyncio.to_thread(lose)
-    new = await answers(handle, prompts[1::2])
-    old = await running
+    new = await asyncio.gather(*(one(prompt) for prompt in prompts[1::2]))
+    old = await asyncio.gather(*running)
     return [answer for pair in zip(old, new, strict=True) for answer in pair]
-
-
-def wait_for_first_tokens(handle: XYServe, num_running: int) -> None:
-    wait_until(lambda: sum(worker.num_running for worker in handle.status().workers) == num_running)
 
 
 def pids(server: Server, name: str) -> list[int]:
@@ -84,6 +92,12 @@ def test_placements_wait_for_the_global_scheduler_and_what_runs_goes_on(
     wait_until(lambda: len(workers_known()) == len(handle.status().workers))
 
 
+def all_run() -> bool:
+    """Whether Serve knows of no replica that does not run."""
+    deployments = serve.status().applications["xyserve"].deployments.values()
+    return all(list(deployment.replica_states) == ["RUNNING"] for deployment in deployments)
+
+
 def workers_known() -> list[str]:
     """The workers of which the GlobalScheduler has heard."""
     scheduler = serve.get_deployment_handle("GlobalScheduler", "xyserve")
@@ -110,6 +124,7 @@ def test_without_serves_controller_requests_go_on_and_then_it_replaces_workers_a
     expected: list[list[int]],
 ) -> None:
     lost: list[int] = []
+    replicas = server.replicas()
 
     found = asyncio.run(
         answers_around(handle, prompts, lambda: lost.append(kill(server, CONTROLLER)))
@@ -119,6 +134,8 @@ def test_without_serves_controller_requests_go_on_and_then_it_replaces_workers_a
     assert found == expected
     assert by_http.status_code == httpx.codes.OK
     wait_until(lambda: is_back(server, CONTROLLER, lost[0]))
+    wait_until(all_run)
+    assert server.replicas() == replicas
     os.kill(handle.status().workers[0].pid, signal.SIGKILL)  # which `restored` waits for
 
 

@@ -2,6 +2,7 @@ import ast
 import json
 import logging
 import logging.config
+import logging.handlers
 import re
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 from pythonjsonlogger.core import RESERVED_ATTRS
 
 from cluster.config.observe import LogConfig
-from cluster.observe.logs import MAX_ALIKE, PACKAGES, WINDOW_S, FloodFilter, quoted, set_up_logs
+from cluster.observe.logs import (
+    MAX_ALIKE,
+    PACKAGES,
+    WINDOW_S,
+    FloodFilter,
+    keep_serves_logs,
+    quoted,
+    set_up_logs,
+)
 from cluster.placement.global_scheduler import SILENT_AFTER_S, GlobalScheduler
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
@@ -36,6 +45,26 @@ def _loggers_as_before() -> Iterator[None]:
     for own, (handlers, level, propagate) in zip(loggers, before, strict=True):
         own.handlers, own.propagate = handlers, propagate
         own.setLevel(level)
+
+
+def test_serves_log_outlives_an_import_that_closes_all_handlers(tmp_path: Path) -> None:
+    """As vLLM's does: what Serve's controller asks a replica for must be there after it."""
+    serves = logging.getLogger("ray.serve")
+    before = serves.handlers[:]
+    target = logging.FileHandler(tmp_path / "serve.log")
+    handler = logging.handlers.MemoryHandler(100, target=target)
+    serves.handlers = [handler]
+    try:
+        keep_serves_logs()
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+
+        assert handler.target is target
+        serves.error("still here")
+        handler.flush()
+        assert (tmp_path / "serve.log").read_text() == "still here\n"
+    finally:
+        serves.handlers = before
+        target.close()
 
 
 @dataclass
