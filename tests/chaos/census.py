@@ -40,7 +40,7 @@ class Census:
     descriptors: Counter[str]
     """Open descriptors, by process; the most of one process of each name."""
     files: Counter[str]
-    """Files in the temp folders and in shared memory, by their folder."""
+    """Files in the temp folders of the app and of its Ray, by their folder."""
     requests: Counter[str]
     """Requests on workers and ingresses, tokens outstanding, and KV blocks in use."""
 
@@ -136,8 +136,6 @@ def _files(server: Server) -> Counter[str]:
         place = Path(folder).relative_to(server.ray_folder)
         folders[:] = [name for name in folders if name not in GROWS]
         found[f"{place}/"] += len(files)
-    with os.scandir("/dev/shm") as entries:
-        found["/dev/shm/"] = sum(1 for _ in entries)
     return +found
 
 
