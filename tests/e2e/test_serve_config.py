@@ -123,7 +123,7 @@ def test_scaling_down_and_up_breaks_no_stream(
     wait_until(server, "RUNNING", num_workers=2)
     late.join()
 
-    assert sorted(busy_before) == [3, 3]  # both workers had streams when one was told to go
+    assert min(busy_before) > 0  # both workers had streams when one was told to go
     assert unbroken.errors + streams.errors + late.errors == []
     assert streams.tokens == unbroken.tokens
     assert [len(tokens) for tokens in late.tokens] == [20] * 2

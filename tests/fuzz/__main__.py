@@ -17,7 +17,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -91,7 +91,8 @@ class Fuzz:
     def _send(self, number: int, raw_at_once: int, seed: int) -> None:
         num_raw = number // RAW_SHARE
         num_schema = (number - num_raw) // 2
-        cases = make_cases(self._url, self._model, self._only, num_schema, seed)
+        # Before any is sent: hypothesis looks through the modules, of which threads import more.
+        cases = list(make_cases(self._url, self._model, self._only, num_schema, seed))
         self._answer(partial(_tried, fault_of_case), cases)
         with httpx.Client(base_url=self._url, timeout=TIMEOUT_S) as client:
             self._answer(
@@ -104,7 +105,7 @@ class Fuzz:
             self._note(raw_at_once, clients.faults)
             num_raw -= raw_at_once
 
-    def _answer(self, look: Any, sent: Iterator[Any]) -> None:
+    def _answer(self, look: Any, sent: Iterable[Any]) -> None:
         with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
             for fault in pool.map(look, sent):
                 self._note(1, [str(fault)] if fault else [])
