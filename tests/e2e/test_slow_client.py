@@ -11,7 +11,7 @@ import openai
 
 from cluster.client import XYServe
 from cluster.observe.explanation import Explanation
-from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Server, wait_for_load
+from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Server, wait_for_load, wait_for_placed
 
 CALL_ID = "a-client-that-does-not-read"
 NUM_SEQUENCES, MAX_TOKENS = 4, 4000
@@ -90,7 +90,7 @@ def test_a_handle_whose_process_stands_still_is_given_up(server: Server, handle:
             assert process.stdout is not None
             assert process.stdout.readline() == "begun\n"
             process.send_signal(signal.SIGSTOP)
-            wait_for_load(handle, num_running=0)
+            wait_for_placed(0, 0)
         finally:
             process.kill()
 
