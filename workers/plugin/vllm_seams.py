@@ -361,6 +361,8 @@ vllm.model_executor.layers.linear
 vllm.model_executor.layers.linear:MergedColumnParallelLinear
     read output_sizes
 vllm.model_executor.layers.linear:UnquantizedLinearMethod
+    overridden create_weights(self, layer, input_size_per_partition, output_partition_sizes,
+        input_size, output_size, params_dtype, **extra_weight_attrs)
     overridden process_weights_after_loading(self, layer)
     overridden apply(self, layer, x, bias=None)
 vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod
