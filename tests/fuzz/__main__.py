@@ -31,7 +31,7 @@ import hypothesis
 from tests.clients.run import Target, own_server
 from tests.fuzz.answers import TIMEOUT_S, Fault, fault_of_case, fault_of_input
 from tests.fuzz.others import Others
-from tests.fuzz.parameters import VALID, Input, inputs
+from tests.fuzz.parameters import VALID, Input, generated, inputs
 from tests.fuzz.raw_clients import RawClients
 from tests.fuzz.schema_cases import make_cases
 from tests.processes import MIB, AppProcesses, Usage
@@ -155,14 +155,7 @@ def growth_faults(before: dict[str, Usage], after: dict[str, Usage]) -> list[str
 def _drawn(path: str, model: str, number: int, seed: int) -> list[Input]:
     found: list[Input] = []
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=number,
-        phases=[hypothesis.Phase.generate],
-        database=None,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
+    @generated(number, seed)
     @hypothesis.given(given=inputs(path, model))
     def collect(given: Input) -> None:
         found.append(given)

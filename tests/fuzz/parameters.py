@@ -1,10 +1,11 @@
 """Requests with all sampling parameters at once, and bodies and headers that are none."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import hypothesis
 from hypothesis import strategies as st
 
 MOST = 3
@@ -296,3 +297,15 @@ def inputs(draw: st.DrawFn, path: str, model: str) -> Input:
     else:
         body = encode(draw(bodies(path, model)))
     return Input("POST", path, body, {"content-type": b"application/json"} | draw(headers()))
+
+
+def generated(number: int, seed: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Have a function of hypothesis called with `number` values that `seed` makes, and no more."""
+    settings = hypothesis.settings(
+        max_examples=number,
+        phases=[hypothesis.Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    return lambda function: hypothesis.seed(seed)(settings(function))

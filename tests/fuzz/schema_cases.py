@@ -12,7 +12,7 @@ import hypothesis
 import schemathesis
 from hypothesis import strategies as st
 
-from tests.fuzz.parameters import MOST, VALID, bounded
+from tests.fuzz.parameters import MOST, VALID, bounded, generated
 
 WITHOUT_BODY = 10
 """Requests of each kind to a route that takes no body."""
@@ -54,14 +54,7 @@ def _cases(
     """Requests to one route; where a valid body is known most have it, with other fields."""
     found = []
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=number,
-        phases=[hypothesis.Phase.generate],
-        database=None,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
+    @generated(number, seed)
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode), data=st.data())
     def collect(case: Any, data: st.DataObject) -> None:
         if isinstance(case.body, dict):

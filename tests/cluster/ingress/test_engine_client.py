@@ -388,14 +388,13 @@ async def test_silent_workers_may_be_many_and_are_given_more_time_each_time(
     monkeypatch.setattr("cluster.ingress.live_request.QUIET_S", 0.02)
     monkeypatch.setattr("cluster.ingress.engine_client.WATCH_S", 0.005)
     scheduler.losses_of = {name: WorkerSilent("x") for name in scheduler.alive}
-    submit(client, "r")
-    called_s = []
-    for number in range(1, MAX_ATTEMPTS + 3):
-        await workers.called(number)
-        called_s.append(time.monotonic())
-    waits_s = [after - before for before, after in itertools.pairwise(called_s)]
+    record = submit(client, "r")
+    await workers.called(MAX_ATTEMPTS + 2)
+    waits_s = [
+        after.began_s - before.began_s for before, after in itertools.pairwise(record.attempts)
+    ]
 
-    assert waits_s[-1] > waits_s[0]  # 16 times as long, of which a busy machine takes some
+    assert all(wait_s > 0.02 * 2**number for number, wait_s in enumerate(waits_s))
 
 
 async def test_a_request_whose_tokens_come_is_never_asked_about(
