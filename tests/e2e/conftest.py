@@ -282,9 +282,11 @@ def wait_for_load(handle: XYServe, num_running: int, num_waiting: int = 0) -> Lo
     pytest.fail(f"not {num_running} running and {num_waiting} waiting, but {vars(load)}")
 
 
-def wait_for_placed(*num_requests: int) -> None:
+def wait_for_placed(*num_requests: int) -> list[WorkerLoad]:
     """Wait until this is what the GlobalScheduler knows of the workers' requests, in any order."""
-    wait_for_loads(lambda loads: sorted(load.num_requests for load in loads) == [*num_requests])
+    return wait_for_loads(
+        lambda loads: sorted(load.num_requests for load in loads) == [*num_requests]
+    )
 
 
 def wait_for_calm() -> None:
@@ -292,9 +294,13 @@ def wait_for_calm() -> None:
     wait_for_loads(lambda loads: all((ld.num_requests, ld.slowness) < (1, 1.2) for ld in loads))
 
 
-def wait_for_loads(condition: Callable[[list[WorkerLoad]], bool]) -> None:
+def wait_for_loads(condition: Callable[[list[WorkerLoad]], bool]) -> list[WorkerLoad]:
+    """The first loads, as the GlobalScheduler knows them, of which `condition` is true."""
     scheduler = serve.get_deployment_handle("GlobalScheduler", "xyserve")
     give_up_s = time.monotonic() + ANSWER_TIMEOUT_S
-    while not condition(loads := scheduler.loads.remote().result()):
+    loads: list[WorkerLoad] = scheduler.loads.remote().result()
+    while not condition(loads):
         assert time.monotonic() < give_up_s, loads
         time.sleep(0.05)
+        loads = scheduler.loads.remote().result()
+    return loads

@@ -1,9 +1,10 @@
 """What a request that ends its engine costs everybody else: a program, the long form of a test.
 
-    python -m tests.e2e.killing [fail | hang]
+    python -m tests.e2e.killing [fail | hang | kill]
 
-Eight streams run on one worker of a server of its own, and one request ends the engine of the
-other, until it is given up.
+Eight streams run on the two workers of a server of its own, and one request's step fails, or
+hangs, or ends its process, each time it is tried, until it is given up. Rounds without that request
+are the measure.
 """
 
 import asyncio
@@ -18,23 +19,17 @@ import httpx
 import openai
 
 from cluster.client import XYServe
-from tests.e2e.conftest import (
-    MODEL,
-    WORKER,
-    Server,
-    serving,
-    wait_for_calm,
-    wait_for_load,
-    wait_for_placed,
-)
+from tests.e2e.conftest import MODEL, WORKER, Server, serving, wait_for_calm, wait_for_load
 from tests.plugins import faults
 
 NUM_STREAMS = 8
 MAX_TOKENS = 1500
 STEP_TIMEOUT_S = 15.0
 """Time after which a step hangs, so that nobody has to wait long for it."""
-QUIET_S = 8.0
+QUIET_S = 4.0
 """Time of the streams before the fault."""
+NUM_ROUNDS = 4
+"""Rounds of eight streams; the request comes in every second one."""
 
 
 @dataclass
@@ -44,9 +39,9 @@ class Stream:
     times: list[float] = field(default_factory=list)
     broken: str = ""
 
-    def gap_s(self, since: float, until: float) -> float:
-        """Mean time between its chunks from `since` to `until`."""
-        times = [t for t in self.times if since <= t <= until]
+    def gap_s(self, since_s: float) -> float:
+        """Mean time between its chunks from `since_s` to its end."""
+        times = [time_s for time_s in self.times if time_s >= since_s]
         return (times[-1] - times[0]) / (len(times) - 1)
 
 
@@ -66,11 +61,11 @@ async def run(stream: Stream, client: openai.AsyncOpenAI, number: int) -> None:
         stream.broken = str(error)
 
 
-async def kill(client: openai.AsyncOpenAI, fault: str) -> str:
-    """The answer to the request that ends its engine."""
+async def kill(client: openai.AsyncOpenAI, number: int, fault: str) -> str:
+    """The answer to the request that ends its engine; an equal one would be refused unheard."""
     try:
         await client.completions.create(
-            model=MODEL, prompt="Hello", max_tokens=4, extra_body=faults.order(fault)
+            model=MODEL, prompt=f"Hello {number}", max_tokens=4, extra_body=faults.order(fault)
         )
     except openai.APIStatusError as error:
         return f"{error.status_code} {error}"
@@ -112,57 +107,55 @@ def pids(server: Server) -> set[int]:
     return {pid for pid, name in server.replicas().items() if name == "Worker"}
 
 
-async def measure(server: Server, handle: XYServe, fault: str) -> None:
+async def play(server: Server, handle: XYServe, number: int, fault: str) -> list[float]:
+    """Mean time between chunks of each stream of a round, from its quiet time's end.
+
+    A request orders the `fault` then, if one is named.
+    """
     async with openai.AsyncOpenAI(
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600
     ) as client:
         await asyncio.to_thread(wait_for_calm)
-        # It has more outstanding than all streams together, which so go to the other worker.
-        blocker = asyncio.create_task(
-            client.completions.create(
-                model=MODEL, prompt="Once", max_tokens=8000, extra_body={"ignore_eos": True}
-            )
-        )
-        await asyncio.to_thread(wait_for_load, handle, 1)
         streams = [Stream() for _ in range(NUM_STREAMS)]
         running = [
-            asyncio.create_task(run(stream, client, number))
-            for number, stream in enumerate(streams)
+            asyncio.create_task(run(stream, client, number * NUM_STREAMS + index))
+            for index, stream in enumerate(streams)
         ]
-        await asyncio.to_thread(wait_for_load, handle, 1 + NUM_STREAMS)
-        blocker.cancel()
-        await asyncio.to_thread(wait_for_placed, 0, NUM_STREAMS)
-        began_s = time.monotonic()
-        for worker in handle.status().workers:
-            print(f"worker {worker.worker_id} runs {worker.num_running} streams")
+        await asyncio.to_thread(wait_for_load, handle, NUM_STREAMS)
         await asyncio.sleep(QUIET_S)
         clock = Clock()
         watching = [
             asyncio.create_task(watch(server, clock)),
             asyncio.create_task(watch_workers(server, clock)),
         ]
-        killing = asyncio.create_task(kill(client, fault))
-        killing.add_done_callback(lambda done: clock.print(f"the request got: {done.result()}"))
+        if fault:
+            killing = asyncio.create_task(kill(client, number, fault))
+            killing.add_done_callback(lambda done: clock.print(f"the request got: {done.result()}"))
         await asyncio.gather(*running)
         clock.print("the streams have ended")
-        ended_s = time.monotonic()
-        await killing
-        while len((await asyncio.to_thread(handle.status)).workers) < 2:
-            await asyncio.sleep(0.2)
-        clock.print("both workers answer")
+        if fault:
+            await killing
+            while len((await asyncio.to_thread(handle.status)).workers) < 2:
+                await asyncio.sleep(0.2)
+            clock.print("both workers answer")
         for task in watching:
             task.cancel()
     broken = [stream.broken for stream in streams if stream.broken]
     print(f"streams broken: {len(broken)} of {NUM_STREAMS} {sorted(set(broken))}")
-    if whole := [stream for stream in streams if not stream.broken]:
-        gaps = [
-            (stream.gap_s(began_s, clock.began_s), stream.gap_s(clock.began_s, ended_s))
-            for stream in whole
-        ]
-        before_s, after_s = (statistics.mean(column) for column in zip(*gaps, strict=True))
+    return [stream.gap_s(clock.began_s) for stream in streams if not stream.broken]
+
+
+async def measure(server: Server, handle: XYServe, fault: str) -> None:
+    gaps: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(NUM_ROUNDS):
+        faulty = number % 2 == 1
+        print(f"round {number + 1} of {NUM_ROUNDS}: " + (fault if faulty else "nothing happens"))
+        gaps[faulty] += await play(server, handle, number, fault if faulty else "")
+    for name, summary in (("mean", statistics.mean), ("worst", max)):
+        without_s, with_s = summary(gaps[False]), summary(gaps[True])
         print(
-            f"time between chunks: {before_s * 1e3:.1f} ms before, {after_s * 1e3:.1f} ms after "
-            f"({after_s / before_s - 1:+.0%})"
+            f"{name} time between a stream's chunks: {without_s * 1e3:.1f} ms without, "
+            f"{with_s * 1e3:.1f} ms with ({with_s / without_s - 1:+.0%})"
         )
 
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 def test_rays_commands_work_on_a_cluster_of_ray_start(head: Head) -> None:
     status = run("serve", "status", "--address", head.dashboard, **head.env)
-    ray_status = run("ray", "status", "--address", head.address, **head.env)
+    for _ in range(ANSWER_TIMEOUT_S):  # Ray's autoscaler writes it some seconds after the start
+        ray_status = run("ray", "status", "--address", head.address, **head.env)
+        if "No cluster status" not in ray_status.stdout:
+            break
+        time.sleep(1)
 
     assert yaml.safe_load(status.stdout)["applications"] == {}
     assert "Node status" in ray_status.stdout
