@@ -23,6 +23,7 @@ from cluster.observe.telemetry import SchedulerTelemetry, WorkerTelemetry
 from cluster.placement import ray_seams
 from cluster.placement.global_scheduler import GlobalScheduler
 from scheduler.placement import Placed, Placement, Refused, WorkerLoad
+from scheduler.quota import Draw, Grant
 from scheduler.request import Request
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.make import make_drafters
@@ -74,6 +75,7 @@ class GlobalSchedulerReplica(Replica):
             observer=SchedulerTelemetry(metrics, self._tracing),
             max_num_seqs=config.worker.engine.max_num_seqs,
             slow_timeout_s=config.worker.slow_timeout_s,
+            quotas={name: tenant.quota for name, tenant in config.all_tenants.items()},
         )
         self._exporting = asyncio.get_running_loop().create_task(self._export(metrics))
         logger.info("GlobalScheduler ready")
@@ -81,6 +83,10 @@ class GlobalSchedulerReplica(Replica):
     async def place(self, request: Request, worker_ids: Sequence[str]) -> Placed | Refused:
         """Choose one of the workers."""
         return await self._scheduler.place(request, worker_ids)
+
+    async def draw(self, ingress_id: str, draws: Mapping[str, Draw]) -> dict[str, Grant]:
+        """Lease parts of tenants' quotas to an ingress."""
+        return await self._scheduler.draw(ingress_id, draws)
 
     async def refuse(self, fingerprint: str, found: str) -> None:
         """Refuse requests with this fingerprint for a while, because of what was found of one."""

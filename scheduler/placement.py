@@ -91,7 +91,7 @@ class RefusalReason(Worded):
     )
     POISON = "poison", "an equal request has made engines fail"
     OVERLOAD = "overload", "the workers could not serve the request in time"
-    QUOTA = "quota", "the share of this tenant is used up"
+    QUOTA = "quota", "a quota of its tenant is used up"
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,13 +262,15 @@ def _request_row(request: Request, arrival_s: float) -> list[Any]:
         _finite(request.slo.tpot_s),
         request.slo_class,
         arrival_s,
+        request.tenant,
     ]
 
 
 def _read_request(row: list[Any]) -> tuple[Request, float]:
-    request_id, num_prompt_tokens, max_tokens, priority, ttft_s, tpot_s, slo_class, arrival_s = row
+    request_id, num_prompt_tokens, max_tokens, priority, ttft_s, tpot_s, *rest = row
+    slo_class, arrival_s, *tenant = rest  # older records have none
     slo = Slo(_float(ttft_s), _float(tpot_s))
-    request = Request(request_id, num_prompt_tokens, max_tokens, priority, slo, slo_class)
+    request = Request(request_id, num_prompt_tokens, max_tokens, priority, slo, slo_class, *tenant)
     return request, arrival_s
 
 

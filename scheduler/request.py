@@ -32,6 +32,8 @@ class Request:
     slo: Slo = Slo()
     slo_class: str = ""
     """Name of its service class; for reports only."""
+    tenant: str = ""
+    """Whose it is."""
     traceparent: str = ""
     """W3C trace context of its call; empty if it is not traced."""
     num_engine_deaths: int = 0

@@ -72,7 +72,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     ),
     "cluster": (
         frozenset({"errors", "placement", "ray_cluster"}),
-        frozenset({"background_loop", "call_parameters", "models"}),
+        frozenset({"background_loop", "call_parameters", "keys", "models"}),
         frozenset({"config"}),
         frozenset({"observe"}),
         frozenset({"ingress", "replicas"}),

@@ -4,13 +4,15 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import openai
 import ray
+from openai.types.chat import ChatCompletionChunk
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus
@@ -21,6 +23,8 @@ from cluster.cli.checks import Finding
 from cluster.cli.doctor import print_findings
 from cluster.cli.model import show_fetch
 from cluster.cli.probes import examine
+from cluster.client import XYServe
+from cluster.config.app_config import AppConfig
 from cluster.config.serve_file import ServeFile, read_serve_file
 from cluster.errors import ConfigError, XYServeError
 from cluster.ingress.proxy import CALLBACK
@@ -102,6 +106,7 @@ def launch(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -
             _deploy(file, f"http://{context.dashboard_url}", phases)
         if demo:
             _show_answer(file, phases, console)
+        _say_who_may_call(file.config, console)
         console.print(
             f"\nReady after {phases.total_s():.0f} s.\n"
             f"  OpenAI API   {file.url}/v1      model {file.config.model_name}\n"
@@ -180,17 +185,34 @@ def _reasons(status: ApplicationStatusOverview) -> str:
     )
 
 
+def _say_who_may_call(config: AppConfig, console: Console) -> None:
+    """Say who may call the app if it is not only those with keys."""
+    if rights := config.auth.anonymous:
+        console.print(f"[yellow]Everybody may call it without a key: {', '.join(rights)}.[/]")
+    elif not config.auth.keys_file:
+        console.print("[dim]It has no API keys: only programs on this machine may call it.[/]")
+
+
 def _show_answer(file: ServeFile, phases: Phases, console: Console) -> None:
-    """Ask one question with OpenAI's client, and print the answer as it arrives."""
-    client = openai.OpenAI(base_url=f"{file.url}/v1", api_key="none")
+    """Ask one question, and print the answer as it arrives.
+
+    With OpenAI's client; where that would need a key, with the Python handle, which needs none.
+    """
     began_s = time.monotonic()
-    stream = client.chat.completions.create(
-        model=file.config.model_name,
-        messages=[{"role": "user", "content": DEMO_QUESTION}],
-        max_tokens=64,
-        temperature=0,
-        stream=True,
-    )
+    question: Any = {
+        "messages": [{"role": "user", "content": DEMO_QUESTION}],
+        "max_tokens": 64,
+        "temperature": 0,
+    }
+    stream: Iterable[ChatCompletionChunk]
+    if file.config.auth.keys_file:
+        handle = XYServe.connect(app=file.app_name)
+        stream = handle.stream(question.pop("messages"), **question)
+    else:
+        client = openai.OpenAI(base_url=f"{file.url}/v1", api_key="none")
+        stream = client.chat.completions.create(
+            model=file.config.model_name, stream=True, **question
+        )
     console.print(f"\n[bold]{DEMO_QUESTION}[/]")
     num_chunks, first_s = 0, 0.0
     for chunk in stream:

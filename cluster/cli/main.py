@@ -16,6 +16,7 @@ from cluster.cli.doctor import doctor
 from cluster.cli.draft_head import draft_head_app
 from cluster.cli.explain import explain
 from cluster.cli.generate import generate
+from cluster.cli.keys import keys_app
 from cluster.cli.model import model_app
 from cluster.cli.replay import replay
 from cluster.cli.simulate import simulate
@@ -47,6 +48,7 @@ for command in (
     replay,
 ):
     app.command()(command)
+app.add_typer(keys_app, name="keys")
 app.add_typer(model_app, name="model")
 app.add_typer(draft_head_app, name="draft-head")
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import pydantic
 
+from cluster.config.auth import AuthConfig, TenantConfig, check_tenants
 from cluster.config.nodes import NodesConfig
 from cluster.config.observe import LogConfig, TracingConfig
 from cluster.config.routes import EXTRA_PATHS
 from cluster.config.slo import SloConfig
 from cluster.errors import ConfigError
+from cluster.keys import DEFAULT_TENANT
 from cluster.models.default_model import DEFAULT_MODEL
 from workers.config import DraftConfig, EngineConfig, WorkerConfig
 from workers.sockets import check_ports
@@ -43,6 +45,12 @@ class IngressConfig:
     placement_timeout_s: float = 60.0
     """Time, in seconds, that a request waits while no worker takes it, for example until one that
     died is replaced; then it is answered with 503."""
+    max_prompt_tokens: int | None = None
+    """Maximum number of tokens of a prompt; null: as many as the model's context has."""
+    max_output_tokens: int | None = None
+    """Maximum of `max_tokens`, and its default; null: what the prompt leaves of the context."""
+    max_list_length: int = 1024
+    """Maximum length of `stop`, `stop_token_ids`, `bad_words` and `logit_bias`."""
     max_sequences: int = 1024
     """Maximum number of sequences of one call at a time: of all its prompts, `n` for each."""
     max_total_logprobs: int = 1_000_000
@@ -60,6 +68,8 @@ class IngressConfig:
     """vLLM's parser for the reasoning of models that show it; null: none."""
     chat_template: str | None = None
     """File with a chat template; null: the checkpoint's own."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web sites whose pages may call the API, such as `https://chat.example.com`; `*`: all."""
     routes: tuple[str, ...] = ()
     """Paths of routes to serve in addition to the usual ones, such as `/generative_scoring`."""
     extra_args: dict[str, Any] = field(default_factory=dict)
@@ -71,11 +81,14 @@ class IngressConfig:
                 raise ValueError(
                     f"routes: {path!r} cannot be switched on; choose from {', '.join(EXTRA_PATHS)}"
                 )
-        limits = ("request_bytes", "n", "sequences", "total_logprobs")
+        limits = ("request_bytes", "n", "sequences", "total_logprobs", "list_length")
         times = ("placement_timeout_s", "unread_timeout_s", "body_timeout_s")
         for name in (*times, *(f"max_{limit}" for limit in limits)):
             if not getattr(self, name) > 0:  # NaN is not positive either
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+        for name in ("max_prompt_tokens", "max_output_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be positive, or null")
         if self.max_unread_bytes < MIN_UNREAD_BYTES:
             raise ValueError(
                 f"max_unread_bytes ({self.max_unread_bytes}) must be at least {MIN_UNREAD_BYTES}: "
@@ -108,6 +121,10 @@ class AppConfig:
     draft: DraftConfig | None = None
     """Draft workers in addition to the workers; null: no drafts."""
     ingress: IngressConfig = field(default_factory=IngressConfig)
+    auth: AuthConfig = field(default_factory=AuthConfig)
+    tenants: dict[str, TenantConfig] = field(default_factory=dict)
+    """Those who share the app, by name; each API key is one tenant's. `default` is the tenant of
+    keys that name none, and of callers without a key."""
     slo: SloConfig = field(default_factory=SloConfig)
     nodes: NodesConfig = field(default_factory=NodesConfig)
     stream_ports: tuple[int, int] | None = None
@@ -127,6 +144,7 @@ class AppConfig:
         if not self.drain_timeout_s >= 0:
             raise ValueError(f"drain_timeout_s ({self.drain_timeout_s}) must not be negative")
         check_ports(self.stream_ports)
+        check_tenants(self.tenants)
         if self.draft and self.worker.step_policy.name == "vllm":
             raise ValueError(
                 "draft needs one of our worker.step_policy names, which decide how many drafts are "
@@ -147,6 +165,11 @@ class AppConfig:
             self.ingress.extra_args,
             _vllm_fields("vllm.entrypoints.launchers.cli_args", "BaseFrontendArgs", "FrontendArgs"),
         )
+
+    @property
+    def all_tenants(self) -> dict[str, TenantConfig]:
+        """The configured tenants and the default one, by name."""
+        return {DEFAULT_TENANT: TenantConfig()} | self.tenants
 
     @property
     def model_name(self) -> str:
@@ -200,6 +223,8 @@ _OWN_KEYS = {
     "tool_call_parser": "ingress.tool_call_parser",
     "reasoning_parser": "ingress.reasoning_parser",
     "chat_template": "ingress.chat_template",
+    "api_key": "auth.keys_file",
+    "allowed_origins": "ingress.allowed_origins",
     **{f.name: f"worker.engine.{f.name}" for f in dataclasses.fields(EngineConfig)},
 }
 """Our own keys for some of vLLM's arguments."""

@@ -11,6 +11,7 @@ import json
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
+from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -104,6 +105,8 @@ def _type(type_: Any) -> str:
         return " or ".join(_type(arg) for arg in args if arg is not type(None)) + " or null"
     if origin is tuple:
         return f"list of {_type(args[0])}"
+    if isinstance(type_, type) and issubclass(type_, Enum):
+        return ", ".join(f"`{member}`" for member in type_)
     if origin is dict or dataclasses.is_dataclass(type_):
         return "mapping"
     return KINDS[type_]

@@ -5,8 +5,8 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -17,10 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.config.slo import SloConfig
 from cluster.errors import RequestFailed, RequestRefused
+from cluster.ingress.auth import CALLER, TRUSTED, Caller
 from cluster.ingress.error_answers import error_answer
 from cluster.ingress.observer import IngressObserver
 from cluster.ingress.protocol import HEADERS, Names
 from cluster.ingress.targets import NO_TARGETS, Targets, read_targets
+from cluster.ingress.tenants import NO_QUOTAS, Tenants
 from cluster.observe.request_history import Refusal, RequestRecord
 from cluster.observe.tracing import Tracing, traceparent_of
 
@@ -37,6 +39,7 @@ class Call:
     """A call of the API, which may make several requests."""
 
     call_id: str
+    caller: Caller = TRUSTED
     answer_id: str = ""
     """Id that a client gave in the body, otherwise `call_id`; the answer's own id contains it."""
     targets: Targets = NO_TARGETS
@@ -56,6 +59,11 @@ class Call:
 
     def __post_init__(self) -> None:
         self.answer_id = self.answer_id or self.call_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens of its requests so far."""
+        return sum(one.request.num_prompt_tokens + one.num_output_tokens for one in self.records)
 
     @property
     def refusal(self) -> RequestRefused | None:
@@ -81,28 +89,40 @@ class Calls:
         slo: SloConfig,
         tracing: Tracing | None = None,
         observer: IngressObserver | None = None,
+        tenants: Tenants = NO_QUOTAS,
     ) -> None:
         self._slo = slo
+        self._tenants = tenants
         self._tracing = tracing or Tracing(None, "", "")
         self._observer = observer or IngressObserver()
 
-    @contextmanager
-    def answering(self, given: Mapping[str, Any], names: Names) -> Iterator[Call]:
+    def untold(self) -> "Calls":
+        """The same, but its calls are neither traced nor remembered."""
+        return Calls(self._slo, tenants=self._tenants)
+
+    @asynccontextmanager
+    async def answering(
+        self, given: Mapping[str, Any], names: Names, caller: Caller
+    ) -> AsyncIterator[Call]:
         """Open a call, which is `current_call` and has a span until the block ends.
 
         `given` holds its headers or parameters, called `names`. RequestFailed if one of them cannot
-        be used.
+        be used, or if a quota of the caller's tenant is used up.
         """
         given_id, traceparent = given.get(names.call_id), given.get(names.traceparent)
         call_id = given_id if given_id and is_id(given_id) else uuid.uuid4().hex
         traceparent = traceparent if isinstance(traceparent, str) else ""
         with self._tracing.call("ingress", traceparent, {"xyserve.call_id": call_id}) as span:
-            call = Call(call_id, traceparent=traceparent_of(span))
+            call = Call(call_id, caller, traceparent=traceparent_of(span))
             token = current_call.set(call)
             try:
                 check_id(names.call_id, given_id)
                 call.targets = read_targets(self._slo, given, names)
-                yield call
+                async with self._tenants.calling(caller.tenant) as usage:
+                    try:
+                        yield call
+                    finally:
+                        usage.num_tokens = call.num_tokens
             except RequestFailed as failure:
                 call.status, call.message = failure.status, str(failure)
                 raise
@@ -120,7 +140,13 @@ class Calls:
         logger.log(
             logging.INFO if call.status < HTTPStatus.INTERNAL_SERVER_ERROR else logging.ERROR,
             "a call was answered with an error",
-            extra={"call_id": call.call_id, "status": int(call.status), "answer": call.message},
+            extra={
+                "call_id": call.call_id,
+                "tenant": call.caller.tenant,
+                "key": call.caller.key_id,
+                "status": int(call.status),
+                "answer": call.message,
+            },
         )
 
     def _refuse(self, call: Call) -> None:
@@ -128,7 +154,8 @@ class Calls:
         self._tracing.add(
             "admission", call.traceparent, began_s=call.began_s, ended_s=now, error=call.message
         )
-        self._observer.refused(Refusal(call.call_id, now, call.status, call.message))
+        refusal = Refusal(call.call_id, now, call.status, call.message, call.caller.tenant)
+        self._observer.refused(refusal)
 
 
 def is_id(value: object) -> bool:
@@ -158,11 +185,10 @@ class CallsByHeader:
     generates is forgotten; only those below /v1/ are traced, and remembered when refused.
     """
 
-    def __init__(self, app: ASGIApp, calls: Calls, others: Calls) -> None:
-        """`others` are the calls that are neither traced nor remembered."""
+    def __init__(self, app: ASGIApp, calls: Calls) -> None:
         self._app = app
         self._calls = calls
-        self._others = others
+        self._others = calls.untold()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its call in the context, or answer why it cannot be a call."""
@@ -174,7 +200,7 @@ class CallsByHeader:
         # vLLM would take the header for the id of the answer, also where the body has one.
         scope["headers"] = [(k, v) for k, v in headers.raw if k != CALL_ID]
         try:
-            with calls.answering(headers, HEADERS) as call:
+            async with calls.answering(headers, HEADERS, scope[CALLER]) as call:
 
                 async def watched(message: Message) -> None:
                     if message["type"] == "http.response.start":
@@ -191,4 +217,6 @@ class CallsByHeader:
                 await self._app(scope, receive, watched)
         except RequestFailed as failure:
             answer = error_answer(scope["path"], failure.status, str(failure))
+            if isinstance(failure, RequestRefused):
+                answer.headers["retry-after"] = str(math.ceil(failure.retry_after_s))
             await answer(scope, receive, send)

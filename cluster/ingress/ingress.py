@@ -17,12 +17,15 @@ from ray.util import get_node_ip_address
 from cluster.config.app_config import AppConfig
 from cluster.errors import RequestFailed
 from cluster.ingress import vllm_seams
+from cluster.ingress.auth import Doorkeeper, watch
 from cluster.ingress.calls import Calls
 from cluster.ingress.engine_client import EngineClient
 from cluster.ingress.http_metrics import HttpMetrics
 from cluster.ingress.memory import give_back_memory
 from cluster.ingress.protocol import Api, AppStatus, Chunk
 from cluster.ingress.telemetry import IngressTelemetry
+from cluster.ingress.tenants import Tenants
+from cluster.keys import Keyring
 from cluster.models.model import resolve_model
 from cluster.observe.app_metrics import AppMetrics
 from cluster.observe.explanation import AttemptTrace
@@ -65,7 +68,9 @@ class Ingress(Replica):
         self._scheduler = scheduler
         self._draft_workers = draft_workers
         self._history = RequestHistory()
-        metrics = RequestMetrics(Exporter(config.model_name, config.metrics), config.slo)
+        metrics = RequestMetrics(
+            Exporter(config.model_name, config.metrics), config.slo, config.all_tenants
+        )
         observer = IngressTelemetry(metrics, self._tracing, self._history)
         receiver = StreamReceiver(get_node_ip_address(), config.stream_ports)
         self._stream_endpoint = receiver.address.endpoint
@@ -78,11 +83,25 @@ class Ingress(Replica):
             observer,
             config.ingress.placement_timeout_s,
         )
+        self._keyring = Keyring(config.auth.path) if config.auth.keys_file else None
         self._frontend = Frontend(
             config,
             resolve_model(config.model),
             self._client,
-            Calls(config.slo, self._tracing, observer),
+            Calls(
+                config.slo,
+                self._tracing,
+                observer,
+                Tenants(
+                    config.all_tenants,
+                    scheduler.draw.remote,
+                    self._replica_id,
+                    config.num_ingresses,
+                ),
+            ),
+            Doorkeeper(
+                config.auth, config.all_tenants, self._keyring, config.ingress.allowed_origins
+            ),
             HttpMetrics(metrics, AppMetrics(replica_context()["app"])) if config.metrics else None,
         )
         self._senders = StreamSenders()
@@ -99,9 +118,19 @@ class Ingress(Replica):
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve's hook for the HTTP app."""
         await self._frontend.start()
+        self._watch_keys()
         give_back_memory()
         logger.info("app ready", extra={"model": self._config.model_name})
         return self._frontend.asgi_app
+
+    def _watch_keys(self) -> None:
+        """Have the keys read again when their file changes, and say who may call."""
+        if self._keyring:
+            self._watching = asyncio.create_task(watch(self._keyring, self._config.all_tenants))
+        elif not self._config.auth.anonymous:
+            logger.warning(
+                "without keys (auth.keys_file) the HTTP API answers programs on this machine only"
+            )
 
     async def check_health(self) -> None:
         """Serve's hook: it replaces this replica when this raises."""

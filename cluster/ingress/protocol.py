@@ -29,6 +29,10 @@ PARAMETERS = Names("request_id", "traceparent", "slo_class", "slo_ttft_ms", "slo
 """Parameters of a call of the client handle."""
 
 
+TENANT = "tenant"
+"""Parameter by which a client handle, which is trusted, says for whom it calls."""
+
+
 class Chunk(msgspec.Struct, array_like=True):
     """A piece of a streamed answer: the JSON of an OpenAI chunk."""
 

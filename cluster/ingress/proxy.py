@@ -16,6 +16,10 @@ from cluster.ingress.unread import EXTENSION, TAKEN, TELL_EVERY
 DECODED = (HEADERS.call_id, "x-session-id", "serve-multiplexed-model-id")
 """Headers that Serve's proxy decodes; one that is no UTF-8 would be a plain 500."""
 
+ROUTES = "/-/routes"
+"""Serve's list of apps, which it shows to everybody; `serve status` shows it to those with Ray's
+token."""
+
 NOT_OURS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
 """Headers by which Serve's own load balancer has its proxies cut requests short, or go on when the
 client has left. A client's are dropped."""
@@ -35,7 +39,7 @@ def middlewares() -> list[Middleware]:
 class ReadableHeaders:
     """Refuses calls with ids that the app would refuse too, before the proxy reads them.
 
-    Also drops what is for the proxy itself.
+    Also drops what is for the proxy itself, and does not let it tell strangers what runs.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -54,6 +58,8 @@ class ReadableHeaders:
             scope["headers"] = [
                 (key, value) for name, key, value in headers if name not in NOT_OURS
             ]
+            if scope.get("path") == ROUTES:
+                raise RequestFailed("`serve status` shows what runs", HTTPStatus.FORBIDDEN)
         except RequestFailed as failure:
             if scope["type"] != "http":
                 raise

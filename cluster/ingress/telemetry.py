@@ -3,6 +3,7 @@
 import itertools
 import logging
 import time
+from http import HTTPStatus
 
 from cluster.ingress.calls import current_call
 from cluster.ingress.observer import IngressObserver
@@ -26,6 +27,8 @@ class IngressTelemetry(IngressObserver):
         """Remember and count a call that was refused."""
         self._history.add(refusal)
         self._metrics.count_admission(refusal.outcome)
+        if refusal.status == HTTPStatus.TOO_MANY_REQUESTS:
+            self._metrics.count_over_quota(refusal.tenant)
 
     def began(self, record: RequestRecord) -> None:
         """Remember a request; the first one of a call shows that the call was admitted."""

@@ -42,15 +42,17 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.config.app_config import AppConfig, IngressConfig
 from cluster.errors import RequestFailed
+from cluster.ingress.auth import Caller, Doorkeeper
 from cluster.ingress.calls import Call, Calls, current_call
 from cluster.ingress.engine_client import EngineClient, Failure
 from cluster.ingress.http_metrics import HttpMetrics
-from cluster.ingress.protocol import PARAMETERS, Api
+from cluster.ingress.protocol import PARAMETERS, TENANT, Api
 from cluster.ingress.vllm_grammars import bound_grammars, grammar_of
 from cluster.ingress.vllm_handlers import adapt_handlers, error_in
 from cluster.ingress.vllm_http import SCALE_OUT, http_app
-from cluster.ingress.vllm_limits import check_limits
+from cluster.ingress.vllm_limits import check_limits, check_priority
 from cluster.ingress.vllm_request import read_request
+from cluster.keys import DEFAULT_TENANT
 from cluster.observe.vllm_metrics import RequestStatLogger
 from scheduler.request import Request
 from workers.engine.vllm_engine import encoder, engine_args
@@ -93,6 +95,7 @@ class WorkersCore(EngineCoreClient):
         num_prompt_tokens = len(request.prompt_token_ids or request.prompt_is_token_ids or ())
         assert sampling.max_tokens is not None  # set by vLLM's InputProcessor
         call = current_call.get() or Call(request.request_id)  # of a WebSocket
+        check_priority(call, request.priority)
         ours = Request(
             request.request_id,
             num_prompt_tokens,
@@ -100,6 +103,7 @@ class WorkersCore(EngineCoreClient):
             request.priority,
             call.targets.slo,
             call.targets.slo_class,
+            call.caller.tenant,
             call.traceparent,
             fingerprint=self._fingerprint(request),
         )
@@ -280,9 +284,11 @@ class Frontend:
         model: str,
         client: EngineClient[EngineCoreOutputs],
         calls: Calls,
+        doorkeeper: Doorkeeper,
         http_metrics: HttpMetrics | None = None,
     ) -> None:
         self._calls = calls
+        self._tenants = config.all_tenants
         bound_grammars(config.worker.grammars)
         self._args = _serve_args(config, model)
         args = engine_args(model, config.worker)
@@ -292,7 +298,7 @@ class Frontend:
         core = WorkersCore(client)
         self._llm = ClusterLLM(vllm_config, core, config.ingress, stat_loggers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
-        self.asgi_app = http_app(self._app, config, calls, core, http_metrics)
+        self.asgi_app = http_app(self._app, config, calls, core, doorkeeper, http_metrics)
 
     async def start(self) -> None:
         """Make the request handlers; needed once, before the first request."""
@@ -308,19 +314,29 @@ class Frontend:
 
     async def complete(self, api: Api, payload: dict[str, Any]) -> str:
         """Answer one call of `api` ("chat" or "completion") as the JSON of its OpenAI response."""
-        with self._calls.answering(payload, PARAMETERS) as call:
+        async with self._calls.answering(payload, PARAMETERS, self._caller(payload)) as call:
             response = await self._respond(call, api, payload, streamed=False)
             return str(response.model_dump_json())
 
     async def stream(self, api: Api, payload: dict[str, Any]) -> Any:
         """The chunks of one streaming call, each as the JSON of its OpenAI chunk."""
-        with self._calls.answering(payload, PARAMETERS) as call:
+        async with self._calls.answering(payload, PARAMETERS, self._caller(payload)) as call:
             async for event in await self._respond(call, api, payload, streamed=True):
                 data = event.removeprefix("data: ").strip()
                 if error := error_in(event):
                     raise call.refusal or RequestFailed(error.message, error.code)
                 if data and data != "[DONE]":
                     yield data
+
+    def _caller(self, payload: dict[str, Any]) -> Caller:
+        """Who calls by a client handle, which whoever can reach Ray may do."""
+        name = payload.get(TENANT) or DEFAULT_TENANT
+        if not isinstance(name, str) or name not in self._tenants:
+            known = ", ".join(sorted(self._tenants))
+            raise RequestFailed(
+                f"{TENANT}: {name!r:.80} is no tenant; known are {known}", HTTPStatus.BAD_REQUEST
+            )
+        return Caller(name)
 
     async def _respond(
         self, call: Call, api: Api, payload: dict[str, Any], *, streamed: bool

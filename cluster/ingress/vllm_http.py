@@ -15,7 +15,9 @@ from fastapi.dependencies.utils import request_body_to_args
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from ray.exceptions import TaskCancelledError
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -25,10 +27,12 @@ from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_
 from vllm.exceptions import VLLMValidationError
 
 from cluster.config.app_config import AppConfig
-from cluster.config.routes import EXTRA_PATHS, ROUTES
+from cluster.config.routes import EXTRA_PATHS, EXTRA_ROUTES, ROUTES
+from cluster.ingress.auth import AuthorizedCalls, Doorkeeper
 from cluster.ingress.calls import Calls, CallsByHeader
 from cluster.ingress.error_answers import ErrorAnswers
 from cluster.ingress.http_metrics import METRICS, HttpMetrics
+from cluster.ingress.protocol import HEADERS
 from cluster.ingress.unread import RequestsOfCalls, UnreadLimit
 from cluster.ingress.vllm_responses import KEEPS_NONE
 from cluster.ingress.vllm_seams import FRONT_END
@@ -66,6 +70,16 @@ dozen, for as many kinds of message that it could have been."""
 KEPT_NOWHERE = ("/v1/responses", "/v1/conversations", "/v1/files", "/v1/batches")
 """Routes of the OpenAI API below which clients look for what a server keeps."""
 
+BROWSER_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+"""Headers of each answer: it is what it says, in no frame, and kept nowhere."""
+EXPOSED = (HEADERS.call_id, HEADERS.slo_class, "retry-after")
+"""Headers of answers that pages may read."""
+
 SCALE_OUT = ("/inference/v1/generate", "/v1/chat/completions/render", "/v1/completions/render")
 """Extra routes that vLLM has behind one argument."""
 
@@ -75,6 +89,7 @@ def http_app(
     config: AppConfig,
     calls: Calls,
     requests: RequestsOfCalls,
+    doorkeeper: Doorkeeper,
     http_metrics: HttpMetrics | None = None,
 ) -> ASGIApp:
     """vLLM's `app` with the calls, errors, limits and ends of requests that clients expect.
@@ -87,6 +102,7 @@ def http_app(
     app.add_api_route("/v1/models/{model_id:path}", show_model, responses=NO_SUCH_MODEL)
     if http_metrics:
         app.add_api_route(METRICS, http_metrics.show, response_class=PlainTextResponse)
+    _check_rights(app)
     _answer_unsupported_routes(app, config.model_name)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid_request)
@@ -100,8 +116,9 @@ def http_app(
     limits = config.ingress
     sized = BodyLimit(ErrorAnswers(app), limits.max_request_bytes, limits.body_timeout_s)
     read = UnreadLimit(sized, limits.max_unread_bytes, limits.unread_timeout_s, requests)
-    answering: ASGIApp = CallsByHeader(read, calls, Calls(config.slo))
-    return DisconnectByMessage(http_metrics.counted(answering) if http_metrics else answering)
+    answering: ASGIApp = AuthorizedCalls(CallsByHeader(read, calls), doorkeeper)
+    counted = http_metrics.counted(answering) if http_metrics else answering
+    return DisconnectByMessage(_for_browsers(counted, limits.allowed_origins))
 
 
 async def show_model(request: Request, model_id: str) -> JSONResponse:
@@ -120,10 +137,42 @@ async def show_model(request: Request, model_id: str) -> JSONResponse:
 
 def _choose_routes(app: FastAPI, extra: Collection[str]) -> None:
     """Leave only those of vLLM's routes that we promise, and those that the config names."""
-    paths = {route.path for route in ROUTES} | {"/docs/oauth2-redirect", *extra}
+    paths = {route.path for route in ROUTES} | {*extra}
     paths.remove(METRICS)  # vLLM's are of the engine beside its server; ours are elsewhere
     routes = [route for route in app.routes if getattr(route, "path", None) in paths]
     FRONT_END.replace(app.router, "routes", routes)
+
+
+def _check_rights(app: FastAPI) -> None:
+    """Raise LookupError for a route of which cluster/config/routes.py has not the right."""
+    for route in app.routes:
+        path = getattr(route, "path", "")
+        if not any(known.is_at(path) for known in (*ROUTES, *EXTRA_ROUTES)):
+            raise LookupError(f"the route {path} has no right in cluster/config/routes.py")
+
+
+def _for_browsers(app: ASGIApp, allowed_origins: Collection[str]) -> ASGIApp:
+    """`app` with the headers by which a browser protects its user, and those of CORS."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        async def headed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in BROWSER_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await app(scope, receive, headed if scope["type"] == "http" else send)
+
+    if not allowed_origins:
+        return guarded
+    return CORSMiddleware(
+        guarded,
+        allow_origins=list(allowed_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=[*EXPOSED],
+    )
 
 
 def _answer_unsupported_routes(app: FastAPI, model_name: str) -> None:

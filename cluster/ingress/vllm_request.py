@@ -13,7 +13,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMClientError
 
 from cluster.errors import RequestFailed
-from cluster.ingress.protocol import PARAMETERS, Api
+from cluster.ingress.protocol import PARAMETERS, TENANT, Api
 from cluster.ingress.vllm_http import VALIDATOR_ERRORS, explain_validation
 
 REQUESTS: dict[Api, type[ChatCompletionRequest] | type[CompletionRequest]] = {
@@ -39,7 +39,7 @@ def read_request(
 ) -> ChatCompletionRequest | CompletionRequest:
     """The request of a call with the parameters `given`; RequestFailed names the one at fault."""
     fields = REQUESTS[api].model_fields
-    known = {*fields, *PARAMETERS, "timeout_s"}  # the last is the handle's own
+    known = {*fields, *PARAMETERS, TENANT, "timeout_s"}  # the last is the handle's own
     for name in given:
         if name not in known | WITHOUT_EFFECT:
             nearest = difflib.get_close_matches(name, known, 1, cutoff=0.75)

@@ -66,8 +66,9 @@ def _headline(record: RequestRecord) -> str:
     state = f"ended by {record.outcome}" if record.outcome else "is still in flight"
     return (
         f"{request.request_id}: {request.num_prompt_tokens} prompt tokens, at most "
-        f"{request.max_tokens} more, priority {request.priority}; arrived at "
-        f"{_clock(record.arrived_s)} and {state} after {record.num_output_tokens} tokens"
+        f"{request.max_tokens} more, priority {request.priority}, tenant "
+        f"{request.tenant or 'none'}; arrived at {_clock(record.arrived_s)} and {state} after "
+        f"{record.num_output_tokens} tokens"
         + (f" and {record.e2e_s:.3f} s." if record.num_output_tokens else ".")
     )
 

@@ -182,8 +182,11 @@ class WorkerMetrics:
 class RequestMetrics:
     """Metrics of requests as the clients of one ingress see them."""
 
-    def __init__(self, exporter: Exporter, slo: SloConfig) -> None:
+    def __init__(self, exporter: Exporter, slo: SloConfig, tenants: Iterable[str] = ()) -> None:
         self._exporter = exporter
+        exporter.begin(metrics.TENANT_REFUSALS, tenant=tenants)
+        exporter.begin(metrics.TENANT_REQUESTS, tenant=tenants, outcome=REQUEST_OUTCOMES)
+        exporter.begin(metrics.TENANT_TOKENS, tenant=tenants, kind=("prompt", "output"))
         exporter.begin(metrics.ADMISSIONS, outcome=ADMISSION_OUTCOMES)
         exporter.begin(metrics.RETRIES, reason=RETRY_REASONS)
         classes = slo.all_classes
@@ -195,6 +198,10 @@ class RequestMetrics:
     def count_admission(self, outcome: str) -> None:
         """Count a call of the API, by its outcome: admitted, invalid or unavailable."""
         self._exporter.add(metrics.ADMISSIONS, outcome=outcome)
+
+    def count_over_quota(self, tenant: str) -> None:
+        """Count a call that was refused because its tenant had used up a quota."""
+        self._exporter.add(metrics.TENANT_REFUSALS, tenant=tenant)
 
     def count_http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """Count an HTTP request that was answered; `handler` is the path of its route."""
@@ -215,7 +222,11 @@ class RequestMetrics:
         """Count a request that has ended."""
         add, observe = self._exporter.add, self._exporter.observe
         slo_class = record.request.slo_class
+        tenant = record.request.tenant
         add(metrics.REQUESTS, slo_class=slo_class, outcome=record.outcome)
+        add(metrics.TENANT_REQUESTS, tenant=tenant, outcome=record.outcome)
+        add(metrics.TENANT_TOKENS, record.request.num_prompt_tokens, tenant=tenant, kind="prompt")
+        add(metrics.TENANT_TOKENS, record.num_output_tokens, tenant=tenant, kind="output")
         if record.num_output_tokens:
             observe(metrics.TIME_TO_FIRST_TOKEN, record.ttft_s, slo_class=slo_class)
             observe(metrics.REQUEST_LATENCY, record.e2e_s, slo_class=slo_class)

@@ -126,6 +126,26 @@ REQUEST_TOKENS = _counter(
     "slo_class",
     "kind",
 )
+TENANT_REQUESTS = _counter(
+    "tenant_requests",
+    "requests",
+    "Requests that ended, by the tenant whose key they came with, and by outcome.",
+    "tenant",
+    "outcome",
+)
+TENANT_TOKENS = _counter(
+    "tenant_tokens",
+    "tokens",
+    "Tokens of requests that ended, by tenant and by kind: prompt or output.",
+    "tenant",
+    "kind",
+)
+TENANT_REFUSALS = _counter(
+    "tenant_refusals",
+    "calls",
+    "Calls that were refused because a quota of their tenant was used up.",
+    "tenant",
+)
 RETRIES = _counter(
     "request_retries",
     "requests",

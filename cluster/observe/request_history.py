@@ -111,6 +111,7 @@ class Refusal:
     """Wall-clock time."""
     status: int
     message: str
+    tenant: str = ""
 
     @property
     def outcome(self) -> str:

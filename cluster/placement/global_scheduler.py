@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import time
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from scheduler.placement import (
     keep_for_trial,
     place,
 )
+from scheduler.quota import Account, Draw, Grant, Quota
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.errors import EngineDead, EngineStalled, WorkerError, WorkerSilent
@@ -167,14 +169,18 @@ class GlobalScheduler:
         observer: SchedulerObserver | None = None,
         max_num_seqs: float = math.inf,
         slow_timeout_s: float | None = None,
+        quotas: Mapping[str, Quota] = types.MappingProxyType({}),
     ) -> None:
         """A worker runs at most `max_num_seqs` requests, and is replaced if it is slow for longer
-        than `slow_timeout_s`.
+        than `slow_timeout_s`. `quotas` are those of tenants, by name.
         """
         self._clock = clock
         self._observer = observer or SchedulerObserver()
         self._max_num_seqs = max_num_seqs
         self._slow_timeout_s = slow_timeout_s or math.inf
+        self._quotas = quotas
+        self._accounts: dict[str, Account] = {}
+        """What is left of the quotas, by tenant."""
         self._suspects: dict[str, float] = {}
         """Requests that wait for an idle worker, with the time of their last question."""
         self._poisons: OrderedDict[str, tuple[str, float]] = OrderedDict()
@@ -208,6 +214,19 @@ class GlobalScheduler:
         self._placements.add(request.request_id, placement, PLACEMENT_BYTES)
         self._observer.placed(request, placement, self._clock() - now)
         return Placed(chosen)
+
+    async def draw(self, ingress_id: str, draws: Mapping[str, Draw]) -> dict[str, Grant]:
+        """Lease parts of tenants' quotas to an ingress, in place of what it has left of others."""
+        now = self._clock()
+        return {
+            tenant: self._account(tenant, draw, now).draw(ingress_id, draw, now)
+            for tenant, draw in draws.items()
+        }
+
+    def _account(self, tenant: str, draw: Draw, now: float) -> Account:
+        if tenant not in self._accounts:
+            self._accounts[tenant] = Account(self._quotas[tenant], draw.levels, now)
+        return self._accounts[tenant]
 
     async def refuse(self, fingerprint: str, found: str) -> None:
         """Refuse requests with this fingerprint for a while, because of what was found of one."""

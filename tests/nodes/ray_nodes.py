@@ -214,6 +214,7 @@ def _write_config(path: Path, num_workers: int, args: dict[str, Any]) -> None:
         "import_path": "cluster.app:build_app",
         "args": {
             "num_workers": num_workers,
+            "auth": {"anonymous": ["infer", "metrics"]},  # callers are on another host
             "worker": WORKER,
             "draft": {"drafters": ["suffix"]},
             "nodes": {

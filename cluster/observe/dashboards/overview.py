@@ -238,6 +238,35 @@ OVERVIEW = Dashboard(
             ),
         ),
         Row(
+            "Tenants",
+            (
+                Panel(
+                    "Requests by tenant",
+                    "Requests that ended per second, by the tenant whose key they came with; those "
+                    "without a key are of the tenant `default`.",
+                    Unit.REQUESTS_PER_S,
+                    (Query(total(rate(shown(metrics.TENANT_REQUESTS)), "tenant"), "{{tenant}}"),),
+                    Kind.STACKED,
+                ),
+                Panel(
+                    "Tokens by tenant",
+                    "Prompt and output tokens of finished requests, by tenant: who uses the "
+                    "cluster.",
+                    Unit.TOKENS_PER_S,
+                    (Query(total(rate(shown(metrics.TENANT_TOKENS)), "tenant"), "{{tenant}}"),),
+                    Kind.STACKED,
+                ),
+                Panel(
+                    "Calls over a quota",
+                    "Calls per second that were refused with 429 because a quota of their tenant "
+                    "was used up. The answer, and `xyserve explain`, name the quota.",
+                    Unit.REQUESTS_PER_S,
+                    (Query(total(rate(shown(metrics.TENANT_REFUSALS)), "tenant"), "{{tenant}}"),),
+                    Kind.STACKED,
+                ),
+            ),
+        ),
+        Row(
             "HTTP",
             (
                 Panel(

@@ -126,13 +126,13 @@ def test_extra_arguments_that_vllm_has_are_taken() -> None:
     config = parse_args(
         {
             "worker": {"engine": {"extra_args": engine}},
-            "ingress": {"extra_args": {"api_key": ["secret"]}},
+            "ingress": {"extra_args": {"enable_server_load_tracking": True}},
         }
     )
 
     assert (config.worker.engine.extra_args, config.ingress.extra_args) == (
         engine,
-        {"api_key": ["secret"]},
+        {"enable_server_load_tracking": True},
     )
 
 

@@ -11,13 +11,17 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from cluster.config.app_config import AppConfig
+from cluster.ingress.auth import Doorkeeper
 from cluster.ingress.calls import Calls
 from cluster.ingress.engine_client import EngineClient
 from cluster.ingress.http_metrics import HttpMetrics
 from cluster.ingress.observer import IngressObserver
+from cluster.ingress.tenants import Tenants
 from cluster.ingress.vllm_frontend import Frontend, decode_outputs
+from cluster.keys import Keyring
 from cluster.models.default_model import fetch_default_model
 from cluster.observe.request_history import Refusal, RequestRecord
+from cluster.placement.global_scheduler import GlobalScheduler
 from tests.cluster.ingress.fake_cluster import Call, FakeResponse, FakeScheduler, FakeWorkers
 from workers.engine_request import EngineRequest
 from workers.token_stream import StreamAddress, StreamReceiver
@@ -102,7 +106,7 @@ class Uncounted:
 class Server:
     """vLLM's front end over such workers, with a client of its HTTP side."""
 
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, keyring: Keyring | None = None) -> None:
         self.workers = AnsweringWorkers()
         self.scheduler = FakeScheduler()
         self.records = Records()
@@ -112,18 +116,21 @@ class Server:
         self.client = EngineClient(
             workers, scheduler, scheduler, receiver, decode_outputs(), self.records
         )
-        calls = Calls(config.slo, observer=self.records)
+        quotas = {name: tenant.quota for name, tenant in config.all_tenants.items()}
+        tenants = Tenants(config.all_tenants, GlobalScheduler(quotas=quotas).draw, "ingress", 1)
+        calls = Calls(config.slo, observer=self.records, tenants=tenants)
         uncounted: Any = Uncounted()
         self.frontend = Frontend(
             config,
             str(fetch_default_model()),
             self.client,
             calls,
+            Doorkeeper(config.auth, config.all_tenants, keyring, config.ingress.allowed_origins),
             HttpMetrics(uncounted, uncounted),
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.asgi_app, raise_app_exceptions=False),
-            base_url="http://app",
+            base_url="http://localhost",
         )
 
     async def asgi_app(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,9 +150,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(config: AppConfig) -> AsyncIterator[Server]:
+async def serving(config: AppConfig, keyring: Keyring | None = None) -> AsyncIterator[Server]:
     """A server that is closed at the end."""
-    server = Server(config)
+    server = Server(config, keyring)
     try:
         await server.frontend.start()
         async with server.http:

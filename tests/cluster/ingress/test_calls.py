@@ -6,10 +6,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cluster.config.slo import SloClass, SloConfig
 from cluster.errors import RequestFailed
+from cluster.ingress.auth import CALLER, Caller
 from cluster.ingress.calls import Call, Calls, CallsByHeader, current_call
 from cluster.ingress.observer import IngressObserver
 from cluster.ingress.protocol import PARAMETERS
 from cluster.ingress.targets import Targets
+from cluster.keys import Right
 from cluster.observe.request_history import Refusal, RequestRecord
 from scheduler.request import Request, Slo
 
@@ -24,6 +26,9 @@ class Refusals(IngressObserver):
 
     def refused(self, refusal: Refusal) -> None:
         self.found.append(refusal)
+
+
+CALLED_BY = Caller("acme", (Right.INFER,), "0123456789")
 
 
 class Api:
@@ -71,8 +76,9 @@ async def send_to(
         "headers": [
             (key.replace("_", "-").encode(), v.encode("latin-1")) for key, v in headers.items()
         ],
+        CALLER: CALLED_BY,
     }
-    app = CallsByHeader(api, Calls(SLO, observer=refusals), Calls(SLO))
+    app = CallsByHeader(api, Calls(SLO, observer=refusals))
     await app(scope, receive, send)
     assert current_call.get() is None
     return Answer(sent, refusals.found)
@@ -156,10 +162,10 @@ async def test_other_calls_are_no_refusals(api: Api, path: str) -> None:
     assert (await send_to(api, path)).refusals == []
 
 
-def test_a_handles_call_brings_the_same_as_parameters() -> None:
+async def test_a_handles_call_brings_the_same_as_parameters() -> None:
     given = {"request_id": "mine", "slo_class": "fast", "slo_tpot_ms": "none", "prompt": "Hello"}
 
-    with Calls(SLO).answering(given, PARAMETERS) as call:
+    async with Calls(SLO).answering(given, PARAMETERS, CALLED_BY) as call:
         assert current_call.get() is call
 
     assert (call.call_id, call.traceparent) == ("mine", "")
@@ -167,19 +173,19 @@ def test_a_handles_call_brings_the_same_as_parameters() -> None:
     assert current_call.get() is None
 
 
-def test_a_failure_of_a_handles_call_is_a_refusal_unless_it_was_admitted() -> None:
+async def test_a_failure_of_a_handles_call_is_a_refusal_unless_it_was_admitted() -> None:
     refusals = Refusals()
     calls = Calls(SLO, observer=refusals)
 
-    def fail(admitted: bool) -> None:
-        with calls.answering({"request_id": "c"}, PARAMETERS) as call:
+    async def fail(admitted: bool) -> None:
+        async with calls.answering({"request_id": "c"}, PARAMETERS, CALLED_BY) as call:
             if admitted:
                 call.records.append(RequestRecord(Request("r", 1, 1), 0.0))
             raise RequestFailed("no such class", 400)
 
     for admitted in (False, True):
         with pytest.raises(RequestFailed):
-            fail(admitted)
+            await fail(admitted)
 
     [refusal] = refusals.found
     assert (refusal.call_id, refusal.status, refusal.message) == ("c", 400, "no such class")
@@ -190,26 +196,26 @@ NO_IDS = ["i" * 513, "i" * 1_000_000, "\xe9", "\u20ac", "a\tb", "a\nb", "\0", 5,
 
 
 @pytest.mark.parametrize("name", ["my-call", LONGEST, "with spaces", "{}<>&?;'\"\\%00"])
-def test_an_id_is_printable_ascii(name: str) -> None:
-    with Calls(SLO).answering({"request_id": name}, PARAMETERS) as call:
+async def test_an_id_is_printable_ascii(name: str) -> None:
+    async with Calls(SLO).answering({"request_id": name}, PARAMETERS, CALLED_BY) as call:
         assert (call.call_id, call.answer_id) == (name, name)
 
 
 @pytest.mark.parametrize("name", [None, ""])
-def test_a_call_without_an_id_gets_one(name: str | None) -> None:
-    with Calls(SLO).answering({"request_id": name}, PARAMETERS) as call:
+async def test_a_call_without_an_id_gets_one(name: str | None) -> None:
+    async with Calls(SLO).answering({"request_id": name}, PARAMETERS, CALLED_BY) as call:
         assert len(call.call_id) == 32
 
 
 @pytest.mark.parametrize("name", NO_IDS, ids=[str(name)[:8] for name in NO_IDS])
-def test_what_cannot_be_an_id_is_refused_and_not_kept(name: object) -> None:
+async def test_what_cannot_be_an_id_is_refused_and_not_kept(name: object) -> None:
     refusals = Refusals()
     words = "^request_id: an id has at most 512 printable ASCII characters, and this one is "
-    with (
-        pytest.raises(RequestFailed, match=words) as refused,
-        Calls(SLO, observer=refusals).answering({"request_id": name}, PARAMETERS),
-    ):
-        pytest.fail("it was let in")
+    with pytest.raises(RequestFailed, match=words) as refused:
+        async with Calls(SLO, observer=refusals).answering(
+            {"request_id": name}, PARAMETERS, CALLED_BY
+        ):
+            pytest.fail("it was let in")
 
     assert (refused.value.status, len(str(refused.value)) < 250) == (400, True)
     assert len(refusals.found[0].call_id) == 32
@@ -226,8 +232,8 @@ async def test_a_header_that_cannot_be_an_id_is_refused(value: bytes) -> None:
 @pytest.mark.parametrize(
     "traceparent", ["", "x", "00-" + "0" * 55, "\xff", "i" * 100_000, "00-zz-zz-01", 5, None, ["a"]]
 )
-def test_an_odd_trace_context_is_none(traceparent: object) -> None:
-    with Calls(SLO).answering({"traceparent": traceparent}, PARAMETERS) as call:
+async def test_an_odd_trace_context_is_none(traceparent: object) -> None:
+    async with Calls(SLO).answering({"traceparent": traceparent}, PARAMETERS, CALLED_BY) as call:
         assert call.traceparent == ""
 
 

@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.errors import RequestFailed, RequestRefused
+from cluster.ingress.auth import Doorkeeper
 from cluster.ingress.calls import Calls
 from cluster.ingress.engine_client import EngineClient
 from cluster.ingress.protocol import Api
@@ -85,9 +86,15 @@ class App:
     def __init__(self, config: AppConfig, workers: Any) -> None:
         """`workers` is an EngineClient, or what stands for one."""
         self.workers = workers
-        self.frontend = Frontend(config, str(fetch_default_model()), workers, Calls(config.slo))
+        self.frontend = Frontend(
+            config,
+            str(fetch_default_model()),
+            workers,
+            Calls(config.slo),
+            Doorkeeper(config.auth, config.all_tenants),
+        )
         transport = httpx.ASGITransport(self.frontend.asgi_app)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://app")
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     async def post(
         self, path: str, headers: dict[str, str] | None = None, **params: Any
@@ -303,7 +310,7 @@ async def test_parameters_that_cannot_be_used_fail_the_handles_call(
 OVERLOAD, QUOTA = Refused(RefusalReason.OVERLOAD, 1.2), Refused(RefusalReason.QUOTA, 30)
 REFUSALS = [
     (OVERLOAD, 503, "2", "the workers could not serve the request in time; retry after 1.2 s"),
-    (QUOTA, 429, "30", "the share of this tenant is used up; retry after 30 s"),
+    (QUOTA, 429, "30", "a quota of its tenant is used up; retry after 30 s"),
 ]
 
 

@@ -244,7 +244,10 @@ def http_client(server: Server) -> httpx2.AsyncClient:
 
 def openai_client(server: Server) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(
-        base_url="http://app/v1", api_key="none", max_retries=0, http_client=http_client(server)
+        base_url="http://localhost/v1",
+        api_key="none",
+        max_retries=0,
+        http_client=http_client(server),
     )
 
 
@@ -265,7 +268,7 @@ async def test_openais_client_raises_the_error_of_a_stream(server: Server, path:
 async def test_anthropics_client_raises_the_error_of_a_stream(server: Server) -> None:
     server.workers.play(GONE, waits=True)
     async with anthropic.AsyncAnthropic(
-        base_url="http://app", api_key="none", max_retries=0, http_client=http_client(server)
+        base_url="http://localhost", api_key="none", max_retries=0, http_client=http_client(server)
     ) as client:
         stream = await client.messages.create(stream=True, **BODIES[MESSAGES])
         with pytest.raises(anthropic.APIError, match="failed on its worker"):

@@ -63,5 +63,37 @@ def test_sequences_that_have_ended_make_room() -> None:
     check(call, SamplingParams(n=3))
 
 
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"max_tokens": 21}, r"max_tokens: 21 are more than 20 \(ingress.max_output_tokens\)"),
+        ({"stop": ["a"] * 4}, r"stop: its length of 4 is more than 3 \(ingress.max_list_length\)"),
+        ({"stop_token_ids": [1, 2, 3, 4]}, "stop_token_ids: its length of 4 is more than 3"),
+        ({"bad_words": ["a", "b", "c", "d"]}, "bad_words: its length of 4 is more than 3"),
+        ({"logit_bias": dict.fromkeys(range(4), 1.0)}, "logit_bias: its length of 4 is more than"),
+    ],
+)
+def test_what_is_longer_than_the_config_allows_is_refused(params: Any, words: str) -> None:
+    limits = IngressConfig(max_output_tokens=20, max_list_length=3)
+    with pytest.raises(ValueError, match=words):
+        check_limits(
+            limits, Call("c"), PROMPT, SamplingParams(**{"max_tokens": 1} | params), MAX_MODEL_LEN
+        )
+
+
+def test_a_prompt_longer_than_the_config_allows_is_refused() -> None:
+    params = SamplingParams()
+    check_limits(IngressConfig(max_prompt_tokens=100), Call("c"), PROMPT, params, MAX_MODEL_LEN)
+    with pytest.raises(ValueError, match="its 100 tokens are more than 99"):
+        check_limits(IngressConfig(max_prompt_tokens=99), Call("c"), PROMPT, params, MAX_MODEL_LEN)
+
+
+def test_a_call_that_names_no_length_gets_what_the_config_allows() -> None:
+    params = SamplingParams(max_tokens=MAX_MODEL_LEN - 100)  # vLLM's default
+    check_limits(IngressConfig(max_output_tokens=20), Call("c"), PROMPT, params, MAX_MODEL_LEN)
+
+    assert params.max_tokens == 20
+
+
 def test_pooling_is_left_to_vllm() -> None:
     check(Call("c"), PoolingParams())

@@ -1,0 +1,97 @@
+"""What keys and quotas cost: calls of the HTTP API with both against the same app without.
+
+    python -m tests.bench.keys --json keys.json
+
+Both apps are whole front ends in this process, over workers that answer at once, so that nothing
+else takes time. They take turns, call by call, each first checked to give the same answer; the one
+with keys finds the caller's among 1,000 and keeps account of three quotas of its tenant. Keys of
+the summary: `added_ms` of a call and `added_us_token` of a token of a streamed answer, as the
+median of the differences within pairs, with their quartiles.
+"""
+
+import asyncio
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+from vllm.v1.engine import FinishReason
+
+from cluster.config.app_config import parse_args
+from cluster.keys import Keyring, Right, edited_keys, new_key
+from tests.bench.report import make_parser, publish
+from tests.cluster.ingress.answering_workers import Server, serving
+
+NUM_KEYS = 1000
+NUM_TOKENS = 400
+"""Tokens of a streamed answer."""
+QUARTILES = ("q1_ms", "median_ms", "q3_ms")
+TENANT = {"requests_per_minute": 10**7, "tokens_per_minute": 10**10, "max_concurrency": 1000}
+
+
+def make_keys(path: Path) -> str:
+    """A file of many keys; one of them."""
+    with edited_keys(path) as keys:
+        for _ in range(NUM_KEYS):
+            text, key = new_key("acme", (Right.INFER,), None)
+            keys[key.id] = key
+    return text
+
+
+async def call(server: Server, key: str, stream: bool) -> tuple[float, int]:
+    """Seconds of a call, and the number of tokens or events that it gave."""
+    body = {"prompt": "Hello", "max_tokens": NUM_TOKENS, "stream": stream, "ignore_eos": True}
+    headers = {"authorization": f"Bearer {key}"}
+    began_s = time.perf_counter()
+    answer = await server.http.post("/v1/completions", json=body, headers=headers)
+    took_s = time.perf_counter() - began_s
+    assert answer.status_code == httpx.codes.OK, answer.text
+    if stream:
+        return took_s, answer.text.count("data: ")
+    return took_s, answer.json()["usage"]["completion_tokens"]
+
+
+async def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds by which keys make each call longer, plain and streamed."""
+    key = make_keys(folder / "keys")
+    base = {"worker": {"kernels": "vllm"}}
+    locked = {"auth": {"keys_file": str(folder / "keys")}, "tenants": {"acme": TENANT}}
+    added: dict[str, list[float]] = {"call": [], "stream": []}
+    async with (
+        serving(parse_args(base)) as without,
+        serving(parse_args(base | locked), Keyring(folder / "keys")) as with_keys,
+    ):
+        for kind, num_tokens in (("call", 1), ("stream", NUM_TOKENS)):
+            steps = [([28], None)] * (num_tokens - 1) + [([28], FinishReason.LENGTH)]
+            for server in (without, with_keys):
+                server.workers.play(steps)
+            for number in range(rounds):
+                turns = [without, with_keys] if number % 2 else [with_keys, without]
+                took = {server: await call(server, key, kind == "stream") for server in turns}
+                assert took[without][1] == took[with_keys][1]
+                added[kind].append(took[with_keys][0] - took[without][0])
+    return added
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=1000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        added = asyncio.run(measure(options.rounds, Path(folder)))
+    quartiles = {kind: statistics.quantiles(values, n=4) for kind, values in added.items()}
+    rows = [
+        {"added": kind} | {name: s * 1e3 for name, s in zip(QUARTILES, values, strict=True)}
+        for kind, values in quartiles.items()
+    ]
+    summary = {
+        "added_ms": quartiles["call"][1] * 1e3,
+        "added_us_token": (quartiles["stream"][1] - quartiles["call"][1]) / NUM_TOKENS * 1e6,
+    }
+    publish("keys and quotas: time added to a call", rows, summary, options.json)
+
+
+if __name__ == "__main__":
+    main()

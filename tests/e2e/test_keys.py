@@ -1,0 +1,302 @@
+"""An app with keys and tenants behind two ingresses: who gets in, how much, and what leaks."""
+
+import asyncio
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Server, serving
+
+PER_MINUTE = 60
+TENANTS = {
+    "acme": {},
+    "bounded": {"requests_per_minute": PER_MINUTE},
+    "single": {"max_concurrency": 1},
+}
+FOLLOWS_S = 10
+"""Time in which ingresses know of a change of the keys, on a busy machine."""
+
+
+@dataclass
+class LockedServer:
+    """A server with keys."""
+
+    server: Server
+    texts: list[str] = field(default_factory=list)
+    """All keys that were ever made."""
+
+    def keys(self, *args: str) -> str:
+        """What `xyserve keys` prints."""
+        command = [sys.executable, "-P", "-m", "cluster.cli.main", "keys", *args]
+        done = subprocess.run([*command, str(self.server.config)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def add(self, tenant: str, *options: str) -> str:
+        self.texts.append(self.keys("add", "--tenant", tenant, *options))
+        return self.texts[-1]
+
+    def client(self, key: str) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.server.url}/v1", api_key=key, max_retries=0, timeout=ANSWER_TIMEOUT_S
+        )
+
+    def status(self, key: str, path: str = "/v1/models") -> int:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.get(self.server.url + path, headers=headers).status_code
+
+    def wait_for_status(self, key: str, status: int) -> None:
+        """Wait until both ingresses answer so."""
+        give_up_s, in_a_row = time.monotonic() + FOLLOWS_S, 0
+        while in_a_row < 20:
+            assert time.monotonic() < give_up_s, f"not {status} everywhere"
+            in_a_row = in_a_row + 1 if self.status(key) == status else 0
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedServer]:
+    folder = tmp_path_factory.mktemp("locked")
+    keys_file = folder / "secret" / "keys"
+    keys_file.parent.mkdir()
+    keys_file.write_text("")
+    with serving(
+        folder,
+        num_ingresses=2,
+        num_workers=1,
+        draft=None,
+        auth={"keys_file": str(keys_file)},
+        tenants=TENANTS,
+    ) as server:
+        yield LockedServer(server)
+
+
+def test_up_shows_an_answer_without_a_key(locked: LockedServer) -> None:
+    log = locked.server.config.with_name("up.log").read_text()
+
+    assert "What is the capital of France?" in log
+    assert "Paris" in log
+    assert "may call it" not in log
+
+
+def test_only_a_key_opens_the_doors(locked: LockedServer) -> None:
+    key = locked.add("acme")
+    locked.wait_for_status(key, 200)
+
+    for path in ("/v1/models", "/metrics", "/docs", "/nope", "/version"):
+        assert (locked.status("", path), locked.status("none", path)) == (401, 401)
+    assert (locked.status("", "/health"), locked.status("", "/-/healthz")) == (200, 200)
+    assert locked.status(key, "/metrics") == 403
+    assert locked.status("", "/-/routes") == 403
+    reader = locked.add("acme", "--right", "metrics")
+    locked.wait_for_status(reader, 403)
+    assert locked.status(reader, "/metrics") == 200
+    with pytest.raises(openai.AuthenticationError, match="this is no API key of this app"):
+        locked.client("sk-none").models.list()
+
+
+def test_keys_change_under_load_and_no_call_fails(locked: LockedServer) -> None:
+    old = locked.add("acme")
+    locked.wait_for_status(old, 200)
+    faults: list[str] = []
+    current = [old]
+    stop = threading.Event()
+    num_calls = Counter[str]()
+
+    def call() -> None:
+        while not stop.is_set():
+            key = current[0]
+            try:
+                locked.client(key).completions.create(
+                    model=MODEL, prompt="Once upon", max_tokens=4, temperature=0
+                )
+                num_calls[key] += 1
+            except openai.OpenAIError as error:
+                faults.append(repr(error))
+
+    stream = locked.client(old).completions.create(
+        model=MODEL, prompt="Story:", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    new = locked.add("acme", "--expires", "1h")
+    locked.wait_for_status(new, 200)
+    current[0] = new
+    while not num_calls[new]:
+        time.sleep(0.1)
+    time.sleep(2)  # calls with the old one are over
+    locked.keys("revoke", re.split("-", old)[1])
+    locked.wait_for_status(old, 401)
+    num_left = sum(1 for chunk in stream if chunk.choices)
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+    assert faults == []
+    assert num_left >= 300  # the stream of the revoked key went on to its end
+    assert min(num_calls[old], num_calls[new]) > 0
+    assert "never" in locked.keys("list")
+
+
+def test_a_tenant_at_ten_times_its_rate_gets_its_quota_while_the_scheduler_dies(
+    locked: LockedServer,
+) -> None:
+    """Calls of the tokeniser, so that a minute's quota is not the workers' to keep."""
+    key = locked.add("bounded")
+    other = locked.add("acme")
+    locked.wait_for_status(other, 200)
+    seconds = 20.0
+    counts = asyncio.run(flood(locked, key, other, seconds, kill_after_s=seconds / 2))
+
+    burst = 3 * PER_MINUTE / 60
+    assert counts["other failed"] == 0
+    assert counts[200] + counts[429] == counts["sent"]
+    assert 0.85 * seconds * PER_MINUTE / 60 <= counts[200] <= seconds * PER_MINUTE / 60 + 2 * burst
+    assert counts["without retry-after"] == 0
+
+
+async def flood(
+    locked: LockedServer, key: str, other: str, seconds: float, kill_after_s: float
+) -> Counter[str | int]:
+    """Answers to calls at ten times the rate; the GlobalScheduler is killed on the way."""
+    counts: Counter[str | int] = Counter()
+    began_s = time.monotonic()
+
+    async def call(http: httpx.AsyncClient, key: str) -> httpx.Response:
+        return await http.post(
+            "/tokenize",
+            headers={"authorization": f"Bearer {key}"},
+            json={"model": MODEL, "prompt": "Hello"},
+        )
+
+    async def of_the_tenant(http: httpx.AsyncClient) -> None:
+        answer = await call(http, key)
+        counts["sent"] += 1
+        counts[answer.status_code] += 1
+        if answer.status_code == 429:
+            counts["without retry-after"] += int(answer.headers.get("retry-after", 0)) < 1
+
+    async def of_the_other(http: httpx.AsyncClient) -> None:
+        counts["other failed"] += (await call(http, other)).status_code != 200
+
+    async with httpx.AsyncClient(base_url=locked.server.url, timeout=60) as http:
+        calls, killed = [], False
+        while (now := time.monotonic() - began_s) < seconds:
+            calls.append(asyncio.create_task(of_the_tenant(http)))
+            if len(calls) % 10 == 0:
+                calls.append(asyncio.create_task(of_the_other(http)))
+            if now > kill_after_s and not killed:
+                killed = True
+                [pid] = (
+                    pid
+                    for pid, name in locked.server.replicas().items()
+                    if name == "GlobalScheduler"
+                )
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(60 / PER_MINUTE / 10)
+        await asyncio.gather(*calls)
+    return counts
+
+
+def test_one_call_at_a_time_is_one_over_all_ingresses(locked: LockedServer) -> None:
+    key = locked.add("single")
+    locked.wait_for_status(key, 200)
+    client = locked.client(key)
+
+    for _ in range(4):  # one after another they are all let in
+        client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+    stream = client.completions.create(
+        model=MODEL, prompt="b", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    for _ in range(4):
+        with pytest.raises(openai.RateLimitError, match=r"tenants\.single.max_concurrency is 1"):
+            client.completions.create(model=MODEL, prompt="c", max_tokens=1)
+    stream.close()
+    give_up_s = time.monotonic() + 30
+    while True:  # the place is free soon
+        try:
+            client.completions.create(model=MODEL, prompt="d", max_tokens=1)
+            break
+        except openai.RateLimitError:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.1)
+
+
+OF_A_HANDLE = """
+import sys
+from cluster.client import XYServe
+from cluster.errors import RequestFailed
+with XYServe.connect(sys.argv[1]) as handle:
+    answer = handle.generate("a", max_tokens=1, tenant="acme")
+    print(handle.explain(answer.id)[0].record.request.tenant)
+    try:
+        handle.generate("a", max_tokens=1, tenant="nobody")
+    except RequestFailed as failure:
+        print(failure.status, failure)
+"""
+
+
+def test_a_handle_names_a_tenant(locked: LockedServer) -> None:
+    """In a process of its own: this one may be connected to another Ray."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", OF_A_HANDLE, locked.server.ray_address],
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.stdout.splitlines() == [
+        "acme",
+        "400 tenant: 'nobody' is no tenant; known are acme, bounded, default, single",
+    ], done.stderr
+
+
+def test_no_key_is_in_what_the_app_says_or_leaves_behind(locked: LockedServer) -> None:
+    """The last of this file: it looks for all keys of the others, and for one in odd places."""
+    planted = f"xy-{secrets.token_hex(5)}-{secrets.token_urlsafe(32)}"
+    texts = [*locked.texts, planted, secret := f"planted-{secrets.token_hex(16)}"]
+    said = []
+    with httpx.Client(base_url=locked.server.url) as http:
+        for shown in (planted, locked.texts[0], secret, f"{secret}\xe9", f"{secret} {secret}"):
+            for name in ("authorization", "x-api-key", "api-key", "cookie"):
+                header = {name.encode(): f"Bearer {shown}".encode("latin-1")}
+                for method, path in (
+                    ("POST", "/v1/completions"),
+                    ("POST", "/v1/messages"),
+                    ("GET", "/metrics"),
+                    ("DELETE", "/v1/models"),
+                ):
+                    answer = http.request(method, path, headers=header, content=b"{")
+                    said.append(answer.text + str(answer.headers))
+    said.append(locked.keys("list"))
+    for command in (["config"], ["status"]):
+        done = subprocess.run(
+            [Path(sys.executable).parent / "serve", *command, "--address", locked.server.dashboard],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"RAY_AUTH_MODE": "token"},
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout + done.stderr)
+    parts = [text.rpartition("-")[2].encode() for text in texts]
+    left = [path for root in (locked.server.ray_folder, locked.server.folder)
+            for path in root.rglob("*") if path.is_file() and not path.is_symlink()]  # fmt: skip
+
+    assert "bounded" in "".join(said)  # serve config shows the tenants
+    for part in parts:
+        assert part.decode() not in "".join(said)
+        assert [path for path in left if part in path.read_bytes()] == []
