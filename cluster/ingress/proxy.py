@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import RequestFailed
 from cluster.ingress.calls import check_id
+from cluster.ingress.connections import bound_connections
 from cluster.ingress.error_answers import error_answer
 from cluster.ingress.protocol import HEADERS
 from cluster.ingress.unread import EXTENSION, TAKEN, TELL_EVERY
@@ -32,7 +33,8 @@ STUCK_S = 120.0
 
 
 def middlewares() -> list[Middleware]:
-    """Serve's hook for its HTTP proxies."""
+    """Serve's hook for its HTTP proxies, called before they listen."""
+    bound_connections()
     return [Middleware(ReadableHeaders), Middleware(TakenAnswers)]
 
 
