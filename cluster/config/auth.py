@@ -54,6 +54,9 @@ class TenantConfig:
     """Calls at the same time; null: any number."""
     burst_s: float = 3.0
     """What a quiet tenant saves up, in seconds of its rates; at least one call."""
+    private_cache: bool = False
+    """Whether its prompts share no prefix cache with those of others, who could otherwise tell by
+    the time to first token what it has asked before."""
     weight: float = 1.0
     """Its part of a busy cluster, relative to other tenants."""
 

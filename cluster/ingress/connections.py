@@ -51,7 +51,7 @@ class Connections:
         """uvicorn's protocol with these bounds."""
         connections = self
 
-        class Guarded(protocol):  # type: ignore[misc]
+        class Guarded(protocol):
             """One connection."""
 
             is_bounded = True

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +41,7 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.config.app_config import AppConfig, IngressConfig
+from cluster.config.auth import TenantConfig
 from cluster.errors import RequestFailed
 from cluster.ingress.auth import Caller, Doorkeeper
 from cluster.ingress.calls import Call, Calls, current_call
@@ -72,8 +73,11 @@ class WorkersCore(EngineCoreClient):
 
     engine_ranks_managed = (0,)
 
-    def __init__(self, client: EngineClient[EngineCoreOutputs]) -> None:
+    def __init__(
+        self, client: EngineClient[EngineCoreOutputs], tenants: Mapping[str, TenantConfig]
+    ) -> None:
         self._client = client
+        self._tenants = tenants
         self._encode = encoder()
         self.output_processor: OutputProcessor | None = None
         """Set by `ClusterLLM`; gives each sequence's outputs to its call."""
@@ -96,6 +100,10 @@ class WorkersCore(EngineCoreClient):
         assert sampling.max_tokens is not None  # set by vLLM's InputProcessor
         call = current_call.get() or Call(request.request_id)  # of a WebSocket
         check_priority(call, request.priority)
+        tenant = call.caller.tenant
+        if self._tenants[tenant].private_cache or request.cache_salt:
+            # A name has no space, so that no tenant can give a salt that is another's.
+            request.cache_salt = f"{tenant} {request.cache_salt or ''}"
         ours = Request(
             request.request_id,
             num_prompt_tokens,
@@ -103,7 +111,7 @@ class WorkersCore(EngineCoreClient):
             request.priority,
             call.targets.slo,
             call.targets.slo_class,
-            call.caller.tenant,
+            tenant,
             call.traceparent,
             fingerprint=self._fingerprint(request),
         )
@@ -295,7 +303,7 @@ class Frontend:
         args.served_model_name = config.model_name  # in messages and metrics
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         stat_loggers = (RequestStatLogger,) if config.metrics else ()
-        core = WorkersCore(client)
+        core = WorkersCore(client, self._tenants)
         self._llm = ClusterLLM(vllm_config, core, config.ingress, stat_loggers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
         self.asgi_app = http_app(self._app, config, calls, core, doorkeeper, http_metrics)

@@ -21,7 +21,7 @@ from vllm.v1.engine import FinishReason
 from cluster.config.app_config import parse_args
 from cluster.keys import Keyring, Right, edited_keys, new_key
 from tests.bench.report import make_parser, publish
-from tests.cluster.ingress.answering_workers import Server, serving
+from tests.cluster.ingress.answering_workers import Server, Step, serving
 
 NUM_KEYS = 1000
 NUM_TOKENS = 400
@@ -63,7 +63,8 @@ async def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
         serving(parse_args(base | locked), Keyring(folder / "keys")) as with_keys,
     ):
         for kind, num_tokens in (("call", 1), ("stream", NUM_TOKENS)):
-            steps = [([28], None)] * (num_tokens - 1) + [([28], FinishReason.LENGTH)]
+            steps: list[Step] = [([28], None)] * (num_tokens - 1)
+            steps.append(([28], FinishReason.LENGTH))
             for server in (without, with_keys):
                 server.workers.play(steps)
             for number in range(rounds):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Server, serving
 PER_MINUTE = 60
 TENANTS = {
     "acme": {},
+    "private": {"private_cache": True},
     "bounded": {"requests_per_minute": PER_MINUTE},
     "single": {"max_concurrency": 1},
 }
@@ -66,21 +68,27 @@ class LockedServer:
             in_a_row = in_a_row + 1 if self.status(key) == status else 0
 
 
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedServer]:
-    folder = tmp_path_factory.mktemp("locked")
+@contextmanager
+def serving_with_keys(folder: Path, num_workers: int = 1) -> Iterator[LockedServer]:
+    """A server of two ingresses, with a file for keys in `folder`."""
     keys_file = folder / "secret" / "keys"
     keys_file.parent.mkdir()
     keys_file.write_text("")
     with serving(
         folder,
         num_ingresses=2,
-        num_workers=1,
+        num_workers=num_workers,
         draft=None,
         auth={"keys_file": str(keys_file)},
         tenants=TENANTS,
     ) as server:
         yield LockedServer(server)
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedServer]:
+    with serving_with_keys(tmp_path_factory.mktemp("locked")) as locked:
+        yield locked
 
 
 def test_up_shows_an_answer_without_a_key(locked: LockedServer) -> None:
@@ -237,6 +245,25 @@ def test_one_call_at_a_time_is_one_over_all_ingresses(locked: LockedServer) -> N
             time.sleep(0.1)
 
 
+def test_a_private_cache_is_shared_with_no_other_tenant(locked: LockedServer) -> None:
+    shared, private = locked.add("acme"), locked.add("private")
+    locked.wait_for_status(private, 200)
+
+    def num_cached(key: str, **salt: str) -> int:
+        usage = locked.client(key).completions.create(
+            model=MODEL, prompt="a secret plan " * 40, max_tokens=1, extra_body=salt
+        ).usage  # fmt: skip
+        assert usage is not None
+        details = usage.prompt_tokens_details
+        return (details.cached_tokens or 0) if details else 0
+
+    assert num_cached(shared) == 0
+    assert num_cached(shared) > 0
+    assert num_cached(private) == 0
+    assert num_cached(private) > 0
+    assert num_cached(shared, cache_salt="private ") == 0  # nor with the salt of the other
+
+
 OF_A_HANDLE = """
 import sys
 from cluster.client import XYServe
@@ -261,7 +288,7 @@ def test_a_handle_names_a_tenant(locked: LockedServer) -> None:
 
     assert done.stdout.splitlines() == [
         "acme",
-        "400 tenant: 'nobody' is no tenant; known are acme, bounded, default, single",
+        "400 tenant: 'nobody' is no tenant; known are acme, bounded, default, private, single",
     ], done.stderr
 
 
