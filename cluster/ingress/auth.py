@@ -91,20 +91,16 @@ class Doorkeeper:
 
     def _caller(self, scope: Scope, headers: Headers, path: str) -> Caller:
         shown = shown_key(headers, scope["method"] == "GET" and path in BROWSED)
-        if self._keyring and shown and (self._keyring_has_form(shown) or not self._anonymous):
+        has_form = KEY.fullmatch(shown) is not None
+        if self._keyring is not None and shown and (has_form or not self._anonymous):
             return self._bearer(self._keyring, shown)
-        if self._anonymous:
+        if self._anonymous:  # also with any word that is no key: some clients must send one
             return Caller(rights=self._anonymous)
-        if self._keyring:
+        if self._keyring is not None:
             raise CallerRefused(NO_KEY, HTTPStatus.UNAUTHORIZED)
         if why := self._comes_from_afar(scope, headers):
             raise CallerRefused(NO_KEYS.format(why=why), HTTPStatus.FORBIDDEN)
         return TRUSTED
-
-    @staticmethod
-    def _keyring_has_form(shown: str) -> bool:
-        """Whether it is meant to be a key: clients that must send one send any word."""
-        return KEY.fullmatch(shown) is not None
 
     def _bearer(self, keyring: Keyring, shown: str) -> Caller:
         if (key := keyring.find(shown)) is None:
@@ -171,7 +167,7 @@ async def watch(keyring: Keyring, tenants: Collection[str]) -> None:
 def _refresh(keyring: Keyring) -> bool:
     try:
         if is_new := keyring.refresh():
-            logger.info("the API keys have changed", extra={"num_keys": len(keyring)})
+            logger.info("the API keys have changed", extra={"num_keys": keyring.num_keys})
     except ConfigError as error:
         logger.error("the API keys of before remain", extra={"error": str(error)})
         return False

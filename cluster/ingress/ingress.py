@@ -125,7 +125,7 @@ class Ingress(Replica):
 
     def _watch_keys(self) -> None:
         """Have the keys read again when their file changes, and say who may call."""
-        if self._keyring:
+        if self._keyring is not None:
             self._watching = asyncio.create_task(watch(self._keyring, self._config.all_tenants))
         elif not self._config.auth.anonymous:
             logger.warning(

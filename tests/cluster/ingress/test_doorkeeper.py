@@ -71,6 +71,16 @@ def test_without_keys_nobody_else_is(scope: Any, why: str) -> None:
     assert "xyserve keys add" in str(refused.value)
 
 
+def test_a_file_without_keys_lets_nobody_in(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("")
+    doorkeeper = Doorkeeper(AuthConfig(), ["default"], Keyring(tmp_path / "keys"))
+
+    for scope in (scope_of(), scope_of(authorization="Bearer none")):
+        with pytest.raises(CallerRefused) as refused:
+            doorkeeper.admit(scope)
+        assert refused.value.status == 401
+
+
 def test_whoever_shows_no_key_has_the_rights_that_the_config_gives(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     wrong, (text, key) = new_key("free", (), None)[0], new_key("free", (Right.INFER,), None)
