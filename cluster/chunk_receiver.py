@@ -7,7 +7,7 @@ import msgspec
 from ray.util import get_node_ip_address
 
 from cluster.ingress.protocol import Chunk
-from workers.sockets import Ports
+from workers import sockets
 from workers.token_stream import StreamAddress, StreamReceiver
 
 _decode_chunks = msgspec.msgpack.Decoder(list[Chunk]).decode
@@ -16,7 +16,7 @@ _decode_chunks = msgspec.msgpack.Decoder(list[Chunk]).decode
 class ChunkReceiver:
     """Gives each chunk to its call; used in one event loop, from the first streamed call on."""
 
-    def __init__(self, ports: Ports | None = None) -> None:
+    def __init__(self, ports: sockets.Ports | None = None) -> None:
         """Listen at one of `ports`, by default at any that is free."""
         self._ports = ports
         self._chunks: dict[str, asyncio.Queue[str]] = {}
@@ -42,7 +42,12 @@ async def _receive(receiver: StreamReceiver, chunks: Mapping[str, asyncio.Queue[
     try:
         while True:
             for frame in await receiver.receive():
-                for chunk in _decode_chunks(frame):
+                try:
+                    received = _decode_chunks(frame)
+                except sockets.UNREADABLE as error:
+                    receiver.dropped.add(error)
+                    continue
+                for chunk in received:
                     if chunk.call_id in chunks:
                         chunks[chunk.call_id].put_nowait(chunk.data)
     finally:

@@ -11,6 +11,7 @@ import secrets
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 import zmq
@@ -29,8 +30,8 @@ CLOSE_AFTER_S = 300.0
 """A stream unused this long is closed; the next message opens a new one."""
 MAX_RESENT = 64
 """Max messages resent at once: a slow receiver has them already, and need not read all again."""
-FRAME_BYTES = 100
-"""Memory of a frame beside its bytes."""
+MESSAGE_BYTES = 200
+"""Memory of a message beside its bytes."""
 MAX_SENDERS = 10_000
 """Streams that a receiver knows, about 200 bytes each; a sender opens a new one after each pause of
 CLOSE_AFTER_S."""
@@ -39,19 +40,27 @@ ACK_EVERY = 16
 
 
 class StreamAddress(msgspec.Struct, frozen=True):
-    """Where a receiver listens, and the token that its senders have to show."""
+    """Where a receiver listens, and what its senders have to know; given to them by Ray calls."""
 
     endpoint: str
     token: bytes
+    """Secret that every message has to show."""
+    public_key: bytes
+    """Secret too, towards all but the senders: who knows it gets through the handshake."""
+
+    def __repr__(self) -> str:
+        """Without the secrets, as it may get into a log."""
+        return f"StreamAddress({self.endpoint!r})"
 
 
-class _Header(msgspec.Struct, array_like=True):
+class _Message(msgspec.Struct, array_like=True):
     token: bytes
-    seq: int
+    seq: Annotated[int, msgspec.Meta(ge=0)]
+    frames: list[bytes]
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_header = msgspec.msgpack.Decoder(_Header).decode
+_decode_message = msgspec.msgpack.Decoder(_Message).decode
 _decode_ack = msgspec.msgpack.Decoder(int).decode
 
 
@@ -59,42 +68,52 @@ class StreamSender:
     """The sending end; used from one thread only. Times are seconds of one monotonic clock."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: StreamAddress) -> None:
-        self._token = address.token
-        options: sockets.Options = {
-            zmq.IDENTITY: uuid.uuid4().bytes,
-            zmq.SNDHWM: 0,  # bounded by MAX_UNACKED_BYTES, not by dropping
-        }
-        self._socket = sockets.connect(context, address.endpoint, options)
+        self._context, self._address = context, address
+        self._identity = uuid.uuid4().bytes
+        self._socket = self._connect()
         self._next_seq = 0
-        self._unacked: deque[tuple[int, list[bytes]]] = deque()
+        self._unacked: deque[tuple[int, bytes]] = deque()
         self._num_bytes = 0  # of all unacknowledged messages
         self._progress_at = 0.0  # last acknowledgement, or when waiting for one began
         self._resend_at = 0.0
 
+    def _connect(self) -> zmq.Socket[bytes]:
+        options: sockets.Options = {
+            zmq.IDENTITY: self._identity,
+            zmq.SNDHWM: 0,  # bounded by MAX_UNACKED_BYTES, not by dropping
+        }
+        address = self._address
+        return sockets.connect(self._context, address.endpoint, address.public_key, options)
+
     def send(self, frames: Sequence[bytes], now: float) -> None:
         """Queue one message; it is sent at once if the receiver is reachable."""
-        message = [_encode(_Header(self._token, self._next_seq)), *frames]
+        message = _encode(_Message(self._address.token, self._next_seq, list(frames)))
         if not self._unacked:
             self._progress_at, self._resend_at = now, now + RESEND_AFTER_S
         self._unacked.append((self._next_seq, message))
-        self._num_bytes += _num_bytes(message)
+        self._num_bytes += MESSAGE_BYTES + len(message)
         self._next_seq += 1
-        self._socket.send_multipart(message, copy=False)
+        sockets.send(self._socket, message)  # if it cannot, `poll` will
 
     def poll(self, now: float) -> None:
         """Read acknowledgements and resend what is overdue; to be called regularly."""
         while self._socket.poll(0):
             try:
                 acked = _decode_ack(self._socket.recv())
-            except msgspec.MsgspecError:
-                continue  # another program that took over the port of a receiver that is gone
+            except sockets.UNREADABLE:
+                continue
+            if acked >= self._next_seq:
+                continue  # nobody can have received it
             while self._unacked and self._unacked[0][0] <= acked:
                 _, message = self._unacked.popleft()
-                self._num_bytes -= _num_bytes(message)
+                self._num_bytes -= MESSAGE_BYTES + len(message)
                 self._progress_at, self._resend_at = now, now + RESEND_AFTER_S
         if self._unacked and now >= self._resend_at:
+            if not self._socket.poll(0, zmq.POLLOUT):  # somebody has spoken something else there
+                self._socket.close()
+                self._socket = self._connect()
             for _, message in itertools.islice(self._unacked, MAX_RESENT):
-                self._socket.send_multipart(message, copy=False)
+                sockets.send(self._socket, message)
             # Back off: the receiver may only be slow.
             self._resend_at = now + max(RESEND_AFTER_S, now - self._progress_at)
 
@@ -112,10 +131,6 @@ class StreamSender:
         self._socket.close()
 
 
-def _num_bytes(message: list[bytes]) -> int:
-    return FRAME_BYTES * len(message) + sum(map(len, message))
-
-
 class StreamReceiver:
     """The receiving end: one socket for any number of senders, read by one asyncio task."""
 
@@ -124,29 +139,33 @@ class StreamReceiver:
         self._context = zmq.asyncio.Context()
         # With the handover a sender that reconnects keeps its identity.
         options: sockets.Options = {zmq.RCVHWM: 0, zmq.ROUTER_HANDOVER: 1}
-        self._socket, endpoint = sockets.listen(self._context, host, options, ports)
-        self.address = StreamAddress(endpoint, secrets.token_bytes(16))
+        self._socket, endpoint, public_key = sockets.listen(self._context, host, options, ports)
+        self.address = StreamAddress(endpoint, secrets.token_bytes(16), public_key)
+        self.dropped = sockets.Dropped(endpoint)
+        """Messages that cannot be read or show another token."""
         self._expected: dict[bytes, int] = {}  # the one heard last is at the end
 
     async def receive(self) -> list[bytes]:
         """Frames of the next message; messages of one sender arrive in order."""
         while True:
             await asyncio.sleep(0)  # a backlog must not block the event loop
-            sender, raw_header, *frames = await self._socket.recv_multipart()
+            sender, *parts = await self._socket.recv_multipart()
             try:
-                header = _decode_header(raw_header)
-            except msgspec.MsgspecError:
-                continue  # not a sender of ours
-            if header.token != self.address.token:
+                message = _decode_message(sockets.joined(parts))
+            except sockets.UNREADABLE as error:
+                self.dropped.add(error)
+                continue
+            if not secrets.compare_digest(message.token, self.address.token):
+                self.dropped.add("another token")
                 continue
             expected = self._expected.pop(sender, 0)
-            self._expected[sender] = expected + (header.seq == expected)
+            self._expected[sender] = expected + (message.seq == expected)
             if len(self._expected) > MAX_SENDERS:
                 del self._expected[next(iter(self._expected))]
-            if header.seq == expected:
-                if header.seq % ACK_EVERY == 0 or not await self._socket.poll(0):
-                    await self._acknowledge(sender, header.seq)
-                return frames
+            if message.seq == expected:
+                if message.seq % ACK_EVERY == 0 or not await self._socket.poll(0):
+                    await self._acknowledge(sender, message.seq)
+                return message.frames
             # A duplicate, or a gap that the sender fills when it resends.
             await self._acknowledge(sender, expected - 1)
 
@@ -163,6 +182,7 @@ class StreamSenders:
     """One sender per address in use; used from one thread only."""
 
     def __init__(self) -> None:
+        sockets.check_curve()  # rather than when the first message is sent
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._senders: dict[StreamAddress, StreamSender] = {}
         self._used_at: dict[StreamAddress, float] = {}

@@ -333,8 +333,8 @@ class EngineClient(Generic[Outputs]):
             frames = await self._receiver.receive()
             try:
                 step = self._decode(frames)
-            except Exception:
-                logger.exception("a worker sent outputs that cannot be read")
+            except Exception as error:  # any kind: vLLM's decoder says nothing of what it raises
+                self._receiver.dropped.add(error)
                 continue
             kept, now = [], time.time()
             for output in step.outputs:

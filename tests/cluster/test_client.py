@@ -63,6 +63,8 @@ class FakeIngress:
         """Chunks of each stream."""
         self.hangs = False
         """Whether calls do not end by themselves."""
+        self.garbage: list[bytes] = []
+        """Frames before those of each stream."""
         self.late_s = 0.0
         """Time from the end of a streamed call to its chunks, which travel by themselves."""
         self.began, self.cancelled = threading.Event(), threading.Event()
@@ -82,8 +84,9 @@ class FakeIngress:
         ]
         end = [] if self.failure or self.hangs else [""]
         frame = msgspec.msgpack.encode([Chunk(call_id, data) for data in chunks + end])
+        frames = [*self.garbage, frame]
         asyncio.get_running_loop().call_later(
-            self.late_s, lambda: self.senders.send(reply_to, [frame], time.monotonic())
+            self.late_s, lambda: self.senders.send(reply_to, frames, time.monotonic())
         )
         await self._begin()
         return self.failure
@@ -148,6 +151,21 @@ def test_a_stream_has_all_chunks_whether_they_or_the_calls_end_come_first(
 
     assert [chunk.id for chunk in chunks] == [f"chat {n}" for n in range(5)]
     assert all(isinstance(chunk, ChatCompletionChunk) for chunk in chunks)
+
+
+def test_chunks_that_cannot_be_read_cost_no_other_chunk(
+    handle: XYServe, ingress: FakeIngress
+) -> None:
+    ingress.garbage = [
+        b"",
+        b"\xc1",
+        b"\x91" * 100_000,
+        b"\xdd\xff\xff\xff\xff",
+        msgspec.msgpack.encode([("call", 1)]),
+        msgspec.msgpack.encode([Chunk("a call of nobody", "data")]),
+    ]
+
+    assert [chunk.id for chunk in handle.stream(HELLO)] == ["chat 0", "chat 1"]
 
 
 def test_an_empty_stream_ends(handle: XYServe, ingress: FakeIngress) -> None:

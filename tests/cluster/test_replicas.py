@@ -31,7 +31,7 @@ CONFIG = parse_args(
         "draft": {"drafters": ["suffix"], "cpus": 0},
     }
 )
-DRAFTER = DraftWorkerAddress("d", "incarnation", StreamAddress("tcp://127.0.0.1:1", b"token"))
+DRAFTER = DraftWorkerAddress("d", "incarnation", StreamAddress("tcp://127.0.0.1:1", b"token", b""))
 NO_DRAFTS = DraftStats({}, 0.0, 1.0, None, 0.0)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import zmq
+
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from scheduler.speculation import Acceptance
@@ -23,7 +25,9 @@ from workers.token_stream import StreamAddress
 NUM_DRAFTS = 6
 BLOCK = 32
 BLOCK_BYTES = 2 * 2 * 2 * 32 * BLOCK * 4
-DEAD = DraftWorkerAddress("dead", "dead", StreamAddress("tcp://127.0.0.1:1", b"-"))
+DEAD = DraftWorkerAddress(
+    "dead", "dead", StreamAddress("tcp://127.0.0.1:1", b"-", zmq.curve_keypair()[0])
+)
 """A draft worker at whose address nobody listens."""
 
 
@@ -106,6 +110,7 @@ class OracleDrafter:
     """A `Drafter` that knows what every request will say."""
 
     hidden_size = 96
+    vocab_size = 0
 
     def __init__(self, calls: Sequence[Call], setting: Setting) -> None:
         self._texts = [

@@ -24,7 +24,7 @@ from workers.reports import WorkerObserver
 from workers.step_history import RequestStep, StepHistory
 from workers.token_stream import StreamAddress
 
-CLIENT = StreamAddress("tcp://127.0.0.1:1", b"test")
+CLIENT = StreamAddress("tcp://127.0.0.1:1", b"test", b"")
 NO_SLO = Slo()
 MAX_EMPTY_STEPS = 20_000
 """With more of them in a row the engine is stuck."""

@@ -1,11 +1,14 @@
 import asyncio
+import random
 import socket
 from collections.abc import Iterator
 
 import pytest
 import zmq
 
+from tests.workers.fake_clock import FakeClock
 from workers import sockets
+from workers.sockets import MAX_PART_BYTES
 
 HOST = "127.0.0.1"
 
@@ -37,7 +40,7 @@ def test_a_socket_listens_at_the_first_port_of_its_range_that_is_free(
 
     listening = [sockets.listen(context, HOST, {}, ports) for _ in range(2)]
 
-    assert [endpoint for _, endpoint in listening] == [f"tcp://{HOST}:{port}" for port in ports]
+    assert [endpoint for _, endpoint, _ in listening] == [f"tcp://{HOST}:{port}" for port in ports]
 
 
 def test_a_range_without_a_free_port_is_an_error_that_names_it(
@@ -66,10 +69,68 @@ def test_an_endpoint_has_a_host_and_a_port(endpoint: str, host_and_port: tuple[s
 async def test_a_socket_that_listens_has_no_fault(
     context: zmq.Context[zmq.Socket[bytes]],
 ) -> None:
-    listening, endpoint = sockets.listen(context, HOST, {})
+    listening, endpoint, _ = sockets.listen(context, HOST, {})
 
     assert not listening.closed
     assert await sockets.fault(endpoint) == ""
+
+
+async def test_a_socket_that_does_not_encrypt_is_a_fault(
+    context: zmq.Context[zmq.Socket[bytes]],
+) -> None:
+    plain = context.socket(zmq.ROUTER)
+    port = plain.bind_to_random_port(f"tcp://{HOST}")
+
+    assert await sockets.fault(f"tcp://{HOST}:{port}") == (
+        "it does not encrypt (CURVE): another version of the app"
+    )
+
+
+def test_a_zeromq_that_cannot_encrypt_is_an_error_with_its_remedy(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zmq, "has", lambda capability: capability != "curve")
+
+    with pytest.raises(RuntimeError, match=r"without CURVE.* `pip install --force-reinstall"):
+        sockets.listen(context, HOST, {})
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, MAX_PART_BYTES, MAX_PART_BYTES + 1, 1_000_000])
+def test_a_message_arrives_whole_however_many_parts_it_is_sent_in(
+    context: zmq.Context[zmq.Socket[bytes]], num_bytes: int
+) -> None:
+    listening, endpoint, public_key = sockets.listen(context, HOST, {})
+    sender = sockets.connect(context, endpoint, public_key, {})
+    message = random.Random(num_bytes).randbytes(num_bytes)
+
+    assert sockets.send(sender, message)
+    assert listening.poll(30_000)
+    name, *parts = listening.recv_multipart()
+    assert max(map(len, parts)) <= MAX_PART_BYTES
+    assert sockets.joined(parts) == message
+
+    assert sockets.send(listening, message, name)
+    assert sender.poll(30_000)
+    assert sockets.joined(sender.recv_multipart()) == message
+
+
+def test_dropped_messages_are_logged_once_in_an_interval_with_their_number(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr("workers.sockets.time.monotonic", clock)
+    dropped = sockets.Dropped("tcp://host:1")
+    for _ in range(3):
+        dropped.add("another token")
+    clock.now += sockets.LOG_INTERVAL_S
+    dropped.add(ValueError("x" * 1000))
+
+    assert dropped.count == 4
+    logged = [(line.__dict__["num_messages"], line.__dict__["reason"]) for line in caplog.records]
+    assert logged == [
+        (1, "'another token'"),
+        (3, repr(ValueError("x" * 1000))[: sockets.MAX_REASON_LEN]),
+    ]
 
 
 async def test_nobody_at_an_endpoint_is_a_fault() -> None:

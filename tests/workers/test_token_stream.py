@@ -10,7 +10,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers import token_stream
+from workers import sockets, token_stream
 from workers.token_stream import (
     CLOSE_AFTER_S,
     LOST_AFTER_S,
@@ -20,7 +20,8 @@ from workers.token_stream import (
     StreamSenders,
 )
 
-NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
+Socket = zmq.Socket[bytes]
+NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token", zmq.curve_keypair()[0])
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def senders() -> Iterator[StreamSenders]:
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+def context() -> Iterator[zmq.Context[Socket]]:
+    context: zmq.Context[Socket] = zmq.Context()
     yield context
     context.destroy(linger=0)
 
@@ -50,15 +51,18 @@ class CuttingProxy:
     The first connections end after `cuts` bytes sent through them, later ones when `cut` is called.
     """
 
-    def __init__(self, target: StreamAddress, cuts: Sequence[int] = ()) -> None:
+    def __init__(self, target: StreamAddress, cuts: Sequence[int] = (), port: int = 0) -> None:
         self._target = target
         self._cuts = iter(cuts)
+        self._port = port
         self._open: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> "CuttingProxy":
-        self._server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._forward, "127.0.0.1", self._port)
         port = self._server.sockets[0].getsockname()[1]
-        self.address = StreamAddress(f"tcp://127.0.0.1:{port}", self._target.token)
+        self.address = StreamAddress(
+            f"tcp://127.0.0.1:{port}", self._target.token, self._target.public_key
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -139,9 +143,71 @@ def numbered(count: int) -> list[list[bytes]]:
     return [[b"message", str(number).encode()] for number in range(count)]
 
 
-def message(token: bytes, seq: int, *frames: bytes) -> list[bytes]:
-    """A message as it looks on the wire."""
-    return [msgspec.msgpack.encode((token, seq)), *frames]
+def message(token: bytes, seq: int, *frames: bytes) -> bytes:
+    """A message as it is before it is encrypted."""
+    return msgspec.msgpack.encode((token, seq, frames))
+
+
+def connected(context: zmq.Context[Socket], address: StreamAddress) -> Socket:
+    """A socket of somebody who knows the address, but is none of our senders."""
+    return sockets.connect(context, address.endpoint, address.public_key, {})
+
+
+def test_a_zeromq_that_cannot_encrypt_is_an_error_before_anything_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(zmq, "has", lambda capability: capability != "curve")
+
+    with pytest.raises(RuntimeError, match="without CURVE"):
+        StreamSenders()
+
+
+def test_an_address_in_a_log_shows_no_secret() -> None:
+    assert repr(NOBODY) == "StreamAddress('tcp://127.0.0.1:1')"
+
+
+async def has_free(host: str, port: int) -> None:
+    """Wait until somebody else has given a port back."""
+    async with asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(OSError), socket.create_server((host, port)):
+                return
+            await asyncio.sleep(0.01)
+
+
+def answer_http(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    writer.close()
+
+
+@pytest.mark.parametrize("speaks", ["http", "zeromq without encryption", "curve of another key"])
+async def test_a_sender_outlasts_whoever_speaks_at_its_receivers_port_meanwhile(
+    receiver: StreamReceiver, context: zmq.Context[Socket], speaks: str
+) -> None:
+    host, _ = sockets.host_and_port(receiver.address.endpoint)
+    async with contextlib.AsyncExitStack() as ending:
+        with socket.create_server((host, 0)) as free:
+            taken = free.getsockname()[1]
+        address = msgspec.structs.replace(receiver.address, endpoint=f"tcp://{host}:{taken}")
+        if speaks == "http":
+            other = await asyncio.start_server(answer_http, host, taken)
+            ending.callback(other.close)
+        elif speaks == "curve of another key":
+            ending.callback(sockets.listen(context, host, {}, (taken, taken))[0].close)
+        else:
+            plain = context.socket(zmq.ROUTER)
+            plain.bind(address.endpoint)
+            ending.callback(plain.close)
+        sender = StreamSender(context, address)
+        for frames in numbered(5):  # it waits for nobody
+            sender.send(frames, now=0.0)
+            await asyncio.sleep(0.05)
+    await has_free(host, taken)
+    async with CuttingProxy(receiver.address, port=taken), tended(sender):
+        received = await receive(receiver, 5)
+        await all_acknowledged(sender, receiver)
+
+    assert received == numbered(5)
 
 
 async def test_messages_arrive_whole_and_in_order(
@@ -155,7 +221,7 @@ async def test_messages_arrive_whole_and_in_order(
 
 
 async def test_messages_of_many_senders_arrive_each_in_their_order(
-    receiver: StreamReceiver, context: zmq.Context[zmq.Socket[bytes]]
+    receiver: StreamReceiver, context: zmq.Context[Socket]
 ) -> None:
     streams = {str(name).encode(): StreamSender(context, receiver.address) for name in range(20)}
     for frames in numbered(30):
@@ -169,7 +235,7 @@ async def test_messages_of_many_senders_arrive_each_in_their_order(
 
 
 async def test_what_was_received_is_acknowledged(
-    receiver: StreamReceiver, context: zmq.Context[zmq.Socket[bytes]]
+    receiver: StreamReceiver, context: zmq.Context[Socket]
 ) -> None:
     sender = StreamSender(context, receiver.address)
     for frames in numbered(40):
@@ -182,14 +248,13 @@ async def test_what_was_received_is_acknowledged(
 
 
 async def test_what_is_repeated_or_out_of_order_is_answered_with_the_last_in_order(
-    receiver: StreamReceiver, context: zmq.Context[zmq.Socket[bytes]]
+    receiver: StreamReceiver, context: zmq.Context[Socket]
 ) -> None:
-    sender = context.socket(zmq.DEALER)
-    sender.connect(receiver.address.endpoint)
-    sender.send_multipart(message(receiver.address.token, 0))
+    sender = connected(context, receiver.address)
+    sender.send(message(receiver.address.token, 0))
     await receive(receiver, 1)
     for seq in (0, 2, 1):
-        sender.send_multipart(message(receiver.address.token, seq))
+        sender.send(message(receiver.address.token, seq))
     await receive(receiver, 1)
 
     acknowledged = [msgspec.msgpack.decode(sender.recv()) for _ in range(4) if sender.poll(10_000)]
@@ -210,7 +275,7 @@ async def test_an_ipv6_address_works_like_any_other(senders: StreamSenders) -> N
 
 
 async def test_a_connection_cut_in_the_middle_loses_and_repeats_nothing(
-    receiver: StreamReceiver, context: zmq.Context[zmq.Socket[bytes]]
+    receiver: StreamReceiver, context: zmq.Context[Socket]
 ) -> None:
     received: list[list[bytes]] = []
     async with CuttingProxy(receiver.address) as proxy:
@@ -252,11 +317,10 @@ async def test_whatever_is_repeated_or_missing_each_message_comes_once_and_in_or
     arrivals: list[int],
 ) -> None:
     receiver, context = StreamReceiver("127.0.0.1"), zmq.Context()
-    sender = context.socket(zmq.DEALER)
-    sender.connect(receiver.address.endpoint)
+    sender = connected(context, receiver.address)
     # Go-back-N sends the whole sequence again in the end, whatever came of it before.
     for number in [*arrivals, *range(10), 10]:
-        sender.send_multipart(message(receiver.address.token, number, str(number).encode()))
+        sender.send(message(receiver.address.token, number, str(number).encode()))
 
     assert await receive(receiver, 11) == [[str(number).encode()] for number in range(11)]
     context.destroy(linger=0)
@@ -264,9 +328,9 @@ async def test_whatever_is_repeated_or_missing_each_message_comes_once_and_in_or
 
 
 async def test_a_wrong_token_is_ignored(
-    receiver: StreamReceiver, context: zmq.Context[zmq.Socket[bytes]], senders: StreamSenders
+    receiver: StreamReceiver, context: zmq.Context[Socket], senders: StreamSenders
 ) -> None:
-    stranger = StreamSender(context, StreamAddress(receiver.address.endpoint, b"0" * 16))
+    stranger = StreamSender(context, msgspec.structs.replace(receiver.address, token=b"0" * 16))
     stranger.send([b"from a stranger"], now=0.0)
     senders.send(receiver.address, [b"hello"], now=0.0)
     received = await receive(receiver, 1)
@@ -281,9 +345,9 @@ async def test_a_wrong_token_is_ignored(
     garbage=st.lists(
         st.lists(st.binary(max_size=20), min_size=1, max_size=3)
         | st.just([b""])
-        | st.just([msgspec.msgpack.encode(("a text", 0))])
-        | st.just([msgspec.msgpack.encode((b"token", "a text"))])
-        | st.just([msgspec.msgpack.encode((b"token", -1)), b""]),
+        | st.just([msgspec.msgpack.encode(("a text", 0, []))])
+        | st.just([msgspec.msgpack.encode((b"token", "a text", []))])
+        | st.just([msgspec.msgpack.encode((b"token", -1, []))]),
         min_size=1,
         max_size=5,
     )
@@ -291,12 +355,11 @@ async def test_a_wrong_token_is_ignored(
 @settings(deadline=None)
 async def test_garbage_from_a_stranger_is_ignored(garbage: list[list[bytes]]) -> None:
     receiver, senders, context = StreamReceiver("127.0.0.1"), StreamSenders(), zmq.Context()
-    stranger = context.socket(zmq.DEALER)
-    stranger.connect(receiver.address.endpoint)
+    stranger = connected(context, receiver.address)
     for frames in garbage:
         stranger.send_multipart(frames)
     # Behind the garbage, on the same connection: when it arrives, the garbage has been read.
-    stranger.send_multipart(message(receiver.address.token, 0, b"read"))
+    stranger.send(message(receiver.address.token, 0, b"read"))
     assert await receive(receiver, 1) == [[b"read"]]
 
     senders.send(receiver.address, [b"hello"], now=0.0)
@@ -321,16 +384,20 @@ async def test_a_connection_that_does_not_speak_the_protocol_is_ignored(
 
 
 async def test_garbage_instead_of_acknowledgements_does_not_stop_a_sender(
-    context: zmq.Context[zmq.Socket[bytes]],
+    context: zmq.Context[Socket],
 ) -> None:
-    stranger = context.socket(zmq.ROUTER)
-    port = stranger.bind_to_random_port("tcp://127.0.0.1")
-    sender = StreamSender(context, StreamAddress(f"tcp://127.0.0.1:{port}", b"token"))
+    stranger, endpoint, public_key = sockets.listen(context, "127.0.0.1", {})
+    sender = StreamSender(context, StreamAddress(endpoint, b"token", public_key))
     sender.send([b"hello"], now=0.0)
     assert stranger.poll(10_000)
     name, *_ = stranger.recv_multipart()
-    for garbage in ([b""], [b"\xc1"], [b"a text", b""], [msgspec.msgpack.encode(0)]):
+    too_far, nested = msgspec.msgpack.encode(1), b"\x91" * 50_000
+    for garbage in ([b""], [b"\xc1"], [b"a text", b""], [too_far], [b"\xdd\xff"], [nested]):
         stranger.send_multipart([name, *garbage])
+    await asyncio.sleep(0.1)
+    sender.poll(0.0)
+    assert not sender.is_idle()
+    stranger.send_multipart([name, msgspec.msgpack.encode(0)])
 
     async with tended(sender):
         while not sender.is_idle():  # it reads the acknowledgement behind the garbage
@@ -338,17 +405,16 @@ async def test_garbage_instead_of_acknowledgements_does_not_stop_a_sender(
 
 
 def test_what_is_not_acknowledged_is_sent_again_with_growing_pauses(
-    context: zmq.Context[zmq.Socket[bytes]],
+    context: zmq.Context[Socket],
 ) -> None:
-    silent = context.socket(zmq.ROUTER)
-    port = silent.bind_to_random_port("tcp://127.0.0.1")
-    sender = StreamSender(context, StreamAddress(f"tcp://127.0.0.1:{port}", b"token"))
+    silent, endpoint, public_key = sockets.listen(context, "127.0.0.1", {})
+    sender = StreamSender(context, StreamAddress(endpoint, b"token", public_key))
     sender.send([b"hello"], now=100.0)
     for half_seconds in range(2 * 31):
         sender.poll(100.0 + half_seconds / 2)
 
     # At once, and after 1, 2, 4, 8 and 16 s.
-    assert [silent.poll(10_000) and silent.recv_multipart()[1:] for _ in range(6)] == [
+    assert [silent.poll(10_000) and silent.recv_multipart()[1] for _ in range(6)] == [
         message(b"token", 0, b"hello")
     ] * 6
     assert not silent.poll(100)
@@ -377,7 +443,7 @@ def test_a_receiver_that_owes_too_much_is_lost_at_once(
 
 async def test_a_receiver_forgets_the_streams_that_it_has_not_heard_for_longest(
     receiver: StreamReceiver,
-    context: zmq.Context[zmq.Socket[bytes]],
+    context: zmq.Context[Socket],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(token_stream, "MAX_SENDERS", 2)
@@ -402,7 +468,7 @@ def test_more_messages_do_not_put_off_the_loss_of_a_silent_receiver(senders: Str
 
 
 async def test_a_receiver_that_was_idle_for_long_has_the_full_time_to_answer(
-    receiver: StreamReceiver, context: zmq.Context[zmq.Socket[bytes]]
+    receiver: StreamReceiver, context: zmq.Context[Socket]
 ) -> None:
     sender = StreamSender(context, receiver.address)
     sender.send([b"hello"], now=0.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
@@ -29,7 +30,7 @@ from workers.reports import ReportAnswer, WorkerObserver, WorkerReport, WorkerSt
 from workers.token_stream import StreamAddress, StreamReceiver
 from workers.worker import MOVE_AFTER_S, Worker
 
-NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
+NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token", zmq.curve_keypair()[0])
 
 NODE = frozenset({100, 101, 102})
 """The cores of the node as these tests see it, whatever machine runs them."""

@@ -35,6 +35,15 @@ class DraftContexts:
     def __len__(self) -> int:
         return len(self._contexts)
 
+    def fault(self, delta: ContextDelta) -> str:
+        """Why a drafter could not take these tokens in, whatever came before; empty if all can."""
+        for name, drafter in self._drafters.items():
+            if drafter.vocab_size and max(delta.token_ids) >= drafter.vocab_size:
+                return f"a token is not in the vocabulary of {name}"
+            if drafter.hidden_size and len(delta.hidden_states) % _row_bytes(drafter):
+                return f"hidden states have another width than those of {name}"
+        return ""
+
     def extend(self, key: ContextKey, delta: ContextDelta, now: float) -> bool:
         """Append new tokens; if some before them are missing, forget the request: False."""
         context = self._contexts.get(key)
@@ -78,6 +87,10 @@ class DraftContexts:
         """Outputs of the requests forgotten since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
+
+
+def _row_bytes(drafter: Drafter) -> int:
+    return drafter.hidden_size * np.dtype(np.float16).itemsize
 
 
 def _decode_states(raw: bytes, hidden_size: int) -> HiddenStates | None:

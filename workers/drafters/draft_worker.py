@@ -1,6 +1,5 @@
 """The draft worker actor: guesses the next tokens of the requests of workers."""
 
-import contextlib
 import logging
 import os
 import secrets
@@ -80,12 +79,16 @@ class DraftWorker:
             self._cpus = claim_cpus(config.cpus)
             self._cpus.pin_process()
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket, endpoint = sockets.listen(self._zmq, host, {zmq.SNDHWM: MAX_UNREAD}, ports)
+        self._socket, endpoint, public_key = sockets.listen(
+            self._zmq, host, {zmq.SNDHWM: MAX_UNREAD}, ports
+        )
         self.address = DraftWorkerAddress(
             draft_worker_id,
             secrets.token_hex(8),
-            StreamAddress(endpoint, secrets.token_bytes(16)),
+            StreamAddress(endpoint, secrets.token_bytes(16), public_key),
         )
+        self.dropped = sockets.Dropped(endpoint)
+        """Messages, and tokens in them, that cannot be of a worker of ours."""
         self._timeline = Timeline()
         self._drafters = make_drafters()
         self._contexts = DraftContexts(self._drafters)
@@ -152,13 +155,16 @@ class DraftWorker:
         wait_ms = 0 if is_busy else int(1000 * IDLE_WAIT_S)
         while self._socket.poll(wait_ms):
             wait_ms = 0
-            identity, body = self._socket.recv_multipart()[:2]
+            identity, *parts = self._socket.recv_multipart()
             try:
-                message = decode_contexts(body)
-            except (ValueError, RecursionError):
-                continue  # not a worker of ours
-            if message.token == self.address.stream.token:
+                message = decode_contexts(sockets.joined(parts))
+            except sockets.UNREADABLE as error:
+                self.dropped.add(error)
+                continue
+            if secrets.compare_digest(message.token, self.address.stream.token):
                 self._take(identity, message)
+            else:
+                self.dropped.add("another token")
 
     def _take(self, identity: bytes, message: ContextsMessage) -> None:
         now = time.monotonic()
@@ -172,7 +178,11 @@ class DraftWorker:
         for request_id in message.finished:
             self._contexts.forget(ContextKey(message.worker, request_id))
         for delta in message.contexts:
-            if not self._contexts.extend(ContextKey(message.worker, delta.request_id), delta, now):
+            if fault := self._contexts.fault(delta):
+                self.dropped.add(fault)
+            elif not self._contexts.extend(
+                ContextKey(message.worker, delta.request_id), delta, now
+            ):
                 sender.unknown.append(delta.request_id)
 
     def _draft(self) -> None:
@@ -222,7 +232,7 @@ class DraftWorker:
         sender.unknown = []
         sender.answered = sender.seq
         # A ROUTER socket drops messages to one that is gone or whose queue is full.
-        self._socket.send_multipart([sender.identity, encode(message)], zmq.DONTWAIT)
+        sockets.send(self._socket, encode(message), sender.identity)
 
     def _report_load(self) -> None:
         now = time.monotonic()
@@ -254,12 +264,14 @@ class DraftWorker:
             if peer not in self._to_peers:
                 # The answers are not read.
                 options: sockets.Options = {zmq.SNDHWM: MAX_UNREAD, zmq.RCVHWM: 1}
-                self._to_peers[peer] = sockets.connect(self._zmq, peer.stream.endpoint, options)
+                self._to_peers[peer] = sockets.connect(
+                    self._zmq, peer.stream.endpoint, peer.stream.public_key, options
+                )
             message = ContextsMessage(
                 peer.stream.token, self.address.incarnation, 0, [], [], memories=outputs
             )
-            with contextlib.suppress(zmq.Again):  # it is gone, as later reports may show
-                self._to_peers[peer].send(encode(message), zmq.DONTWAIT)
+            if not sockets.send(self._to_peers[peer], encode(message)):
+                self._to_peers.pop(peer).close()  # it is gone, as later reports may show
 
     def _forget_silent(self, now: float) -> None:
         for name, sender in list(self._senders.items()):

@@ -37,6 +37,8 @@ class Drafter(Protocol):
 
     hidden_size: int
     """Width of the hidden states that it needs; 0 if it needs none."""
+    vocab_size: int
+    """Number of tokens that it knows, the first ones; 0 if it takes any."""
 
     def extend(
         self,

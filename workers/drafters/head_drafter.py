@@ -158,6 +158,7 @@ class HeadDrafter(Drafter):
 
     def __init__(self, head: DraftHead, limits: TreeLimits = DEFAULT_LIMITS) -> None:
         self.hidden_size = head.config.hidden_size
+        self.vocab_size = head.config.vocab_size
         self._head = head
         self._limits = limits
         self._contexts: dict[ContextKey, _HeadContext] = {}

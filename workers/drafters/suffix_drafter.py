@@ -41,7 +41,7 @@ class SuffixDrafter(Drafter):
     share of the matches, weighted by the squares of their lengths.
     """
 
-    hidden_size = 0
+    hidden_size = vocab_size = 0
 
     def __init__(self, max_tokens: int) -> None:
         """Remember the last `max_tokens` tokens of output, at about 0.6 kB each."""

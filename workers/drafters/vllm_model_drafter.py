@@ -28,7 +28,7 @@ from workers.token_stream import StreamAddress
 BLOCK_SIZE = 32
 """Tokens in one block of the KV cache. Contexts share whole blocks only, so small ones are better;
 but smaller ones our kernels do not support on every processor."""
-NOWHERE = StreamAddress("", b"")
+NOWHERE = StreamAddress("", b"", b"")
 """The client of every request: outputs stay in this process."""
 
 
@@ -132,6 +132,7 @@ class ModelDrafter(Drafter):
         Steps are planned by vLLM's own scheduler, whatever `config` says.
         """
         check_same_vocabulary(Path(model), Path(target))
+        self.vocab_size = _vocab_size(Path(target))
         engine = dataclasses.replace(
             config.engine,
             enable_prefix_caching=True,

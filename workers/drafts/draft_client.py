@@ -32,6 +32,10 @@ PUNCTUALITY_RATE = 1 / 16
 """Weight of the newest answer in that fraction."""
 RETRY_STEPS = 32
 """A late draft worker is waited for again once in this many steps."""
+MAX_QUEUED = 2 * MAX_UNANSWERED
+"""Max messages that wait for a connection."""
+MAX_DRAFTERS = 16
+"""Max drafters that are counted; there are three kinds."""
 MAX_UNREAD = 64
 """Max drafts messages waiting to be read; the sender drops more. A step reads all that are there,
 so this is reached only while steps take very long."""
@@ -105,11 +109,14 @@ class DraftClient:
     Nothing but `await_answer` waits: a step uses the drafts that have arrived.
     """
 
-    def __init__(self, incarnation: str) -> None:
-        """`incarnation` names this run of the worker."""
+    def __init__(self, incarnation: str, vocab_size: int) -> None:
+        """`incarnation` names this run of the worker; drafts beyond the vocabulary are dropped."""
         self.counts_of: defaultdict[str, DraftCounts] = defaultdict(DraftCounts)
         """Counts by drafter."""
+        self.dropped = sockets.Dropped("drafts")
+        """Messages that cannot be drafts of ours."""
         self._incarnation = incarnation
+        self._vocab_size = vocab_size
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._draft_worker: DraftWorkerAddress | None = None
@@ -139,22 +146,24 @@ class DraftClient:
         """Switch to this draft worker, which is sent all requests from their beginning."""
         if draft_worker == self._draft_worker:
             return
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
         self._draft_worker = draft_worker
+        self._connect()
         self._seq = self._answered = 0
         self._punctuality, self._num_unwaited = 1.0, 0
         self._finished.clear()
         self._deltas.clear()
         for context in self._contexts.values():
             context.num_sent = 0
-        if draft_worker is not None:
-            self._socket = sockets.connect(
-                self._zmq,
-                draft_worker.stream.endpoint,
-                {zmq.SNDHWM: 2 * MAX_UNANSWERED, zmq.RCVHWM: MAX_UNREAD},
-            )
+
+    def _connect(self) -> None:
+        """Open a connection to the assigned draft worker in place of what there is."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._draft_worker is not None:
+            stream = self._draft_worker.stream
+            options: sockets.Options = {zmq.SNDHWM: MAX_QUEUED, zmq.RCVHWM: MAX_UNREAD}
+            self._socket = sockets.connect(self._zmq, stream.endpoint, stream.public_key, options)
 
     def update(
         self,
@@ -198,9 +207,10 @@ class DraftClient:
             self._finished,
         )
         self._sent_s = now
-        try:
-            self._socket.send(encode(message), zmq.DONTWAIT)
-        except zmq.Again:  # no connection, and the queue is full
+        if not sockets.send(self._socket, encode(message)):
+            # The queue is full, or, with too few messages for that, the connection given up.
+            if self._seq - self._answered < MAX_QUEUED:
+                self._connect()
             for delta in self._deltas:
                 context = self._contexts[delta.request_id]
                 context.num_sent = min(context.num_sent, delta.position)
@@ -233,10 +243,15 @@ class DraftClient:
     def poll(self, now: float) -> None:
         """Read the messages that have arrived."""
         while self._socket is not None and self._socket.poll(0):
+            parts = self._socket.recv_multipart()
             try:
-                message = decode_drafts(self._socket.recv())
-            except (ValueError, RecursionError):
-                continue  # another program that took over the port of a draft worker that is gone
+                message = decode_drafts(sockets.joined(parts))
+            except sockets.UNREADABLE as error:
+                self.dropped.add(error)
+                continue
+            if not all(map(self._is_usable, message.drafts)):
+                self.dropped.add("drafts of another vocabulary, or of too many drafters")
+                continue
             if self._draft_worker is None or message.incarnation != self._draft_worker.incarnation:
                 for tree in message.drafts:
                     self.counts_of[tree.drafter].stale += len(tree.token_ids)
@@ -254,6 +269,10 @@ class DraftClient:
                     counts.late += _num_above(tree, context.num_sent - tree.position)
                 else:
                     counts.stale += len(tree.token_ids)
+
+    def _is_usable(self, tree: DraftTree) -> bool:
+        is_known = tree.drafter in self.counts_of or len(self.counts_of) < MAX_DRAFTERS
+        return is_known and max(tree.token_ids, default=0) < self._vocab_size
 
     def paths(self, request_id: str, token_ids: Sequence[int]) -> list[DraftPath]:
         """Each drafter's likeliest path of guesses after `token_ids`, all of the request.

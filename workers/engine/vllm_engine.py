@@ -293,7 +293,7 @@ class VllmEngine:
     def _connect(self, drafts: DraftOffers, draft: DraftConfig) -> None:
         wants_states = "head" in draft.drafters
         drafts.connect(
-            DraftClient(secrets.token_hex(8)),
+            DraftClient(secrets.token_hex(8), self.core.vllm_config.model_config.get_vocab_size()),
             LastHiddenStates(runner_of(self.core).model).rows if wants_states else None,
         )
 

@@ -508,7 +508,8 @@ async def test_outputs_that_cannot_be_read_do_not_stop_those_that_can(
 ) -> None:
     submit(client, "r")
     await workers.called(1)
-    workers.send_frames(GARBAGE)
+    for frames in (GARBAGE, [], [b"\x91" * 100_000], [b"\xdd\xff\xff\xff\xff"]):
+        workers.send_frames(frames)
     workers.send(FakeOutput("r.0", [1]))
 
     assert await next_outputs(client) == [FakeOutput("r", [1])]

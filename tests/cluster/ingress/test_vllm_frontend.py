@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.serial_utils import CUSTOM_TYPE_CLOUDPICKLE, CUSTOM_TYPE_PICKLE
 
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.errors import RequestFailed, RequestRefused
@@ -126,6 +128,24 @@ async def refusing() -> AsyncIterator[tuple[App, FakeScheduler]]:
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.mark.parametrize("code", [CUSTOM_TYPE_PICKLE, CUSTOM_TYPE_CLOUDPICKLE])
+async def test_outputs_with_a_pickle_are_refused(code: int) -> None:
+    bomb = {"any": msgspec.msgpack.Ext(code, pickle.dumps("harmless"))}
+    output = EngineCoreOutput("r", [1], kv_transfer_params=bomb)
+    frame = msgspec.msgpack.encode(EngineCoreOutputs(outputs=[output]))
+
+    with pytest.raises(NotImplementedError, match=f"type code {code} is not supported"):
+        decode_outputs()([frame])
+
+
+async def test_outputs_that_name_a_class_to_be_made_are_refused() -> None:
+    utility = (1, None, (("datetime", "date"), "2026-01-01"))
+    frame = msgspec.msgpack.encode((0, [], None, 0.0, utility))
+
+    with pytest.raises(msgspec.ValidationError, match="VLLM_ALLOW_INSECURE_SERIALIZATION must"):
+        decode_outputs()([frame])
 
 
 @pytest.mark.parametrize("stream", [False, True])

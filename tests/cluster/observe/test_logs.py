@@ -359,7 +359,7 @@ async def test_a_draft_worker_is_logged_when_it_is_found(
 ) -> None:
     scheduler = GlobalScheduler(FakeClock())
     set_up_logs(JSON)
-    address = DraftWorkerAddress("d", "incarnation", StreamAddress("tcp://host:1", b"token"))
+    address = DraftWorkerAddress("d", "incarnation", StreamAddress("tcp://host:1", b"token", b""))
     status = DraftWorkerStatus("d", 1, ("suffix",), 0, 0, 0.0, 0)
 
     for _ in range(2):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zmq
 
+from workers import sockets
 from workers.config import MAX_DRAFTS, DraftConfig
 from workers.cpus import claim_cpus
 from workers.drafters.draft_contexts import MIN_MEMORY
@@ -59,6 +60,7 @@ class FakeDrafter:
     """Guesses that each token is one more than that before it, and notes what it hears."""
 
     hidden_size: int = 0
+    vocab_size: int = 0
     num_guesses: int = 2
     """Guesses in the first step; each later one has one more."""
     num_steps: int = 1
@@ -158,9 +160,8 @@ class Peer:
     ) -> None:
         self._address, self._name = address, name
         self._seq = 0
-        self.socket = context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.IPV6, True)
-        self.socket.connect(address.stream.endpoint)
+        stream = address.stream
+        self.socket = sockets.connect(context, stream.endpoint, stream.public_key, {})
 
     def say(
         self, *contexts: ContextDelta, finished: tuple[str, ...] = (), token: bytes | None = None
@@ -173,7 +174,7 @@ class Peer:
             [*contexts],
             [*finished],
         )
-        self.socket.send(encode(message))
+        assert sockets.send(self.socket, encode(message))
 
     def ask(self, *contexts: ContextDelta, finished: tuple[str, ...] = ()) -> DraftsMessage:
         self.say(*contexts, finished=finished)
@@ -181,7 +182,7 @@ class Peer:
 
     def next_answer(self) -> DraftsMessage:
         assert self.socket.poll(30_000)
-        return decode_drafts(self.socket.recv())
+        return decode_drafts(sockets.joined(self.socket.recv_multipart()))
 
 
 MakeSetup = Callable[..., Setup]
@@ -452,10 +453,35 @@ def test_a_wrong_token_is_ignored(setup: Setup, drafter: FakeDrafter) -> None:
 )
 def test_garbage_is_ignored(setup: Setup, garbage: list[bytes]) -> None:
     peer = setup.peer()
-    peer.socket.send_multipart(garbage)
+    if len(garbage) == 1:
+        assert sockets.send(peer.socket, garbage[0])
+    else:
+        peer.socket.send_multipart(garbage)
 
     assert peer.ask(delta("a", 0, 1)) == setup.answer(1, setup.tree("fake", "a", 1, 2, 3))
     setup.worker.check_health()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        (delta("a", 0, 1, 10), delta("a", 0, 1, 9)),
+        (delta("a", 0, 1, 2, states=bytes(9)), delta("a", 0, 1, 2, states=bytes(8))),
+        (delta("a", 0, 1, 2, states=bytes(6)), delta("a", 0, 1, 2, states=bytes(16))),
+    ],
+    ids=["beyond the vocabulary", "odd bytes", "another width"],
+)
+def test_tokens_that_no_drafter_could_take_in_are_dropped_alone(
+    clock: FakeClock, make_setup: MakeSetup, wrong: ContextDelta, right: ContextDelta
+) -> None:
+    drafter = FakeDrafter(hidden_size=4, vocab_size=10)
+    setup = make_setup(fake=drafter)
+    peer = setup.peer()
+    peer.ask(wrong, delta("b", 0, 7))
+    peer.ask(right)
+
+    assert drafter.extended == [(B, 0, [7]), (A, 0, right.token_ids)]
+    assert setup.worker.dropped.count == 1
 
 
 @pytest.mark.parametrize("garbage", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(1000)])

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 import socket
 import threading
 import time
@@ -12,10 +13,13 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.workers.strangers import mutations
+from workers import sockets
 from workers.config import DraftConfig
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.drafter import ContextKey, Draft, HiddenStates
 from workers.drafts.draft_client import (
+    MAX_DRAFTERS,
     MAX_UNANSWERED,
     MIN_STEP_S,
     RETRY_S,
@@ -34,15 +38,40 @@ from workers.drafts.draft_stream import (
 )
 from workers.token_stream import StreamAddress
 
-NOBODY = DraftWorkerAddress("d", "nobody", StreamAddress("tcp://127.0.0.1:1", b"token"))
+VOCAB_SIZE = 1000
+PUBLIC_KEY, SECRET_KEY = zmq.curve_keypair()
+"""Those of every scripted worker."""
+NOBODY = DraftWorkerAddress("d", "nobody", StreamAddress("tcp://127.0.0.1:1", b"token", PUBLIC_KEY))
 NUM_GUESSES = 3
 KEYS = ("a", "b", "c")
+
+
+NO_TREES: dict[str, tuple[object, ...]] = {
+    "negative position": (-1, [2], [-1], [0.5]),
+    "negative token": (1, [-2], [-1], [0.5]),
+    "token beyond the vocabulary": (1, [VOCAB_SIZE], [-1], [0.5]),
+    "token beyond all": (1, [1 << 63], [-1], [0.5]),
+    "parent behind its child": (1, [2, 3], [1, -1], [0.5, 0.5]),
+    "parent of itself": (1, [2], [0], [0.5]),
+    "negative parent": (1, [2], [-2], [0.5]),
+    "fewer parents": (1, [2, 3], [-1], [0.5, 0.5]),
+    "fewer probabilities": (1, [2, 3], [-1, 0], [0.5]),
+    "no number": (1, [2], [-1], [math.nan]),
+    "infinite": (1, [2], [-1], [math.inf]),
+    "negative": (1, [2], [-1], [-0.5]),
+}
+"""What is no tree, from its position on."""
+TREE = DraftTree("a", "s", 1, [2, 3, 4], [-1, 0, 0], [0.5, 0.25, 0.25])
+
+
+def drafts_with(name: str) -> bytes:
+    return msgspec.msgpack.encode(("scripted 0", 1, [("a", "s", *NO_TREES[name])], []))
 
 
 class Oracle:
     """A drafter that guesses that each token is one more than that before it."""
 
-    hidden_size = 0
+    hidden_size = vocab_size = 0
 
     def __init__(self) -> None:
         self.extended: list[tuple[str, int, list[int]]] = []
@@ -116,11 +145,12 @@ class ScriptedWorker:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], port: int = 0) -> None:
         self._socket = context.socket(zmq.ROUTER)
+        self._socket.curve_server, self._socket.curve_secretkey = True, SECRET_KEY
         until(lambda: self._is_bound(port))
         endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(endpoint.rpartition(":")[2])
         self.address = DraftWorkerAddress(
-            "d", f"scripted {port}", StreamAddress(endpoint, b"token")
+            "d", f"scripted {port}", StreamAddress(endpoint, b"token", PUBLIC_KEY)
         )
         self._peer = b""
 
@@ -133,8 +163,8 @@ class ScriptedWorker:
 
     def hear(self) -> ContextsMessage:
         assert self._socket.poll(30_000)
-        self._peer, body = self._socket.recv_multipart()
-        return decode_contexts(body)
+        self._peer, *parts = self._socket.recv_multipart()
+        return decode_contexts(sockets.joined(parts))
 
     def has_mail(self) -> bool:
         """Whether something is there to be heard, or comes at once."""
@@ -150,7 +180,7 @@ class ScriptedWorker:
         )
 
     def say_raw(self, body: bytes) -> None:
-        self._socket.send_multipart([self._peer, body])
+        assert sockets.send(self._socket, body, self._peer)
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -183,7 +213,7 @@ def _quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def client() -> Iterator[DraftClient]:
-    client = DraftClient("w")
+    client = DraftClient("w", VOCAB_SIZE)
     yield client
     client.close()
 
@@ -632,12 +662,12 @@ def test_whatever_is_lost_the_draft_worker_knows_all_in_the_end(
     steps: list[tuple[dict[str, int], bool, bool, int, str]],
 ) -> None:
     with contextlib.ExitStack() as ending:
-        context, there, client = zmq.Context(), OracleWorker(), DraftClient("w")
+        context, there, client = zmq.Context(), OracleWorker(), DraftClient("w", VOCAB_SIZE)
         for end in (lambda: context.destroy(linger=0), there.close, client.close):
             ending.callback(end)
-        back = context.socket(zmq.DEALER)
-        back.connect(there.address.stream.endpoint)
-        lossy = LossyPath(ScriptedWorker(context), back, there.address.stream.token)
+        stream = there.address.stream
+        back = sockets.connect(context, stream.endpoint, stream.public_key, {})
+        lossy = LossyPath(ScriptedWorker(context), back, stream.token)
         client.assign(
             DraftWorkerAddress("d", there.address.incarnation, lossy.front.address.stream),
         )
@@ -847,7 +877,9 @@ def test_messages_that_find_no_room_are_sent_again_later(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     client.assign(
-        DraftWorkerAddress("d", "back", StreamAddress(f"tcp://127.0.0.1:{port}", b"token"))
+        DraftWorkerAddress(
+            "d", "back", StreamAddress(f"tcp://127.0.0.1:{port}", b"token", PUBLIC_KEY)
+        )
     )
     for second in range(50):
         update(client, second * RETRY_S, a=[*range(second + 1)])
@@ -867,10 +899,12 @@ def test_messages_that_find_no_room_are_sent_again_later(
 
 def test_a_wrong_token_is_refused(there: OracleWorker, client: DraftClient) -> None:
     stream = there.address.stream
-    stranger = DraftClient("stranger")
+    stranger = DraftClient("stranger", VOCAB_SIZE)
     stranger.assign(
         DraftWorkerAddress(
-            "d", there.address.incarnation, StreamAddress(stream.endpoint, b"0" * 16)
+            "d",
+            there.address.incarnation,
+            StreamAddress(stream.endpoint, b"0" * 16, stream.public_key),
         )
     )
     update(stranger, a=[7, 8])
@@ -892,8 +926,10 @@ def test_a_wrong_token_is_refused(there: OracleWorker, client: DraftClient) -> N
         msgspec.msgpack.encode(("scripted 0", "text", [], [])),
         b"\x94\xa2\xff\xfe\x01\x90\x90",
         b"\x95\xaascripted 0\x01\x90\x90" + b"\x91" * 100_000,
+        b"\x94\xaascripted 0\x01\xdd\xff\xff\xff\xff",
+        *map(drafts_with, NO_TREES),
     ],
-    ids=["empty", "no type", "http", "types", "no utf-8", "nested"],
+    ids=["empty", "no type", "http", "types", "no utf-8", "nested", "huge", *NO_TREES],
 )
 def test_garbage_instead_of_drafts_is_ignored(
     client: DraftClient, scripted: ScriptedWorker, garbage: bytes
@@ -905,6 +941,75 @@ def test_garbage_instead_of_drafts_is_ignored(
     hear_all(client)
 
     assert client.paths("a", [1]) == path(2, drafter="s")
+    assert client.dropped.count == 1
+
+
+@given(
+    bodies=st.lists(
+        st.binary(max_size=200) | mutations(encode(DraftsMessage("scripted 0", 1, [TREE], ["a"]))),
+        max_size=20,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_a_draft_worker_sends_a_worker_goes_on(bodies: list[bytes]) -> None:
+    with contextlib.ExitStack() as ending:
+        context, client = zmq.Context(), DraftClient("w", VOCAB_SIZE)
+        for end in (lambda: context.destroy(linger=0), client.close):
+            ending.callback(end)
+        scripted = ScriptedWorker(context)
+        client.assign(scripted.address)
+        update(client, a=[1])
+        scripted.hear()
+        for body in bodies:
+            scripted.say_raw(body)
+        scripted.say(1, DraftTree("a", "last", 1, [7], [-1], [0.5]))
+
+        def has_heard_the_last() -> bool:
+            client.poll(0.0)
+            used = client.paths("a", [1])
+            assert all(0 <= token < VOCAB_SIZE for path in used for token in path.token_ids)
+            return "last" in {path.drafter for path in used}
+
+        until(has_heard_the_last)
+
+
+def test_a_draft_worker_that_names_ever_new_drafters_is_not_counted_for_all(
+    client: DraftClient, scripted: ScriptedWorker
+) -> None:
+    update(client, a=[1])
+    scripted.hear()
+    for number in range(10 * MAX_DRAFTERS):
+        scripted.say(1, DraftTree("a", f"drafter {number}", 1, [7], [-1], [0.5]))
+        client.poll(0.0)
+
+    def has_dropped_the_last() -> bool:
+        client.poll(0.0)
+        return client.dropped.count == 9 * MAX_DRAFTERS
+
+    until(has_dropped_the_last)
+
+    assert len(client.counts_of) == len(client.paths("a", [1])) == MAX_DRAFTERS
+
+
+def test_drafts_come_again_when_who_spoke_something_else_at_the_port_is_gone(
+    client: DraftClient, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    other = context.socket(zmq.ROUTER)
+    other.linger = 0
+    port = other.bind_to_random_port("tcp://127.0.0.1")
+    endpoint = f"tcp://127.0.0.1:{port}"
+    client.assign(DraftWorkerAddress("d", "back", StreamAddress(endpoint, b"token", PUBLIC_KEY)))
+    for step in range(100):  # until the connection is given up
+        update(client, 0.0, a=[*range(step + 1)])
+        time.sleep(0.002)
+    other.close()
+    back = ScriptedWorker(context, port)
+    now = 0.0
+    while not back.has_mail():
+        now += RETRY_S
+        update(client, now, a=[*range(100)])
+
+    assert back.hear().worker == "w"
 
 
 def test_finished_requests_are_forgotten_by_the_drafter(
@@ -957,7 +1062,7 @@ def test_verified_drafts_are_counted_by_their_place() -> None:
 
 
 def test_closing_twice_is_closing_once(there: OracleWorker) -> None:
-    client = DraftClient("w")
+    client = DraftClient("w", VOCAB_SIZE)
     client.assign(there.address)
     update(client, a=[1])
     client.close()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+import zmq
 
 from scheduler.request import Request
 from tests.workers.fake_clock import FakeClock
@@ -18,7 +19,7 @@ from workers.engine_request import EngineRequest, Grammar
 from workers.errors import ClientLost, EngineDead, PoisonFound, StepFailed
 from workers.token_stream import StreamAddress, StreamReceiver
 
-NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token")
+NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token", zmq.curve_keypair()[0])
 
 StartLoop = Callable[[FakeEngine], EngineLoop]
 

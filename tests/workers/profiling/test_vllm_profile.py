@@ -87,7 +87,7 @@ def start_engine(model: str, config: WorkerConfig) -> Start:
     cost_model = scheduler.planner.cost_model.to_dict()
     before = len(scheduler.requests), pool.num_gpu_blocks, pool.get_num_free_blocks()
     encode, decode = encoder(), MsgpackDecoder(EngineCoreOutputs).decode
-    client = StreamAddress("tcp://127.0.0.1:1", b"client")
+    client = StreamAddress("tcp://127.0.0.1:1", b"client", b"")
     random = Random(0)
     for index in range(5):
         prompt = random.choices(range(VOCAB_SIZE), k=40 * index + 3)
