@@ -23,7 +23,7 @@ import openai
 
 from tests.bench.report import say
 from tests.e2e.conftest import MODEL
-from tests.e2e.test_keys import LockedServer, serving_with_keys
+from tests.e2e.locked import LockedServer, serving_with_keys
 
 PER_MINUTE = 60
 OVER = 10
