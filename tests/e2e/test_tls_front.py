@@ -1,5 +1,6 @@
-"""The fronts of deploy/tls before the real app: an OpenAI client streams through TLS."""
+"""The fronts of deploy/tls before the real app, with keys: an OpenAI client streams through TLS."""
 
+import time
 import urllib.parse
 from collections.abc import Iterator
 
@@ -7,28 +8,42 @@ import httpx
 import openai
 import pytest
 
-from cluster.client import XYServe
 from tests.deploy.fronts import KINDS, Front, running
-from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Server, wait_for_load
+from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL
+from tests.e2e.locked import LockedServer, serving_with_keys
 
 PROMPT = "Once upon a time"
 
 
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedServer]:
+    with serving_with_keys(tmp_path_factory.mktemp("locked")) as locked:
+        yield locked
+
+
+@pytest.fixture(scope="module")
+def key(locked: LockedServer) -> str:
+    """Of a tenant that may make one call at a time."""
+    key = locked.add("single")
+    locked.wait_for_status(key, 200)
+    return key
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def front(
-    server: Server, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    locked: LockedServer, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Front]:
-    port = urllib.parse.urlsplit(server.url).port
+    port = urllib.parse.urlsplit(locked.server.url).port
     assert port is not None
     with running(request.param, tmp_path_factory.mktemp("front"), port) as front:
         yield front
 
 
 @pytest.fixture
-def tls_client(front: Front) -> Iterator[openai.OpenAI]:
+def tls_client(front: Front, key: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
         base_url=f"{front.url}/v1",
-        api_key="none",
+        api_key=key,
         max_retries=0,
         timeout=ANSWER_TIMEOUT_S,
         http_client=openai.DefaultHttpxClient(verify=front.context(), trust_env=False),
@@ -37,7 +52,7 @@ def tls_client(front: Front) -> Iterator[openai.OpenAI]:
 
 
 def test_an_openai_client_streams_through_tls(
-    client: openai.OpenAI, tls_client: openai.OpenAI
+    locked: LockedServer, key: str, tls_client: openai.OpenAI
 ) -> None:
     def stream(asked: openai.OpenAI) -> str:
         chunks = asked.completions.create(
@@ -45,26 +60,27 @@ def test_an_openai_client_streams_through_tls(
         )
         return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
 
-    assert stream(tls_client) == stream(client) != ""
+    assert stream(tls_client) == stream(locked.client(key)) != ""
 
 
-def test_leaving_a_stream_through_tls_frees_its_slot(
-    tls_client: openai.OpenAI, handle: XYServe
-) -> None:
-    wait_for_load(handle, num_running=0)
+def test_leaving_a_stream_through_tls_ends_its_call(tls_client: openai.OpenAI) -> None:
     stream = tls_client.completions.create(
-        model=MODEL,
-        prompt=PROMPT,
-        max_tokens=2000,
-        stream=True,
-        extra_body={"ignore_eos": True},
+        model=MODEL, prompt=PROMPT, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    wait_for_load(handle, num_running=1)
+    with pytest.raises(openai.RateLimitError):
+        tls_client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=1)
 
     stream.close()
 
-    wait_for_load(handle, num_running=0)
+    give_up_s = time.monotonic() + 20  # the whole answer takes longer
+    while True:
+        try:
+            tls_client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=1)
+            break
+        except openai.RateLimitError:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.2)
 
 
 def test_the_errors_of_the_app_come_through_tls(tls_client: openai.OpenAI) -> None:
@@ -72,6 +88,12 @@ def test_the_errors_of_the_app_come_through_tls(tls_client: openai.OpenAI) -> No
         tls_client.completions.create(model="unknown", prompt=PROMPT)
 
     assert "unknown" in raised.value.message
+
+
+def test_who_has_no_key_is_refused_through_tls(front: Front) -> None:
+    answer = httpx.get(f"{front.url}/v1/models", verify=front.context(), trust_env=False)
+
+    assert answer.status_code == 401
 
 
 def test_metrics_do_not_come_through_tls(front: Front) -> None:

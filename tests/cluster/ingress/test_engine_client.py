@@ -724,7 +724,7 @@ async def test_a_final_refusal_ends_the_request_and_is_on_its_record(
     record = submit(client, "r")
 
     assert await next_outputs(client) == [
-        FakeOutput("r", [], "error: the share of this tenant is used up; retry after 7 s")
+        FakeOutput("r", [], "error: a quota of its tenant is used up; retry after 7 s")
     ]
     assert (record.refused, record.outcome) == (refused, "error")
     assert (workers.calls, client.num_live) == ([], 0)
