@@ -40,7 +40,7 @@ METHODS = (
     "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
     "/ray.rpc.JobInfoGcsService/GetAllJobInfo",
     "/ray.rpc.NodeManagerService/GetNodeStats",
-    "/ray.rpc.ObjectManagerService/FreeObjects",
+    "/ray.rpc.ObjectManagerService/Pull",
     "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
     "/ray.rpc.ReporterService/HealthCheck",
     "/ray.rpc.LogService/ListLogs",
@@ -110,7 +110,10 @@ def protection(listener: Listener) -> str:
     if codes & {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.OK}:
         allowed = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
         return "token" if codes <= allowed else f"gRPC: {codes}"
-    answers = [_get(listener, path) for path in ("/", "/metrics", "/api/jobs/", "/api/version")]
+    try:
+        answers = [_get(listener, path) for path in ("/", "/metrics", "/api/jobs/", "/api/version")]
+    except httpx.RemoteProtocolError as error:
+        return f"no HTTP ({error}); gRPC: {codes}"
     statuses = {answer.status_code for answer in answers}
     if statuses <= {401, 403}:
         return "token"
