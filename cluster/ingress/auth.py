@@ -114,7 +114,7 @@ class Doorkeeper:
             )
         return Caller(key.tenant, key.rights, key.id)
 
-    def _comes_from_afar(self, scope: Scope, headers: Headers) -> str:
+    def _comes_from_afar(self, scope: Scope, headers: Mapping[str, str]) -> str:
         """Why the caller may be no program on this machine; empty if it is one."""
         address = (scope.get("client") or ("an unknown address",))[0]
         if not is_loopback(address):

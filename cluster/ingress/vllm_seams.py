@@ -156,6 +156,8 @@ vllm.sampling_params:StructuredOutputsParams
     read disable_any_whitespace disable_additional_properties whitespace_pattern json
         structural_tag
 
+starlette._utils
+    called get_route_path(scope)
 starlette.applications:Starlette
     replaced middleware_stack user_middleware
     read state

@@ -70,9 +70,21 @@ ray.dashboard.modules.serve.sdk:ServeSubmissionClient
         metadata=None, headers=None)
     called deploy_applications(self, config)
 uvicorn.protocols.http.httptools_impl:RequestResponseCycle
-    read transport
+    read transport response_complete
 uvicorn.protocols.http.h11_impl:RequestResponseCycle
-    read transport
+    read transport response_complete
+uvicorn.protocols.http.auto
+    written AutoHTTPProtocol
+uvicorn.protocols.http.httptools_impl:HttpToolsProtocol
+    overridden connection_made(self, transport)
+    overridden connection_lost(self, exc)
+    overridden data_received(self, data)
+    read cycle loop transport
+uvicorn.protocols.http.h11_impl:H11Protocol
+    overridden connection_made(self, transport)
+    overridden connection_lost(self, exc)
+    overridden data_received(self, data)
+    read cycle loop transport
 ray._private.worker
     named kwargs.pop("_temp_dir"
 ray._private.ray_constants

@@ -99,7 +99,7 @@ vllm.v1.engine:EngineCoreRequest
     read prompt_token_ids: list[int] | None
     read prompt_is_token_ids: list[bool] | None
     read arrival_time: float
-    read cache_salt: str | None
+    written cache_salt: str | None
     read data_parallel_rank: int | None
     read priority: int
     read mm_features sampling_params pooling_params lora_request resumable
