@@ -122,13 +122,21 @@ class Doorkeeper:
         for name in FORWARDED:
             if name in headers:
                 return f"you call through a proxy, which has sent `{name}`"
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        host = _host_of(f"//{headers.get('host', '')}")
         if not is_loopback(host):  # a page on a name that leads here, in a browser on this machine
             return f"you call {host or 'no host'}, and not localhost"
         origin = headers.get("origin", "")
         is_allowed = not origin or bool({origin, "*"} & {*self._origins})
-        if not is_allowed and not is_loopback(urlsplit(origin).hostname or ""):
+        if not is_allowed and not is_loopback(_host_of(origin)):
             return f"you call from a page of {origin}"
+        return ""
+
+
+def _host_of(url: str) -> str:
+    """The host in a URL; empty if there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
         return ""
 
 

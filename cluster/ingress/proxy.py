@@ -8,6 +8,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import RequestFailed
+from cluster.ingress.auth import is_loopback
 from cluster.ingress.calls import check_id
 from cluster.ingress.connections import bound_connections
 from cluster.ingress.error_answers import error_answer
@@ -18,8 +19,7 @@ DECODED = (HEADERS.call_id, "x-session-id", "serve-multiplexed-model-id")
 """Headers that Serve's proxy decodes; one that is no UTF-8 would be a plain 500."""
 
 ROUTES = "/-/routes"
-"""Serve's list of apps, which it shows to everybody; `serve status` shows it to those with Ray's
-token."""
+"""Serve's list of apps, which it would show to everybody."""
 
 NOT_OURS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
 """Headers by which Serve's own load balancer has its proxies cut requests short, or go on when the
@@ -60,7 +60,7 @@ class ReadableHeaders:
             scope["headers"] = [
                 (key, value) for name, key, value in headers if name not in NOT_OURS
             ]
-            if scope.get("path") == ROUTES:
+            if scope.get("path") == ROUTES and not is_loopback((scope.get("client") or "?")[0]):
                 raise RequestFailed("`serve status` shows what runs", HTTPStatus.FORBIDDEN)
         except RequestFailed as failure:
             if scope["type"] != "http":

@@ -59,6 +59,8 @@ def test_without_keys_programs_of_the_same_machine_are_served(scope: Any) -> Non
         (scope_of(host="rebound.example:8000"), "you call rebound.example, and not localhost"),
         (scope_of(host="127.0.0.1.evil.example"), "you call 127.0.0.1.evil.example, and not"),
         (scope_of(host=""), "you call no host"),
+        (scope_of(host="[::1"), "you call no host"),
+        (scope_of(origin="http://[localhost"), "from a page of http://[localhost"),
         (scope_of(origin="https://evil.example"), "from a page of https://evil.example"),
         (scope_of(origin="null"), "from a page of null"),
     ],

@@ -49,6 +49,20 @@ async def test_other_headers_pass(headers: dict[str, bytes]) -> None:
     assert (await get(headers)).text == "hello"
 
 
+@pytest.mark.parametrize(
+    ("client", "status"), [("127.0.0.1", 200), ("::1", 200), ("10.0.0.9", 403), (None, 403)]
+)
+async def test_what_runs_is_told_on_this_machine_only(client: str | None, status: int) -> None:
+    app = ReadableHeaders(Starlette(routes=[Route("/-/routes", hello)]))
+
+    async def called(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "client": client and (client, 1)}, receive, send)
+
+    transport = httpx.ASGITransport(called)
+    async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
+        assert (await http.get("/-/routes")).status_code == status
+
+
 async def test_what_is_for_the_proxy_itself_is_dropped() -> None:
     async def named(request: Request) -> Response:
         return PlainTextResponse(" ".join(sorted(request.headers)))
