@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cluster.config.auth import AuthConfig, is_loopback
 from cluster.models.default_model import DEFAULT_MODEL
 from cluster.models.model import missing_files
 from cluster.placement.ray_seams import VERSION as RAY
@@ -299,6 +300,27 @@ def check_http_port(port: Port, serve_apps: list[str] | None) -> Finding:
     detail = f"Port {port.number} {port.problem}: a Ray Serve with {apps}."
     remedy = "serve deploy CONFIG updates it, serve shutdown -y ends it; or change the port"
     return Finding("http port", "warn", detail, remedy)
+
+
+def check_callers(host: str, auth: AuthConfig, keys: int | str) -> Finding:
+    """Who may call the API on `host`; `keys`: how many there are, or why that is not known."""
+    add = "xyserve keys add CONFIG"
+    if isinstance(keys, str):
+        return Finding("callers", "fail", keys, add)
+    if auth.keys_file and not (keys or auth.anonymous):
+        return Finding("callers", "warn", f"{auth.path} has no key: nobody may call the API.", add)
+    rights = ", ".join(auth.anonymous)
+    own = "127.0.0.1" if is_loopback(host) else host
+    if auth.anonymous:
+        level: Level = "ok" if is_loopback(host) else "warn"
+        remedy = "" if is_loopback(host) else "auth.anonymous: [] in the config"
+        return Finding("callers", level, f"Everybody who reaches {own} may: {rights}.", remedy)
+    if auth.keys_file:
+        return Finding("callers", "ok", f"{keys} API keys.")
+    if is_loopback(host):
+        return Finding("callers", "ok", "Programs on this machine; there are no API keys.")
+    detail = f"The API listens on {host}, but without API keys answers this machine only."
+    return Finding("callers", "warn", detail, f"auth.keys_file in the config, and {add}")
 
 
 def check_ray_port(check: str, port: Port, option: str) -> Finding:

@@ -21,6 +21,7 @@ from cluster.cli.checks import (
     Finding,
     Port,
     check_accelerators,
+    check_callers,
     check_compiler,
     check_cores,
     check_disk,
@@ -41,7 +42,10 @@ from cluster.cli.checks import (
     check_vllm,
     check_vllm_ascend,
 )
+from cluster.config.auth import AuthConfig
 from cluster.config.serve_file import ServeFile
+from cluster.errors import ConfigError
+from cluster.keys import read_keys
 from cluster.models.default_model import DEFAULT_MODEL
 from cluster.models.model import find_model, weights_bytes
 from workers.home import home
@@ -54,6 +58,7 @@ def examine(serve_file: ServeFile) -> list[Finding]:
         *_examine_software(serve_file.config.worker.device),
         *_examine_hardware(serve_file, model),
         *_examine_ports(serve_file),
+        check_callers(serve_file.host, serve_file.config.auth, _find_keys(serve_file.config.auth)),
         *_examine_model(serve_file, model),
     ]
 
@@ -149,6 +154,14 @@ def _examine_ports(serve_file: ServeFile) -> list[Finding]:
         check_ray_port("ray dashboard", probe_port("127.0.0.1", 8265), "--dashboard-port"),
         check_stream_ports(config.stream_ports, num_listening),
     ]
+
+
+def _find_keys(auth: AuthConfig) -> int | str:
+    """How many API keys there are, or why they cannot be read."""
+    try:
+        return len(read_keys(auth.path)) if auth.keys_file else 0
+    except ConfigError as error:
+        return str(error)
 
 
 def _examine_model(serve_file: ServeFile, model: Path | None) -> list[Finding]:

@@ -1,5 +1,6 @@
 """Who may call the app, and what each tenant may use."""
 
+import ipaddress
 import math
 import re
 from collections.abc import Iterable
@@ -96,3 +97,14 @@ def check_tenants(tenants: Iterable[str]) -> None:
             raise ValueError(
                 f"tenants: {name!r} cannot name a tenant; use at most 64 letters, digits and . _ -"
             )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address means the machine itself."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

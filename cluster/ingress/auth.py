@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import binascii
-import ipaddress
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from starlette._utils import get_route_path  # by which the router finds a route
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.config.auth import AuthConfig
+from cluster.config.auth import AuthConfig, is_loopback
 from cluster.config.routes import BROWSED, right_at
 from cluster.errors import ConfigError, RequestFailed
 from cluster.ingress.error_answers import error_answer
@@ -138,17 +137,6 @@ def _host_of(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host's name or address means the machine itself."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def shown_key(headers: Mapping[str, str], from_browser: bool = False) -> str:

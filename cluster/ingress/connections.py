@@ -13,7 +13,7 @@ from typing import Any
 
 from uvicorn.protocols.http import auto
 
-from cluster.ingress.auth import is_loopback
+from cluster.config.auth import is_loopback
 
 HEADERS_TIMEOUT_S = 30.0
 """Time in which the headers of a request must have come, from its first byte or the connection's

@@ -7,8 +7,8 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.config.auth import is_loopback
 from cluster.errors import RequestFailed
-from cluster.ingress.auth import is_loopback
 from cluster.ingress.calls import check_id
 from cluster.ingress.connections import bound_connections
 from cluster.ingress.error_answers import error_answer

@@ -19,7 +19,9 @@ from cluster.cli import checks, probes
 from cluster.cli.checks import GIB, Device, Finding, Level, Link, Port
 from cluster.cli.doctor import print_findings
 from cluster.config.app_config import AppConfig, parse_args
+from cluster.config.auth import AuthConfig
 from cluster.config.serve_file import ServeFile
+from cluster.keys import Right
 from cluster.models.model import find_model, missing_files, weights_bytes
 from cluster.placement import ray_seams
 from workers.config import DraftConfig
@@ -368,6 +370,36 @@ def test_the_ports_of_streams_are_enough_while_replicas_are_replaced(
 
     assert finding.level == level
     assert finding.remedy == ("stream_ports: [20000, 20003]" if level == "warn" else "")
+
+
+@pytest.mark.parametrize(
+    ("host", "auth", "keys", "level", "words"),
+    [
+        ("127.0.0.1", {}, 0, "ok", "Programs on this machine; there are no API keys."),
+        ("0.0.0.0", {}, 0, "warn", "listens on 0.0.0.0, but without API keys answers this"),
+        ("10.0.0.1", {"anonymous": [Right.INFER]}, 0, "warn", "Everybody who reaches 10.0.0.1 may"),
+        ("127.0.0.1", {"anonymous": [Right.INFER]}, 0, "ok", "Everybody who reaches 127.0.0.1"),
+        ("0.0.0.0", {"keys_file": "/keys"}, 3, "ok", "3 API keys."),
+        ("0.0.0.0", {"keys_file": "/keys"}, 0, "warn", "/keys has no key: nobody may call"),
+        ("0.0.0.0", {"keys_file": "/keys"}, "/keys: no YAML", "fail", "/keys: no YAML"),
+    ],
+)
+def test_who_may_call_is_told(
+    host: str, auth: dict[str, Any], keys: int | str, level: str, words: str
+) -> None:
+    finding = checks.check_callers(host, AuthConfig(**auth), keys)
+
+    assert finding.level == level
+    assert words in finding.detail
+    assert bool(finding.remedy) is (level != "ok")
+
+
+def test_a_file_of_keys_that_is_missing_is_found_before_the_start(tmp_path: Path) -> None:
+    app = serve_file(auth={"keys_file": str(tmp_path / "keys")})
+    [callers] = [finding for finding in probes.examine(app) if finding.check == "callers"]
+
+    assert (callers.level, callers.remedy) == ("fail", "xyserve keys add CONFIG")
+    assert "No such file" in callers.detail
 
 
 OPEN = Link("Worker w1", "10.0.0.2", "Ingress i1", "tcp://10.0.0.1:20000")

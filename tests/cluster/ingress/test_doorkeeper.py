@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config.auth import AuthConfig
-from cluster.ingress.auth import CallerRefused, Doorkeeper, is_loopback
+from cluster.config.auth import AuthConfig, is_loopback
+from cluster.ingress.auth import CallerRefused, Doorkeeper
 from cluster.keys import Keyring, Right, edited_keys, new_key
 
 
