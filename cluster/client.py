@@ -63,7 +63,9 @@ class XYServe:
     `slo_class` names the service class of a call, one of the app's config; `slo_ttft_ms` (time to
     the first token) and `slo_tpot_ms` (time per output token after it) replace single targets of
     the class, `math.inf` lifting one. The workers schedule their steps by these targets.
-    `request_id` names a call, for `explain`, and `traceparent` is the trace that it belongs to.
+    `tenant` names one of the app's config, for whom the call is made, by default `default`: its
+    quotas apply. `request_id` names a call, for `explain`, and `traceparent` is the trace that it
+    belongs to.
 
     Synchronous and asynchronous methods may be mixed; the object is safe to share between
     threads. A pickled handle, as one that is given to a Ray task or actor, connects again where it

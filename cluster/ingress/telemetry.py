@@ -42,7 +42,10 @@ class IngressTelemetry(IngressObserver):
             call.traceparent,
             began_s=call.began_s,
             ended_s=time.time(),
-            attributes={"xyserve.slo_class": record.request.slo_class},
+            attributes={
+                "xyserve.slo_class": record.request.slo_class,
+                "xyserve.tenant": record.request.tenant,
+            },
         )
 
     def retried(self, record: RequestRecord, reason: str) -> None:
@@ -66,6 +69,7 @@ class IngressTelemetry(IngressObserver):
             "request ended",
             extra={
                 "request_id": record.request.request_id,
+                "tenant": record.request.tenant,
                 "outcome": record.outcome,
                 "ttft_s": record.ttft_s,
                 "e2e_s": record.e2e_s,

@@ -112,6 +112,13 @@ def test_a_body_has_the_limit_of_the_app(
     assert all(call.num_bytes <= MAX_BYTES for call in app.calls)
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics"])
+def test_browsers_are_told_to_stay_with_tls(client: httpx.Client, path: str) -> None:
+    answer = client.get(path)
+
+    assert answer.headers["strict-transport-security"] == "max-age=31536000"
+
+
 def test_a_header_has_a_limit(client: httpx.Client) -> None:
     assert client.get("/v1/models", headers={"x": "y" * 8_000}).status_code == 200
     assert client.get("/v1/models", headers={"x": "y" * 100_000}).status_code in (400, 431)
