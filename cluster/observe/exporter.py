@@ -225,8 +225,6 @@ class RequestMetrics:
         tenant = record.request.tenant
         add(metrics.REQUESTS, slo_class=slo_class, outcome=record.outcome)
         add(metrics.TENANT_REQUESTS, tenant=tenant, outcome=record.outcome)
-        add(metrics.TENANT_TOKENS, record.request.num_prompt_tokens, tenant=tenant, kind="prompt")
-        add(metrics.TENANT_TOKENS, record.num_output_tokens, tenant=tenant, kind="output")
         if record.num_output_tokens:
             observe(metrics.TIME_TO_FIRST_TOKEN, record.ttft_s, slo_class=slo_class)
             observe(metrics.REQUEST_LATENCY, record.e2e_s, slo_class=slo_class)
@@ -235,6 +233,8 @@ class RequestMetrics:
             )
             prompt = record.request.num_prompt_tokens
             add(metrics.REQUEST_TOKENS, prompt, slo_class=slo_class, kind="prompt")
+            add(metrics.TENANT_TOKENS, prompt, tenant=tenant, kind="prompt")
+            add(metrics.TENANT_TOKENS, record.num_output_tokens, tenant=tenant, kind="output")
         if record.num_output_tokens > 1:
             observe(metrics.TIME_PER_OUTPUT_TOKEN, record.tpot_s, slo_class=slo_class)
         for target, met in record.attainment().items():

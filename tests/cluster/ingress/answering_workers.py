@@ -106,7 +106,12 @@ class Uncounted:
 class Server:
     """vLLM's front end over such workers, with a client of its HTTP side."""
 
-    def __init__(self, config: AppConfig, keyring: Keyring | None = None) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        keyring: Keyring | None = None,
+        doorkeeper: Doorkeeper | None = None,
+    ) -> None:
         self.workers = AnsweringWorkers()
         self.scheduler = FakeScheduler()
         self.records = Records()
@@ -125,7 +130,8 @@ class Server:
             str(fetch_default_model()),
             self.client,
             calls,
-            Doorkeeper(config.auth, config.all_tenants, keyring, config.ingress.allowed_origins),
+            doorkeeper
+            or Doorkeeper(config.auth, config.all_tenants, keyring, config.ingress.allowed_origins),
             HttpMetrics(uncounted, uncounted),
         )
         self.http = httpx.AsyncClient(
@@ -150,9 +156,11 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(config: AppConfig, keyring: Keyring | None = None) -> AsyncIterator[Server]:
+async def serving(
+    config: AppConfig, keyring: Keyring | None = None, doorkeeper: Doorkeeper | None = None
+) -> AsyncIterator[Server]:
     """A server that is closed at the end."""
-    server = Server(config, keyring)
+    server = Server(config, keyring, doorkeeper)
     try:
         await server.frontend.start()
         async with server.http:

@@ -88,7 +88,8 @@ class SlowClient:
             "method": "POST",
             "path": path,
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"host", b"app")],
+            "client": ("127.0.0.1", 50000),
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
             "extensions": {EXTENSION: {}} if tells else {},
         }
         self.running = asyncio.create_task(server.asgi_app(scope, self._received.get, self._send))

@@ -81,6 +81,12 @@ class CatalogueExporter:
             labels = {"handler": handler, "method": "POST", "status": str(status)}
             self._add(metrics.HTTP_REQUESTS, 6 * load, of, **labels)
             self._observe(metrics.HTTP_SECONDS, 2 + 6 * load, of, handler=handler)
+        for index, tenant in enumerate(("default", "acme")):
+            rate = load * (3 - index)
+            self._add(metrics.TENANT_REQUESTS, rate, of, tenant=tenant, outcome="stop")
+            self._add(metrics.TENANT_TOKENS, 300 * rate, of, tenant=tenant, kind="prompt")
+            self._add(metrics.TENANT_TOKENS, 200 * rate, of, tenant=tenant, kind="output")
+            self._add(metrics.TENANT_REFUSALS, 0.2 * rate * index, of, tenant=tenant)
         for index, (slo_class, met) in enumerate(CLASSES.items()):
             rate, by_class = load * (3 - index), {"slo_class": slo_class}
             self._add(metrics.REQUESTS, 0.7 * rate, of, **by_class, outcome="stop")

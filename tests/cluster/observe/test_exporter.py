@@ -152,7 +152,8 @@ def test_the_growth_of_draft_counts_is_exported(exported: Exported) -> None:
 def ended(outcome: str, *times: float) -> RequestRecord:
     """A request that arrived at 10 s and had a token at each of these times."""
     slo = Slo(ttft_s=1.0, tpot_s=0.5)
-    record = RequestRecord(Request("r", 7, 9, slo=slo, slo_class="chat"), 10.0, outcome=outcome)
+    request = Request("r", 7, 9, slo=slo, slo_class="chat", tenant="acme")
+    record = RequestRecord(request, 10.0, outcome=outcome)
     for time in times:
         record.deliver([7], time)
     return record
@@ -171,6 +172,9 @@ def test_a_request_counts_by_its_class_and_outcome(exported: Exported) -> None:
         (metrics.REQUESTS, "chat", "stop"): 1,
         (metrics.REQUEST_TOKENS, "chat", "prompt"): 7,
         (metrics.REQUEST_TOKENS, "chat", "output"): 3,
+        (metrics.TENANT_REQUESTS, "acme", "stop"): 1,
+        (metrics.TENANT_TOKENS, "acme", "prompt"): 7,
+        (metrics.TENANT_TOKENS, "acme", "output"): 3,
         (metrics.SLO_REQUESTS, "chat", "ttft", "true"): 1,
         (metrics.SLO_REQUESTS, "chat", "tpot", "false"): 1,
         (metrics.SLO_REQUESTS, "chat", "all", "false"): 1,
@@ -181,13 +185,18 @@ def test_a_request_that_gave_nothing_has_no_latency(exported: Exported) -> None:
     RequestMetrics(exported, CLASSES).count_end(ended("abort"))  # type: ignore[arg-type]
 
     assert exported.values == []
-    assert exported.sums == {(metrics.REQUESTS, "chat", "abort"): 1}
+    assert exported.sums == {
+        (metrics.REQUESTS, "chat", "abort"): 1,
+        (metrics.TENANT_REQUESTS, "acme", "abort"): 1,
+    }
 
 
 def test_counters_begin_at_zero_for_every_value_that_they_will_have(exported: Exported) -> None:
     """Otherwise `increase` in Prometheus misses the first event of each kind."""
     exporter: Any = exported
-    client, placement = RequestMetrics(exporter, CLASSES), PlacementMetrics(exporter)
+    client = RequestMetrics(exporter, CLASSES, ["acme"])
+    placement = PlacementMetrics(exporter)
+    client.count_over_quota("acme")
     worker = WorkerMetrics(exporter)
     for outcome in ("admitted", "invalid", "unavailable"):
         client.count_admission(outcome)
