@@ -1,6 +1,7 @@
 """The routes of the HTTP API: those always there, those that the config switches on, and the right
 that each asks for."""
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ EXTRA_ROUTES = (
 EXTRA_PATHS = tuple(route.path for route in EXTRA_ROUTES)
 
 
+@functools.lru_cache(maxsize=1024)
 def right_at(path: str) -> Right | None:
     """The right that a call of a path asks for; that of an unknown one is the least there is, as
     there is nothing to guard."""
