@@ -57,10 +57,6 @@ class ApiKey:
     expires: datetime | None = None
     """Time from which it is no longer valid."""
 
-    def allows(self, right: Right) -> bool:
-        """Whether it has a right."""
-        return right in self.rights or Right.ADMIN in self.rights
-
     def is_expired(self, now: datetime) -> bool:
         """Whether its time is over."""
         return self.expires is not None and now >= self.expires

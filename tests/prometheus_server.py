@@ -1,8 +1,6 @@
 """A real Prometheus for tests, configured by deploy/prometheus.yml."""
 
-import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,26 +10,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.programs import free_port, require
+
 DEPLOY = Path(__file__).parents[1] / "deploy"
 DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"
 SCRAPE_INTERVAL = "scrape_interval: 10s"
 READY_TIMEOUT_S = 60
-
-
-def require(program: str) -> str:
-    """The path of a program of Prometheus; without it the test is skipped, and fails in CI."""
-    if (path := shutil.which(program)) is None:
-        reason = f"{program} is not on PATH (on Debian: apt-get install prometheus)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -54,7 +38,7 @@ def prometheus_server(
     with log.open("w") as out:
         process = subprocess.Popen(
             [
-                require("prometheus"),
+                require("prometheus", "prometheus"),
                 f"--config.file={folder / 'prometheus.yml'}",
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--web.listen-address={address}",

@@ -4,7 +4,6 @@ import base64
 import functools
 import hashlib
 import http.server
-import importlib.util
 import subprocess
 import sys
 import threading
@@ -17,25 +16,15 @@ from typing import Any
 
 import pytest
 
-from tests.test_imports import ROOT
+from tests.programs import load_script
 
 NO_HASH = f"--hash=sha256:{'0' * 64}"
 CPU, CUDA = "2.13.0+cpu", "2.13.0"
 
 
-def load_installer() -> Any:
-    """The module `deploy/install.py`, which is in no package."""
-    spec = importlib.util.spec_from_file_location("install", ROOT / "deploy" / "install.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def install() -> Any:
-    return load_installer()
+    return load_script("install")
 
 
 class Index:

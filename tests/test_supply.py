@@ -1,12 +1,11 @@
 """What comes from others: the hashes of its files, and what is said of its vulnerabilities."""
 
-import importlib.util
 import re
 from typing import Any
 
 import pytest
 
-from tests.test_imports import ROOT
+from tests.programs import load_script
 
 ASKED = ["click==8.5.1", "torch==2.13.0"]
 SAFE = {"name": "click", "version": "8.5.1", "vulns": []}
@@ -21,12 +20,7 @@ UNSAFE = {
 @pytest.fixture
 def supply() -> Any:
     """The module `deploy/supply.py`, which is in no package."""
-    spec = importlib.util.spec_from_file_location("supply", ROOT / "deploy" / "supply.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("supply")
 
 
 def wheel(tags: str) -> str:

@@ -3,7 +3,6 @@
 import datetime
 import ipaddress
 import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -18,6 +17,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from tests.programs import free_port, require
 
 TLS = Path(__file__).parents[2] / "deploy" / "tls"
 KINDS = ("nginx", "caddy")
@@ -63,28 +64,16 @@ class Front:
             time.sleep(0.05)
 
 
-def require(program: str) -> str:
-    """The path of a front's program; without it the test is skipped, and fails in CI."""
-    # Debian keeps nginx where the path of users does not lead.
-    path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-    if path is None:
-        reason = f"{program} is not on PATH (on Debian: apt-get install {program})"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
-
-
 @contextmanager
 def running(
     kind: str, folder: Path, app_port: int, changes: Mapping[str, str] | None = None
 ) -> Iterator[Front]:
     """The front of this kind before an app, with some texts of its file changed."""
-    program = require(kind)
+    program = require(kind, kind)
     certificate, key = make_certificate(folder)
     logs = folder / "logs"
     logs.mkdir()
-    port = _free_port()
+    port = free_port()
     if kind == "nginx":
         file, own = "nginx.conf", _of_nginx(folder, logs, port)
         # Debian's nginx opens its usual log before it has read its file.
@@ -144,12 +133,6 @@ def _line(text: str, file: str) -> str:
     """The path of a file with this name in a configuration."""
     [path] = {word.strip(";") for word in text.split() if word.strip(";").endswith(f"/{file}")}
     return path
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_until_ready(front: Front, process: "subprocess.Popen[bytes]") -> None:

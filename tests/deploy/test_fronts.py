@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy.fronts import KINDS, Front, require, running
+from tests.deploy.fronts import KINDS, Front, running
 from tests.deploy.upstream import HANG, STREAM, TIMEOUT_S, Upstream, upstream
+from tests.programs import require
 
 MAX_BYTES = 8 << 20
 """The default of `ingress.max_request_bytes`."""
@@ -70,7 +71,7 @@ def test_a_client_that_leaves_its_stream_is_gone_for_the_app_too(
 ) -> None:
     options = ("--silent", "--no-buffer", "--noproxy", "*", "--cacert", str(front.certificate))
     curl = subprocess.Popen(
-        [require("curl"), *options, protocol, "--data", "{}", f"{front.url}{STREAM}"],
+        [require("curl", "curl"), *options, protocol, "--data", "{}", f"{front.url}{STREAM}"],
         stdout=subprocess.PIPE,
         text=True,
     )

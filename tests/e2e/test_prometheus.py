@@ -17,7 +17,8 @@ from cluster.observe.dashboards.plots import draw, fetch
 from cluster.observe.dashboards.prometheus import Period, Prometheus
 from cluster.observe.metrics import METRICS, Kind
 from tests.e2e.conftest import MODEL, Server
-from tests.prometheus_server import prometheus_server, require
+from tests.programs import require
+from tests.prometheus_server import prometheus_server
 
 RATE_INTERVAL = "2m"
 DATA_TIMEOUT_S = 180
@@ -29,7 +30,7 @@ PANELS = [panel for dashboard in DASHBOARDS for panel in dashboard.panels]
 
 @pytest.fixture(scope="module")
 def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    require("prometheus")
+    require("prometheus", "prometheus")
     discovery = server.ray_folder / "prom_metrics_service_discovery.json"
     folder = tmp_path_factory.mktemp("prometheus")
     with prometheus_server(folder, discovery, "2s") as url, Prometheus(url) as prometheus:

@@ -11,13 +11,13 @@ import pytest
 
 from cluster.models.model import resolve_model
 from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL, Server
-from tests.test_install import load_installer
+from tests.programs import load_script
 
 
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
     """An environment in which vLLM has the metadata that the installer writes."""
-    load_installer().write_vllm_metadata(tmp_path, "0.32.0")
+    load_script("install").write_vllm_metadata(tmp_path, "0.32.0")
     path = os.environ.get("PYTHONPATH", "")
     return os.environ | {"PYTHONPATH": f"{tmp_path}:{path}".rstrip(":")}
 

@@ -9,7 +9,8 @@ import pytest
 from cluster.observe import metrics
 from cluster.observe.dashboards.alerts import ALERTS
 from cluster.observe.metrics import Metric, RayMetric, VllmMetric
-from tests.prometheus_server import DEPLOY, require
+from tests.programs import require
+from tests.prometheus_server import DEPLOY
 
 STEP_S = 15
 """Time between two scrapes; four make a minute."""
@@ -107,7 +108,7 @@ def of(history: History, *words: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    require("promtool")
+    require("promtool", "prometheus")
     return tmp_path
 
 

@@ -18,7 +18,8 @@ from cluster.observe.dashboards.pages import DASHBOARDS
 from cluster.observe.dashboards.panels import GRID_WIDTH, Dashboard, Panel, Row, Thresholds, layout
 from cluster.observe.dashboards.promql import grown, ratio, series, shown
 from cluster.observe.metrics import METRICS, Kind, Metric, VllmMetric
-from tests.prometheus_server import DEPLOY, require
+from tests.programs import require
+from tests.prometheus_server import DEPLOY
 
 PANELS = [panel for dashboard in DASHBOARDS for panel in dashboard.panels]
 QUERIES = [query for panel in PANELS for query in panel.queries]
@@ -212,7 +213,11 @@ def test_rows_are_filled_evenly() -> None:
 
 def promtool(*args: str | Path) -> None:
     done = subprocess.run(
-        [require("promtool"), *args], capture_output=True, text=True, timeout=60, check=False
+        [require("promtool", "prometheus"), *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

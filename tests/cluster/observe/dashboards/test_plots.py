@@ -20,7 +20,8 @@ from cluster.observe.dashboards.plots import draw, fetch, picture, write
 from cluster.observe.dashboards.prometheus import Line, Period, Prometheus, PrometheusFailed
 from cluster.observe.metrics import METRICS
 from tests.cluster.observe.catalogue_exporter import CatalogueExporter
-from tests.prometheus_server import free_port, prometheus_server, require
+from tests.programs import free_port, require
+from tests.prometheus_server import prometheus_server
 
 RATE_INTERVAL = "8s"
 DATA_TIMEOUT_S = 150
@@ -29,7 +30,7 @@ DATA_TIMEOUT_S = 150
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    require("prometheus")
+    require("prometheus", "prometheus")
     folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
     discovery = folder / "discovery.json"
     discovery.write_text(json.dumps([{"targets": [f"127.0.0.1:{port}"], "labels": {"job": "ray"}}]))
