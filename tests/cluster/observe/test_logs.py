@@ -25,7 +25,8 @@ from cluster.observe.logs import (
     quoted,
     set_up_logs,
 )
-from cluster.placement.global_scheduler import SILENT_AFTER_S, GlobalScheduler
+from cluster.placement.global_scheduler import GlobalScheduler
+from cluster.placement.worker_views import SILENT_AFTER_S
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.reports import DraftWorkerReport, DraftWorkerStatus, WorkerReport

@@ -7,18 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.placement.global_scheduler import (
-    FORGET_AFTER_S,
+from cluster.placement.global_scheduler import GlobalScheduler
+from cluster.placement.observer import SchedulerObserver
+from cluster.placement.suspects import (
     MAX_POISONS,
-    MAX_REPLACEMENT_S,
     NO_WORKER_RETRY_S,
     REFUSE_S,
+    SUSPECT_GONE_AFTER_S,
+)
+from cluster.placement.worker_views import (
+    FORGET_AFTER_S,
+    MAX_REPLACEMENT_S,
     SILENT_AFTER_S,
     SUSPECT_AFTER_S,
-    SUSPECT_GONE_AFTER_S,
-    GlobalScheduler,
 )
-from cluster.placement.observer import SchedulerObserver
 from scheduler.drafting import CollapseReason
 from scheduler.placement import (
     Placed,
