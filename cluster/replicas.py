@@ -290,7 +290,10 @@ class _Reports(Generic[Report, ReportAnswered]):
 
 def _join_reports(unsent: WorkerReport, report: WorkerReport) -> WorkerReport:
     """The later report, with what only the earlier one says."""
-    return dataclasses.replace(report, finished=(*unsent.finished, *report.finished))
+    prefix = report.prefix
+    if unsent.prefix:
+        prefix = unsent.prefix.then(prefix) if prefix else unsent.prefix
+    return dataclasses.replace(report, finished=(*unsent.finished, *report.finished), prefix=prefix)
 
 
 class _ReportingTelemetry(WorkerTelemetry):

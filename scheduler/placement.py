@@ -79,6 +79,8 @@ class Placed:
     """The answer to a client whose request has a worker."""
 
     worker_id: str
+    prefix_format: str = ""
+    """What the hashes of the worker's blocks are of, as in `PrefixDelta`; empty if it has none."""
 
 
 class RefusalReason(Worded):

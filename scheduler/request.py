@@ -1,7 +1,7 @@
 """A generation request as scheduling sees it: how much work it is and when it is due."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,15 @@ class Request:
     num_prior_tokens: int = 0
     """Output tokens that its earlier attempts gave. Its worker computes them again, as it computes
     the prompt, and goes on behind them."""
+    block_hashes: bytes = b""
+    """Hashes of the full blocks of its prompt, as in `PrefixDelta`; empty if it cannot use blocks
+    of others, or nobody knows their hashes. Only placement sees them."""
+    prefix_format: str = ""
+    """What they are of."""
+
+    def without_hashes(self) -> "Request":
+        """This request for those who need not know what is in its prompt."""
+        return replace(self, block_hashes=b"", prefix_format="") if self.block_hashes else self
 
     def num_outstanding_tokens(self, num_output_tokens: int = 0) -> int:
         """Maximum number of tokens still to compute once this attempt gave `num_output_tokens`.

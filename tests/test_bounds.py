@@ -3,6 +3,7 @@
 import ast
 import gc
 import math
+import random
 import re
 import tracemalloc
 from array import array
@@ -14,6 +15,7 @@ from cluster.config.app_config import AppConfig
 from cluster.observe.request_history import Attempt, Refusal, RequestHistory, RequestRecord
 from cluster.placement import global_scheduler
 from cluster.placement.global_scheduler import GlobalScheduler
+from scheduler.prefix_index import PrefixDelta, PrefixIndex, pack
 from scheduler.request import Request, Slo
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from tests.test_imports import ROOT
@@ -204,6 +206,24 @@ async def test_placements_take_what_they_say(monkeypatch: pytest.MonkeyPatch, id
 
     assert kept is not None
     assert BOUND / 3 < found < BOUND
+
+
+def prefix_index(num_workers: int) -> PrefixIndex:
+    """Fill an index with blocks that no two workers have alike, and some that all have."""
+    draw = random.Random(0)
+    index = PrefixIndex(BOUND)
+    own = 2 * BOUND // 128 // num_workers
+    shared = [draw.getrandbits(64) for _ in range(BOUND // 400)]
+    for number in range(num_workers):
+        some = draw.sample(shared, len(shared) // 2)
+        blocks = pack([*some, *(draw.getrandbits(64) for _ in range(own))])
+        index.apply(f"w{number}", PrefixDelta("1", 1, "format", blocks, snapshot=True))
+    return index
+
+
+@pytest.mark.parametrize("num_workers", [1, 40, 300])
+def test_the_prefix_index_takes_what_it_says(num_workers: int) -> None:
+    assert BOUND / 4 < growth(lambda: prefix_index(num_workers)) < BOUND
 
 
 def test_the_latest_stay_within_their_bytes() -> None:

@@ -111,6 +111,9 @@ class WorkerConfig:
     those of another worker do not; then Serve replaces it, one worker at a time. null: never."""
     report_interval_s: float = 0.25
     """Minimum time between two load reports to the GlobalScheduler, in seconds."""
+    prefix_index: bool = True
+    """Whether a worker tells the GlobalScheduler which blocks its prefix cache has, so that prompts
+    can be placed where they are cached; needs `engine.enable_prefix_caching`."""
     step_policy: StepPolicy = field(default_factory=StepPolicy)
     """Scheduler that decides what each step computes."""
     record: str | None = None

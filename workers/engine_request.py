@@ -50,3 +50,7 @@ class EngineRequest:
             num_prior_tokens=len(progress.output_token_ids) if progress else 0,
         )
         return dataclasses.replace(self, request=request, progress=progress)
+
+    def for_worker(self) -> "EngineRequest":
+        """This request without what only placement needs."""
+        return dataclasses.replace(self, request=self.request.without_hashes())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scheduler.prefix_index import PrefixDelta
 from scheduler.task import StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.drafts.draft_stream import DraftWorkerAddress
@@ -60,6 +61,8 @@ class WorkerReport:
     """How long its steps take lately compared with the profile."""
     death: str = ""
     """Why its engine is dead; empty while it lives."""
+    prefix: PrefixDelta | None = None
+    """What has changed in its prefix cache since the last report; None if it does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,8 @@ class ReportAnswer:
     """Why it must be replaced; empty if it need not be."""
     others_serve: bool = False
     """Whether another worker takes requests."""
+    resync_prefix: bool = False
+    """Whether its next report is to tell all that its prefix cache has."""
 
 
 @dataclass(frozen=True, slots=True)

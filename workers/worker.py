@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -133,8 +134,8 @@ class Worker:
 
     def follow(self, answer: ReportAnswer) -> None:
         """Take drafts from the draft worker that the answer to a report names, be replaced if it
-        says so, and, when this worker has drained for a while, let others go on with its requests
-        if it says that they can."""
+        says so, tell all of the prefix cache if it asks, and, when this worker has drained for a
+        while, let others go on with its requests if it says that they can."""
         if StartPhase.REPORT not in self._start.times:
             self._start.ended(StartPhase.REPORT)
             logger.info("worker started", extra=self._start.summary())
@@ -142,6 +143,8 @@ class Worker:
         if answer.others_serve and self._clock() - self._draining_since_s >= MOVE_AFTER_S:
             for call in self._calls:
                 call.cancel()
+        if answer.resync_prefix:
+            self._engine_loop.resync_prefix()
         if self._reported and self._reported.drafts:
             self._engine_loop.assign_draft_worker(answer.draft_worker)
 
@@ -161,10 +164,13 @@ class Worker:
             state.on_trial,
             state.engine.token_s,
             round(state.engine.slowness, 1),
+            prefix=state.prefix,
         )
         now = self._clock()
         if report != self._reported or now - self._reported_s >= REPORT_HEARTBEAT_S:
-            self._reported, self._reported_s = report, now
+            # What has changed once is no change of the next report.
+            rest = state.prefix.settled() if state.prefix else None
+            self._reported, self._reported_s = dataclasses.replace(report, prefix=rest), now
             self._observer.reported(report)
 
     def report_death(self, reason: str) -> None:

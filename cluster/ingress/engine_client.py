@@ -90,6 +90,8 @@ class EngineClient(Generic[Outputs]):
         self._decode = decode
         self._observer = observer or IngressObserver()
         self._placement_timeout_s = placement_timeout_s
+        self.prefix_format = ""
+        """What the hashes of the blocks of a worker are of that a request was placed on."""
         self._live: dict[str, LiveRequest] = {}
         self._attempts: dict[str, LiveRequest] = {}
         self._outputs: asyncio.Queue[Outputs | Failure] = asyncio.Queue()
@@ -99,7 +101,7 @@ class EngineClient(Generic[Outputs]):
         """Start a request; `arrived_s` is by the wall clock. Returns the record of its progress."""
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
-        live = LiveRequest(RequestRecord(request.request, arrived_s), request)
+        live = LiveRequest(RequestRecord(request.request.without_hashes(), arrived_s), request)
         self._live[live.request_id] = live
         self._observer.began(live.record)
         # In an empty context: Serve names its calls after the HTTP request in the context, and its
@@ -242,7 +244,7 @@ class EngineClient(Generic[Outputs]):
                     worker_id = await self._worker_for(live, attempt.request)
                     live.tried.add(worker_id)
                     response: Any = self._generate.remote(
-                        worker_id, attempt, self._receiver.address
+                        worker_id, attempt.for_worker(), self._receiver.address
                     )
                     live.response = response
                     placing.reschedule(give_up_s if worker_id == NO_WORKER else None)
@@ -285,6 +287,7 @@ class EngineClient(Generic[Outputs]):
             untried = [worker_id for worker_id in alive if worker_id not in live.tried]
             answer = await self._place_or_choose(request, untried or alive)
             if isinstance(answer, Placed):
+                self.prefix_format = answer.prefix_format or self.prefix_format
                 return answer.worker_id
             if answer.is_final:
                 live.record.refused = answer

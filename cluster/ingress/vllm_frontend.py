@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import logging
 from array import array
@@ -52,6 +53,7 @@ from cluster.ingress.vllm_grammars import bound_grammars, grammar_of
 from cluster.ingress.vllm_handlers import adapt_handlers, error_in
 from cluster.ingress.vllm_http import SCALE_OUT, http_app
 from cluster.ingress.vllm_limits import check_limits, check_priority
+from cluster.ingress.vllm_prefix import PrefixHashes
 from cluster.ingress.vllm_request import read_request
 from cluster.keys import DEFAULT_TENANT
 from cluster.observe.vllm_metrics import RequestStatLogger
@@ -74,9 +76,14 @@ class WorkersCore(EngineCoreClient):
     engine_ranks_managed = (0,)
 
     def __init__(
-        self, client: EngineClient[EngineCoreOutputs], tenants: Mapping[str, TenantConfig]
+        self,
+        client: EngineClient[EngineCoreOutputs],
+        tenants: Mapping[str, TenantConfig],
+        prefix_hashes: PrefixHashes | None = None,
     ) -> None:
+        """Without `prefix_hashes` requests are placed whatever their prompts are."""
         self._client = client
+        self._prefix_hashes = prefix_hashes
         self._tenants = tenants
         self._encode = encoder()
         self.output_processor: OutputProcessor | None = None
@@ -115,6 +122,11 @@ class WorkersCore(EngineCoreClient):
             call.traceparent,
             fingerprint=self._fingerprint(request),
         )
+        if hashes := self._prefix_hashes:
+            hashes.follow(self._client.prefix_format)
+            ours = dataclasses.replace(
+                ours, block_hashes=hashes.of(request), prefix_format=hashes.format
+            )
         sent = EngineRequest(ours, self._encode(request), grammar=grammar_of(sampling))
         record = self._client.submit(sent, request.arrival_time)
         record.call_id = call.call_id
@@ -303,7 +315,11 @@ class Frontend:
         args.served_model_name = config.model_name  # in messages and metrics
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         stat_loggers = (RequestStatLogger,) if config.metrics else ()
-        core = WorkersCore(client, self._tenants)
+        uses_prefixes = (
+            config.worker.prefix_index and vllm_config.cache_config.enable_prefix_caching
+        )
+        prefix_hashes = PrefixHashes(vllm_config) if uses_prefixes else None
+        core = WorkersCore(client, self._tenants, prefix_hashes)
         self._llm = ClusterLLM(vllm_config, core, config.ingress, stat_loggers)
         self._app = build_app(self._args, SUPPORTED_TASKS, vllm_config.model_config)
         self.asgi_app = http_app(self._app, config, calls, core, doorkeeper, http_metrics)

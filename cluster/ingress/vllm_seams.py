@@ -51,10 +51,23 @@ vllm.v1.engine.async_llm
     named engine_core.resources.engine_dead
 vllm.v1.engine:FinishReason
     read ERROR
+# Hashes of a prompt's blocks, equal to those in the workers' prefix caches.
+vllm.utils.hashing
+    called get_hash_fn_by_name(hash_fn_name)
+vllm.v1.core.kv_cache_utils
+    called init_none_hash(hash_fn)
+    called hash_block_tokens(hash_function, parent_block_hash, curr_block_token_ids,
+        extra_keys=None)
+    called generate_block_hash_extra_keys(request, start_token_idx, end_token_idx, start_mm_idx)
+vllm.v1.engine:EngineCoreRequest
+    read prompt_embeds
+vllm.lora.request:LoRARequest
+    read lora_name: str
+    read lora_path: str
 vllm.sampling_params:SamplingParams
     written output_kind
     read n: int
-    read max_tokens logprobs prompt_logprobs
+    read max_tokens logprobs prompt_logprobs skip_reading_prefix_cache
 vllm.sampling_params:RequestOutputKind
     read DELTA
 vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger

@@ -2,15 +2,15 @@
 
     python -m tests.bench.attention --json attention.json
 
-A cell is one layer's attention in one step, in float32 with blocks of 128 tokens, which is vLLM's
-default on CPU. Both sides take turns in one process, each over caches filled by its own write from
-the same keys and values, after a check that their results agree. A model has a cache for each
-layer, so each side has copies of the cell's cache which together exceed the L3 cache, and takes
-another one at each call; with `--hot` it has one. Both plan once a step: the time of a layer is
-its call and 1/num_layers of the plan. Writing the step's keys and values is timed separately and
-not counted. Mixed steps are drawn from traces, with contexts up to 8,192 tokens; cells whose cache
-would exceed 384 MiB are left out. Keys of the summary: the geometric mean of `ratio`, vLLM's time
-over ours, for each kind of step, and its minimum.
+A cell is one layer's attention in one step, in float32 with blocks of `--block-size` tokens. Both
+sides take turns in one process, each over caches filled by its own write from the same keys and
+values, after a check that their results agree. A model has a cache for each layer, so each side has
+copies of the cell's cache which together exceed the L3 cache, and takes another one at each call;
+with `--hot` it has one. Both plan once a step: the time of a layer is its call and 1/num_layers of
+the plan. Writing the step's keys and values is timed separately and not counted. Mixed steps are
+drawn from traces, with contexts up to 8,192 tokens; cells whose cache would exceed 384 MiB are left
+out. Keys of the summary: the geometric mean of `ratio`, vLLM's time over ours, for each kind of
+step, and its minimum.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,6 +33,7 @@ from workers.kernels.shapes import AttentionShape
 from workers.kernels.tiles import cut_spans
 
 BLOCK_SIZE = 128
+"""vLLM's default on CPUs."""
 MAX_SEQ_LEN = 8192
 MAX_KV_BYTES = 384 * 2**20
 TOLERANCE = 1e-4
@@ -124,10 +125,17 @@ def cases(grid: Grid, max_kv_tokens: int) -> Iterator[Case]:
 class Step:
     """The inputs of one step, the same for both sides."""
 
-    def __init__(self, model: Model, spans: list[Span], rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        model: Model,
+        spans: list[Span],
+        rng: np.random.Generator,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
         num_tokens = [span.num_tokens for span in spans]
-        num_blocks = [-(-span.seq_len // BLOCK_SIZE) for span in spans]
+        num_blocks = [-(-span.seq_len // block_size) for span in spans]
         self.model = model
+        self.block_size = block_size
         self.query_start_loc = np.cumsum([0, *num_tokens], dtype=np.int32)
         self.seq_lens = np.array([span.seq_len for span in spans], dtype=np.int32)
         self.num_blocks = sum(num_blocks)
@@ -145,7 +153,8 @@ class Step:
     def slots(self, row: int, start: int) -> np.ndarray:
         """Where the tokens from `start` of a request are in the cache."""
         position = np.arange(start, self.seq_lens[row])
-        slots = self.block_table[row, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        block, offset = np.divmod(position, self.block_size)
+        slots = self.block_table[row, block] * self.block_size + offset
         numbers: np.ndarray = slots.astype(np.int64)
         return numbers
 
@@ -172,7 +181,7 @@ class Ours:
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,
             head_size=model.head_size,
-            block_size=BLOCK_SIZE,
+            block_size=step.block_size,
             scale=model.head_size**-0.5,
         )
         self.cache = _empty_cache(step)
@@ -206,7 +215,7 @@ class Stock:
     def __init__(self, step: Step) -> None:
         model = step.model
         self.step = step
-        self.isa = _get_attn_isa(torch.float32, BLOCK_SIZE, model.head_size, "auto")
+        self.isa = _get_attn_isa(torch.float32, step.block_size, model.head_size, "auto")
         self.query_start_loc = torch.from_numpy(step.query_start_loc)
         self.seq_lens = torch.from_numpy(step.seq_lens)
         self.block_table = torch.from_numpy(step.block_table)
@@ -275,11 +284,11 @@ class Stock:
         return key, value
 
 
-def measure(name: str, case: Case, threads: int, hot: bool) -> dict[str, Any]:
+def measure(name: str, case: Case, threads: int, hot: bool, block_size: int) -> dict[str, Any]:
     """Check one cell and measure its row of figures."""
     rng = np.random.default_rng(0)
     model = MODELS[name]
-    step = Step(model, case.spans, rng)
+    step = Step(model, case.spans, rng, block_size)
     ours, stock = Ours(step), Stock(step)
     for row, seq_len in enumerate(step.seq_lens):
         key, value = (step.random(rng, seq_len, model.num_kv_heads) for _ in range(2))
@@ -317,6 +326,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="only these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hot", action="store_true", help="one copy of the cache")
+    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="tokens in a block")
     options = parser.parse_args()
     set_threads(options.threads)
     rows = []
@@ -324,7 +334,7 @@ def main() -> None:
         grid = QUICK if options.quick else FULL if model == FULL_MODEL else SUBSET
         for case in cases(grid, MAX_KV_BYTES // MODELS[model].kv_bytes):
             if case.kind in options.kinds:
-                rows.append(measure(model, case, options.threads, options.hot))
+                rows.append(measure(model, case, options.threads, options.hot, options.block_size))
                 say_row(rows[-1])
     publish(
         f"Attention, {options.threads} thread(s), {native.isa()}, "
@@ -367,7 +377,7 @@ def _mixed_cases(grid: Grid, max_kv_tokens: int) -> Iterator[Case]:
 def _empty_cache(step: Step) -> torch.Tensor:
     """An empty cache with room for the step, in the view that vLLM gives each layer."""
     model = step.model
-    return torch.zeros(step.num_blocks, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_size)
+    return torch.zeros(step.num_blocks, model.num_kv_heads, step.block_size, 2 * model.head_size)
 
 
 def _equal(cache: torch.Tensor, copies: int) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from cluster.config.app_config import parse_args
 from cluster.observe.replica import Replica
 from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
 from scheduler.placement import Placed
+from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.drafts.draft_stream import DraftWorkerAddress
@@ -183,8 +184,8 @@ async def test_reports_wait_for_the_answer_to_the_one_before_and_become_one(
 
             return wait()
 
-    scheduler = Unreachable(ReportAnswer())
-    replica = make_worker(monkeypatch, FakeEngine(), scheduler)
+    engine, scheduler = FakeEngine(), Unreachable(ReportAnswer())
+    replica = make_worker(monkeypatch, engine, scheduler)
     ended.append(replica)
     receiver = StreamReceiver("127.0.0.1")
     await until(lambda: len(scheduler.reports) == 1)
@@ -193,6 +194,9 @@ async def test_reports_wait_for_the_answer_to_the_one_before_and_become_one(
         await replica.generate("w1", request, receiver.address)
     reports = replica._telemetry._reports
     await until(lambda: reports._next is not None and "r.2" in reports._next.finished)
+    for seq in (2, 3):
+        engine.prefix = PrefixDelta("1", seq, "format", bytes([seq] * 8))
+        await until(lambda seq=seq: getattr(reports._next.prefix, "seq", 0) == seq)  # type: ignore[misc, union-attr]
     assert len(scheduler.reports) == 1
     answered.set()
     await until(lambda: len(scheduler.reports) == 2)
@@ -200,6 +204,7 @@ async def test_reports_wait_for_the_answer_to_the_one_before_and_become_one(
     [_, report] = scheduler.reports
     assert isinstance(report, WorkerReport)
     assert report.finished == ("r.0", "r.1", "r.2")
+    assert report.prefix == PrefixDelta("1", 3, "format", bytes([2] * 8 + [3] * 8), num_joined=2)
     receiver.close()
 
 

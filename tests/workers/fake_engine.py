@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
@@ -59,6 +60,10 @@ class FakeEngine:
         self.is_shut_down = False
         self.draft_worker: DraftWorkerAddress | None = None
         self.record_path: Path | None = None
+        self.prefix: PrefixDelta | None = None
+        """What the next report tells of the prefix cache; later ones that nothing has changed."""
+        self.prefix_due = False
+        self.num_prefix_resyncs = 0
         self.threads: set[str] = set()
         """Names of the threads that used the engine."""
         self._max_num_seqs = max_num_seqs
@@ -121,6 +126,19 @@ class FakeEngine:
             raise self.stats_error
         num_running = min(len(self._sequences), self._max_num_seqs)
         return EngineStats(num_running, len(self._sequences) - num_running, num_running / 8)
+
+    def take_prefix(self) -> PrefixDelta | None:
+        self.threads.add(threading.current_thread().name)
+        taken, self.prefix_due = self.prefix, False
+        self.prefix = taken.settled() if taken else None
+        return taken
+
+    def prefix_is_due(self) -> bool:
+        return self.prefix_due
+
+    def resync_prefix(self) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.num_prefix_resyncs += 1
 
     def record(self, path: Path) -> None:
         self.threads.add(threading.current_thread().name)

@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from scheduler.policy import StepPolicy
+from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request
 from tests.workers.fake_clock import FakeClock
 from tests.workers.fake_engine import IMPOSSIBLE, MALFORMED, FakeEngine, decode_tokens
@@ -412,6 +413,41 @@ async def test_changes_are_reported_together_once_the_interval_is_over(setup: Se
     call.cancel()
 
     assert setup.reports[1:] == [WorkerReport("w", {"c": 10 + LONG}, ("a", "b"), draining=False)]
+
+
+async def test_what_has_changed_in_the_prefix_cache_is_reported_once(setup: Setup) -> None:
+    await turn(setup)
+    delta = PrefixDelta("1", 1, "format", bytes(8), snapshot=True)
+    setup.engine.prefix = delta
+    for _ in range(3):
+        setup.clock.now += 0.25
+        await turn(setup)
+    assert [report.prefix for report in setup.reports] == [None, delta]
+    setup.clock.now += 2
+    await turn(setup)
+    await turn(setup)
+
+    assert [report.prefix for report in setup.reports] == [None, delta, delta.settled()]
+    assert delta.settled() == PrefixDelta("1", 1, "format", b"", num_joined=0)
+
+
+async def test_many_changes_in_the_prefix_cache_are_reported_at_once(setup: Setup) -> None:
+    await turn(setup)
+    setup.engine.prefix = delta = PrefixDelta("1", 1, "format", bytes(8 * 5000), snapshot=True)
+    await turn(setup)
+    assert len(setup.reports) == 1
+    setup.engine.prefix_due = True
+    await turn(setup)
+
+    assert [report.prefix for report in setup.reports] == [None, delta]
+
+
+async def test_a_worker_tells_all_of_its_prefix_cache_when_it_is_asked(setup: Setup) -> None:
+    setup.worker.follow(ReportAnswer())
+    setup.worker.follow(ReportAnswer(resync_prefix=True))
+    await until(lambda: setup.engine.num_prefix_resyncs == 1)
+
+    assert setup.engine.threads == {"engine"}
 
 
 async def test_draining_is_reported(setup: Setup) -> None:

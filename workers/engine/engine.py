@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from scheduler.prefix_index import PrefixDelta
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine_request import EngineRequest, Grammar
 from workers.reports import DraftStats
@@ -73,6 +74,15 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """Count what runs and waits."""
+
+    def take_prefix(self) -> PrefixDelta | None:
+        """What has changed in the prefix cache since the last call; None if that is not told."""
+
+    def prefix_is_due(self) -> bool:
+        """Whether so much has changed there that a report should not wait."""
+
+    def resync_prefix(self) -> None:
+        """Have the next `take_prefix` tell all that the prefix cache has."""
 
     def record(self, path: Path) -> None:
         """Write every decision from now on to a new file; called before the first request."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
@@ -59,6 +60,8 @@ class LoopState:
     """Requests that ended since the last report; only in a report."""
     on_trial: bool = False
     """Whether an engine has died under one of the live requests."""
+    prefix: PrefixDelta | None = None
+    """What has changed in the prefix cache since the last report; only in a report."""
 
 
 class LoopOwner(Protocol):
@@ -148,6 +151,10 @@ class EngineLoop:
         self._call(
             lambda: self._engine.assign_draft_worker(draft_worker), concurrent.futures.Future()
         )
+
+    def resync_prefix(self) -> None:
+        """Have the next report tell all that the prefix cache has."""
+        self._call(self._engine.resync_prefix, concurrent.futures.Future())
 
     def state(self) -> concurrent.futures.Future[LoopState]:
         """The state after the step that is running now."""
@@ -244,7 +251,9 @@ class EngineLoop:
 
     # What follows runs in the engine thread.
 
-    def _state(self, finished: tuple[str, ...] = ()) -> LoopState:
+    def _state(
+        self, finished: tuple[str, ...] = (), prefix: PrefixDelta | None = None
+    ) -> LoopState:
         outstanding = {
             request_id: request.num_outstanding_tokens()
             for request_id, request in self._preparing.copy().items()
@@ -254,16 +263,21 @@ class EngineLoop:
         }
         on_trial = any(live.request.num_engine_deaths for live in self._live.values())
         return LoopState(
-            self._engine.stats(), self._progress.num_steps, outstanding, finished, on_trial
+            self._engine.stats(),
+            self._progress.num_steps,
+            outstanding,
+            finished,
+            on_trial,
+            prefix,
         )
 
     def _report_if_due(self) -> None:
         now = self._clock()
-        if now - self._reported_s >= self._report_interval_s:
+        if now - self._reported_s >= self._report_interval_s or self._engine.prefix_is_due():
             self._reported_s = now
             finished = tuple(self._progress.finished)
             self._progress.finished.clear()
-            self._owner.report_load(self._state(finished))
+            self._owner.report_load(self._state(finished, self._engine.take_prefix()))
 
     def _run(
         self, make_engine: Callable[[], Engine], made: concurrent.futures.Future[None]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm.v1.engine.core
-from vllm.config import VllmConfig
+from vllm.config import KVEventsConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
@@ -23,6 +23,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from scheduler.prefix_index import PrefixDelta
 from scheduler.step_planner import StepPlanner
 from workers.config import DraftConfig, WorkerConfig
 from workers.drafts.draft_client import DraftClient
@@ -30,6 +31,7 @@ from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_grammars import BoundedGrammars
+from workers.engine.vllm_prefix import PrefixLog, refusal
 from workers.engine.vllm_recovery import StepRecovery
 from workers.engine.vllm_resume import Resumption
 from workers.engine.vllm_sampling import (
@@ -127,6 +129,8 @@ class VllmEngine:
         if config.device == "cpu":
             fix_sampling(runner_of(self.core))
         self._resumption = Resumption(self.core)
+        not_told = refusal(self.core) if config.prefix_index else "prefix_index is off"
+        self._prefix_log = None if not_told else PrefixLog(self.core)
         # As vLLM's own engine process does: a collection would look through all of vLLM and torch.
         freeze_gc_heap()
         self.peaks: Peaks | None = None
@@ -154,6 +158,7 @@ class VllmEngine:
             extra={
                 "model": model,
                 "num_kv_tokens": vllm_config.cache_config.kv_cache_size_tokens,
+                "no_prefix_index": not_told,
                 "took_s": round(time.monotonic() - began_s, 1),
             },
         )
@@ -257,6 +262,19 @@ class VllmEngine:
             stats, token_s=planner.token_s(), slowness=planner.pace.slowness(time.monotonic())
         )
 
+    def take_prefix(self) -> PrefixDelta | None:
+        """What has changed in the prefix cache since the last call; None if that is not told."""
+        return self._prefix_log.take() if self._prefix_log else None
+
+    def prefix_is_due(self) -> bool:
+        """Whether so much has changed there that a report should not wait."""
+        return self._prefix_log is not None and self._prefix_log.is_due
+
+    def resync_prefix(self) -> None:
+        """Have the next `take_prefix` tell all that the prefix cache has."""
+        if self._prefix_log:
+            self._prefix_log.resync()
+
     def _draft_stats(self) -> DraftStats | None:
         if self._planned is None or (client := self._draft_client) is None:
             return None
@@ -311,6 +329,8 @@ def _vllm_config(model: str, config: WorkerConfig, draft: DraftConfig | None) ->
     args = engine_args(model, config)
     if draft:
         args.speculative_config = speculative_config(draft, config.device)
+    if config.prefix_index and config.engine.enable_prefix_caching and not args.kv_events_config:
+        args.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
     scheduler_config = vllm_config.scheduler_config
     if config.step_policy.name != "vllm" and scheduler_config.scheduler_cls is None:

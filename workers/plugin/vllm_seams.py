@@ -186,7 +186,8 @@ vllm.v1.request:Request
 vllm.v1.core.kv_cache_manager:KVCacheManager
     called prefix_cache_lookup_enabled(self, request)
     called make_prefix_cache_stats(self)
-    read block_pool coordinator
+    called take_events(self)
+    read block_pool coordinator kv_cache_config kv_cache_event_metadata
 vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator
     called find_longest_cache_hit(self, block_hashes, max_cache_hit_length)
     read single_type_managers
@@ -196,9 +197,42 @@ vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager
 vllm.v1.core.block_pool:BlockPool
     called _maybe_evict_cached_block(self, block)
     called get_num_free_blocks(self)
-    read num_gpu_blocks
+    read num_gpu_blocks cached_block_hash_to_block enable_kv_cache_events medium
 vllm.v1.core.kv_cache_utils:KVCacheBlock
     read ref_cnt: int
+
+# The prefix cache: its events, and what it has.
+vllm.engine.arg_utils:AsyncEngineArgs
+    written kv_events_config
+vllm.config.kv_events:KVEventsConfig
+    read enable_kv_cache_events: bool
+    read publisher
+vllm.config.cache:CacheConfig
+    read enable_prefix_caching: bool
+    read prefix_caching_hash_algo
+vllm.v1.core.sched.scheduler:Scheduler
+    written kv_event_publisher
+    read hash_block_size
+vllm.distributed.kv_events:EventPublisher
+    overridden publish(self, events)
+    overridden shutdown(self)
+    overridden get_publisher_config(self)
+vllm.distributed.kv_events:EventBatch
+    read events
+vllm.distributed.kv_events:BlockStored
+    read block_hashes
+    read medium: str | None
+    read group_idx: int | None
+vllm.distributed.kv_events:BlockRemoved
+    read block_hashes
+    read medium: str | None
+    read group_idx: int | None
+vllm.v1.core.block_pool:BlockHashToBlockMap
+    read _cache
+vllm.v1.core.kv_cache_utils
+    called get_block_hash(key)
+    called get_group_id(key)
+    named global NONE_HASH
 
 # What a step saw, and the logger that exports it.
 vllm.v1.metrics.stats:SchedulerStats

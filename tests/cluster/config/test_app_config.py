@@ -110,8 +110,8 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(
 def test_a_key_like_no_other_is_answered_with_the_keys_there_are() -> None:
     assert error_of({"worker": {"zzz": 1}}) == (
         "worker.zzz: unknown key; known keys: calibrate_at_start, cpus, device, engine, grammars, "
-        "keep_packed_weights, kernels, record, report_interval_s, slow_timeout_s, step_policy, "
-        "step_timeout_s, weight_format"
+        "keep_packed_weights, kernels, prefix_index, record, report_interval_s, slow_timeout_s, "
+        "step_policy, step_timeout_s, weight_format"
     )
 
 

@@ -130,12 +130,15 @@ class FakeScheduler:
         """Its next answers; after them it chooses the first worker."""
         self.asked: list[tuple[str, list[str]]] = []
         """The requests that it was asked to place, and where."""
+        self.latest: Request | None = None
+        """The latest of them."""
 
     def worker_ids(self) -> list[str]:
         return self.alive
 
     async def remote(self, request: Request, worker_ids: list[str]) -> Placed | Refused:
         self.asked.append((request.request_id, worker_ids))
+        self.latest = request
         await asyncio.sleep(0)
         if not self.answers:
             return Placed(worker_ids[0]) if worker_ids else DRAINING

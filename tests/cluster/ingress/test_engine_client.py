@@ -173,6 +173,21 @@ async def test_a_request_is_submitted_to_the_workers_under_the_id_of_its_attempt
     assert call.request == as_sent("r.0")
 
 
+async def test_only_placement_sees_what_blocks_a_prompt_has(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    ours = Request("r", 1, 9, block_hashes=bytes(80), prefix_format="format")
+    record = client.submit(EngineRequest(ours, [b"core"]), 1.0)
+    scheduler.answers = [Placed("a", "another")]
+    assert client.prefix_format == ""
+    call = await workers.called(1)
+
+    assert scheduler.latest == dataclasses.replace(ours, request_id="r.0")
+    assert call.request.request == Request("r.0", 1, 9)
+    assert record.request == Request("r", 1, 9)
+    assert client.prefix_format == "another"
+
+
 async def test_outputs_come_under_the_id_of_their_request(
     client: Client, workers: FakeWorkers
 ) -> None:

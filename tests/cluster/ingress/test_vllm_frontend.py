@@ -52,6 +52,8 @@ BAD_REQUEST = ["BadRequestError", "invalid_request_error"]
 class Workers:
     """Answers each request with one token, and remembers it."""
 
+    prefix_format = ""
+
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
@@ -146,6 +148,35 @@ async def test_outputs_that_name_a_class_to_be_made_are_refused() -> None:
 
     with pytest.raises(msgspec.ValidationError, match="VLLM_ALLOW_INSECURE_SERIALIZATION must"):
         decode_outputs()([frame])
+
+
+async def test_a_request_says_which_blocks_its_prompt_has(app: App) -> None:
+    long = " ".join(["Hello"] * 400)
+    prompts = (long, ""), (long, ""), (long, "x"), (long + "!", ""), ("Hello", "")
+    for prompt, salt in prompts:
+        await app.post("/v1/completions", prompt=prompt, cache_salt=salt or None)
+    requests, app.workers.requests = app.workers.requests, []
+
+    one, same, salted, longer, short = (request.block_hashes for request in requests)
+    assert len(one) == (requests[0].num_prompt_tokens - 1) // 128 * 8 > 0
+    assert (one == same, short) == (True, b"")
+    assert longer[: len(one)] == one
+    assert not any(part in one for part in (salted[:8], salted[8:16]))
+    [found] = {request.prefix_format for request in requests}
+    assert found.startswith("sha256/")
+    assert "/128/" in found
+
+    app.workers.prefix_format = found.replace("/128/", "/32/")
+    await app.post("/v1/completions", prompt=long)
+    [request] = app.workers.requests
+    app.workers.prefix_format = found
+    await app.post("/v1/completions", prompt=long)
+    *_, again = app.workers.requests
+    app.workers.requests, app.workers.prefix_format = [], ""
+
+    assert request.prefix_format == found.replace("/128/", "/32/")
+    assert len(request.block_hashes) == (request.num_prompt_tokens - 1) // 32 * 8
+    assert again.block_hashes == one
 
 
 @pytest.mark.parametrize("stream", [False, True])
