@@ -32,7 +32,8 @@ class PrefixDelta:
     """One life of the engine; its deltas are numbered from 1."""
     seq: int
     format: str
-    """What its hashes are of: equal hashes of another format are other blocks."""
+    """What its hashes are of, `function/seed/block size/model`: equal hashes of another format are
+    other blocks."""
     stored: bytes
     """Hashes of blocks that it did not have before, one after another."""
     removed: bytes = b""
@@ -68,6 +69,12 @@ class PrefixDelta:
             snapshot=self.snapshot,
             num_joined=self.num_joined + later.num_joined,
         )
+
+
+def block_size_of(format: str) -> int:
+    """Tokens of a block of a format; 0 if it is none."""
+    _, _, size, *_ = [*format.split("/", 3), "", "", ""]
+    return int(size) if size.isdecimal() else 0
 
 
 def pack(hashes: Iterable[int]) -> bytes:

@@ -13,7 +13,7 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.engine import EngineCoreRequest
 
-from scheduler.prefix_index import HASH_BYTES
+from scheduler.prefix_index import HASH_BYTES, block_size_of
 from workers.engine.vllm_prefix import prefix_format
 
 MAX_BLOCKS = 4096
@@ -39,9 +39,9 @@ class PrefixHashes:
         """Use the block size of a worker's format, if it differs in no more than that."""
         if workers_format == self.format:
             return
-        _, _, size, *_ = workers_format.split("/", 3) + [""] * 3
-        if size.isdecimal() and prefix_format(self._config, int(size)) == workers_format:
-            self._set_block_size(int(size))
+        size = block_size_of(workers_format)
+        if size and prefix_format(self._config, size) == workers_format:
+            self._set_block_size(size)
 
     def of(self, request: EngineCoreRequest) -> bytes:
         """Hashes of the blocks of a prompt that it may find in a cache; none for images and

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.prefix_index import PrefixDelta, PrefixIndex, pack, unpack
+from scheduler.prefix_index import PrefixDelta, PrefixIndex, block_size_of, pack, unpack
 
 FORMAT = "sha256/ab/32/model"
 WORKERS = ("a", "b", "c")
@@ -114,6 +114,12 @@ def test_joined_deltas_are_one_that_follows() -> None:
     assert snapshot(1, 0).then(first) == snapshot(2, 1, 2, num_joined=2)
     assert first.then(first.settled()) == first
     assert first.then(delta(4, 9)) == delta(4, 9)
+
+
+def test_a_format_says_how_many_tokens_a_block_has() -> None:
+    formats = FORMAT, "sha256/ab/128/of/a/hub@main", "", "x/y", "a/b/c/d", "a/b/-1/d"
+
+    assert [block_size_of(format) for format in formats] == [32, 128, 0, 0, 0, 0]
 
 
 def test_hashes_that_are_none_are_an_error() -> None:
