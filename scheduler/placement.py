@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from scheduler.prefill_queue import Forecast
 from scheduler.request import Request
 from scheduler.worded import Worded
 
@@ -36,6 +37,9 @@ class WorkerLoad:
     """Whether that has long been much more than for other workers."""
     max_num_seqs: float = math.inf
     """Requests that run at the same time; more wait."""
+    forecast: Forecast | None = None
+    """What becomes of the request that is to be placed, on this worker; None if nothing is known of
+    its queue."""
 
     @property
     def takes_requests(self) -> bool:
@@ -63,7 +67,10 @@ class PlacementReason(Worded):
     ONLY = "only", "no other worker took new requests"
     OTHERS_SILENT = "others_silent", "the other workers had stopped reporting"
     OTHERS_SLOW = "others_slow", "the steps of the other workers took much longer than predicted"
-    OTHERS_FULL = "others_full", "the other workers already ran max_num_seqs requests"
+    OTHERS_FULL = "others_full", "the other workers had no seat or no KV cache for it"
+    OTHERS_LATE = "others_late", "on the other workers it, or another request, would be late"
+    PREFIX = "prefix", "most of its prompt that is cached anywhere is cached there"
+    SOONEST_TOKEN = "soonest_token", "its first token was predicted to come soonest there"
     SOONEST = "soonest", "it was predicted to be done with its work first"
     FEWEST_REQUESTS = (
         "fewest_requests",
@@ -139,12 +146,15 @@ def place(request: Request, workers: Iterable[WorkerLoad]) -> Placement | None:
     if not open_to_it:
         return None
     token_s = min((w.token_s for w in open_to_it if w.token_s is not None), default=1.0)
-    ranked = sorted((_rank(worker, request, token_s), worker) for worker in open_to_it)
+    ranked = sorted(
+        ((_rank(worker, request, token_s), worker) for worker in open_to_it),
+        key=lambda pair: pair[0],
+    )
     chosen = ranked[0][1]
     return Placement(
         chosen=chosen,
         runner_up=ranked[1][1] if len(ranked) > 1 else None,
-        reason=_reason(request, [rank for rank, _ in ranked]),
+        reason=_reason(request, ranked),
         num_closed=len(workers) - len(open_to_it),
     )
 
@@ -166,37 +176,61 @@ class _Rank(NamedTuple):
     silent: bool
     slow: bool
     full: bool
+    num_late: int
+    cost_s: float
     finish_s: float
     num_requests: int
     worker_id: str
 
 
+CACHE_WEIGHT = 2.0
+"""Seconds of waiting that a second of computing is worth: it also takes time from all that come
+later, and evicts what others have cached."""
+UNKNOWN = Forecast()
+
+
+def _cost_s(forecast: Forecast) -> float:
+    return forecast.ttft_s + CACHE_WEIGHT * forecast.prefill_s
+
+
 def _rank(worker: WorkerLoad, request: Request, token_s: float) -> _Rank:
+    forecast = worker.forecast or UNKNOWN
     return _Rank(
         worker.silent,
         worker.slow,
-        worker.num_requests >= worker.max_num_seqs,
+        worker.num_requests >= worker.max_num_seqs or not forecast.fits,
+        forecast.num_late + forecast.is_late,
+        worker.slowness * (forecast.prefill_s if forecast.is_late else _cost_s(forecast)),
         worker.finish_s(request, token_s),
         worker.num_requests,
         worker.worker_id,
     )
 
 
-def _reason(request: Request, ranks: list[_Rank]) -> PlacementReason:
+def _reason(request: Request, ranked: list[tuple[_Rank, WorkerLoad]]) -> PlacementReason:
     if request.num_engine_deaths:
         return PlacementReason.TRIAL
-    if len(ranks) == 1:
+    if len(ranked) == 1:
         return PlacementReason.ONLY
-    chosen, runner_up = ranks[:2]
+    (chosen, chosen_load), (runner_up, runner_up_load) = ranked[:2]
     if chosen.silent:
         return PlacementReason.ALL_SILENT
     for differs, reason in (
         (runner_up.silent, PlacementReason.OTHERS_SILENT),
         (runner_up.slow > chosen.slow, PlacementReason.OTHERS_SLOW),
         (runner_up.full > chosen.full, PlacementReason.OTHERS_FULL),
+        (runner_up.num_late > chosen.num_late, PlacementReason.OTHERS_LATE),
+        (_has_more_cached(chosen_load, runner_up_load), PlacementReason.PREFIX),
+        (runner_up.cost_s > chosen.cost_s, PlacementReason.SOONEST_TOKEN),
         (runner_up.finish_s > chosen.finish_s, PlacementReason.SOONEST),
         (runner_up.num_requests > chosen.num_requests, PlacementReason.FEWEST_REQUESTS),
     ):
         if differs:
             return reason
     return PlacementReason.TIE
+
+
+def _has_more_cached(worker: WorkerLoad, other: WorkerLoad) -> bool:
+    if worker.forecast is None or other.forecast is None:
+        return False
+    return worker.forecast.num_cached_tokens > other.forecast.num_cached_tokens

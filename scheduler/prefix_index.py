@@ -3,9 +3,11 @@
 import sys
 from array import array
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from scheduler.request import Request
 
 MAX_BYTES = 768 << 20
 """Memory of an index; what would exceed it is left out, and counted."""
@@ -107,6 +109,8 @@ class _Worker:
     num_blocks: int = 0
     num_left_out: int = 0
     """Blocks that it has and the index has no room for."""
+    expected: dict[int, int] = field(default_factory=dict)
+    """Blocks that it does not have yet, with the number of its requests that will compute them."""
 
     @property
     def bit(self) -> int:
@@ -155,6 +159,7 @@ class PrefixIndex:
             if worker and worker.incarnation == delta.incarnation and delta.seq <= worker.seq:
                 return True  # it has been overtaken
             self.forget(worker_id)
+            expected = worker.expected if worker and worker.format == delta.format else {}
             worker = self._add(worker_id, delta)
         elif worker is None or not _follows(worker, delta) or self._has_room_again(worker):
             self.num_resyncs += 1
@@ -162,7 +167,49 @@ class PrefixIndex:
         worker.seq = delta.seq
         self._remove(worker, unpack(delta.removed))
         self._store(worker, unpack(delta.stored))
+        if delta.snapshot:
+            for block, num_requests in expected.items():
+                self._expect(worker, block, num_requests)
         return True
+
+    def expect(self, worker_id: str, request: Request) -> None:
+        """Count the blocks of a request that was placed on a worker as its own already.
+
+        So requests with one new prefix that come together go to one worker.
+        """
+        worker = self._workers.get(worker_id)
+        if worker and worker.format == request.prefix_format:
+            for block in unpack(request.block_hashes):
+                self._expect(worker, block, 1)
+
+    def _expect(self, worker: _Worker, block: int, num_requests: int) -> None:
+        table = self._tables[block % NUM_TABLES]
+        others = table.get(block, 0)
+        if block in worker.expected:
+            worker.expected[block] += num_requests
+        elif not others & worker.bit and (others or self._room(worker) > 0):
+            worker.expected[block] = num_requests
+            table[block] = others | worker.bit
+
+    def settle(self, worker_id: str, request: Request) -> None:
+        """No longer expect the blocks of a request, which it has computed or never will."""
+        if (worker := self._workers.get(worker_id)) is None or not worker.expected:
+            return
+        for block in unpack(request.block_hashes):
+            num_requests = worker.expected.get(block, 0)
+            if num_requests > 1:
+                worker.expected[block] = num_requests - 1
+            elif num_requests:
+                del worker.expected[block]
+                self._clear(worker, block)
+
+    def _clear(self, worker: _Worker, block: int) -> None:
+        table = self._tables[block % NUM_TABLES]
+        others = table.get(block, 0) & ~worker.bit
+        if others:
+            table[block] = others
+        else:
+            table.pop(block, None)
 
     def forget(self, worker_id: str) -> None:
         """Forget a worker that is gone; unknown ones are ignored."""
@@ -264,6 +311,7 @@ class PrefixIndex:
                 room -= 1
                 holders[block] = bit  # all blocks that only it has share one object
             elif others & bit:
+                num_stored += worker.expected.pop(block, None) is not None
                 continue
             else:
                 # Most blocks of a chain have the same holders, and share one object too.
@@ -293,6 +341,8 @@ class PrefixIndex:
             others = holders.get(block, 0)
             if not others & bit:
                 worker.num_left_out -= worker.num_left_out > 0
+                continue
+            if block in worker.expected:
                 continue
             worker.num_blocks -= 1
             if others == bit:

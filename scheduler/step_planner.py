@@ -1,17 +1,23 @@
 """Plans a worker's steps, and learns from each one when it is over."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from scheduler.cost_model import CostModel
 from scheduler.pace import Pace
 from scheduler.policy import StepPolicy
+from scheduler.prefill_queue import PrefillCost, QueuedPrefill, QueueReport
 from scheduler.record import Recorder
 from scheduler.request import RequestState
 from scheduler.speculation import Acceptance
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepReport, StepView
 from scheduler.work import ModelWork
 
+TYPICAL_CHUNK = 2048
+"""Tokens of a prompt in a step, by which the cost of prompts is told."""
+FAR = 8192
+"""Tokens of context by which it is told what a longer one costs."""
 TYPICAL_SEQ_LEN = 512
 """Tokens of context of the decodes by which workers are compared."""
 
@@ -171,6 +177,48 @@ class StepPlanner:
         for _ in range(self.limits.max_num_seqs):
             shape.add(1, TYPICAL_SEQ_LEN, 1)
         return self.cost_model.profiled(shape) / shape.num_tokens
+
+    def queue_report(self, view: StepView, now: float) -> QueueReport:
+        """What its requests are to placement."""
+        prefills = {
+            state.request.request_id: QueuedPrefill(
+                state.num_new_tokens,
+                state.num_tokens,
+                state.arrival_s + state.request.slo.ttft_s - now,
+                state.request.priority,
+            )
+            for states in (view.running, view.waiting)
+            for state in states
+            if not state.num_output_tokens
+        }
+        decodes, tpot_s = self.cost_model.shape(), math.inf
+        for state in view.running:
+            if state.num_output_tokens:
+                decodes.add(1, state.num_tokens, 1)
+                tpot_s = min(tpot_s, state.request.slo.tpot_s)
+        return QueueReport(
+            prefills=prefills,
+            cost=self._prefill_cost(),
+            num_decodes=decodes.num_spans,
+            decode_s=self.cost_model.predict(decodes) if decodes.num_spans else 0.0,
+            tpot_s=tpot_s,
+            num_tokens=sum(
+                state.num_tokens for states in (view.running, view.waiting) for state in states
+            ),
+            num_free_kv_tokens=view.num_free_kv_blocks * self.limits.kv_block_size,
+        )
+
+    def _prefill_cost(self) -> PrefillCost:
+        """Seconds that prompts add to steps which are made anyway."""
+        num_tokens = min(TYPICAL_CHUNK, self.limits.max_num_batched_tokens)
+        alone, first, later = (self.cost_model.shape() for _ in range(3))
+        alone.add(1, 1, 1)
+        first.add(num_tokens, num_tokens, 1)
+        later.add(num_tokens, FAR + num_tokens, 1)
+        first_s = self.cost_model.predict(first)
+        pair_s = (self.cost_model.predict(later) - first_s) / (num_tokens * FAR)
+        chunk_s = first_s - self.cost_model.predict(alone) - pair_s * num_tokens**2 / 2
+        return PrefillCost(max(chunk_s, 0.0) / num_tokens, pair_s)
 
     def finish(self, request_id: str, num_output_tokens: int) -> None:
         """Forget a request that has ended with `num_output_tokens` tokens."""

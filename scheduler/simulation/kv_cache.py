@@ -5,6 +5,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from scheduler.prefix_index import PrefixDelta, pack
+
 
 class KvCacheFull(Exception):
     """Too few blocks are free or can be evicted."""
@@ -48,6 +50,10 @@ class KvCache:
         self._num_idle = 0
         """Blocks of entries that no request holds."""
         self._entries: dict[int, _Entry] = {}
+        self._stored: dict[int, None] = {}
+        """Entries that have come since the last delta; a key is in one of both at most."""
+        self._removed: dict[int, None] = {}
+        self._seq = 0
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -55,13 +61,17 @@ class KvCache:
         """Blocks that are unused or can be evicted."""
         return self._num_unused + self._num_idle
 
+    def entry_tokens(self, hash_block_size: int) -> int:
+        """Tokens in an entry, if hashes stand for so many; 0 if there are none."""
+        return math.lcm(hash_block_size, self.block_size)
+
     def holding(
         self, hash_ids: Sequence[int], hash_block_size: int, num_prompt_tokens: int
     ) -> Holding:
         """An empty holding for a prompt with these ids of blocks of `hash_block_size` tokens."""
         if not hash_ids or not hash_block_size:
             return Holding()
-        entry_tokens = math.lcm(hash_block_size, self.block_size)
+        entry_tokens = self.entry_tokens(hash_block_size)
         stride = entry_tokens // hash_block_size
         keys = hash_ids[stride - 1 :: stride][: num_prompt_tokens // entry_tokens]
         return Holding(keys, entry_tokens)
@@ -101,6 +111,10 @@ class KvCache:
                 raise KvCacheFull(f"{num_blocks} blocks requested, {self._num_unused} free")
             key, _ = self._idle.popitem(last=False)
             evicted = self._entries.pop(key).num_blocks
+            if key in self._stored:
+                del self._stored[key]
+            else:
+                self._removed[key] = None
             self._num_idle -= evicted
             self._num_unused += evicted
             self.num_evictions += 1
@@ -117,6 +131,10 @@ class KvCache:
             # An entry that another request computed meanwhile is kept twice, as in vLLM.
             if key not in self._entries:
                 self._entries[key] = _Entry(num_blocks)
+                if key in self._removed:
+                    del self._removed[key]
+                else:
+                    self._stored[key] = None
                 holding.num_own_blocks -= num_blocks
                 holding.shared.append(key)
         holding.num_noted = max(holding.num_noted, min(num_whole, len(holding.keys)))
@@ -133,6 +151,18 @@ class KvCache:
                 self._num_idle += entry.num_blocks
         holding.shared.clear()
         holding.num_noted = 0
+
+    def take_delta(self, format: str) -> PrefixDelta | None:
+        """What has changed since the last delta, the first of which is a snapshot; None if nothing
+        has."""
+        if self._seq and not (self._stored or self._removed):
+            return None
+        self._seq += 1
+        delta = PrefixDelta(
+            "", self._seq, format, pack(self._stored), pack(self._removed), self._seq == 1
+        )
+        self._stored, self._removed = {}, {}
+        return delta
 
     def num_shared_blocks(self, holding: Holding) -> int:
         """Blocks that a release would not free, as other requests hold them too."""

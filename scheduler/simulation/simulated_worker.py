@@ -6,10 +6,11 @@ from random import Random
 from typing import NamedTuple
 
 from scheduler.cost_model import StepShape
+from scheduler.prefill_queue import QueueReport
 from scheduler.request import RequestState
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
-from scheduler.simulation.fast_forward import FastForward, Jump, is_steady
+from scheduler.simulation.fast_forward import FastForward, Jump, advanced, is_steady, new_blocks
 from scheduler.simulation.kv_cache import Holding, KvCache, KvCacheFull
 from scheduler.simulation.noise import Noise
 from scheduler.simulation.plan_check import BrokenPlan, check
@@ -114,6 +115,23 @@ class SimulatedWorker:
         if self.jump is None:
             return self.num_outstanding_tokens
         return self.num_outstanding_tokens - self.jump.num_done(now) * len(self._running)
+
+    def queue_report(self, now: float) -> QueueReport:
+        """What it reports of its queue."""
+        for state in self._waiting:
+            live = self.live[state.request.request_id]
+            state.num_computed_tokens = self.kv.num_hit_tokens(live.holding, state.num_tokens)
+        running, num_free_kv_blocks = self._running, self.kv.num_free
+        if self.jump and (num_done := self.jump.num_done(now)):
+            num_free_kv_blocks -= new_blocks(self._limits, running, num_done)
+            running = [advanced(state, num_done, now) for state in running]
+        view = StepView(
+            step=self.num_steps,
+            running=running,
+            waiting=self._waiting,
+            num_free_kv_blocks=num_free_kv_blocks,
+        )
+        return self._planner.queue_report(view, now)
 
     def add(self, live: LiveRequest) -> None:
         """Take a new request."""

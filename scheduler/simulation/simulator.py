@@ -12,16 +12,19 @@ predicts. Equal arguments give equal results.
 import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from scheduler.cost_model import CostModel
-from scheduler.placement import WorkerLoad, place
+from scheduler.fleet import Fleet
+from scheduler.placement import WorkerLoad
 from scheduler.policy import StepPolicy
-from scheduler.request import RequestState
+from scheduler.prefix_index import pack
+from scheduler.request import Request, RequestState
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
 from scheduler.simulation.noise import Noise
+from scheduler.simulation.placers import Placer, PredictedSeconds
 from scheduler.simulation.simulated_worker import (
     LiveRequest,
     SimulatedWorker,
@@ -73,6 +76,8 @@ class SimulationConfig:
     log_steps: bool = False
     """Whether the result has each step."""
     report_interval_s: float = REPORT_INTERVAL_S
+    placer: Callable[[], Placer] = PredictedSeconds
+    """Makes what chooses the workers."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -159,7 +164,13 @@ class _Cluster:
 
     workers: list[SimulatedWorker] = field(init=False)
     loads: list[WorkerLoad] = field(init=False)
+    fleet: Fleet = field(init=False, default_factory=Fleet)
+    placer: Placer = field(init=False)
+    ended: list[list[str]] = field(init=False)
+    """Requests of each worker that have ended since its last report."""
     index_of: dict[str, int] = field(init=False)
+    format: str = field(init=False, default="")
+    """What the hashes of blocks are of, for all arrivals."""
     events: list[tuple[float, int, int, int]] = field(init=False, default_factory=list)
     """Each has time, kind, index of the worker or arrival, and version of the worker's step."""
     last_report: int = field(init=False, default=-1)
@@ -169,6 +180,12 @@ class _Cluster:
         for worker in self.workers if self.device.crowded_cost_model else ():
             worker.neighbours = [other for other in self.workers if other is not worker]
         self.loads = [self._load(worker, 0, 0) for worker in self.workers]
+        self.placer = self.config.placer()
+        for arrival in self.arrivals:
+            if size := self.workers[0].kv.entry_tokens(arrival.hash_block_size):
+                self.format = _format(size)
+                break
+        self.ended = [[] for _ in self.workers]
         self.index_of = {worker.worker_id: i for i, worker in enumerate(self.workers)}
 
     def _make_worker(self, index: int) -> SimulatedWorker:
@@ -202,13 +219,22 @@ class _Cluster:
         if first_arrivals:
             events.append(first_arrivals.pop())
         num_done, num_reported, one_percent = 0, 0, max(1, len(self.arrivals) // 100)
+
+        def follow(index: int, now: float) -> None:
+            for follower in followers.get(self.arrivals[index].request.request_id, ()):
+                arrives_s = now + self.arrivals[follower].arrival_s
+                heapq.heappush(events, (arrives_s, REQUEST_ARRIVES, follower, 0))
+
         while events:
             now, kind, index, version = heapq.heappop(events)
             self._report_until(now)
             if kind == REQUEST_ARRIVES:
                 if self.arrivals[index].after is None and first_arrivals:
                     heapq.heappush(events, first_arrivals.pop())
-                self._place(index, now)
+                if not self._place(index, now):
+                    outcomes[index] = _refused(self.arrivals[index].request, now)
+                    num_done += 1
+                    follow(index, now)
                 continue
             worker = self.workers[index]
             if kind == STEP_BEGINS:
@@ -219,10 +245,9 @@ class _Cluster:
                 continue
             for live in worker.finish(now):
                 outcomes[live.index] = _outcome(live, worker.worker_id)
+                self.ended[index].append(live.arrival.request.request_id)
                 num_done += 1
-                for follower in followers.get(live.arrival.request.request_id, ()):
-                    arrives_s = now + self.arrivals[follower].arrival_s
-                    heapq.heappush(events, (arrives_s, REQUEST_ARRIVES, follower, 0))
+                follow(live.index, now)
             if events and events[0][0] <= now:
                 self._begin_soon(index, now)
             else:
@@ -252,11 +277,14 @@ class _Cluster:
             worker.begins_soon = True
             heapq.heappush(self.events, (now, STEP_BEGINS, index, 0))
 
-    def _place(self, index: int, now: float) -> None:
+    def _place(self, index: int, now: float) -> bool:
+        """Place a request; False if it is refused."""
         arrival = self.arrivals[index]
-        placement = place(arrival.request, self.loads)
-        assert placement is not None  # none is draining
-        worker_id = placement.chosen.worker_id
+        request = self._request(arrival)
+        worker_id = self.placer.choose(request, self.loads, self.fleet, now)
+        if worker_id is None:
+            return False
+        self.fleet.place(worker_id, request, now)
         at = self.index_of[worker_id]
         worker, load = self.workers[at], self.loads[at]
         num_tokens = load.num_outstanding_tokens + arrival.request.num_outstanding_tokens()
@@ -267,6 +295,20 @@ class _Cluster:
             heapq.heappush(self.events, (end_s, STEP_ENDS, at, worker.version))
         if not worker.is_busy:
             self._begin_soon(at, now)
+        return True
+
+    def _request(self, arrival: Arrival) -> Request:
+        """The request of an arrival, with the hashes of its blocks."""
+        holding = self.workers[0].kv.holding(
+            arrival.hash_ids, arrival.hash_block_size, arrival.request.num_prompt_tokens - 1
+        )
+        if not holding.keys:
+            return arrival.request
+        return replace(
+            arrival.request,
+            block_hashes=pack(holding.keys),
+            prefix_format=_format(holding.entry_tokens),
+        )
 
     def _live(self, index: int, worker: SimulatedWorker, now: float) -> LiveRequest:
         arrival = self.arrivals[index]
@@ -298,11 +340,21 @@ class _Cluster:
         self.last_report = report
         report_s = report * self.config.report_interval_s
         for index, worker in enumerate(self.workers):
+            if not (worker.live or self.ended[index]):
+                continue
             load = self.loads[index]
             outstanding = worker.outstanding_at(report_s)
             num_requests = len(worker.live)
             if outstanding != load.num_outstanding_tokens or num_requests != load.num_requests:
                 self.loads[index] = self._load(worker, outstanding, num_requests)
+            self.fleet.report(
+                worker.worker_id,
+                worker.queue_report(report_s),
+                [*worker.live, *self.ended[index]],
+                worker.kv.take_delta(self.format),
+                report_s,
+            )
+            self.ended[index].clear()
 
     def _load(self, worker: SimulatedWorker, num_tokens: int, num_requests: int) -> WorkerLoad:
         max_num_seqs = self.device.limits.max_num_seqs
@@ -334,6 +386,28 @@ class _Cluster:
             by_class=by_class,
             steps=steps,
         )
+
+
+def _format(entry_tokens: int) -> str:
+    return f"trace//{entry_tokens}"
+
+
+def _refused(request: Request, now: float) -> Outcome:
+    return Outcome(
+        request_id=request.request_id,
+        slo_class=request.slo_class,
+        slo=request.slo,
+        worker_id="",
+        arrival_s=now,
+        ttft_s=0.0,
+        tpot_s=0.0,
+        finish_s=now,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=0,
+        num_preemptions=0,
+        num_cached_tokens=0,
+        is_refused=True,
+    )
 
 
 def _outcome(live: LiveRequest, worker_id: str) -> Outcome:

@@ -29,6 +29,8 @@ class Outcome:
     num_preemptions: int
     num_cached_tokens: int
     """Prompt tokens that were in the KV cache when it was first admitted."""
+    is_refused: bool = False
+    """Whether it was not served; then it has no latencies, and missed its targets."""
 
     @property
     def e2e_s(self) -> float:
@@ -38,6 +40,8 @@ class Outcome:
     @property
     def met_targets(self) -> bool:
         """Whether it met both of its targets."""
+        if self.is_refused:
+            return False
         return self.ttft_s <= self.slo.ttft_s and self.tpot_s <= self.slo.tpot_s
 
     def to_dict(self) -> dict[str, Any]:
