@@ -100,6 +100,7 @@ class RefusalReason(Worded):
     )
     POISON = "poison", "an equal request has made engines fail"
     OVERLOAD = "overload", "the workers could not serve the request in time"
+    TOO_LONG = "too_long", "no worker could ever meet the request's time to first token"
     QUOTA = "quota", "a quota of its tenant is used up"
 
 

@@ -83,8 +83,7 @@ class Forecast:
     num_late: int = 0
     """Requests that miss their time to first token because of it, itself included."""
     is_late: bool = False
-    """Whether it misses its own, or decodes become so many that all miss theirs of time per
-    token."""
+    """Whether it misses its own."""
     fits: bool = True
     """Whether the KV cache has room for it and for all that wait."""
 
@@ -153,7 +152,7 @@ class PrefillQueue:
             prefill_s=own.seconds,
             ttft_s=end_s - now + decode_s,  # a step is in flight, and the next one has decodes
             num_late=self._num_on_time + 1 - num_on_time,
-            is_late=late or decode_s > min(report.tpot_s, request.slo.tpot_s),
+            is_late=late,
             fits=self.num_new_tokens + own.num_new_tokens <= report.num_free_kv_tokens,
         )
 

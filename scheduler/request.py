@@ -32,6 +32,8 @@ class Request:
     slo: Slo = Slo()
     slo_class: str = ""
     """Name of its service class; for reports only."""
+    names_slo: bool = True
+    """Whether its client asks for these objectives; otherwise they are those of all who do not."""
     tenant: str = ""
     """Whose it is."""
     traceparent: str = ""

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from random import Random
 from typing import Protocol
 
+from scheduler.admission import Admission
 from scheduler.fleet import Fleet
 from scheduler.placement import WorkerLoad, place
 from scheduler.request import Request
@@ -24,8 +25,11 @@ class Placer(Protocol):
         """The id of the worker that gets a request; None if it is refused."""
 
 
+@dataclass(slots=True)
 class PredictedSeconds:
     """Ours, as the GlobalScheduler chooses."""
+
+    admission: Admission = field(default_factory=Admission)
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
@@ -40,7 +44,9 @@ class PredictedSeconds:
                 if (forecast := forecasts.get(load.worker_id))
             ],
         )
-        return placement.chosen.worker_id if placement else None
+        if placement is None or self.admission.refusal(request, placement):
+            return None
+        return placement.chosen.worker_id
 
 
 @dataclass(slots=True)

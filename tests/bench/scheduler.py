@@ -25,6 +25,7 @@ Keys of the summary: `TRACE_TARGETS` is the hybrid scheduler's capacity over the
 
 import multiprocessing
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,12 +115,8 @@ def open_loop(sessions: list[Arrival]) -> list[Arrival]:
     return sorted(timed, key=lambda arrival: arrival.arrival_s)
 
 
-def make_scene(
-    trace: str, targets: str, device: DeviceProfile, num_workers: int, num_requests: int
-) -> Scene:
-    """The first requests of a trace, with targets."""
-    arrivals = clip_lengths(read_trace(find_trace(trace)), MAX_MODEL_LEN)
-    arrivals = with_max_tokens(open_loop(arrivals)[:num_requests], MAX_TOKENS)
+def targets_of(arrivals: Sequence[Arrival], targets: str, device: DeviceProfile) -> Slo:
+    """The targets of these requests."""
     prompts = sorted(arrival.request.num_prompt_tokens for arrival in arrivals)
     prompt = max(1000, prompts[int(0.9 * len(prompts))])
     length = round(
@@ -130,10 +127,19 @@ def make_scene(
     for _ in range(16):
         decode.add(1, length, 1)
     ttft_factor, tpot_factor = TARGETS[targets]
-    slo = Slo(
+    return Slo(
         ttft_s=ttft_factor * device.cost_model.predict(prefill),
         tpot_s=tpot_factor * device.cost_model.predict(decode),
     )
+
+
+def make_scene(
+    trace: str, targets: str, device: DeviceProfile, num_workers: int, num_requests: int
+) -> Scene:
+    """The first requests of a trace, with targets."""
+    arrivals = clip_lengths(read_trace(find_trace(trace)), MAX_MODEL_LEN)
+    arrivals = with_max_tokens(open_loop(arrivals)[:num_requests], MAX_TOKENS)
+    slo = targets_of(arrivals, targets, device)
     return Scene(trace, targets, with_slo(arrivals, slo), device, num_workers)
 
 

@@ -1,0 +1,64 @@
+"""Which requests are refused at once, because they could not be served in time."""
+
+import math
+from dataclasses import dataclass
+
+from scheduler.placement import Placement, RefusalReason, Refused
+from scheduler.request import Request
+
+MIN_RETRY_S = 1.0
+"""Shortest time after which a refused client is asked to come back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """The rule by which requests are refused.
+
+    A request that would be late is of no use to its client, and what it takes is missing for
+    others. One that is not refused is served, however late it gets.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    refuse_late: bool = True
+    """Whether a request is refused whose first token is predicted to come too late on all
+    workers."""
+    in_time: float = 0.8
+    """Share of its time to first token within which that must be predicted. The rest is for those
+    that come later and take less: workers serve them first if not all can be on time."""
+    max_queue_s: float = 300.0
+    """Predicted seconds to the first token beyond which a request without a target is refused."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.in_time <= 1:
+            raise ValueError(f"in_time ({self.in_time}) must be above 0 and at most 1")
+        if not self.max_queue_s > 0:
+            raise ValueError(f"max_queue_s ({self.max_queue_s}) must be positive")
+
+    def refusal(self, request: Request, placement: Placement) -> Refused | None:
+        """Why a request is not served where it would be served best; None if it is.
+
+        One that would be late on an idle worker too is refused only if it asks for its targets by
+        name: to come back later would not help it.
+        """
+        forecast = placement.chosen.forecast
+        if forecast is None or not self.refuse_late:
+            return None
+        target_s = min(self.in_time * request.slo.ttft_s, self.max_queue_s)
+        late_s = math.inf if forecast.is_late else forecast.ttft_s - target_s
+        if late_s <= 0:
+            return None
+        if forecast.prefill_s > target_s:
+            if not request.names_slo:
+                return None
+            return Refused(
+                RefusalReason.TOO_LONG,
+                MIN_RETRY_S,
+                f"its first token takes {forecast.prefill_s:.2g} s on an idle worker",
+            )
+        retry_s = forecast.ttft_s - target_s
+        return Refused(
+            RefusalReason.OVERLOAD,
+            math.ceil(max(retry_s, MIN_RETRY_S)),
+            f"its first token is predicted in {forecast.ttft_s:.2g} s",
+        )
