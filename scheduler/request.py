@@ -32,8 +32,6 @@ class Request:
     slo: Slo = Slo()
     slo_class: str = ""
     """Name of its service class; for reports only."""
-    names_slo: bool = True
-    """Whether its client asks for these objectives; otherwise they are those of all who do not."""
     tenant: str = ""
     """Whose it is."""
     traceparent: str = ""
@@ -50,6 +48,8 @@ class Request:
     of others, or nobody knows their hashes. Only placement sees them."""
     prefix_format: str = ""
     """What they are of."""
+    names_slo: bool = True
+    """Whether its client asks for these objectives; otherwise they are those of all who do not."""
 
     def without_hashes(self) -> "Request":
         """This request for those who need not know what is in its prompt."""

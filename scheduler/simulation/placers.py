@@ -29,7 +29,8 @@ class Placer(Protocol):
 class PredictedSeconds:
     """Ours, as the GlobalScheduler chooses."""
 
-    admission: Admission = field(default_factory=Admission)
+    admission: Admission | None = None
+    """The rule by which it refuses requests; None serves all."""
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
@@ -44,7 +45,7 @@ class PredictedSeconds:
                 if (forecast := forecasts.get(load.worker_id))
             ],
         )
-        if placement is None or self.admission.refusal(request, placement):
+        if placement is None or (self.admission and self.admission.refusal(request, placement)):
             return None
         return placement.chosen.worker_id
 

@@ -246,9 +246,9 @@ def measure(scene: Scene) -> dict[str, Any]:
             if capacity > best:
                 best, best_placer, best_name = capacity, placer, name
         capacities[name] = best
-    ours = scene.capacity(PredictedSeconds, best)
-    alone = scene.capacity(_alone, best)
-    at = scene.run(PredictedSeconds, 0.8 * best), scene.run(best_placer, 0.8 * best)
+    ours = scene.capacity(_ours, best)
+    alone = scene.capacity(PredictedSeconds, best)
+    at = scene.run(_ours, 0.8 * best), scene.run(best_placer, 0.8 * best)
     ttft = [_p90_ttft_s(scene.outcomes(result)) for result in at]
     row = {
         "trace": scene.name,
@@ -274,8 +274,8 @@ def measure(scene: Scene) -> dict[str, Any]:
     return row
 
 
-def _alone() -> Placer:
-    return PredictedSeconds(Admission(refuse_late=False))
+def _ours() -> Placer:
+    return PredictedSeconds(Admission())
 
 
 def _p90_ttft_s(outcomes: list[Outcome]) -> float:
