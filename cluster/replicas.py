@@ -22,6 +22,7 @@ from cluster.observe.replica import Replica
 from cluster.observe.telemetry import SchedulerTelemetry, WorkerTelemetry
 from cluster.placement import ray_seams
 from cluster.placement.global_scheduler import GlobalScheduler
+from cluster.placement.prefix_watch import PrefixStats
 from scheduler.placement import Placed, Placement, Refused, WorkerLoad
 from scheduler.quota import Draw, Grant
 from scheduler.request import Request
@@ -75,9 +76,13 @@ class GlobalSchedulerReplica(Replica):
             observer=SchedulerTelemetry(metrics, self._tracing),
             max_num_seqs=config.worker.engine.max_num_seqs,
             slow_timeout_s=config.worker.slow_timeout_s,
+            predicts=config.placement.policy == "predicted",
             quotas={name: tenant.quota for name, tenant in config.all_tenants.items()},
         )
-        self._exporting = asyncio.get_running_loop().create_task(self._export(metrics))
+        worker = config.worker
+        is_told = worker.prefix_index and worker.engine.enable_prefix_caching
+        exporting = self._export(metrics, is_told)
+        self._exporting = asyncio.get_running_loop().create_task(exporting)
         logger.info("GlobalScheduler ready")
 
     async def place(self, request: Request, worker_ids: Sequence[str]) -> Placed | Refused:
@@ -124,10 +129,15 @@ class GlobalSchedulerReplica(Replica):
         """The current view of all workers."""
         return await self._scheduler.loads()
 
-    async def _export(self, metrics: PlacementMetrics) -> None:
+    async def prefix_stats(self) -> PrefixStats:
+        """What is known of the workers' prefix caches."""
+        return self._scheduler.prefix_stats()
+
+    async def _export(self, metrics: PlacementMetrics, is_told: bool) -> None:
         while True:
             for load, report_age_s in self._scheduler.loads_and_ages():
                 metrics.set_load(load, report_age_s)
+            metrics.set_prefixes(self._scheduler.prefix_stats(), is_told)
             await asyncio.sleep(EXPORT_LOADS_S)
 
 

@@ -1,6 +1,9 @@
 """What placement knows of the workers' queues and prefix caches, between their reports."""
 
+import heapq
+from bisect import bisect_left, insort
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 
 from scheduler.prefill_queue import Forecast, PrefillQueue, QueueReport
 from scheduler.prefix_index import PrefixDelta, PrefixIndex, block_size_of
@@ -22,6 +25,10 @@ class Fleet:
     def __init__(self, index: PrefixIndex | None = None) -> None:
         self.index = index or PrefixIndex()
         self._queues: dict[str, PrefillQueue] = {}
+        self._seconds: dict[str, float] = {}
+        """How long each queue is, by worker."""
+        self._ranked: list[tuple[float, str]] = []
+        """The same, the shortest first: a placement need not look at a thousand."""
         self._uncomputed: dict[str, dict[str, Request]] = {}
         """Requests by worker that were placed on it and have no token yet, as far as is known."""
 
@@ -37,6 +44,7 @@ class Fleet:
         in its cache. False if it is to send a snapshot of that."""
         view = self._queue(worker_id, now)
         view.report(queue, known, now)
+        self._rank(worker_id, view.seconds)
         uncomputed = self._uncomputed[worker_id]
         for request_id in list(uncomputed):
             if request_id not in queue.prefills and not view.expects(request_id):
@@ -46,13 +54,16 @@ class Fleet:
     def place(self, worker_id: str, request: Request, now: float) -> None:
         """Note that a request was placed on a worker."""
         cached = self.num_cached_tokens(request, [worker_id])
-        self._queue(worker_id, now).add(request, cached.get(worker_id, 0), now)
+        view = self._queue(worker_id, now)
+        view.add(request, cached.get(worker_id, 0), now)
+        self._rank(worker_id, view.seconds)
         self._uncomputed[worker_id][request.request_id] = request
         self.index.expect(worker_id, request)
 
     def forget(self, worker_id: str) -> None:
         """Forget a worker that is gone."""
         self._queues.pop(worker_id, None)
+        self._unrank(worker_id)
         self._uncomputed.pop(worker_id, None)
         self.index.forget(worker_id)
 
@@ -84,9 +95,21 @@ class Fleet:
     ) -> Sequence[str]:
         if len(worker_ids) <= NUM_CACHED + NUM_SHORT:
             return worker_ids
-        by_queue = sorted(worker_ids, key=lambda one: self._queue(one, now).seconds)
-        by_cache = sorted(cached, key=lambda one: -cached[one])
-        return list(dict.fromkeys((*by_cache[:NUM_CACHED], *by_queue[:NUM_SHORT])))
+        wanted = set(worker_ids)
+        for unknown in wanted - self._seconds.keys():
+            self._rank(unknown, 0.0)
+        by_queue = islice((one for _, one in self._ranked if one in wanted), NUM_SHORT)
+        by_cache = heapq.nlargest(NUM_CACHED, cached, cached.__getitem__)
+        return list(dict.fromkeys((*by_cache, *by_queue)))
+
+    def _rank(self, worker_id: str, seconds: float) -> None:
+        self._unrank(worker_id)
+        self._seconds[worker_id] = seconds
+        insort(self._ranked, (seconds, worker_id))
+
+    def _unrank(self, worker_id: str) -> None:
+        if (seconds := self._seconds.pop(worker_id, None)) is not None:
+            del self._ranked[bisect_left(self._ranked, (seconds, worker_id))]
 
     def _queue(self, worker_id: str, now: float) -> PrefillQueue:
         if worker_id not in self._queues:

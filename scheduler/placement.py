@@ -88,6 +88,8 @@ class Placed:
     worker_id: str
     prefix_format: str = ""
     """What the hashes of the worker's blocks are of, as in `PrefixDelta`; empty if it has none."""
+    forecast: Forecast | None = None
+    """What was predicted for it there; None if nothing was."""
 
 
 class RefusalReason(Worded):

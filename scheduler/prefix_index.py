@@ -168,8 +168,7 @@ class PrefixIndex:
         self._remove(worker, unpack(delta.removed))
         self._store(worker, unpack(delta.stored))
         if delta.snapshot:
-            for block, num_requests in expected.items():
-                self._expect(worker, block, num_requests)
+            self._expect(worker, expected)
         return True
 
     def expect(self, worker_id: str, request: Request) -> None:
@@ -179,17 +178,20 @@ class PrefixIndex:
         """
         worker = self._workers.get(worker_id)
         if worker and worker.format == request.prefix_format:
-            for block in unpack(request.block_hashes):
-                self._expect(worker, block, 1)
+            self._expect(worker, dict.fromkeys(unpack(request.block_hashes), 1))
 
-    def _expect(self, worker: _Worker, block: int, num_requests: int) -> None:
-        table = self._tables[block % NUM_TABLES]
-        others = table.get(block, 0)
-        if block in worker.expected:
-            worker.expected[block] += num_requests
-        elif not others & worker.bit and (others or self._room(worker) > 0):
-            worker.expected[block] = num_requests
-            table[block] = others | worker.bit
+    def _expect(self, worker: _Worker, blocks: dict[int, int]) -> None:
+        """Count blocks as a worker's own, each with the number of requests that will compute it."""
+        expected, bit, room = worker.expected, worker.bit, self._room(worker)
+        for block, num_requests in blocks.items():
+            table = self._tables[block % NUM_TABLES]
+            others = table.get(block, 0)
+            if block in expected:
+                expected[block] += num_requests
+            elif not others & bit and (others or room > 0):
+                expected[block] = num_requests
+                table[block] = others | bit
+                room -= not others
 
     def settle(self, worker_id: str, request: Request) -> None:
         """No longer expect the blocks of a request, which it has computed or never will."""
@@ -230,6 +232,8 @@ class PrefixIndex:
             return {}
         self._count_mismatches(worker_ids, format)
         have_all = self._slots_of.get(format, 0)
+        if len(worker_ids) <= FEW:
+            have_all &= self._bits_of(worker_ids)
         found: dict[str, int] = {}
         num_blocks = 0
         tables = self._tables
@@ -370,6 +374,13 @@ class PrefixIndex:
             self._free.extend(_bits(self._swept_slots))
             self._gone &= kept
             self._swept_slots = 0
+
+    def _bits_of(self, worker_ids: Iterable[str]) -> int:
+        bits = 0
+        for worker_id in worker_ids:
+            if worker := self._workers.get(worker_id):
+                bits |= worker.bit
+        return bits
 
     def _holders_of(self, block: int) -> int:
         return self._tables[block % NUM_TABLES].get(block, 0)

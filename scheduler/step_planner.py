@@ -179,21 +179,25 @@ class StepPlanner:
         return self.cost_model.profiled(shape) / shape.num_tokens
 
     def queue_report(self, view: StepView, now: float) -> QueueReport:
-        """What its requests are to placement."""
+        """What its requests are to placement.
+
+        Those that were preempted, or come from another worker, prefill again before their next
+        token.
+        """
         prefills = {
             state.request.request_id: QueuedPrefill(
                 state.num_new_tokens,
                 state.num_tokens,
-                state.arrival_s + state.request.slo.ttft_s - now,
+                state.due_s - now,
                 state.request.priority,
             )
             for states in (view.running, view.waiting)
             for state in states
-            if not state.num_output_tokens
+            if not state.is_decoding
         }
         decodes, tpot_s = self.cost_model.shape(), math.inf
         for state in view.running:
-            if state.num_output_tokens:
+            if state.is_decoding:
                 decodes.add(1, state.num_tokens, 1)
                 tpot_s = min(tpot_s, state.request.slo.tpot_s)
         return QueueReport(

@@ -15,6 +15,7 @@ from cluster.config.app_config import AppConfig
 from cluster.observe.request_history import Attempt, Refusal, RequestHistory, RequestRecord
 from cluster.placement import global_scheduler
 from cluster.placement.global_scheduler import GlobalScheduler
+from scheduler.prefill_queue import Forecast
 from scheduler.prefix_index import PrefixDelta, PrefixIndex, pack
 from scheduler.request import Request, Slo
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
@@ -97,7 +98,11 @@ def requests(id_len: int, num_tokens: int) -> RequestHistory:
     for request_id in ids(id_len):
         record = RequestRecord(Request(request_id, 1, 1, slo=Slo(1.0, 0.1)), 1.5 + len(request_id))
         record.call_id = request_id[:-1]
-        record.attempts.append(Attempt(f"{request_id}.0", 2.5 + len(request_id)))
+        began_s = 2.5 + len(request_id)
+        forecast = Forecast(1000 + len(request_id), began_s + 1, began_s + 2)
+        record.attempts.append(
+            Attempt(f"{request_id}.0", began_s, "", forecast, began_s + 3, began_s + 4, 1001)
+        )
         history.add(record)
         record.output_token_ids = array("I", range(num_tokens))
         record.outcome, record.error = "error", f"it failed {request_id}"

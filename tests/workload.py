@@ -78,6 +78,30 @@ def chats(tokenizer: Tokenizer, max_context: int) -> dict[str, list[list[dict[st
     return {kind: _distinct(chats) for kind, chats in found.items()}
 
 
+def dialogues(count: int) -> list[list[list[dict[str, str]]]]:
+    """The turns of dialogues (MT-Bench-101) in a fixed order, each with all turns before it; or
+    else chats about `questions` that only share a beginning."""
+    path = DATA / "conversations" / "mt_bench_101.jsonl.gz"
+    if not path.exists():
+        return [
+            [_chat(question[: len(question) * part // 3]) for part in (1, 2, 3)]
+            for question in questions(min(count, 40))
+        ]
+    with gzip.open(path, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    Random(0).shuffle(rows)  # its file is sorted by task
+    found = []
+    for row in rows[:count]:
+        so_far: list[dict[str, str]] = []
+        turns = []
+        for turn in row["history"]:
+            so_far = [*so_far, {"role": "user", "content": turn["user"]}]
+            turns.append(so_far)
+            so_far = [*so_far, {"role": "assistant", "content": turn["bot"]}]
+        found.append(turns)
+    return found
+
+
 _SPEC_BENCH = ("translation", "summarization", "qa", "math_reasoning", "rag")
 _EDITS = (
     "Add type hints to all arguments and variables of this function.",

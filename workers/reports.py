@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scheduler.prefill_queue import QueueReport
 from scheduler.prefix_index import PrefixDelta
 from scheduler.task import StepReport
 from workers.drafts.draft_client import DraftCounts
@@ -63,6 +64,8 @@ class WorkerReport:
     """Why its engine is dead; empty while it lives."""
     prefix: PrefixDelta | None = None
     """What has changed in its prefix cache since the last report; None if it does not tell."""
+    queue: QueueReport = field(default_factory=QueueReport)
+    """What has still to be prefilled there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from scheduler.prefill_queue import QueueReport
 from workers.config import WorkerConfig
 from workers.cpus import CpuClaim, claim_cpus
 from workers.engine.engine import Engine
@@ -165,12 +166,15 @@ class Worker:
             state.engine.token_s,
             round(state.engine.slowness, 1),
             prefix=state.prefix,
+            queue=state.queue,
         )
         now = self._clock()
-        if report != self._reported or now - self._reported_s >= REPORT_HEARTBEAT_S:
+        # Its time goes by in any case, and the GlobalScheduler counts on.
+        lasting = dataclasses.replace(report, queue=_timeless(report.queue))
+        if lasting != self._reported or now - self._reported_s >= REPORT_HEARTBEAT_S:
             # What has changed once is no change of the next report.
             rest = state.prefix.settled() if state.prefix else None
-            self._reported, self._reported_s = dataclasses.replace(report, prefix=rest), now
+            self._reported, self._reported_s = dataclasses.replace(lasting, prefix=rest), now
             self._observer.reported(report)
 
     def report_death(self, reason: str) -> None:
@@ -208,3 +212,14 @@ class Worker:
     def _release_cpus(self) -> None:
         if self._cpus:
             self._cpus.release()
+
+
+def _timeless(queue: QueueReport) -> QueueReport:
+    """The queue without the time that its requests have left."""
+    return dataclasses.replace(
+        queue,
+        prefills={
+            request_id: prefill._replace(due_in_s=0.0)
+            for request_id, prefill in queue.prefills.items()
+        },
+    )

@@ -16,6 +16,7 @@ import pydantic
 from cluster.config.auth import AuthConfig, TenantConfig, check_tenants
 from cluster.config.nodes import NodesConfig
 from cluster.config.observe import LogConfig, TracingConfig
+from cluster.config.placement import PlacementConfig
 from cluster.config.routes import EXTRA_PATHS
 from cluster.config.slo import SloConfig
 from cluster.errors import ConfigError
@@ -126,6 +127,7 @@ class AppConfig:
     """Those who share the app, by name; each API key is one tenant's. `default` is the tenant of
     keys that name none, and of callers without a key."""
     slo: SloConfig = field(default_factory=SloConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     nodes: NodesConfig = field(default_factory=NodesConfig)
     stream_ports: tuple[int, int] | None = None
     """First and last of the TCP ports at which ingresses and draft workers take the streams of

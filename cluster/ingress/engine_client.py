@@ -48,7 +48,8 @@ class StepOutputs(Protocol):
     """What one step of one worker produced for this client, in vLLM's form."""
 
     outputs: list[Any]
-    """One for each request, with `request_id`, `new_token_ids` and `finish_reason`."""
+    """One for each request, with `request_id`, `new_token_ids` and `finish_reason`, and with the
+    first token `prefill_stats`, which says what was cached."""
 
 
 Outputs = TypeVar("Outputs", bound=StepOutputs)
@@ -288,6 +289,8 @@ class EngineClient(Generic[Outputs]):
             answer = await self._place_or_choose(request, untried or alive)
             if isinstance(answer, Placed):
                 self.prefix_format = answer.prefix_format or self.prefix_format
+                attempt = live.record.attempts[-1]
+                attempt.forecast, attempt.placed_s = answer.forecast, time.time()
                 return answer.worker_id
             if answer.is_final:
                 live.record.refused = answer
@@ -345,7 +348,8 @@ class EngineClient(Generic[Outputs]):
                 if (live := self._attempts.get(attempt_id)) is None:
                     continue  # aborted by this client, or from a worker that was given up
                 output.request_id = live.request_id
-                live.record.deliver(output.new_token_ids, now)
+                stats = output.prefill_stats
+                live.record.deliver(output.new_token_ids, now, stats and stats.num_cached_tokens)
                 live.heard_s = time.monotonic()
                 kept.append(output)
                 if output.finish_reason is not None:

@@ -11,6 +11,7 @@ from cluster.observe.explanation import AttemptTrace, Explanation
 from cluster.observe.phases import Phase, phases
 from cluster.observe.request_history import Attempt, Refusal, RequestRecord
 from scheduler.placement import Placement, WorkerLoad
+from scheduler.prefill_queue import Forecast
 from scheduler.task import Reason, Stage
 from workers.step_history import RequestStep
 
@@ -90,7 +91,7 @@ def _targets(record: RequestRecord) -> str:
 def _attempt(
     record: RequestRecord, attempt: Attempt, trace: AttemptTrace, is_first: bool
 ) -> list[str]:
-    lines = [_placed(trace.placement)]
+    lines = [_placed(trace.placement), *_predicted(attempt)]
     for worker_id, steps in trace.steps.items():
         began_s = record.arrived_s if is_first else attempt.began_s
         for phase in phases(steps, began_s):
@@ -121,7 +122,33 @@ def _load(load: WorkerLoad) -> str:
     return (
         f"{load.worker_id} ({load.num_outstanding_tokens} outstanding tokens in "
         f"{_count(load.num_requests, 'request')}, {load.tokens_per_decode:.2f} tokens per decode, "
-        f"steps {load.slowness:.1f} times as long as profiled)"
+        f"steps {load.slowness:.1f} times as long as profiled"
+        + (f"; {_forecast(load.forecast)})" if load.forecast else ")")
+    )
+
+
+def _forecast(forecast: Forecast) -> str:
+    text = (
+        f"predicted: first token after {_ms(forecast.ttft_s)}, "
+        f"{_count(forecast.num_cached_tokens, 'token')} cached, the rest in "
+        f"{_ms(forecast.prefill_s)} of prefill"
+    )
+    if forecast.num_late:
+        text += f", {_count(forecast.num_late, 'request')} late because of it, itself included"
+    if not forecast.fits:
+        text += ", no room in the KV cache"
+    return text
+
+
+def _predicted(attempt: Attempt) -> Iterator[str]:
+    """What was predicted for an attempt, beside what came of it."""
+    if (forecast := attempt.forecast) is None or attempt.ttft_s == math.inf:
+        return
+    found = attempt.num_cached_tokens
+    yield (
+        f"  its first token came {_ms(attempt.ttft_s)} after that (predicted "
+        f"{_ms(forecast.ttft_s)}), with {'an unknown number' if found is None else found} of its "
+        f"tokens found cached (predicted {forecast.num_cached_tokens})"
     )
 
 

@@ -13,7 +13,8 @@ from ray.serve import metrics as serve_metrics
 from cluster.config.slo import SloConfig
 from cluster.observe import metrics
 from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
-from cluster.observe.request_history import RequestRecord
+from cluster.observe.request_history import Attempt, RequestRecord
+from cluster.placement.prefix_watch import PrefixStats
 from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement, PlacementReason, WorkerLoad
 from scheduler.task import Reason, Stage, StepReport
@@ -32,6 +33,7 @@ RETRY_REASONS = (
     "StepFailed",
     "WorkerDraining",
 )
+PREFIX_KINDS = ("placed", "predicted", "found")
 DRAFT_OUTCOMES = ("proposed", "verified", "accepted", "late", "stale")
 
 
@@ -189,6 +191,7 @@ class RequestMetrics:
         exporter.begin(metrics.TENANT_TOKENS, tenant=tenants, kind=("prompt", "output"))
         exporter.begin(metrics.ADMISSIONS, outcome=ADMISSION_OUTCOMES)
         exporter.begin(metrics.RETRIES, reason=RETRY_REASONS)
+        exporter.begin(metrics.PREFIX_TOKENS, kind=PREFIX_KINDS)
         classes = slo.all_classes
         exporter.begin(metrics.REQUESTS, slo_class=classes, outcome=REQUEST_OUTCOMES)
         exporter.begin(metrics.REQUEST_TOKENS, slo_class=classes, kind=("prompt", "output"))
@@ -237,8 +240,23 @@ class RequestMetrics:
             add(metrics.TENANT_TOKENS, record.num_output_tokens, tenant=tenant, kind="output")
         if record.num_output_tokens > 1:
             observe(metrics.TIME_PER_OUTPUT_TOKEN, record.tpot_s, slo_class=slo_class)
+        for attempt in record.attempts:
+            self._count_attempt(attempt, record.request.num_prompt_tokens)
         for target, met in record.attainment().items():
             add(metrics.SLO_REQUESTS, slo_class=slo_class, target=target, met=str(met).lower())
+
+    def _count_attempt(self, attempt: Attempt, num_prompt_tokens: int) -> None:
+        """Compare an attempt with what was predicted for it, if it got a token."""
+        forecast, num_found = attempt.forecast, attempt.num_cached_tokens
+        if forecast is None or attempt.ttft_s == math.inf:
+            return
+        if forecast.ttft_s > 0:
+            self._exporter.observe(metrics.TTFT_TO_PREDICTED, attempt.ttft_s / forecast.ttft_s)
+        if num_found is not None:
+            numbers = num_prompt_tokens, forecast.num_cached_tokens, num_found
+            for kind, number in zip(PREFIX_KINDS, numbers, strict=True):
+                if number:
+                    self._exporter.add(metrics.PREFIX_TOKENS, number, kind=kind)
 
 
 class PlacementMetrics:
@@ -248,7 +266,11 @@ class PlacementMetrics:
         self._exporter = exporter
         self._workers: set[str] = set()
         """Workers whose counters have begun."""
+        self._prefixes: PrefixStats | None = None
+        """What was exported last."""
         exporter.begin(metrics.DRAFT_COLLAPSES, reason=CollapseReason)
+        exporter.begin(metrics.PREFIX_RESYNCS)
+        exporter.begin(metrics.PREFIX_FORMAT_MISMATCH)
 
     def count_placement(self, placement: Placement) -> None:
         """Count a request that was placed."""
@@ -269,6 +291,25 @@ class PlacementMetrics:
         set_(metrics.WORKER_REQUESTS, load.num_requests, worker=worker)
         set_(metrics.WORKER_REPORT_AGE, report_age_s, worker=worker)
         set_(metrics.WORKER_SLOWNESS, load.slowness, worker=worker)
+
+    def set_prefixes(self, stats: PrefixStats, is_told: bool) -> None:
+        """Set what is known of the prefix caches; `is_told` if the config has workers tell it."""
+        set_, before = self._exporter.set, self._prefixes
+        set_(metrics.PREFIX_INDEX_BLOCKS, stats.num_blocks)
+        set_(metrics.PREFIX_INDEX_BYTES, stats.num_bytes)
+        set_(metrics.PREFIX_INDEX_WORKERS, stats.num_workers)
+        set_(metrics.PREFIX_UNTOLD_WORKERS, stats.num_untold if is_told else 0)
+        for counter, number, then in (
+            (metrics.PREFIX_RESYNCS, stats.num_resyncs, before and before.num_resyncs),
+            (
+                metrics.PREFIX_FORMAT_MISMATCH,
+                stats.num_format_mismatches,
+                before and before.num_format_mismatches,
+            ),
+        ):
+            if number > (then or 0):
+                self._exporter.add(counter, number - (then or 0))
+        self._prefixes = stats
 
 
 class DraftWorkerMetrics:

@@ -75,6 +75,7 @@ DECISION_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1)
 TPOT_S = (0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 REQUEST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 RELATIVE_ERROR = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+PREDICTED = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 SHARE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
 
 # What clients see; exported by each ingress.
@@ -151,6 +152,18 @@ RETRIES = _counter(
     "requests",
     "Times that a request lost its worker and was retried on another, by the name of the error.",
     "reason",
+)
+TTFT_TO_PREDICTED = _histogram(
+    "ttft_to_predicted_ratio",
+    "Time from a request's placement to its first token over what was predicted for it.",
+    PREDICTED,
+)
+PREFIX_TOKENS = _counter(
+    "prefix_tokens",
+    "tokens",
+    "Tokens of prompts of which a cached prefix was predicted, by kind: all placed, those predicted"
+    " to be cached, those found cached.",
+    "kind",
 )
 HTTP_REQUESTS = _counter(
     "http_requests",
@@ -291,6 +304,30 @@ WORKER_SLOWNESS = _gauge(
     "ratio",
     "Recent step times of a worker relative to those that its profile predicts.",
     "worker",
+)
+PREFIX_INDEX_BLOCKS = _gauge(
+    "prefix_index_blocks", "blocks", "Different blocks that the workers' prefix caches have."
+)
+PREFIX_INDEX_BYTES = _gauge(
+    "prefix_index_bytes", "bytes", "Memory of the index of prefix caches, at most."
+)
+PREFIX_INDEX_WORKERS = _gauge(
+    "prefix_index_workers", "workers", "Workers that tell what their prefix caches have."
+)
+PREFIX_UNTOLD_WORKERS = _gauge(
+    "prefix_untold_workers",
+    "workers",
+    "Serving workers that do not tell what their prefix caches have; 0 where they need not.",
+)
+PREFIX_RESYNCS = _counter(
+    "prefix_resyncs",
+    "resyncs",
+    "Times that a worker was asked for all that its prefix cache has.",
+)
+PREFIX_FORMAT_MISMATCH = _counter(
+    "prefix_format_mismatch",
+    "workers",
+    "Workers whose blocks could not be compared with those of a request, over all requests.",
 )
 START_TIME = _gauge(
     "start_time_seconds",

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from scheduler.placement import Refused
+from scheduler.prefill_queue import Forecast
 from scheduler.request import Request
 from workers.engine_request import Progress
 from workers.latest import Latest
 
 MAX_BYTES = 32 << 20
 """Memory of the requests and refusals that are kept: those of about 15,000 usual requests."""
-RECORD_BYTES, ATTEMPT_BYTES, REFUSAL_BYTES = 1000, 500, 300
+RECORD_BYTES, ATTEMPT_BYTES, REFUSAL_BYTES = 1000, 750, 300
 """Memory of a record, of an attempt and of a refusal, without their texts and tokens."""
 MIN_QUERY = 4
 """Minimum length of a query; fewer characters would match too many ids."""
@@ -27,6 +28,18 @@ class Attempt:
     began_s: float
     lost: str = ""
     """Why the attempt ended before the request did; empty if it did not."""
+    forecast: Forecast | None = None
+    """What was predicted when it was placed; None if nothing was."""
+    placed_s: float = math.inf
+    first_token_s: float = math.inf
+    """When the first token of this attempt came."""
+    num_cached_tokens: int | None = None
+    """Tokens that its worker found in its KV cache; None before the first token."""
+
+    @property
+    def ttft_s(self) -> float:
+        """Time from its placement to its first token; infinite if none has come."""
+        return self.first_token_s - self.placed_s if self.first_token_s < math.inf else math.inf
 
 
 @dataclass(slots=True)
@@ -49,13 +62,20 @@ class RequestRecord:
     call_id: str = ""
     """Id of its call, which is a part of the request's own id unless the body had another."""
 
-    def deliver(self, token_ids: Iterable[int], now: float) -> None:
-        """Take new output tokens, if there are any."""
+    def deliver(
+        self, token_ids: Iterable[int], now: float, num_cached_tokens: int | None = None
+    ) -> None:
+        """Take new output tokens, if there are any, and with the first ones how much of the prompt
+        was cached."""
         num_before = self.num_output_tokens
         self.output_token_ids.extend(token_ids)
         if self.num_output_tokens > num_before:
             self.first_token_s = min(self.first_token_s, now)
             self.last_token_s = now
+            for attempt in self.attempts[-1:]:
+                attempt.first_token_s = min(attempt.first_token_s, now)
+                if attempt.num_cached_tokens is None:
+                    attempt.num_cached_tokens = num_cached_tokens
 
     def progress(self) -> Progress | None:
         """What a new attempt goes on behind; None if nothing has come."""

@@ -31,7 +31,13 @@ class SchedulerTelemetry(SchedulerObserver):
         """Count a placement, and make a span of it."""
         self._metrics.count_placement(placement)
         ended_s = time.time()
-        runner_up = placement.runner_up
+        runner_up, forecast = placement.runner_up, placement.chosen.forecast
+        predicted: dict[str, str | float] = {}
+        if forecast:
+            predicted = {
+                "xyserve.predicted_ttft_s": forecast.ttft_s,
+                "xyserve.predicted_cached_tokens": forecast.num_cached_tokens,
+            }
         self._tracing.add(
             "placement",
             request.traceparent,
@@ -41,6 +47,7 @@ class SchedulerTelemetry(SchedulerObserver):
                 "xyserve.worker": placement.chosen.worker_id,
                 "xyserve.reason": placement.reason,
                 "xyserve.runner_up": runner_up.worker_id if runner_up else "",
+                **predicted,
             },
         )
 

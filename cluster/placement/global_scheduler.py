@@ -1,5 +1,6 @@
 """The GlobalScheduler: places each request on a worker, from the view of all workers."""
 
+import dataclasses
 import math
 import time
 import types
@@ -8,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from cluster.placement.accounts import Accounts
 from cluster.placement.draft_pool import DraftPool
 from cluster.placement.observer import SchedulerObserver
+from cluster.placement.prefix_watch import FormatWatch, PrefixStats, Resyncs, num_untold
 from cluster.placement.suspects import (
     NO_WORKER_RETRY_S,
     Poisons,
@@ -15,6 +17,7 @@ from cluster.placement.suspects import (
     risks_the_last_worker,
 )
 from cluster.placement.worker_views import WorkerViews
+from scheduler.fleet import NUM_CACHED, NUM_SHORT, Fleet
 from scheduler.placement import Placed, Placement, RefusalReason, Refused, WorkerLoad, place
 from scheduler.quota import Draw, Grant, Quota
 from scheduler.request import Request
@@ -46,13 +49,19 @@ class GlobalScheduler:
         max_num_seqs: float = math.inf,
         slow_timeout_s: float | None = None,
         quotas: Mapping[str, Quota] = types.MappingProxyType({}),
+        predicts: bool = True,
     ) -> None:
         """A worker runs at most `max_num_seqs` requests, and is replaced if it is slow for longer
-        than `slow_timeout_s`. `quotas` are those of tenants, by name.
+        than `slow_timeout_s`. `quotas` are those of tenants, by name. If it `predicts`, requests
+        are placed by time to first token, otherwise by outstanding tokens.
         """
         self._clock = clock
         self._observer = observer or SchedulerObserver()
+        self._predicts = predicts
         self._workers = WorkerViews(max_num_seqs, slow_timeout_s or math.inf)
+        self._fleet = Fleet()
+        self._resyncs = Resyncs()
+        self._formats = FormatWatch()
         self._suspects = Suspects()
         self._poisons = Poisons()
         self._draft_pool = DraftPool()
@@ -64,21 +73,49 @@ class GlobalScheduler:
         now = self._clock()
         if refused := self._poisons.refusal(request, now):
             return refused
-        for gone in self._workers.forget_silent(worker_ids, now):
-            self._draft_pool.forget_worker(gone)
+        for gone in self._workers.sweep(worker_ids, now):
+            self._forget(gone)
         self._suspects.forget_gone(now)
-        loads = self._workers.loads_of(worker_ids, self._suspects.kept, now)
+        loads = self._loads_for(request, worker_ids, now)
         placement = place(request, loads)
-        if placement is None or risks_the_last_worker(
-            request, loads, self._workers.is_one_to_come(worker_ids, now)
+        if placement is None or (
+            request.num_engine_deaths
+            and risks_the_last_worker(request, loads, self._workers.is_one_to_come(worker_ids, now))
         ):
             return self._refuse(request, loads, now)
+        if len(loads) < len(worker_ids):
+            num_closed = self._workers.num_closed(worker_ids, self._suspects.kept)
+            placement = dataclasses.replace(placement, num_closed=num_closed)
         chosen = placement.chosen.worker_id
         self._workers.add_placed(chosen, request, now)
+        self._fleet.place(chosen, request, now)
         self._suspects.end_wait(request.request_id)
         self._placements.add(request.request_id, placement, PLACEMENT_BYTES)
         self._observer.placed(request, placement, self._clock() - now)
-        return Placed(chosen)
+        return Placed(chosen, self._fleet.index.format_of(chosen), placement.chosen.forecast)
+
+    def _loads_for(
+        self, request: Request, worker_ids: Sequence[str], now: float
+    ) -> list[WorkerLoad]:
+        """The loads of the workers that may be the best ones for a request, with what is predicted
+        for it there. All of them if an engine has died under it: it is tried on an idle one, or one
+        becomes idle."""
+        kept = self._suspects.kept
+        if request.num_engine_deaths or not self._predicts:
+            return self._workers.loads_of(worker_ids, {}, kept, now)
+        if len(worker_ids) > NUM_CACHED + NUM_SHORT:
+            worker_ids = self._workers.best(worker_ids, kept)
+        num_mismatches = self._fleet.index.num_format_mismatches
+        forecasts = self._fleet.forecasts(request, worker_ids, now)
+        if self._fleet.index.num_format_mismatches > num_mismatches:
+            self._formats.note(request.prefix_format, self._fleet.index.formats, now)
+        return self._workers.loads_of(forecasts, forecasts, kept, now)
+
+    def _forget(self, worker_id: str) -> None:
+        """Forget a worker that is gone."""
+        self._draft_pool.forget_worker(worker_id)
+        self._fleet.forget(worker_id)
+        self._resyncs.forget(worker_id)
 
     def _refuse(self, request: Request, loads: Sequence[WorkerLoad], now: float) -> Refused:
         """Let a request wait; for one under which an engine died, a worker becomes idle."""
@@ -104,11 +141,21 @@ class GlobalScheduler:
         """Take a worker's report of its requests."""
         now = self._clock()
         view = self._workers.report(report, now)
+        if view.dead:
+            self._fleet.forget(report.worker_id)
+            self._resyncs.forget(report.worker_id)
         return ReportAnswer(
             self._draft_worker(report.worker_id, report.drafts, now) if report.drafts else None,
             view.unfit,
             self._workers.others_serve(report.worker_id, now),
+            resync_prefix=not view.dead and self._note_queue(report, now),
         )
+
+    def _note_queue(self, report: WorkerReport, now: float) -> bool:
+        """Note a worker's queue and what its prefix cache has; whether to ask for all of that."""
+        known = (*report.outstanding, *report.finished)
+        ok = self._fleet.report(report.worker_id, report.queue, known, report.prefix, now)
+        return self._resyncs.is_to_ask(report.worker_id, report.prefix, ok, now)
 
     def _draft_worker(
         self, worker_id: str, stats: DraftStats, now: float
@@ -125,6 +172,8 @@ class GlobalScheduler:
     async def bury(self, worker_id: str, reason: str) -> None:
         """Note that the process of a worker has ended, as its client has seen."""
         self._workers.bury(worker_id, reason, self._clock())
+        self._fleet.forget(worker_id)
+        self._resyncs.forget(worker_id)
 
     async def losses(self, attempts: Mapping[str, str]) -> dict[str, WorkerError]:
         """Which attempts at requests, each with its worker, are to be made elsewhere, and why."""
@@ -137,6 +186,18 @@ class GlobalScheduler:
     def loads_and_ages(self) -> list[tuple[WorkerLoad, float]]:
         """The current view of all workers, and the age of each one's last report in seconds."""
         return self._workers.loads_and_ages(self._suspects.kept, self._clock())
+
+    def prefix_stats(self) -> PrefixStats:
+        """What is known of the workers' prefix caches."""
+        index, num_hashed = self._fleet.index, self._workers.num_hashed(self._clock())
+        return PrefixStats(
+            num_workers=sum(index.formats.values()),
+            num_untold=num_untold(index, num_hashed),
+            num_blocks=index.num_blocks,
+            num_bytes=index.num_bytes,
+            num_resyncs=self._resyncs.num_asked,
+            num_format_mismatches=index.num_format_mismatches,
+        )
 
     async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
         """Take a draft worker's report; returns the others, with which it shares memories."""

@@ -5,8 +5,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from scheduler.pace import SlowWatch
+from cluster.placement.standings import CLOSED, FULL, SILENT, SLOW, Standings
+from scheduler.pace import USUAL, SlowWatch
 from scheduler.placement import WorkerLoad
+from scheduler.prefill_queue import Forecast
 from scheduler.request import Request
 from workers.errors import EngineDead, EngineStalled, WorkerError, WorkerSilent
 from workers.reports import Stall, WorkerReport
@@ -27,6 +29,8 @@ MAX_GAP_S = 1.0
 """A longer silence says nothing of the next one: perhaps the worker was stopped."""
 GONE_AFTER_S = 300.0
 """A worker that has been silent for this long is gone; Serve replaces one that hangs."""
+SWEEP_S = 0.5
+"""Period at which silence is looked for among all workers; with a thousand it takes 1 ms."""
 SUSPECT_AFTER_S = 10.0
 """Time of a step after which what it computes for the first time is taken for the cause, and tried
 alone. On a busy machine any step may take long."""
@@ -45,8 +49,12 @@ class WorkerView:
     silence_noted: bool = False
     reported: dict[str, int] = field(default_factory=dict)
     """Outstanding tokens, by request id."""
+    num_reported_tokens: int = 0
+    """Their sum."""
     placed: dict[str, tuple[Request, float]] = field(default_factory=dict)
     """Request and time of placement, by request id."""
+    num_hashed: int = 0
+    """Requests with full blocks that were ever placed on it."""
     draining: bool = False
     dead: bool = False
     on_trial: bool = False
@@ -86,25 +94,49 @@ class WorkerView:
         self.longest_gap_s = min(max(gap_s, decayed_s), MAX_GAP_S)
         self.heard_s = now
 
-    def load(self, worker_id: str, kept: bool, max_num_seqs: float, now: float) -> WorkerLoad:
-        """What placement knows about it; it is `kept` for a trial, or not."""
+    def forget_late(self, now: float) -> None:
+        """Drop placements that it should have reported long ago."""
         for request_id, (_, placed_s) in list(self.placed.items()):
             if now - placed_s > FORGET_AFTER_S:
                 del self.placed[request_id]
+
+    def standing(self, max_num_seqs: float, now: float) -> int:
+        """What makes it worse than others whatever is to be placed."""
+        if self.dead or self.draining or self.has_suspect:
+            return CLOSED
+        is_full = len(self.reported) + len(self.placed) >= max_num_seqs
+        return SILENT * self.is_silent(now) + SLOW * self.pace.slow + FULL * is_full
+
+    @property
+    def has_suspect(self) -> bool:
+        """Whether an engine has died under one of its requests."""
+        return self.on_trial or any(one.num_engine_deaths for one, _ in self.placed.values())
+
+    def load(
+        self,
+        worker_id: str,
+        kept: bool,
+        max_num_seqs: float,
+        now: float,
+        forecast: Forecast | None = None,
+    ) -> WorkerLoad:
+        """What placement knows about it; it is `kept` for a trial, or not."""
+        self.forget_late(now)
         placed = [request for request, _ in self.placed.values()]
         return WorkerLoad(
             worker_id,
-            sum(self.reported.values()) + sum(one.num_outstanding_tokens() for one in placed),
+            self.num_reported_tokens + sum(one.num_outstanding_tokens() for one in placed),
             len(self.reported) + len(placed),
             self.draining,
             self.tokens_per_decode,
             self.is_silent(now),
             dead=self.dead,
-            on_trial=kept or self.on_trial or any(one.num_engine_deaths for one in placed),
+            on_trial=kept or self.has_suspect,
             token_s=self.token_s,
             slowness=self.slowness,
             slow=self.pace.slow,
             max_num_seqs=max_num_seqs,
+            forecast=forecast,
         )
 
 
@@ -118,6 +150,10 @@ class WorkerViews:
         self._max_num_seqs = max_num_seqs
         self._slow_timeout_s = slow_timeout_s
         self._views: dict[str, WorkerView] = {}
+        self._standings = Standings()
+        self._serving: set[str] = set()
+        """Workers that took requests and made steps when they were last looked at."""
+        self._swept_s = -math.inf
         self._replaced_by_s = -math.inf
         """Time until which a worker that died may be replaced by a new one."""
 
@@ -127,6 +163,7 @@ class WorkerViews:
         view.hear(now)
         self._note_report(report.worker_id, view)
         view.reported = report.outstanding
+        view.num_reported_tokens = sum(report.outstanding.values())
         view.draining = report.draining
         view.on_trial = report.on_trial
         view.token_s = report.token_s
@@ -137,6 +174,7 @@ class WorkerViews:
         self._note_pace(report.worker_id, view, report.slowness, now)
         for request_id in (*report.outstanding, *report.finished):
             view.placed.pop(request_id, None)
+        self._judge(report.worker_id, view, now)
         return view
 
     def beat(self, worker_id: str, stall: Stall | None, now: float) -> None:
@@ -148,6 +186,7 @@ class WorkerViews:
         elif view.stall and not stall:
             logger.info("engine makes steps again", extra={"worker": worker_id})
         view.stall = stall
+        self._judge(worker_id, view, now)
 
     def bury(self, worker_id: str, reason: str, now: float) -> None:
         """Note that the process of a worker has ended."""
@@ -156,10 +195,20 @@ class WorkerViews:
 
     def add_placed(self, worker_id: str, request: Request, now: float) -> None:
         """Count a request that was placed on a worker, until the worker reports it."""
-        self._view(worker_id, now).placed[request.request_id] = request, now
+        view = self._view(worker_id, now)
+        view.placed[request.request_id] = request.without_hashes(), now
+        view.num_hashed += bool(request.block_hashes)
+        self._judge(worker_id, view, now)
 
-    def forget_silent(self, listed: Iterable[str], now: float) -> list[str]:
-        """Forget workers that are silent and that Serve does not list; returns their ids."""
+    def sweep(self, listed: Sequence[str], now: float) -> list[str]:
+        """If it is time to, look which workers are silent, and forget those that Serve does not
+        list; returns the ids of those that are forgotten."""
+        if now - self._swept_s < SWEEP_S:
+            return []
+        self._swept_s = now
+        for worker_id, view in self._views.items():
+            view.forget_late(now)
+            self._judge(worker_id, view, now)
         gone = [
             worker_id
             for worker_id in self._views.keys() - set(listed)
@@ -167,23 +216,56 @@ class WorkerViews:
         ]
         for worker_id in gone:
             del self._views[worker_id]
+            self._standings.set(worker_id, 0)
+            self._serving.discard(worker_id)
+        for worker_id in self._views.keys() & set(listed):
+            if self._views[worker_id].is_silent(now):
+                self._note_silence(worker_id, self._views[worker_id])
         return gone
 
-    def loads_of(self, worker_ids: Sequence[str], kept: str | None, now: float) -> list[WorkerLoad]:
+    def best(self, worker_ids: Sequence[str], kept: str | None) -> Sequence[str]:
+        """The workers that are no worse than others whatever is to be placed, at least two if there
+        are two; one may be kept for a trial."""
+        return self._standings.best(worker_ids, kept)
+
+    def num_closed(self, worker_ids: Sequence[str], kept: str | None) -> int:
+        """How many of these workers take nothing."""
+        return self._standings.num_closed(worker_ids, kept)
+
+    def loads_of(
+        self,
+        worker_ids: Iterable[str],
+        forecasts: Mapping[str, Forecast],
+        kept: str | None,
+        now: float,
+    ) -> list[WorkerLoad]:
         """The loads of workers that Serve believes to be alive; one may be kept for a trial."""
-        loads = [
-            self._load(worker_id, self._view(worker_id, now), kept, now) for worker_id in worker_ids
+        return [
+            self._view(worker_id, now).load(
+                worker_id,
+                worker_id == kept,
+                self._max_num_seqs,
+                now,
+                forecasts.get(worker_id),
+            )
+            for worker_id in worker_ids
         ]
-        self._note_silence(loads)
-        return loads
 
     def loads_and_ages(self, kept: str | None, now: float) -> list[tuple[WorkerLoad, float]]:
         """The loads of all workers, and the age of each one's last report or beat in seconds."""
         return [
-            (self._load(worker_id, view, kept, now), now - view.heard_s)
+            (view.load(worker_id, worker_id == kept, self._max_num_seqs, now), now - view.heard_s)
             for worker_id, view in sorted(self._views.items())
             if not view.is_gone(now)
         ]
+
+    def num_hashed(self, now: float) -> dict[str, int]:
+        """Requests with full blocks that were placed on each worker that reports."""
+        return {
+            worker_id: view.num_hashed
+            for worker_id, view in self._views.items()
+            if view.has_reported and view.is_serving(now)
+        }
 
     def losses(self, attempts: Mapping[str, str], now: float) -> dict[str, WorkerError]:
         """Which attempts at requests, each with its worker, are to be made elsewhere, and why.
@@ -199,7 +281,10 @@ class WorkerViews:
 
     def others_serve(self, worker_id: str, now: float) -> bool:
         """Whether another worker than this one takes requests and makes steps."""
-        return any(other.is_serving(now) for other in self._others(worker_id))
+        return any(
+            other_id != worker_id and self._views[other_id].is_serving(now)
+            for other_id in self._serving
+        )
 
     def is_one_to_come(self, worker_ids: Iterable[str], now: float) -> bool:
         """Whether a worker that died is still to be replaced, or one of these stalls."""
@@ -210,11 +295,16 @@ class WorkerViews:
     def _view(self, worker_id: str, now: float) -> WorkerView:
         return self._views.setdefault(worker_id, WorkerView(now))
 
+    def _judge(self, worker_id: str, view: WorkerView, now: float) -> None:
+        """Note how a worker stands, of which something has changed or may have."""
+        self._standings.set(worker_id, view.standing(self._max_num_seqs, now))
+        if view.is_serving(now):
+            self._serving.add(worker_id)
+        else:
+            self._serving.discard(worker_id)
+
     def _others(self, worker_id: str) -> list[WorkerView]:
         return [view for other_id, view in self._views.items() if other_id != worker_id]
-
-    def _load(self, worker_id: str, view: WorkerView, kept: str | None, now: float) -> WorkerLoad:
-        return view.load(worker_id, worker_id == kept, self._max_num_seqs, now)
 
     def _loss(self, request_id: str, worker_id: str, now: float) -> WorkerError | None:
         if (view := self._views.get(worker_id)) is None or not view.has_reported:
@@ -247,6 +337,7 @@ class WorkerViews:
     def _note_death(self, worker_id: str, view: WorkerView, reason: str, now: float) -> None:
         """Place nothing more on a worker, whose late reports change nothing."""
         view.dead = True
+        self._judge(worker_id, view, now)
         self._replaced_by_s = now + MAX_REPLACEMENT_S
         logger.warning("worker is dead", extra={"worker": worker_id, "reason": reason})
 
@@ -256,6 +347,9 @@ class WorkerViews:
         Only one at a time, and only while another one works at its usual pace.
         """
         view.slowness = slowness
+        if slowness <= USUAL and not view.pace.slow:
+            view.pace.observe(slowness, (), now)
+            return
         others = [
             other for other in self._others(worker_id) if not (other.dead or other.is_silent(now))
         ]
@@ -275,13 +369,11 @@ class WorkerViews:
             view.unfit = f"its steps have taken {slowness:.1f} times as long as predicted"
             logger.warning("slow worker is to be replaced", extra={"worker": worker_id})
 
-    def _note_silence(self, loads: Iterable[WorkerLoad]) -> None:
-        """Log, once, which of the workers that Serve believes to be alive are silent."""
-        for load in loads:
-            view = self._views[load.worker_id]
-            if load.silent and not view.silence_noted:
-                view.silence_noted = True
-                logger.warning(
-                    "worker is silent; does it hang?",
-                    extra={"worker": load.worker_id, "silent_s": SILENT_AFTER_S},
-                )
+    def _note_silence(self, worker_id: str, view: WorkerView) -> None:
+        """Log, once, that a worker that Serve believes to be alive is silent."""
+        if not view.silence_noted:
+            view.silence_noted = True
+            logger.warning(
+                "worker is silent; does it hang?",
+                extra={"worker": worker_id, "silent_s": SILENT_AFTER_S},
+            )

@@ -299,7 +299,9 @@ async def test_the_global_schedulers_replica_places_and_takes_reports(
     ended.append(replica)
     await replica.report(WorkerReport("busy", {"x": 100}, (), draining=False))
 
-    assert await replica.place(Request("r", 10, 5), ["busy", "idle"]) == Placed("idle")
+    placed = await replica.place(Request("r", 10, 5), ["busy", "idle"])
+    assert isinstance(placed, Placed)
+    assert placed.worker_id == "idle"
     assert (await replica.placements(["r"]))["r"].chosen.worker_id == "idle"
     assert [load.worker_id for load in await replica.loads()] == ["busy", "idle"]
     assert await replica.draft_workers() == []

@@ -1,4 +1,6 @@
-from scheduler.fleet import Fleet
+import random
+
+from scheduler.fleet import NUM_CACHED, NUM_SHORT, Fleet
 from scheduler.prefill_queue import PrefillCost, QueuedPrefill, QueueReport
 from scheduler.prefix_index import PrefixDelta, pack
 from scheduler.request import Request, Slo
@@ -94,13 +96,51 @@ def test_after_a_gap_a_snapshot_is_wanted() -> None:
     assert not reported(fleet, "a", 3, 2)
 
 
-def test_of_many_workers_those_with_the_prefix_and_those_with_nothing_to_do_are_looked_at() -> None:
+WORKERS = [f"w{number:02}" for number in range(60)]
+
+
+def queue(num_tokens: int) -> QueueReport:
+    return QueueReport({"x": QueuedPrefill(num_tokens, num_tokens, 9.0)})
+
+
+def test_of_many_workers_those_with_short_queues_or_much_of_the_prompt_are_compared() -> None:
+    draw, fleet = random.Random(0), Fleet()
+    for round_ in range(3):  # what was reported last counts
+        todo = {one: draw.randrange(1, 8000) for one in WORKERS}
+        for one in WORKERS:
+            fleet.report(one, queue(todo[one]), (), None, round_)
+    cached = dict(zip(draw.sample(WORKERS, 12), range(5, 17), strict=True))
+    for one, num_blocks in cached.items():
+        blocks = pack(range(1, num_blocks + 1))
+        fleet.report(
+            one, queue(todo[one]), (), PrefixDelta("1", 1, FORMAT, blocks, snapshot=True), 3.0
+        )
+    fleet.forget(gone := min(WORKERS, key=todo.__getitem__))
+    listed = [one for one in WORKERS if one != gone]
+
+    found = fleet.forecasts(request("r", *range(1, 21)), listed, 3.0)
+
+    most = sorted(cached.keys() - {gone}, key=cached.__getitem__)[-NUM_CACHED:]
+    shortest = sorted(listed, key=todo.__getitem__)[:NUM_SHORT]
+    assert found.keys() == {*most, *shortest}
+    assert all(found[one].num_cached_tokens == cached[one] * 100 for one in most)
+
+
+def test_workers_that_have_not_reported_are_compared() -> None:
     fleet = Fleet()
-    names = [f"w{index:03}" for index in range(100)]
-    for index, name in enumerate(names):
-        reported(fleet, name, 1, *((1, 2) if index == 99 else ()), q=index * 10)
+    for one in WORKERS[2:]:
+        fleet.report(one, queue(100), (), None, 0.0)
 
-    forecasts = fleet.forecasts(request("r", 1, 2), names, 0.0)
+    assert {*WORKERS[:2]} <= fleet.forecasts(request("r", *range(1, 21)), WORKERS, 0.0).keys()
 
-    assert len(forecasts) < 20
-    assert {"w000", "w099"} <= forecasts.keys()
+
+def test_what_was_placed_makes_a_queue_longer() -> None:
+    fleet = Fleet()
+    placed = []
+    for number in range(len(WORKERS)):
+        new = Request(str(number), 100, 9)
+        found = fleet.forecasts(new, WORKERS, 0.0)
+        placed.append(min(found, key=lambda one: found[one].ttft_s))
+        fleet.place(placed[-1], new, 0.0)
+
+    assert sorted(placed) == WORKERS

@@ -1,17 +1,27 @@
 """One planner, driven by hand: what it learns, records and reports of each step."""
 
 import io
+import math
 
 import pytest
 
 from scheduler.cost_model import CostModel
 from scheduler.policy import StepPolicy
+from scheduler.prefill_queue import QueuedPrefill
 from scheduler.replay import replay
-from scheduler.request import Request, RequestState
+from scheduler.request import Request, RequestState, Slo
 from scheduler.step_planner import StepPlanner
 from scheduler.task import BatchPlan, Stage, StageTask, StepReport, StepView
 from scheduler.work import ModelWork
-from tests.scheduler.scenes import LIMITS, cost_model, decoding, view, waiting
+from tests.scheduler.scenes import (
+    LIMITS,
+    TOKEN_S,
+    cost_model,
+    decoding,
+    prefilling,
+    view,
+    waiting,
+)
 
 WORK = ModelWork(
     body_flops_per_token=10.0,
@@ -181,3 +191,25 @@ def test_its_pace_is_that_of_its_steps_compared_with_its_profile() -> None:
     assert planner.pace.slowness(now) == pytest.approx(4.0, rel=0.2)
     assert token_s
     assert planner.token_s() == pytest.approx(token_s, rel=0.2)
+
+
+def test_its_queue_is_all_that_must_be_computed_before_a_next_token() -> None:
+    planner = StepPlanner(LIMITS, StepPolicy(), cost_model())
+    slo = Slo(ttft_s=9.0, tpot_s=0.5)
+    preempted = decoding("p", slo=slo, num_output_tokens=5, last_token_s=1.0)
+    preempted.num_computed_tokens = 0
+    scene = view(
+        [decoding("d", slo=slo), prefilling("half", 70, 30)],
+        [preempted, waiting("w", 50, slo=slo, arrival_s=2.0, cached=20, priority=1)],
+    )
+
+    queue = planner.queue_report(scene, 5.0)
+
+    assert queue.prefills == {
+        "half": QueuedPrefill(40, 70, math.inf),
+        "p": QueuedPrefill(105, 105, 1.0 + 0.5 - 5.0),
+        "w": QueuedPrefill(30, 50, 2.0 + 9.0 - 5.0, 1),
+    }
+    assert (queue.num_decodes, queue.tpot_s) == (1, 0.5)
+    assert queue.num_tokens == 105 + 70 + 105 + 50
+    assert queue.cost.seconds(1000, 1000) == pytest.approx(1000 * TOKEN_S, rel=0.01)

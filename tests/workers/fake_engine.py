@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from scheduler.prefill_queue import QueueReport
 from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
@@ -64,6 +65,8 @@ class FakeEngine:
         """What the next report tells of the prefix cache; later ones that nothing has changed."""
         self.prefix_due = False
         self.num_prefix_resyncs = 0
+        self.queued = QueueReport()
+        """What reports tell of its requests."""
         self.threads: set[str] = set()
         """Names of the threads that used the engine."""
         self._max_num_seqs = max_num_seqs
@@ -126,6 +129,10 @@ class FakeEngine:
             raise self.stats_error
         num_running = min(len(self._sequences), self._max_num_seqs)
         return EngineStats(num_running, len(self._sequences) - num_running, num_running / 8)
+
+    def queue(self) -> QueueReport:
+        self.threads.add(threading.current_thread().name)
+        return self.queued
 
     def take_prefix(self) -> PrefixDelta | None:
         self.threads.add(threading.current_thread().name)

@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from scheduler.policy import StepPolicy
+from scheduler.prefill_queue import QueuedPrefill, QueueReport
 from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request
 from tests.workers.fake_clock import FakeClock
@@ -448,6 +449,19 @@ async def test_a_worker_tells_all_of_its_prefix_cache_when_it_is_asked(setup: Se
     await until(lambda: setup.engine.num_prefix_resyncs == 1)
 
     assert setup.engine.threads == {"engine"}
+
+
+async def test_time_that_goes_by_is_no_change_of_the_queue(setup: Setup) -> None:
+    await turn(setup)
+    queues = [
+        QueueReport({"r": QueuedPrefill(num_new_tokens, 10, due_in_s)})
+        for num_new_tokens, due_in_s in ((10, 5.0), (10, 4.75), (3, 4.5))
+    ]
+    for setup.engine.queued in queues:
+        setup.clock.now += 0.25
+        await turn(setup)
+
+    assert [report.queue for report in setup.reports] == [QueueReport(), queues[0], queues[2]]
 
 
 async def test_draining_is_reported(setup: Setup) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from scheduler.prefill_queue import QueueReport
 from scheduler.prefix_index import PrefixDelta
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine_request import EngineRequest, Grammar
@@ -74,6 +75,9 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """Count what runs and waits."""
+
+    def queue(self) -> QueueReport:
+        """What placement is to know of its requests."""
 
     def take_prefix(self) -> PrefixDelta | None:
         """What has changed in the prefix cache since the last call; None if that is not told."""

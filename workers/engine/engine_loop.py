@@ -8,9 +8,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from scheduler.prefill_queue import QueuedPrefill, QueueReport
 from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request
 from workers.drafts.draft_stream import DraftWorkerAddress
@@ -62,6 +63,8 @@ class LoopState:
     """Whether an engine has died under one of the live requests."""
     prefix: PrefixDelta | None = None
     """What has changed in the prefix cache since the last report; only in a report."""
+    queue: QueueReport = field(default_factory=QueueReport)
+    """What placement is to know of the requests; only in a report."""
 
 
 class LoopOwner(Protocol):
@@ -251,9 +254,7 @@ class EngineLoop:
 
     # What follows runs in the engine thread.
 
-    def _state(
-        self, finished: tuple[str, ...] = (), prefix: PrefixDelta | None = None
-    ) -> LoopState:
+    def _state(self) -> LoopState:
         outstanding = {
             request_id: request.num_outstanding_tokens()
             for request_id, request in self._preparing.copy().items()
@@ -263,13 +264,22 @@ class EngineLoop:
         }
         on_trial = any(live.request.num_engine_deaths for live in self._live.values())
         return LoopState(
-            self._engine.stats(),
-            self._progress.num_steps,
-            outstanding,
-            finished,
-            on_trial,
-            prefix,
+            self._engine.stats(), self._progress.num_steps, outstanding, on_trial=on_trial
         )
+
+    def _queue(self) -> QueueReport:
+        """The engine's queue, and the requests whose grammars are being compiled."""
+        queue = self._engine.queue()
+        if not (preparing := self._preparing.copy()):
+            return queue
+        prefills = dict(queue.prefills)
+        for request_id, request in preparing.items():
+            num_tokens = request.num_prompt_tokens + request.num_prior_tokens
+            prefills[request_id] = QueuedPrefill(
+                num_tokens, num_tokens, request.slo.ttft_s, request.priority
+            )
+        num_tokens = sum(prefills[request_id].num_tokens for request_id in preparing)
+        return replace(queue, prefills=prefills, num_tokens=queue.num_tokens + num_tokens)
 
     def _report_if_due(self) -> None:
         now = self._clock()
@@ -277,7 +287,13 @@ class EngineLoop:
             self._reported_s = now
             finished = tuple(self._progress.finished)
             self._progress.finished.clear()
-            self._owner.report_load(self._state(finished, self._engine.take_prefix()))
+            report = replace(
+                self._state(),
+                finished=finished,
+                prefix=self._engine.take_prefix(),
+                queue=self._queue(),
+            )
+            self._owner.report_load(report)
 
     def _run(
         self, make_engine: Callable[[], Engine], made: concurrent.futures.Future[None]

@@ -23,6 +23,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from scheduler.prefill_queue import QueueReport
 from scheduler.prefix_index import PrefixDelta
 from scheduler.step_planner import StepPlanner
 from workers.config import DraftConfig, WorkerConfig
@@ -32,6 +33,7 @@ from workers.engine.engine import EngineStats, StepOutput
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_grammars import BoundedGrammars
 from workers.engine.vllm_prefix import PrefixLog, refusal
+from workers.engine.vllm_queue_report import StockQueue
 from workers.engine.vllm_recovery import StepRecovery
 from workers.engine.vllm_resume import Resumption
 from workers.engine.vllm_sampling import (
@@ -149,6 +151,7 @@ class VllmEngine:
                 self._recovery = StepRecovery(self.core, scheduler)
             if draft:
                 self._connect(scheduler.drafts, draft)
+        self._stock_queue = None if self._planned else StockQueue(self.core.scheduler)
         self._observer = observer
         self._decoder = MsgpackDecoder(EngineCoreRequest)
         self._encode = encoder()
@@ -199,10 +202,14 @@ class VllmEngine:
 
     def step(self) -> tuple[dict[StreamAddress, StepOutput], bool]:
         """One step of vLLM."""
+        began_s = time.monotonic()
         outputs, model_ran = self.core.step_fn()
         self.core.post_step(model_executed=model_ran)
         if self._recovery:
             self._recovery.step_succeeded()
+        if self._stock_queue and model_ran:
+            given = [one for of_client in (outputs or {}).values() for one in of_client.outputs]
+            self._stock_queue.took_step(given, began_s, time.monotonic())
         for of_client in (outputs or {}).values():
             # A client would take this engine's statistics for those of all workers.
             stats, of_client.scheduler_stats = of_client.scheduler_stats, None
@@ -261,6 +268,14 @@ class VllmEngine:
         return dataclasses.replace(
             stats, token_s=planner.token_s(), slowness=planner.pace.slowness(time.monotonic())
         )
+
+    def queue(self) -> QueueReport:
+        """What placement is to know of its requests."""
+        now = time.monotonic()
+        if self._stock_queue:
+            return self._stock_queue.report(now)
+        assert self._planned
+        return self._planned.queue_report(now)
 
     def take_prefix(self) -> PrefixDelta | None:
         """What has changed in the prefix cache since the last call; None if that is not told."""

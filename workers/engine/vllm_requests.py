@@ -76,6 +76,21 @@ class LiveRequests:
         )
         return state if is_unchanged else _update(notes, request, num_computed, now)
 
+    def peek(self, request: VllmRequest) -> RequestState:
+        """The state of a request that runs or waits, of which nothing is noted."""
+        notes = self._notes[request.request_id]
+        state = notes.state
+        if request.num_prompt_tokens != state.request.num_prompt_tokens:
+            state = initial_state(request, state.request, None, state.arrival_s)
+        return RequestState(
+            state.request,
+            state.arrival_s,
+            request.num_output_tokens + request.num_output_placeholders,
+            request.num_computed_tokens or notes.num_cached,
+            state.first_token_s,
+            state.last_token_s,
+        )
+
     def look_up(
         self, requests: Iterable[VllmRequest], step: int, prefix_hit: Callable[[VllmRequest], int]
     ) -> None:

@@ -18,11 +18,13 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from scheduler.policy import StepPolicy
+from scheduler.prefill_queue import QueueReport
 from scheduler.request import RequestState
 from scheduler.step_planner import StepInFlight, StepPlanner
-from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
+from scheduler.task import BatchPlan, Stage, StageTask, StepView
 from workers.engine.vllm_drafts import DraftOffers
 from workers.engine.vllm_queue import PlannedQueue
+from workers.engine.vllm_queue_report import limits_of, queue_report
 from workers.engine.vllm_requests import LiveRequests, initial_state
 from workers.engine_request import EngineRequest, Progress
 
@@ -50,14 +52,7 @@ class PlannedScheduler(Scheduler):
             # Without a look-up table, vLLM pads a prompt of which one token is left by drafts that
             # nobody proposed, and admits no request to a step without room for them.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
-        self.limits = Limits(
-            max_num_seqs=self.max_num_active_reqs,
-            max_num_batched_tokens=self.max_num_scheduled_tokens,
-            kv_block_size=self.block_size,
-            # vLLM keeps one block for padding. If several kinds of layers share the pool, fewer
-            # tokens fit than this says: then vLLM admits less than planned.
-            num_kv_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
-        )
+        self.limits = limits_of(self)
         self.planner = StepPlanner(self.limits, StepPolicy())
         """Replaced by the planner of the worker, between two steps."""
         self._live = LiveRequests()
@@ -199,6 +194,14 @@ class PlannedScheduler(Scheduler):
         """Take drafts of vLLM's own, unless they come from a draft worker."""
         if self.drafts.client is None:
             super().update_draft_token_ids(draft_token_ids)
+
+    def queue_report(self, now: float) -> QueueReport:
+        """What placement is to know of its requests.
+
+        It changes nothing. What is cached of a waiting prompt is what the last look-up found, and
+        of one that came since the last plan nothing.
+        """
+        return queue_report(self, self.planner, self._live.peek, now)
 
     def _view(self, now: float) -> StepView:
         running, waiting = self.running, self._ready()

@@ -108,7 +108,9 @@ vllm.v1.engine:EngineCoreOutputs
 vllm.v1.engine:EngineCoreOutput
     written request_id: str
     read new_token_ids: list[int]
-    read new_logprobs finish_reason finished
+    read new_logprobs finish_reason finished prefill_stats
+vllm.v1.metrics.stats:PrefillStats
+    read num_cached_tokens: int
 vllm.v1.outputs:LogprobsLists
     read logprobs
 vllm.v1.serial_utils:MsgpackEncoder

@@ -59,6 +59,10 @@ _LATE, _PROPOSED = (
     total(grown(series(metrics.DRAFT_TOKENS, f'outcome="{outcome}"'), "10m"), APP)
     for outcome in ("late", "proposed")
 )
+_FOUND, _PREDICTED = (
+    total(grown(series(metrics.PREFIX_TOKENS, f'kind="{kind}"'), "10m"), APP)
+    for kind in ("found", "predicted")
+)
 _STEPS = total(rate(series(metrics.STEP_MEASURED_SECONDS), "1m"), "replica")
 _UNAVAILABLE = series(metrics.ADMISSIONS, 'outcome="unavailable"')
 
@@ -122,6 +126,29 @@ ALERTS = (
         "Workers are running, but none of their reports reaches it, or it exports no metrics "
         "itself. Requests are placed regardless of load, or not at all. See the log of the "
         "deployment GlobalScheduler; killing its process is safe: workers report to the new one.",
+    ),
+    Alert(
+        "XYServePrefixesNotFound",
+        f"{_FOUND} / {_PREDICTED} < 0.5 and {_PREDICTED} >= 10000",
+        "10m",
+        Severity.WARNING,
+        "Prompts of {{ $labels.application }} are not cached where they should be",
+        "Of the tokens that were predicted to be cached in 10 minutes, "
+        "{{ $value | humanizePercentage }} were found. Requests are placed where they gain little. "
+        "If the KV caches are full (dashboard overview), they evict blocks before they are used: "
+        "raise `worker.engine.kv_cache_gib`, or add workers. If not, restart the GlobalScheduler "
+        "by killing its process: it asks the workers anew.",
+    ),
+    Alert(
+        "XYServePrefixesUntold",
+        f"{largest(series(metrics.PREFIX_UNTOLD_WORKERS), APP)} > 0",
+        "5m",
+        Severity.WARNING,
+        "Workers of {{ $labels.application }} do not tell what their prefix caches have",
+        "{{ $value }} workers send no events, or none of any block, although prefix caching and "
+        "`worker.prefix_index` are on. Requests are placed as if nothing were cached there. The "
+        "log of a worker says why, as `no_prefix_index` of `engine ready`; set "
+        "`worker.prefix_index: false` if its model cannot.",
     ),
     Alert(
         "XYServeDraftsSilent",

@@ -11,8 +11,17 @@ from cluster.observe.dashboards.panels import (
     Unit,
     in_words,
 )
-from cluster.observe.dashboards.promql import largest, number, rate, ratio, share, shown, total
-from cluster.observe.dashboards.queries import rate_of_workers
+from cluster.observe.dashboards.promql import (
+    grown,
+    largest,
+    number,
+    rate,
+    ratio,
+    share,
+    shown,
+    total,
+)
+from cluster.observe.dashboards.queries import quantiles, rate_of_workers
 from scheduler.pace import SLOW, USUAL
 from scheduler.placement import PlacementReason
 
@@ -87,8 +96,8 @@ PLACEMENT = Dashboard(
                 Panel(
                     "Outstanding tokens",
                     "Tokens that the requests of each worker may still need, as placement sees "
-                    "it. The lines should stay close together: each request goes to the worker "
-                    "that is predicted to be done first.",
+                    "it. They may differ: each request goes to the worker where it is predicted "
+                    "to get its first token soonest, which depends on what is cached there.",
                     Unit.COUNT,
                     (
                         Query(
@@ -134,8 +143,8 @@ PLACEMENT = Dashboard(
             (
                 Panel(
                     "Placements by worker",
-                    "Requests placed per second, by worker. They may differ: placement balances "
-                    "outstanding tokens, not requests.",
+                    "Requests placed per second, by worker. They may differ: prompts go where they "
+                    "are cached, and a long one takes as long as many short ones.",
                     Unit.REQUESTS_PER_S,
                     (Query(total(rate(shown(metrics.PLACEMENTS)), "worker"), "{{worker}}"),),
                     Kind.STACKED,
@@ -157,6 +166,71 @@ PLACEMENT = Dashboard(
                     Unit.SECONDS,
                     (Query(largest(_REPORT_AGE, "worker"), "{{worker}}"),),
                     thresholds=Thresholds(10, 30),
+                ),
+            ),
+        ),
+        Row(
+            "Predictions",
+            (
+                Panel(
+                    "TTFT against prediction",
+                    "Time to first token over what was predicted when the request was placed. "
+                    "About 1 is good. Above 2 requests wait longer than placement believes: other "
+                    "processes use the machine, or `xyserve calibrate` is due; reports that are "
+                    "old show in their age.",
+                    Unit.COUNT,
+                    quantiles(metrics.TTFT_TO_PREDICTED),
+                    thresholds=Thresholds(2, 4),
+                    may_be_empty="nothing is predicted: placement.policy is least_tokens",
+                ),
+                Panel(
+                    "Cached tokens",
+                    "Prompt tokens per second: all that were placed, those that were predicted to "
+                    "be cached where they went, and those that were found. Found far below "
+                    "predicted means that blocks are evicted before they are used (more "
+                    "`worker.engine.kv_cache_gib`), or that the workers' events are wrong. "
+                    "Nothing predicted means that prompts share nothing, or that no events come.",
+                    Unit.TOKENS_PER_S,
+                    (Query(total(rate(shown(metrics.PREFIX_TOKENS)), "kind"), "{{kind}}"),),
+                    may_be_empty="nothing is predicted: placement.policy is least_tokens",
+                ),
+                Panel(
+                    "Who tells of its cache",
+                    "Workers that tell what their prefix caches have, and serving ones that do "
+                    "not although the config says so: those get requests as if nothing were "
+                    "cached there. Their log says why, as `no_prefix_index` of `engine ready`.",
+                    Unit.COUNT,
+                    (
+                        Query(largest(shown(metrics.PREFIX_INDEX_WORKERS)), "tell"),
+                        Query(largest(shown(metrics.PREFIX_UNTOLD_WORKERS)), "do not"),
+                    ),
+                ),
+                Panel(
+                    "Index of prefix caches",
+                    "Different blocks that all workers have, and bytes that the index of them "
+                    "takes at most. From 768 MiB on it leaves blocks out.",
+                    Unit.COUNT,
+                    (
+                        Query(largest(shown(metrics.PREFIX_INDEX_BLOCKS)), "blocks"),
+                        Query(largest(shown(metrics.PREFIX_INDEX_BYTES)), "bytes"),
+                    ),
+                ),
+                Panel(
+                    "Resyncs and mismatches",
+                    "In five minutes: how often a worker was asked for all that its cache has, "
+                    "which is usual after a restart only, and how often a worker's blocks could "
+                    "not be compared with a request's. The latter is usual for the first requests "
+                    "of an ingress only; else the log of the GlobalScheduler has both formats and "
+                    "the remedy.",
+                    Unit.COUNT,
+                    (
+                        Query(total(grown(shown(metrics.PREFIX_RESYNCS), "5m")), "resyncs"),
+                        Query(
+                            total(grown(shown(metrics.PREFIX_FORMAT_MISMATCH), "5m")),
+                            "mismatches",
+                        ),
+                    ),
+                    Kind.BARS,
                 ),
             ),
         ),

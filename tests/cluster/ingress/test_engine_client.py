@@ -21,6 +21,7 @@ from cluster.ingress.live_request import NO_WORKER, PROGRESS_TOKENS
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import RequestRecord
 from scheduler.placement import Placed, RefusalReason, Refused, WorkerLoad
+from scheduler.prefill_queue import Forecast
 from scheduler.request import Request
 from tests.cluster.ingress.fake_cluster import DRAINING, Call, FakeScheduler, FakeWorkers
 from workers.engine_request import EngineRequest, Progress
@@ -43,12 +44,20 @@ ALL = 1000
 
 
 @dataclass
+class FakePrefillStats:
+    """What vLLM tells of a prompt with its first token."""
+
+    num_cached_tokens: int
+
+
+@dataclass
 class FakeOutput:
     """Some tokens of one request."""
 
     request_id: str
     new_token_ids: list[int]
     finish_reason: str | None = None
+    prefill_stats: FakePrefillStats | None = None
 
 
 @dataclass
@@ -186,6 +195,21 @@ async def test_only_placement_sees_what_blocks_a_prompt_has(
     assert call.request.request == Request("r.0", 1, 9)
     assert record.request == Request("r", 1, 9)
     assert client.prefix_format == "another"
+
+
+async def test_what_was_predicted_is_noted_beside_what_came(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    forecast = Forecast(num_cached_tokens=64, ttft_s=0.5)
+    scheduler.answers = [Placed("a", "format", forecast)]
+    record = submit(client, "r")
+    await workers.called(1)
+    workers.send(FakeOutput("r.0", [1], None, FakePrefillStats(32)), FakeOutput("r.0", [2]))
+    await next_outputs(client)
+
+    [attempt] = record.attempts
+    assert (attempt.forecast, attempt.num_cached_tokens) == (forecast, 32)
+    assert attempt.began_s <= attempt.placed_s <= attempt.first_token_s <= time.time()
 
 
 async def test_outputs_come_under_the_id_of_their_request(

@@ -64,6 +64,7 @@ class CatalogueExporter:
             self._placement(worker, index, load)
         self._set(metrics.DRAFT_WORKER_BUSY, 0.5 * load, self._of("DraftWorker", DRAFT_WORKER))
         self._set(metrics.DRAFT_WORKER_CONTEXTS, 20 * load, self._of("DraftWorker", DRAFT_WORKER))
+        self._prefixes(load)
         replicas = {"Ingress": INGRESS, "DraftWorker": DRAFT_WORKER, "GlobalScheduler": SCHEDULER}
         for deployment, replica in replicas.items():
             self._set(metrics.START_TIME, self._began_s - 4000, self._of(deployment, replica))
@@ -77,6 +78,9 @@ class CatalogueExporter:
         self._add(metrics.ADMISSIONS, 6 * load, of, outcome="admitted")
         self._add(metrics.ADMISSIONS, 0.02, of, outcome="invalid")
         self._add(metrics.RETRIES, 0.004, of, reason="EngineDead")
+        self._observe(metrics.TTFT_TO_PREDICTED, 0.9 + 0.3 * load, of)
+        for kind, rate in {"placed": 900.0, "predicted": 420.0, "found": 400.0}.items():
+            self._add(metrics.PREFIX_TOKENS, rate * load, of, kind=kind)
         for handler, status in {"/v1/chat/completions": 200, "none": 404}.items():
             labels = {"handler": handler, "method": "POST", "status": str(status)}
             self._add(metrics.HTTP_REQUESTS, 6 * load, of, **labels)
@@ -170,6 +174,16 @@ class CatalogueExporter:
         self._set(metrics.WORKER_REPORT_AGE, self._random.uniform(0.1, 2), of, worker=worker)
         slowness = 1 + 0.4 * load + self._random.gauss(0, 0.05)
         self._set(metrics.WORKER_SLOWNESS, slowness, of, worker=worker)
+
+    def _prefixes(self, load: float) -> None:
+        of = self._of("GlobalScheduler", SCHEDULER)
+        blocks = round(20_000 * (0.6 + 0.3 * load))
+        self._set(metrics.PREFIX_INDEX_BLOCKS, blocks, of)
+        self._set(metrics.PREFIX_INDEX_BYTES, 156 * blocks, of)
+        self._set(metrics.PREFIX_INDEX_WORKERS, len(WORKERS), of)
+        self._set(metrics.PREFIX_UNTOLD_WORKERS, 0, of)
+        self._add(metrics.PREFIX_RESYNCS, 0.01, of)
+        self._add(metrics.PREFIX_FORMAT_MISMATCH, 0.01, of)
 
     def _of(self, deployment: str, replica: str) -> dict[str, str]:
         return {

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 from rich.console import Console
@@ -6,6 +7,7 @@ from cluster.observe.explanation import AttemptTrace, Explanation
 from cluster.observe.explanation_text import describe, describe_refusal, steps_table
 from cluster.observe.request_history import Attempt, Refusal, RequestRecord
 from scheduler.placement import Placement, PlacementReason, WorkerLoad
+from scheduler.prefill_queue import Forecast
 from scheduler.request import Request, Slo
 from scheduler.task import Reason, Stage
 from tests.cluster.observe.test_phases import STEPS, step
@@ -48,6 +50,29 @@ def test_a_request_that_was_preempted_says_when_why_and_for_how_long() -> None:
     assert "decode 6.00 s: 36 tokens in 3 steps, 2 of 4 drafts accepted" in text
     assert "preempted 7.500 s after its arrival (step 8)" in text
     assert "it was computed again after 3.000 s" in text
+
+
+def test_what_was_predicted_is_told_beside_what_came() -> None:
+    forecast = Forecast(num_cached_tokens=16, prefill_s=1.5, ttft_s=4.5, num_late=1, fits=False)
+    best = dataclasses.replace(PLACEMENT.chosen, forecast=forecast)
+    worse = dataclasses.replace(WorkerLoad("w2", 340, 5), forecast=Forecast(ttft_s=9.0))
+    placement = Placement(best, worse, PlacementReason.PREFIX, 0)
+    attempt = Attempt("cmpl-1.0", 0.6, forecast=forecast, placed_s=1.0)
+    one = record(attempt)
+    attempt.num_cached_tokens = 20
+
+    text = text_of(Explanation(one, [AttemptTrace(placement, {})]))
+
+    assert (
+        "predicted: first token after 4.50 s, 16 tokens cached, the rest in 1.50 s of prefill, "
+        "1 request late because of it, itself included, no room in the KV cache): most of its "
+        "prompt that is cached anywhere is cached there; runner-up w2" in text
+    )
+    assert "predicted: first token after 9.00 s, 0 tokens cached" in text
+    assert (
+        "its first token came 5.00 s after that (predicted 4.50 s), with 20 of its tokens found "
+        "cached (predicted 16)" in text
+    )
 
 
 def test_a_request_that_lost_its_worker_shows_both_attempts() -> None:

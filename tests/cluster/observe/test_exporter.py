@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterable
@@ -11,9 +12,11 @@ from cluster.config.slo import SloClass, SloConfig
 from cluster.observe import metrics
 from cluster.observe.exporter import PlacementMetrics, RequestMetrics, WorkerMetrics
 from cluster.observe.metrics import METRICS, Kind, Metric
-from cluster.observe.request_history import RequestRecord
+from cluster.observe.request_history import Attempt, RequestRecord
+from cluster.placement.prefix_watch import PrefixStats
 from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement, PlacementReason, WorkerLoad
+from scheduler.prefill_queue import Forecast
 from scheduler.request import Request, Slo
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from workers.drafts.draft_client import DraftCounts
@@ -189,6 +192,44 @@ def test_a_request_that_gave_nothing_has_no_latency(exported: Exported) -> None:
         (metrics.REQUESTS, "chat", "abort"): 1,
         (metrics.TENANT_REQUESTS, "acme", "abort"): 1,
     }
+
+
+def attempt(found: int | None, ttft_s: float, forecast: Forecast | None) -> Attempt:
+    return Attempt("r.0", 10.0, "", forecast, 10.0, 10.0 + ttft_s, found)
+
+
+def test_what_was_predicted_is_compared_with_what_came(exported: Exported) -> None:
+    record = ended("stop", 10.5)
+    predicted = Forecast(num_cached_tokens=4, ttft_s=0.25)
+    record.attempts += [
+        attempt(None, inf, predicted),  # lost before its first token
+        attempt(6, 0.5, predicted),
+        attempt(0, 0.5, Forecast(ttft_s=1.0)),
+        attempt(5, 0.5, None),
+    ]
+    RequestMetrics(exported, CLASSES).count_end(record)  # type: ignore[arg-type]
+
+    ratios = [value for metric, value, *_ in exported.values if metric is metrics.TTFT_TO_PREDICTED]
+    assert ratios == [2.0, 0.5]
+    tokens = {key[1]: num for key, num in exported.sums.items() if key[0] is metrics.PREFIX_TOKENS}
+    assert tokens == {"placed": 14, "predicted": 4, "found": 6}
+
+
+def test_what_is_known_of_prefix_caches_is_exported(exported: Exported) -> None:
+    placement = PlacementMetrics(exported)  # type: ignore[arg-type]
+    stats = PrefixStats(3, 1, 500, 9000, num_resyncs=2, num_format_mismatches=0)
+    placement.set_prefixes(stats, is_told=True)
+    gauges = dict(exported.gauges)
+    placement.set_prefixes(dataclasses.replace(stats, num_format_mismatches=5), is_told=False)
+
+    assert gauges == {
+        metrics.PREFIX_INDEX_BLOCKS: 500,
+        metrics.PREFIX_INDEX_BYTES: 9000,
+        metrics.PREFIX_INDEX_WORKERS: 3,
+        metrics.PREFIX_UNTOLD_WORKERS: 1,
+    }
+    assert exported.gauges[metrics.PREFIX_UNTOLD_WORKERS] == 0
+    assert exported.sums == {(metrics.PREFIX_RESYNCS,): 2, (metrics.PREFIX_FORMAT_MISMATCH,): 5}
 
 
 def test_counters_begin_at_zero_for_every_value_that_they_will_have(exported: Exported) -> None:

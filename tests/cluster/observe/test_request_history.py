@@ -2,7 +2,7 @@ from math import inf
 
 import pytest
 
-from cluster.observe.request_history import Refusal, RequestHistory, RequestRecord
+from cluster.observe.request_history import Attempt, Refusal, RequestHistory, RequestRecord
 from scheduler.request import Request, Slo
 
 NO_TARGETS = Slo()
@@ -119,3 +119,18 @@ def ids(history: RequestHistory) -> list[str]:
 )
 def test_a_refusal_says_whose_fault_it_was(status: int, outcome: str) -> None:
     assert Refusal("call", 1.0, status, "no").outcome == outcome
+
+
+def test_an_attempt_notes_its_own_first_token_and_what_was_cached_of_its_prompt() -> None:
+    one = record()
+    one.attempts.append(Attempt("r.0", 100.0, placed_s=100.5))
+    one.deliver([], 101.0)
+    one.deliver([7], 102.0, 8)
+    one.deliver([7], 103.0)
+    one.attempts.append(Attempt("r.1", 104.0, placed_s=104.5))
+    assert one.attempts[1].ttft_s == inf
+    one.deliver([7], 105.0, 9)
+
+    assert [attempt.ttft_s for attempt in one.attempts] == [1.5, 0.5]
+    assert [attempt.num_cached_tokens for attempt in one.attempts] == [8, 9]
+    assert one.ttft_s == 2.0

@@ -63,8 +63,16 @@ def request(request_id: str) -> Request:
     return Request(request_id, num_prompt_tokens=10, max_tokens=5)
 
 
+async def place(
+    scheduler: GlobalScheduler, request: Request, worker_ids: list[str]
+) -> Placed | Refused:
+    """The answer, whatever is predicted."""
+    answer = await scheduler.place(request, worker_ids)
+    return Placed(answer.worker_id) if isinstance(answer, Placed) else answer
+
+
 async def choose(scheduler: GlobalScheduler, request_id: str, worker_ids: list[str]) -> str:
-    answer = await scheduler.place(request(request_id), worker_ids)
+    answer = await place(scheduler, request(request_id), worker_ids)
     assert isinstance(answer, Placed)
     return answer.worker_id
 
@@ -87,8 +95,9 @@ async def test_requests_are_spread_over_workers_that_have_not_reported_yet(
 
 
 async def test_a_request_goes_to_the_worker_that_reports_least_outstanding(
-    scheduler: GlobalScheduler,
+    clock: FakeClock,
 ) -> None:
+    scheduler = GlobalScheduler(clock, predicts=False)
     await scheduler.report(report("a", {"x": 100}))
     await scheduler.report(report("b", {"y": 20}))
     chosen = [await choose(scheduler, str(number), ["a", "b"]) for number in range(7)]
@@ -99,7 +108,7 @@ async def test_a_request_goes_to_the_worker_that_reports_least_outstanding(
 async def test_a_placed_request_counts_until_its_worker_accounts_for_it(
     scheduler: GlobalScheduler,
 ) -> None:
-    await scheduler.place(request("r"), ["a"])
+    await place(scheduler, request("r"), ["a"])
     loads = await scheduler.loads()
     for account in (report("a"), report("a", {"r": 4}), report("a", finished=["r"])):
         await scheduler.report(account)
@@ -116,7 +125,7 @@ async def test_a_placed_request_counts_until_its_worker_accounts_for_it(
 async def test_a_request_that_ends_between_two_reports_is_no_longer_counted(
     scheduler: GlobalScheduler,
 ) -> None:
-    await scheduler.place(request("r"), ["a"])
+    await place(scheduler, request("r"), ["a"])
     await scheduler.report(report("a", finished=["r"]))
 
     assert await scheduler.loads() == [WorkerLoad("a", 0, 0)]
@@ -125,7 +134,7 @@ async def test_a_request_that_ends_between_two_reports_is_no_longer_counted(
 async def test_a_placement_that_never_arrives_is_dropped(
     scheduler: GlobalScheduler, clock: FakeClock
 ) -> None:
-    await scheduler.place(request("r"), ["a"])
+    await place(scheduler, request("r"), ["a"])
     loads = []
     for clock.now in (1000.0 + FORGET_AFTER_S, 1000.1 + FORGET_AFTER_S):
         await scheduler.report(report("a"))
@@ -142,8 +151,8 @@ async def test_a_silent_worker_is_the_last_resort(
     await scheduler.report(report("busy", {"x": 1000}))
 
     assert [
-        await scheduler.place(A_REQUEST, ["hung", "busy"]),
-        await scheduler.place(A_REQUEST, ["hung"]),
+        await place(scheduler, A_REQUEST, ["hung", "busy"]),
+        await place(scheduler, A_REQUEST, ["hung"]),
     ] == [Placed("busy"), Placed("hung")]
 
 
@@ -152,7 +161,7 @@ async def test_a_silent_worker_that_serve_no_longer_lists_is_forgotten(
 ) -> None:
     await scheduler.report(report("dead", {"x": 100}))
     clock.now += SILENT_AFTER_S + 0.1
-    await scheduler.place(A_REQUEST, ["a"])
+    await place(scheduler, A_REQUEST, ["a"])
 
     assert await scheduler.loads() == [WorkerLoad("a", 15, 1)]
 
@@ -161,9 +170,9 @@ async def test_a_draining_worker_gets_no_requests(scheduler: GlobalScheduler) ->
     await scheduler.report(report("a", draining=True))
 
     assert [
-        await scheduler.place(A_REQUEST, ["a", "b"]),
-        await scheduler.place(A_REQUEST, ["a"]),
-        await scheduler.place(A_REQUEST, []),
+        await place(scheduler, A_REQUEST, ["a", "b"]),
+        await place(scheduler, A_REQUEST, ["a"]),
+        await place(scheduler, A_REQUEST, []),
     ] == [Placed("b"), NO_WORKER, NO_WORKER]
 
 
@@ -189,8 +198,8 @@ async def test_a_dead_worker_gets_no_requests_whatever_it_reports_later(
     await scheduler.report(report("b"))
 
     assert [
-        await scheduler.place(A_REQUEST, ["a", "b"]),
-        await scheduler.place(A_REQUEST, ["b"]),
+        await place(scheduler, A_REQUEST, ["a", "b"]),
+        await place(scheduler, A_REQUEST, ["b"]),
     ] == [Placed("a"), NO_WORKER]
 
 
@@ -206,16 +215,16 @@ async def test_a_suspect_waits_until_a_worker_is_idle_and_has_it_alone(
 ) -> None:
     await scheduler.report(report("a", {"x": 100}))
     await scheduler.report(report("b", {"y": 10}))
-    answers = [await scheduler.place(suspect("s"), ["a", "b"])]
-    answers += [await scheduler.place(request("other"), ["a", "b"])]  # b is kept for the suspect
+    answers = [await place(scheduler, suspect("s"), ["a", "b"])]
+    answers += [await place(scheduler, request("other"), ["a", "b"])]  # b is kept for the suspect
     await scheduler.report(report("b", finished=["y"]))
-    answers += [await scheduler.place(suspect("s"), ["a", "b"])]
-    answers += [await scheduler.place(request("another"), ["a", "b"])]
+    answers += [await place(scheduler, suspect("s"), ["a", "b"])]
+    answers += [await place(scheduler, request("another"), ["a", "b"])]
     await scheduler.report(WorkerReport("b", {"s": 15}, (), False, on_trial=True))
-    answers += [await scheduler.place(suspect("t"), ["a", "b"])]
-    answers += [await scheduler.place(request("a third"), ["a", "b"])]
+    answers += [await place(scheduler, suspect("t"), ["a", "b"])]
+    answers += [await place(scheduler, request("a third"), ["a", "b"])]
     await scheduler.report(report("b", finished=["s"]))
-    answers += [await scheduler.place(suspect("t"), ["a", "b"])]
+    answers += [await place(scheduler, suspect("t"), ["a", "b"])]
 
     assert answers == [
         NO_IDLE_WORKER,
@@ -235,9 +244,9 @@ async def test_the_only_worker_is_not_kept_from_others_for_a_suspect(
     await scheduler.report(report("a", {"x": 100}))
 
     assert [
-        await scheduler.place(suspect("s"), ["a"]),
-        await scheduler.place(request("other"), ["a"]),
-        await scheduler.place(suspect("s"), []),
+        await place(scheduler, suspect("s"), ["a"]),
+        await place(scheduler, request("other"), ["a"]),
+        await place(scheduler, suspect("s"), []),
     ] == [NO_IDLE_WORKER, Placed("a"), NO_WORKER]
 
 
@@ -247,15 +256,15 @@ async def test_a_suspect_does_not_risk_the_last_worker_while_another_one_is_repl
     dead = WorkerReport("a", {}, (), False, death="device gone")
     await scheduler.report(report("b"))
     await scheduler.report(dead)
-    answers = [await scheduler.place(suspect("s"), ["a", "b"])]
+    answers = [await place(scheduler, suspect("s"), ["a", "b"])]
     await scheduler.report(report("c"))  # the replacement
-    answers += [await scheduler.place(suspect("s"), ["b"])]
+    answers += [await place(scheduler, suspect("s"), ["b"])]
     await scheduler.report(report("b", finished=["s"]))
     await scheduler.report(dead)
-    answers += [await scheduler.place(suspect("t"), ["b"])]
+    answers += [await place(scheduler, suspect("t"), ["b"])]
     clock.now += MAX_REPLACEMENT_S  # it never came
     await scheduler.report(report("b"))
-    answers += [await scheduler.place(suspect("t"), ["b"])]
+    answers += [await place(scheduler, suspect("t"), ["b"])]
 
     assert answers == [NO_IDLE_WORKER, Placed("b"), NO_IDLE_WORKER, Placed("b")]
 
@@ -265,10 +274,10 @@ async def test_a_worker_is_no_longer_kept_for_a_suspect_that_has_gone(
 ) -> None:
     await scheduler.report(report("a", {"x": 100}))
     await scheduler.report(report("b", {"y": 10}))
-    await scheduler.place(suspect("s"), ["a", "b"])
+    await place(scheduler, suspect("s"), ["a", "b"])
     clock.now += SUSPECT_GONE_AFTER_S + 0.1
 
-    assert await scheduler.place(request("other"), ["a", "b"]) == Placed("b")
+    assert await place(scheduler, request("other"), ["a", "b"]) == Placed("b")
 
 
 async def test_after_a_restart_a_trial_goes_on_alone(clock: FakeClock) -> None:
@@ -303,7 +312,7 @@ async def test_a_slow_worker_is_spared_and_replaced_if_it_lasts(
         unfit.append(await slow_report(scheduler, "a", 5.0))
         clock.now += 2
 
-    assert await scheduler.place(A_REQUEST, ["a", "b"]) == Placed("b")
+    assert await place(scheduler, A_REQUEST, ["a", "b"]) == Placed("b")
     assert [load.slow for load in await scheduler.loads()] == [True, False]
     assert sum(record.message == "worker is slow" for record in caplog.records) == 1
     assert (unfit[50], unfit[51]) == ("", "its steps have taken 5.0 times as long as predicted")
@@ -364,8 +373,8 @@ class Placements(SchedulerObserver):
 async def test_every_placement_is_observed(clock: FakeClock) -> None:
     observed = Placements()
     scheduler = GlobalScheduler(clock, observed)
-    await scheduler.place(A_REQUEST, [])
-    await scheduler.place(A_REQUEST, ["a"])
+    await place(scheduler, A_REQUEST, [])
+    await place(scheduler, A_REQUEST, ["a"])
 
     placements = await scheduler.placements(["r"])
     assert observed.made == [(A_REQUEST, placements["r"], 0.0)]
@@ -398,7 +407,7 @@ async def test_only_a_worker_that_serve_lists_is_chosen(scheduler: GlobalSchedul
     await scheduler.report(report("gone"))
     await scheduler.report(report("a", {"x": 100}))
 
-    assert await scheduler.place(A_REQUEST, ["a"]) == Placed("a")
+    assert await place(scheduler, A_REQUEST, ["a"]) == Placed("a")
 
 
 async def test_after_a_restart_reports_restore_the_view(clock: FakeClock) -> None:
@@ -459,7 +468,7 @@ async def test_whatever_happens_no_load_is_negative_and_in_the_end_all_are_zero(
         match event:
             case "place":
                 new = Request(str(number), num_prompt_tokens=3, max_tokens=max_tokens[number])
-                answer = await scheduler.place(new, list(workers))
+                answer = await place(scheduler, new, list(workers))
                 assert isinstance(answer, Placed)
                 workers[answer.worker_id].in_flight.append(new)
             case "restart":
@@ -543,7 +552,7 @@ async def test_attempts_on_an_engine_that_stalls_or_is_dead_are_made_elsewhere(
     for took_s in (3.0, SUSPECT_AFTER_S + 0.1):
         await scheduler.beat("a", Stall(took_s, 0.5, frozenset({"suspect"})))
         losses.append(await scheduler.losses(asked))
-    placed = await scheduler.place(A_REQUEST, ["a", "b"])
+    placed = await place(scheduler, A_REQUEST, ["a", "b"])
     await scheduler.beat("a", None)
     goes_on = await scheduler.losses(asked)
     await scheduler.report(WorkerReport("a", {}, (), False, death="it failed"))
@@ -568,7 +577,7 @@ async def test_a_worker_whose_process_has_ended_gets_nothing_and_is_soon_forgott
     await scheduler.report(report("b", {"s": 5}))
     await scheduler.bury("a", "it has ended")
     await scheduler.bury("unheard of", "it has ended")
-    placed = await scheduler.place(A_REQUEST, ["a", "b"])
+    placed = await place(scheduler, A_REQUEST, ["a", "b"])
     clock.now += SILENT_AFTER_S + 0.1
     await scheduler.beat("b", None)
 
@@ -580,7 +589,7 @@ async def test_a_request_that_its_worker_never_reports_is_lost_after_a_while(
     scheduler: GlobalScheduler, clock: FakeClock
 ) -> None:
     await scheduler.report(report("a"))
-    await scheduler.place(A_REQUEST, ["a"])
+    await place(scheduler, A_REQUEST, ["a"])
     lost = []
     for clock.now in (1000.0 + FORGET_AFTER_S, 1000.1 + FORGET_AFTER_S):
         await scheduler.report(report("a"))
@@ -594,20 +603,20 @@ async def test_requests_equal_to_one_that_made_engines_fail_are_refused_for_a_wh
 ) -> None:
     poison = dataclasses.replace(A_REQUEST, fingerprint="p")
     await scheduler.refuse("p", "it failed")
-    refused = await scheduler.place(poison, ["a"])
+    refused = await place(scheduler, poison, ["a"])
     clock.now += REFUSE_S
 
     assert refused == Refused(RefusalReason.POISON, REFUSE_S, "it failed")
     assert refused.is_final
-    assert await scheduler.place(A_REQUEST, ["a"]) == Placed("a")
-    assert await scheduler.place(poison, ["b"]) == Placed("b")
+    assert await place(scheduler, A_REQUEST, ["a"]) == Placed("a")
+    assert await place(scheduler, poison, ["b"]) == Placed("b")
 
 
 async def test_only_so_many_of_them_are_remembered(scheduler: GlobalScheduler) -> None:
     for number in range(MAX_POISONS + 1):
         await scheduler.refuse(str(number), "it failed")
     answers = [
-        await scheduler.place(dataclasses.replace(A_REQUEST, fingerprint=name), ["a"])
+        await place(scheduler, dataclasses.replace(A_REQUEST, fingerprint=name), ["a"])
         for name in ("0", str(MAX_POISONS))
     ]
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import zmq
 
-from scheduler.request import Request
+from scheduler.prefill_queue import QueuedPrefill, QueueReport
+from scheduler.request import Request, Slo
 from tests.workers.fake_clock import FakeClock
 from tests.workers.fake_engine import MALFORMED, FakeEngine, decode_tokens
 from workers.engine.engine import EngineStats
@@ -567,3 +568,32 @@ async def test_a_request_whose_grammar_is_being_compiled_counts_as_one_that_wait
     after = await asyncio.wrap_future(loop.state())
 
     assert (during.outstanding, after.outstanding) == ({"r": 13}, {})
+
+
+async def test_a_request_whose_grammar_is_being_compiled_is_in_the_queue_with_its_whole_prompt(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports, clock, engine, compiled = Reports(), FakeClock(), FakeEngine(), asyncio.Event()
+    other = QueuedPrefill(3, 7, math.inf)
+    engine.queued = QueueReport({"other": other}, num_tokens=7)
+
+    async def prepare(grammar: Grammar) -> None:
+        await compiled.wait()
+
+    monkeypatch.setattr(engine, "prepare", prepare)
+    loop = EngineLoop(lambda: engine, reports, 0.25, clock)
+    await until(lambda: len(reports.states) == 1)
+    asked = Request("r", 10, 3, 1, Slo(ttft_s=2.0), num_prior_tokens=2)
+    preparing = asyncio.create_task(loop.prepare(asked, Grammar("REGEX", "a*")))
+    await asyncio.sleep(0)
+    clock.now += 0.25
+    await until(lambda: len(reports.states) == 2)
+    compiled.set()
+    await preparing
+    clock.now += 0.25
+    await until(lambda: len(reports.states) == 3)
+    await asyncio.to_thread(loop.stop)
+
+    alone = QueueReport({"other": other}, num_tokens=7)
+    both = QueueReport({"other": other, "r": QueuedPrefill(12, 12, 2.0, 1)}, num_tokens=19)
+    assert [state.queue for state in reports.states] == [alone, both, alone]

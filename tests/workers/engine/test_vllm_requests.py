@@ -156,3 +156,16 @@ def test_the_next_turn_of_a_session_is_a_request_of_its_own_with_the_same_target
     assert state.request.slo == Slo(1.0, 0.1)
     assert state.arrival_s == pytest.approx(NOW + 5, abs=1.0)
     assert (state.num_output_tokens, state.first_token_s) == (0, inf)
+
+
+def test_a_look_at_a_state_leaves_all_as_it_is() -> None:
+    waits, runs = fake("w"), fake("r", num_computed_tokens=30)
+    live = ledger(waits, runs)
+    live.look_up([waits], 1, lambda _: 16)
+    before = repr((live["w"], live["r"]))
+
+    assert live.peek(waits).num_computed_tokens == 16
+    assert live.peek(runs).num_computed_tokens == 30
+    runs.num_output_placeholders, runs.num_computed_tokens = 1, 50
+    assert live.peek(runs).is_decoding
+    assert repr((live["w"], live["r"])) == before

@@ -89,6 +89,17 @@ def requests(good: str, bad: str, ingress: str = "i", app: str = "a") -> History
     }
 
 
+def prefixes(found: float, predicted: float, untold: str = flat(0)) -> History:
+    """Prompt tokens between two scrapes, and workers that do not tell of their caches."""
+    of = {"application": "a", "replica": "ai"}
+    return {
+        series(metrics.PREFIX_TOKENS, kind="placed", **of): growing(2 * predicted),
+        series(metrics.PREFIX_TOKENS, kind="predicted", **of): growing(predicted),
+        series(metrics.PREFIX_TOKENS, kind="found", **of): growing(found),
+        series(metrics.PREFIX_UNTOLD_WORKERS, application="a", replica="ag"): untold,
+    }
+
+
 def app(name: str = "a") -> History:
     """A healthy one under load."""
     first, second, ingress = (name + part for part in ("w1", "w2", "i"))
@@ -338,6 +349,20 @@ def test_a_draft_worker_that_does_not_answer(
 def test_drafts_that_are_late(folder: Path) -> None:
     check(folder, app() | drafts("aw1", 70) | drafts("aw2", 50), "XYServeDraftsLate")
     check(folder, app() | drafts("aw1", 60) | drafts("aw2", 20))
+
+
+def test_prompts_that_are_not_cached_where_they_should_be(folder: Path) -> None:
+    check(folder, app() | prefixes(found=300, predicted=1000), "XYServePrefixesNotFound")
+    check(folder, app() | prefixes(found=700, predicted=1000))
+    check(folder, app() | prefixes(found=0, predicted=100))  # too few to say
+
+
+@pytest.mark.parametrize(("minutes", "firing"), [(2, ()), (8, ("XYServePrefixesUntold",))])
+def test_workers_that_do_not_tell_what_is_cached(
+    folder: Path, minutes: float, firing: tuple[str, ...]
+) -> None:
+    untold = f"{flat(0, 30)} {flat(1, minutes)} {flat(0, 20)}"
+    check(folder, app() | prefixes(900, 1000, untold), *firing)
 
 
 def test_of_two_apps_in_a_cluster_only_the_one_in_trouble_is_named(folder: Path) -> None:

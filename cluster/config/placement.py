@@ -1,0 +1,16 @@
+"""How requests are placed on workers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementConfig:
+    """The GlobalScheduler's choice of workers."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    policy: Literal["predicted", "least_tokens"] = "predicted"
+    """What decides where a request goes: `predicted`, its time to first token, given what waits and
+    what is cached on each worker, or `least_tokens`, the fewest tokens outstanding, for comparison.
+    """
