@@ -77,6 +77,7 @@ class GlobalSchedulerReplica(Replica):
             max_num_seqs=config.worker.engine.max_num_seqs,
             slow_timeout_s=config.worker.slow_timeout_s,
             predicts=config.placement.policy == "predicted",
+            admission=config.placement.admission,
             quotas={name: tenant.quota for name, tenant in config.all_tenants.items()},
         )
         worker = config.worker

@@ -23,7 +23,7 @@ class Admission:
     refuse_late: bool = True
     """Whether a request is refused whose first token is predicted to come too late on all
     workers."""
-    in_time: float = 0.8
+    in_time: float = 0.75
     """Share of its time to first token within which that must be predicted. The rest is for those
     that come later and take less: workers serve them first if not all can be on time."""
     max_queue_s: float = 300.0
@@ -38,11 +38,13 @@ class Admission:
     def refusal(self, request: Request, placement: Placement) -> Refused | None:
         """Why a request is not served where it would be served best; None if it is.
 
-        One that would be late on an idle worker too is refused only if it asks for its targets by
-        name: to come back later would not help it.
+        One that was taken in before is not refused. One that would be late on an idle worker too
+        is refused only if it asks for its targets by name: to come back later would not help it.
         """
         forecast = placement.chosen.forecast
-        if forecast is None or not self.refuse_late:
+        if not self.refuse_late or request.num_attempts:
+            return None
+        if forecast is None or not forecast.is_measured:
             return None
         target_s = min(self.in_time * request.slo.ttft_s, self.max_queue_s)
         late_s = math.inf if forecast.is_late else forecast.ttft_s - target_s

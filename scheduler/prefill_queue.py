@@ -22,6 +22,8 @@ class PrefillCost:
 
     token_s: float = 0.001
     pair_s: float = 0.0
+    is_measured: bool = False
+    """Whether it is of this worker; otherwise it is a guess, by which nobody is refused."""
 
     def seconds(self, num_new_tokens: int, num_tokens: int) -> float:
         """Seconds of the last `num_new_tokens` of `num_tokens` tokens."""
@@ -84,6 +86,8 @@ class Forecast:
     """Requests that miss their time to first token because of it, itself included."""
     is_late: bool = False
     """Whether it misses its own."""
+    is_measured: bool = False
+    """Whether these seconds come from a measured cost."""
     fits: bool = True
     """Whether the KV cache has room for it and for all that wait."""
 
@@ -153,6 +157,7 @@ class PrefillQueue:
             ttft_s=end_s - now + decode_s,  # a step is in flight, and the next one has decodes
             num_late=self._num_on_time + 1 - num_on_time,
             is_late=late,
+            is_measured=report.cost.is_measured,
             fits=self.num_new_tokens + own.num_new_tokens <= report.num_free_kv_tokens,
         )
 

@@ -48,6 +48,8 @@ class Request:
     of others, or nobody knows their hashes. Only placement sees them."""
     prefix_format: str = ""
     """What they are of."""
+    num_attempts: int = 0
+    """Attempts at it that were placed before: it has been taken in."""
     names_slo: bool = True
     """Whether its client asks for these objectives; otherwise they are those of all who do not."""
 

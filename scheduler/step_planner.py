@@ -76,6 +76,7 @@ class StepPlanner:
         self._work: ModelWork | None = None
         self._begun: set[str] = set()
         """Requests that had a task and have not ended."""
+        self._is_measured = cost_model is not None
         self._predict_with(cost_model or generic_cost_model())
 
     @property
@@ -87,7 +88,7 @@ class StepPlanner:
         """Predict with what was measured of the engine, if it was, and count its `work`."""
         if cost_model is not None:
             self._predict_with(cost_model)
-            self.is_calibrated = True
+            self.is_calibrated = self._is_measured = True
         self._work = work
 
     def record(self, file: TextIO) -> None:
@@ -222,7 +223,7 @@ class StepPlanner:
         first_s = self.cost_model.predict(first)
         pair_s = (self.cost_model.predict(later) - first_s) / (num_tokens * FAR)
         chunk_s = first_s - self.cost_model.predict(alone) - pair_s * num_tokens**2 / 2
-        return PrefillCost(max(chunk_s, 0.0) / num_tokens, pair_s)
+        return PrefillCost(max(chunk_s, 0.0) / num_tokens, pair_s, self._is_measured)
 
     def finish(self, request_id: str, num_output_tokens: int) -> None:
         """Forget a request that has ended with `num_output_tokens` tokens."""

@@ -40,13 +40,18 @@ class EngineRequest:
     """Grammar in `core`, which is compiled before the engine sees the request."""
 
     def for_attempt(
-        self, attempt_id: str, progress: Progress | None = None, num_engine_deaths: int = 0
+        self,
+        attempt_id: str,
+        progress: Progress | None = None,
+        num_engine_deaths: int = 0,
+        num_attempts: int = 0,
     ) -> "EngineRequest":
         """This request under the id of one attempt, with what came of those before it."""
         request = dataclasses.replace(
             self.request,
             request_id=attempt_id,
             num_engine_deaths=num_engine_deaths,
+            num_attempts=num_attempts,
             num_prior_tokens=len(progress.output_token_ids) if progress else 0,
         )
         return dataclasses.replace(self, request=request, progress=progress)

@@ -1,7 +1,9 @@
 """How requests are placed on workers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from scheduler.admission import Admission
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,3 +16,5 @@ class PlacementConfig:
     """What decides where a request goes: `predicted`, its time to first token, given what waits and
     what is cached on each worker, or `least_tokens`, the fewest tokens outstanding, for comparison.
     """
+    admission: Admission = field(default_factory=Admission)
+    """Which requests are refused at once, by 503 with `Retry-After`; with `predicted` only."""

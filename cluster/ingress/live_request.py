@@ -72,7 +72,9 @@ class LiveRequest:
         record.attempts.append(Attempt(attempt_id, time.time()))
         self.num_tokens_before = record.num_output_tokens
         self.worker_id = NO_WORKER
-        return self.request.for_attempt(attempt_id, record.progress(), self.num_engine_deaths)
+        return self.request.for_attempt(
+            attempt_id, record.progress(), self.num_engine_deaths, len(record.attempts) - 1
+        )
 
     def is_quiet(self, now: float) -> bool:
         """Whether nothing has come of its attempt for long, and for longer after each silence."""

@@ -18,6 +18,8 @@ class Targets:
 
     slo: Slo
     slo_class: str
+    is_named: bool = False
+    """Whether the client asks for them, or for the class; otherwise they are the default."""
 
 
 NO_TARGETS = Targets(Slo(), "")
@@ -33,6 +35,9 @@ def read_targets(config: SloConfig, given: Mapping[str, Any], names: Names) -> T
     RequestFailed names the value that cannot be used, and the remedy.
     """
     name = given.get(names.slo_class)
+    is_named = any(
+        given.get(one) is not None for one in (names.slo_class, names.ttft_ms, names.tpot_ms)
+    )
     name = config.default if name is None else _text(name)
     if (slo_class := config.all_classes.get(name)) is None:
         raise _refusal(
@@ -44,6 +49,7 @@ def read_targets(config: SloConfig, given: Mapping[str, Any], names: Names) -> T
             tpot_s=_target_s(given, names.tpot_ms, slo_class.tpot_ms),
         ),
         name,
+        is_named,
     )
 
 

@@ -121,6 +121,7 @@ class WorkersCore(EngineCoreClient):
             tenant,
             call.traceparent,
             fingerprint=self._fingerprint(request),
+            names_slo=call.targets.is_named,
         )
         if hashes := self._prefix_hashes:
             hashes.follow(self._client.prefix_format)

@@ -16,7 +16,7 @@ from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
 from cluster.observe.request_history import Attempt, RequestRecord
 from cluster.placement.prefix_watch import PrefixStats
 from scheduler.drafting import CollapseReason
-from scheduler.placement import Placement, PlacementReason, WorkerLoad
+from scheduler.placement import Placement, PlacementReason, RefusalReason, WorkerLoad
 from scheduler.task import Reason, Stage, StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.reports import DraftStats, DraftWorkerStatus
@@ -269,6 +269,9 @@ class PlacementMetrics:
         self._prefixes: PrefixStats | None = None
         """What was exported last."""
         exporter.begin(metrics.DRAFT_COLLAPSES, reason=CollapseReason)
+        exporter.begin(
+            metrics.PLACEMENT_REFUSALS, reason=(RefusalReason.OVERLOAD, RefusalReason.TOO_LONG)
+        )
         exporter.begin(metrics.PREFIX_RESYNCS)
         exporter.begin(metrics.PREFIX_FORMAT_MISMATCH)
 
@@ -276,6 +279,10 @@ class PlacementMetrics:
         """Count a request that was placed."""
         worker = placement.chosen.worker_id
         self._exporter.add(metrics.PLACEMENTS, worker=worker, reason=placement.reason)
+
+    def count_refusal(self, reason: RefusalReason) -> None:
+        """Count a request that was refused for good."""
+        self._exporter.add(metrics.PLACEMENT_REFUSALS, reason=reason)
 
     def count_collapse(self, reason: CollapseReason) -> None:
         """Count that the drafts for some worker are no longer accepted."""

@@ -287,6 +287,12 @@ PLACEMENTS = _counter(
     "worker",
     "reason",
 )
+PLACEMENT_REFUSALS = _counter(
+    "placement_refusals",
+    "requests",
+    "Requests that were refused at once, by the reason.",
+    "reason",
+)
 WORKER_OUTSTANDING_TOKENS = _gauge(
     "worker_outstanding_tokens",
     "tokens",

@@ -9,7 +9,7 @@ from cluster.observe.metrics import PEAK_FLOPS, PEAK_MEMORY_BANDWIDTH
 from cluster.observe.tracing import Tracing
 from cluster.placement.observer import SchedulerObserver
 from scheduler.drafting import CollapseReason
-from scheduler.placement import Placement
+from scheduler.placement import Placement, Refused
 from scheduler.request import Request
 from scheduler.task import StepReport
 from workers.reports import Peaks, WorkerObserver, WorkerReport
@@ -50,6 +50,10 @@ class SchedulerTelemetry(SchedulerObserver):
                 **predicted,
             },
         )
+
+    def refused(self, request: Request, refused: Refused) -> None:
+        """Count a request that was refused for good."""
+        self._metrics.count_refusal(refused.reason)
 
     def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
         """Count that the drafts for a worker are no longer accepted."""

@@ -17,6 +17,7 @@ from cluster.placement.suspects import (
     risks_the_last_worker,
 )
 from cluster.placement.worker_views import WorkerViews
+from scheduler.admission import Admission
 from scheduler.fleet import NUM_CACHED, NUM_SHORT, Fleet
 from scheduler.placement import Placed, Placement, RefusalReason, Refused, WorkerLoad, place
 from scheduler.quota import Draw, Grant, Quota
@@ -50,14 +51,17 @@ class GlobalScheduler:
         slow_timeout_s: float | None = None,
         quotas: Mapping[str, Quota] = types.MappingProxyType({}),
         predicts: bool = True,
+        admission: Admission | None = None,
     ) -> None:
         """A worker runs at most `max_num_seqs` requests, and is replaced if it is slow for longer
         than `slow_timeout_s`. `quotas` are those of tenants, by name. If it `predicts`, requests
         are placed by time to first token, otherwise by outstanding tokens.
+        `admission` refuses those that would be late; None: none.
         """
         self._clock = clock
         self._observer = observer or SchedulerObserver()
         self._predicts = predicts
+        self._admission = admission
         self._workers = WorkerViews(max_num_seqs, slow_timeout_s or math.inf)
         self._fleet = Fleet()
         self._resyncs = Resyncs()
@@ -83,6 +87,9 @@ class GlobalScheduler:
             and risks_the_last_worker(request, loads, self._workers.is_one_to_come(worker_ids, now))
         ):
             return self._refuse(request, loads, now)
+        if self._admission and (refused := self._admission.refusal(request, placement)):
+            self._observer.refused(request, refused)
+            return refused
         if len(loads) < len(worker_ids):
             num_closed = self._workers.num_closed(worker_ids, self._suspects.kept)
             placement = dataclasses.replace(placement, num_closed=num_closed)

@@ -1,7 +1,7 @@
 """The hooks through which others follow what the GlobalScheduler decides."""
 
 from scheduler.drafting import CollapseReason
-from scheduler.placement import Placement
+from scheduler.placement import Placement, Refused
 from scheduler.request import Request
 
 
@@ -10,6 +10,9 @@ class SchedulerObserver:
 
     def placed(self, request: Request, placement: Placement, took_s: float) -> None:
         """A request was placed; the decision took `took_s` seconds."""
+
+    def refused(self, request: Request, refused: Refused) -> None:
+        """A request was refused for good."""
 
     def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
         """The drafts for a worker are no longer accepted."""

@@ -10,33 +10,38 @@ from scheduler.request import Request, Slo
 REQUEST = Request("r", num_prompt_tokens=100, max_tokens=10, slo=Slo(ttft_s=10.0))
 
 
+def forecast(prefill_s: float, ttft_s: float, *, is_late: bool = False) -> Forecast:
+    return Forecast(prefill_s=prefill_s, ttft_s=ttft_s, is_late=is_late, is_measured=True)
+
+
 def placement(forecast: Forecast | None) -> Placement:
     load = WorkerLoad("a", 0, 0, forecast=forecast)
     return Placement(load, None, PlacementReason.ONLY, num_closed=0)
 
 
 @pytest.mark.parametrize(
-    ("forecast", "reason"),
+    ("predicted", "reason"),
     [
-        (Forecast(prefill_s=1.0, ttft_s=7.9), None),
-        (Forecast(prefill_s=1.0, ttft_s=8.1), RefusalReason.OVERLOAD),
-        (Forecast(prefill_s=1.0, ttft_s=5.0, is_late=True), RefusalReason.OVERLOAD),
-        (Forecast(prefill_s=8.5, ttft_s=8.5), RefusalReason.TOO_LONG),
+        (forecast(1.0, 7.4), None),
+        (forecast(prefill_s=1.0, ttft_s=7.6), RefusalReason.OVERLOAD),
+        (forecast(prefill_s=1.0, ttft_s=5.0, is_late=True), RefusalReason.OVERLOAD),
+        (forecast(prefill_s=8.0, ttft_s=8.0), RefusalReason.TOO_LONG),
+        (Forecast(prefill_s=1.0, ttft_s=50.0), None),
         (None, None),
     ],
-    ids=["in time", "too near", "late", "late when idle too", "nothing is known"],
+    ids=["in time", "too near", "late", "late when idle too", "a guess", "nothing is known"],
 )
 def test_what_would_be_late_is_refused(
-    forecast: Forecast | None, reason: RefusalReason | None
+    predicted: Forecast | None, reason: RefusalReason | None
 ) -> None:
-    refused = Admission().refusal(REQUEST, placement(forecast))
+    refused = Admission().refusal(REQUEST, placement(predicted))
 
     assert (refused and refused.reason) == reason
     assert refused is None or (refused.is_final and refused.retry_after_s >= 1)
 
 
 def test_it_may_come_back_when_the_queue_is_short_enough() -> None:
-    refused = Admission().refusal(REQUEST, placement(Forecast(prefill_s=1.0, ttft_s=30.5)))
+    refused = Admission().refusal(REQUEST, placement(forecast(prefill_s=1.0, ttft_s=30.5)))
 
     assert refused
     assert refused.retry_after_s == 23
@@ -45,19 +50,25 @@ def test_it_may_come_back_when_the_queue_is_short_enough() -> None:
 def test_who_does_not_ask_for_targets_is_served_late_rather_than_never() -> None:
     unnamed = dataclasses.replace(REQUEST, names_slo=False)
 
-    assert Admission().refusal(unnamed, placement(Forecast(prefill_s=20.0, ttft_s=25.0))) is None
-    assert Admission().refusal(unnamed, placement(Forecast(prefill_s=1.0, ttft_s=25.0)))
+    assert Admission().refusal(unnamed, placement(forecast(prefill_s=20.0, ttft_s=25.0))) is None
+    assert Admission().refusal(unnamed, placement(forecast(prefill_s=1.0, ttft_s=25.0)))
 
 
 def test_without_a_target_it_queues_up_to_a_bound() -> None:
     request = dataclasses.replace(REQUEST, slo=Slo())
 
-    assert Admission().refusal(request, placement(Forecast(prefill_s=1.0, ttft_s=250.0))) is None
-    assert Admission().refusal(request, placement(Forecast(prefill_s=1.0, ttft_s=350.0)))
+    assert Admission().refusal(request, placement(forecast(prefill_s=1.0, ttft_s=250.0))) is None
+    assert Admission().refusal(request, placement(forecast(prefill_s=1.0, ttft_s=350.0)))
+
+
+def test_what_was_taken_in_is_not_refused() -> None:
+    again = dataclasses.replace(REQUEST, num_attempts=1)
+
+    assert Admission().refusal(again, placement(forecast(prefill_s=1.0, ttft_s=50.0))) is None
 
 
 def test_one_key_switches_it_off() -> None:
-    late = placement(Forecast(prefill_s=1.0, ttft_s=1000.0, is_late=True))
+    late = placement(forecast(prefill_s=1.0, ttft_s=1000.0, is_late=True))
 
     assert Admission(refuse_late=False).refusal(REQUEST, late) is None
 

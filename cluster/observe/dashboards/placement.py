@@ -23,7 +23,7 @@ from cluster.observe.dashboards.promql import (
 )
 from cluster.observe.dashboards.queries import quantiles, rate_of_workers
 from scheduler.pace import SLOW, USUAL
-from scheduler.placement import PlacementReason
+from scheduler.placement import PlacementReason, RefusalReason
 
 _REPORT_AGE = shown(metrics.WORKER_REPORT_AGE)
 _UPTIME = f"time() - {shown(metrics.START_TIME)}"
@@ -156,6 +156,19 @@ PLACEMENT = Dashboard(
                     "their reports.",
                     Unit.REQUESTS_PER_S,
                     (Query(total(rate(shown(metrics.PLACEMENTS)), "reason"), "{{reason}}"),),
+                    Kind.STACKED,
+                ),
+                Panel(
+                    "Refused at once",
+                    "Requests per second that were refused because they would have been late: "
+                    f"{RefusalReason.OVERLOAD.text}, or {RefusalReason.TOO_LONG.text}. If the "
+                    "first lasts, add workers; if the second does, give the class a longer time.",
+                    Unit.REQUESTS_PER_S,
+                    (
+                        Query(
+                            total(rate(shown(metrics.PLACEMENT_REFUSALS)), "reason"), "{{reason}}"
+                        ),
+                    ),
                     Kind.STACKED,
                 ),
                 Panel(

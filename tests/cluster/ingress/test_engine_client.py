@@ -148,7 +148,11 @@ def submit(client: Client, request_id: str) -> RequestRecord:
 def as_sent(request_id: str, num_engine_deaths: int = 0) -> EngineRequest:
     return EngineRequest(
         Request(
-            request_id, num_prompt_tokens=10, max_tokens=5, num_engine_deaths=num_engine_deaths
+            request_id,
+            num_prompt_tokens=10,
+            max_tokens=5,
+            num_engine_deaths=num_engine_deaths,
+            num_attempts=int(request_id.rpartition(".")[2]),
         ),
         [b"encoded"],
     )

@@ -54,21 +54,23 @@ def test_a_request_that_names_no_class_is_of_the_default_class() -> None:
 
 
 def test_a_request_has_the_targets_of_its_class() -> None:
-    assert of_headers(x_slo_class="fast") == Targets(FAST, "fast")
-    assert of_headers(X_SLO_Class="fast") == Targets(FAST, "fast")
+    assert of_headers(x_slo_class="fast") == Targets(FAST, "fast", is_named=True)
+    assert of_headers(X_SLO_Class="fast") == Targets(FAST, "fast", is_named=True)
 
 
 def test_a_request_may_bring_single_targets_of_its_own() -> None:
-    assert of_headers(x_slo_class="fast", x_slo_ttft_ms="200") == Targets(Slo(0.2, 0.05), "fast")
+    assert of_headers(x_slo_class="fast", x_slo_ttft_ms="200") == Targets(
+        Slo(0.2, 0.05), "fast", is_named=True
+    )
     assert of_headers(x_slo_class="batch", X_SLO_TPOT_MS="12.5") == Targets(
-        Slo(math.inf, 0.0125), "batch"
+        Slo(math.inf, 0.0125), "batch", is_named=True
     )
 
 
 @pytest.mark.parametrize("value", ["none", "inf", " None ", "INF"])
 def test_a_request_may_lift_a_target_of_its_class(value: str) -> None:
     assert of_headers(x_slo_class="fast", x_slo_tpot_ms=value) == Targets(
-        Slo(0.5, math.inf), "fast"
+        Slo(0.5, math.inf), "fast", is_named=True
     )
 
 
@@ -97,7 +99,9 @@ def test_a_long_value_is_refused_in_few_words() -> None:
 def test_a_call_of_the_handle_has_parameters_of_the_same_meaning() -> None:
     params: dict[str, Any] = {"slo_class": "fast", "slo_ttft_ms": 200, "slo_tpot_ms": math.inf}
 
-    assert read_targets(CONFIG, params, PARAMETERS) == Targets(Slo(0.2, math.inf), "fast")
+    assert read_targets(CONFIG, params, PARAMETERS) == Targets(
+        Slo(0.2, math.inf), "fast", is_named=True
+    )
     assert read_targets(CONFIG, dict.fromkeys(PARAMETERS), PARAMETERS) == of_headers()
 
 

@@ -21,6 +21,7 @@ from cluster.placement.worker_views import (
     SILENT_AFTER_S,
     SUSPECT_AFTER_S,
 )
+from scheduler.admission import Admission
 from scheduler.drafting import CollapseReason
 from scheduler.placement import (
     Placed,
@@ -30,7 +31,8 @@ from scheduler.placement import (
     Refused,
     WorkerLoad,
 )
-from scheduler.request import Request
+from scheduler.prefill_queue import PrefillCost, QueuedPrefill, QueueReport
+from scheduler.request import Request, Slo
 from workers.drafts.draft_client import DraftCounts
 from workers.errors import EngineStalled, WorkerSilent
 from workers.reports import DraftStats, Stall, WorkerReport
@@ -368,6 +370,26 @@ class Placements(SchedulerObserver):
 
     def placed(self, request: Request, placement: Placement, took_s: float) -> None:
         self.made.append((request, placement, took_s))
+
+
+async def test_what_would_be_late_everywhere_is_refused_and_leaves_no_trace(
+    clock: FakeClock,
+) -> None:
+    scheduler = GlobalScheduler(clock, admission=Admission())
+    cost = PrefillCost(token_s=0.01, is_measured=True)
+    busy = QueueReport({"q": QueuedPrefill(1000, 1000, 100.0)}, cost)
+    for worker_id in ("a", "b"):
+        await scheduler.report(dataclasses.replace(report(worker_id, {"q": 1000}), queue=busy))
+    urgent = dataclasses.replace(request("r"), slo=Slo(ttft_s=5.0), num_prompt_tokens=100)
+    patient = dataclasses.replace(urgent, slo=Slo(ttft_s=20.0))
+
+    refused = await place(scheduler, dataclasses.replace(urgent, priority=1), ["a", "b"])
+
+    assert isinstance(refused, Refused)
+    assert (refused.reason, refused.is_final) == (RefusalReason.OVERLOAD, True)
+    assert refused.retry_after_s >= 7
+    assert [load.num_requests for load in await scheduler.loads()] == [1, 1]
+    assert isinstance(await place(scheduler, patient, ["a", "b"]), Placed)
 
 
 async def test_every_placement_is_observed(clock: FakeClock) -> None:
