@@ -152,7 +152,7 @@ def as_sent(request_id: str, num_engine_deaths: int = 0) -> EngineRequest:
             num_prompt_tokens=10,
             max_tokens=5,
             num_engine_deaths=num_engine_deaths,
-            num_attempts=int(request_id.rpartition(".")[2]),
+            num_attempts=int(request_id.partition(".")[2] or 0),
         ),
         [b"encoded"],
     )
