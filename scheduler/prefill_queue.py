@@ -70,6 +70,8 @@ class _Prefill(NamedTuple):
     seconds: float
     num_new_tokens: int
     num_tokens: int
+    from_s: float
+    """When it was reported or placed; it is not computed before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class PrefillQueue:
                 now + one.due_in_s,
                 min(one.num_new_tokens, self._expected.get(request_id, one.num_new_tokens)),
                 one.num_tokens,
+                now,
             )
             for request_id, one in report.prefills.items()
         ]
@@ -147,7 +150,7 @@ class PrefillQueue:
         own = self._prefill_of(request, num_cached_tokens, now)
         prefills = self._prefills.copy()
         insort(prefills, own)
-        num_on_time, late, end_s = self._run(prefills, own, now)
+        num_on_time, late, end_s = self._run(prefills, own)
         report = self._report
         num_requests = report.num_decodes + len(self._prefills)
         decode_s = report.decode_s * max(1.0, num_requests / max(1, report.num_decodes))
@@ -180,14 +183,20 @@ class PrefillQueue:
         num_new_tokens = max(1, num_tokens - num_cached_tokens)
         due_s = now + request.slo.ttft_s
         return self._prefill(
-            request.request_id, request.priority, due_s, num_new_tokens, num_tokens
+            request.request_id, request.priority, due_s, num_new_tokens, num_tokens, now
         )
 
     def _prefill(
-        self, request_id: str, priority: int, due_s: float, num_new_tokens: int, num_tokens: int
+        self,
+        request_id: str,
+        priority: int,
+        due_s: float,
+        num_new_tokens: int,
+        num_tokens: int,
+        from_s: float,
     ) -> _Prefill:
         seconds = self._report.cost.seconds(num_new_tokens, num_tokens)
-        return _Prefill(priority, due_s, request_id, seconds, num_new_tokens, num_tokens)
+        return _Prefill(priority, due_s, request_id, seconds, num_new_tokens, num_tokens, from_s)
 
     def _recount(self) -> None:
         self.num_new_tokens = sum(prefill.num_new_tokens for prefill in self._prefills)
@@ -195,9 +204,10 @@ class PrefillQueue:
         self._on_time_s = end_s - self._as_of_s
 
     def _run(
-        self, prefills: list[_Prefill], own: _Prefill | None = None, now: float = -math.inf
+        self, prefills: list[_Prefill], own: _Prefill | None = None
     ) -> tuple[int, bool, float]:
-        """How many prefills are on time, whether `own` is not, and when `own` ends, or all.
+        """How many prefills are on time, whether `own` is not, and when it ends; without it, when
+        those on time would end if they were computed without a pause.
 
         As a worker's step scheduler does: by deadline, and whenever one would be late, the longest
         so far is put off until those that can be on time are done.
@@ -207,12 +217,11 @@ class PrefillQueue:
         put_off_s, is_late = 0.0, False
         for prefill in prefills:
             seconds = prefill.seconds * stretch
-            if self._as_of_s + seconds > prefill.due_s:  # not even alone
+            if max(self._as_of_s, prefill.from_s) + seconds > prefill.due_s:  # not even alone
                 put_off_s += seconds
                 is_late = is_late or prefill is own
                 continue
-            if prefill is own:
-                end_s = max(end_s, now)  # what is before it may be over
+            end_s = max(end_s, prefill.from_s)  # what is before it may be over
             heapq.heappush(taken, (-prefill.priority, -seconds, prefill.request_id))
             end_s += seconds
             if end_s > prefill.due_s:
@@ -224,7 +233,7 @@ class PrefillQueue:
             if prefill is own:
                 own_end_s = end_s
         if own is None:
-            return len(taken), False, end_s
+            return len(taken), False, self._as_of_s - sum(seconds for _, seconds, _ in taken)
         if is_late:
             own_end_s = end_s + put_off_s
         return len(taken), is_late, own_end_s

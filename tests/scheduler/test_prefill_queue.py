@@ -44,6 +44,15 @@ def test_work_that_is_over_since_the_report_is_not_waited_for() -> None:
     assert one.forecast(request(), 0, 9.0).ttft_s == pytest.approx(1.0)
 
 
+def test_what_was_placed_on_an_idle_worker_begins_then_and_not_with_its_last_report() -> None:
+    one = queue()
+    one.add(request("first"), 0, 1.5)
+
+    assert one.forecast(request("second"), 0, 1.5).ttft_s == pytest.approx(2.0)
+    assert one.forecast(request("second"), 0, 2.0).ttft_s == pytest.approx(1.5)
+    assert one.seconds == pytest.approx(1.0)
+
+
 def test_the_longest_is_late_if_not_all_can_be_on_time() -> None:
     longer = queue(QueuedPrefill(900, 900, 10.0)).forecast(request(num_tokens=200), 0, 0.0)
     shorter = queue(QueuedPrefill(300, 300, 10.0)).forecast(request(num_tokens=800), 0, 0.0)
