@@ -11,14 +11,17 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.config.nodes import NodesConfig
+from cluster.config.scaling import autoscaling_of_serve
 from cluster.errors import DeviceMissing, NodeMissing
 from cluster.ingress.ingress import Ingress
 from cluster.placement.router import PlacementRouter
 from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
+from scheduler.scaling import ScalingSettings
 from workers.config import DraftConfig
 
 MAX_ONGOING_REQUESTS = 4096
 """Requests that wait in a worker's own queue, where its scheduler sees them, not in Serve's."""
+SCALING_POLICY = "cluster.placement.scaling_policy:num_replicas_wanted"
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -41,11 +44,7 @@ def build_app(args: dict[str, Any]) -> Application:
     workers = _deployment(
         WorkerReplica,
         name="Worker",
-        **(
-            {"autoscaling_config": config.autoscaling}
-            if config.autoscaling
-            else {"num_replicas": config.num_workers}
-        ),
+        **_replicas(config.num_workers, config.autoscaling, config.worker_scaling),
         ray_actor_options=_worker_resources(config),
         request_router_config=RequestRouterConfig(request_router_class=PlacementRouter),
         graceful_shutdown_timeout_s=config.drain_timeout_s,
@@ -53,7 +52,7 @@ def build_app(args: dict[str, Any]) -> Application:
     ).bind(config, scheduler)
     # Bound as an argument, the draft workers are part of the app.
     draft_workers = (
-        _draft_workers(config.draft, config.nodes).bind(config, scheduler) if config.draft else None
+        _draft_workers(config.draft, config).bind(config, scheduler) if config.draft else None
     )
     return _deployment(
         serve.ingress()(Ingress),
@@ -110,15 +109,27 @@ def _on(labels: dict[str, str]) -> dict[str, Any]:
     return {"label_selector": labels} if labels else {}
 
 
-def _draft_workers(config: DraftConfig, nodes: NodesConfig) -> Any:
-    env = _VLLM_ENV | {"OMP_NUM_THREADS": str(max(config.cpus, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
+def _replicas(
+    number: int, autoscaling: dict[str, Any] | None, scaling: ScalingSettings | None
+) -> dict[str, Any]:
+    """Options of a deployment for the number of its replicas, which our policy decides on if there
+    is a `scaling`."""
+    if autoscaling is None:
+        return {"num_replicas": number}
+    if scaling is not None:
+        autoscaling = autoscaling_of_serve(autoscaling, SCALING_POLICY)
+    return {"autoscaling_config": autoscaling}
+
+
+def _draft_workers(draft: DraftConfig, config: AppConfig) -> Any:
+    env = _VLLM_ENV | {"OMP_NUM_THREADS": str(max(draft.cpus, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
     return _deployment(
         DraftReplica,
         name="DraftWorker",
-        num_replicas=config.num_workers,
+        **_replicas(draft.num_workers, draft.autoscaling, config.draft_scaling),
         ray_actor_options={
-            "num_cpus": config.cpus,
-            **_on(nodes.draft_worker),
+            "num_cpus": draft.cpus,
+            **_on(config.nodes.draft_worker),
             "runtime_env": {"env_vars": env},
         },
     )

@@ -23,17 +23,19 @@ from cluster.observe.telemetry import SchedulerTelemetry, WorkerTelemetry
 from cluster.placement import ray_seams
 from cluster.placement.global_scheduler import GlobalScheduler
 from cluster.placement.prefix_watch import PrefixStats
+from cluster.placement.scaling_policy import ANSWERED, WANTED
 from scheduler.placement import Placed, Placement, Refused, WorkerLoad
 from scheduler.quota import Draw, Grant
 from scheduler.request import Request
+from scheduler.scaling import ScalingDecision
 from workers.drafters.draft_worker import DraftWorker
 from workers.drafters.make import make_drafters
-from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine
 from workers.engine_request import EngineRequest
 from workers.errors import WorkerError
 from workers.plugin.vllm_seams import check_seams
 from workers.reports import (
+    DraftReportAnswer,
     DraftWorkerReport,
     DraftWorkerStatus,
     ReportAnswer,
@@ -79,6 +81,9 @@ class GlobalSchedulerReplica(Replica):
             predicts=config.placement.policy == "predicted",
             admission=config.placement.admission,
             quotas={name: tenant.quota for name, tenant in config.all_tenants.items()},
+            learn_output_lengths=config.placement.learn_output_lengths,
+            scaling=config.worker_scaling,
+            draft_scaling=config.draft_scaling,
         )
         worker = config.worker
         is_told = worker.prefix_index and worker.engine.enable_prefix_caching
@@ -118,8 +123,8 @@ class GlobalSchedulerReplica(Replica):
         """Which attempts at requests, each with its worker, are to be made elsewhere, and why."""
         return await self._scheduler.losses(attempts)
 
-    async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
-        """Take a draft worker's report; returns the other draft workers."""
+    async def report_draft_worker(self, report: DraftWorkerReport) -> DraftReportAnswer:
+        """Take a draft worker's report."""
         return await self._scheduler.report_draft_worker(report)
 
     async def draft_workers(self) -> list[DraftWorkerStatus]:
@@ -134,11 +139,19 @@ class GlobalSchedulerReplica(Replica):
         """What is known of the workers' prefix caches."""
         return self._scheduler.prefix_stats()
 
+    async def scaling(self) -> ScalingDecision | None:
+        """The latest decision on the number of workers, if it is decided here."""
+        return self._scheduler.scaling
+
     async def _export(self, metrics: PlacementMetrics, is_told: bool) -> None:
         while True:
             for load, report_age_s in self._scheduler.loads_and_ages():
                 metrics.set_load(load, report_age_s)
             metrics.set_prefixes(self._scheduler.prefix_stats(), is_told)
+            for tenant, accuracy in self._scheduler.output_lengths.accuracies.items():
+                metrics.set_length_accuracy(tenant, accuracy)
+            if decision := self._scheduler.scaling:
+                metrics.set_scaling(decision)
             await asyncio.sleep(EXPORT_LOADS_S)
 
 
@@ -161,6 +174,7 @@ class WorkerReplica(Replica):
         self._at_end.callback(self._worker.shutdown)
         self._at_end.enter_context(_called_at_stop(self._worker.drain))
         self._num_calls = 0
+        self._wanted = _Wanted()
         event_loop = asyncio.get_running_loop()
         self._tasks = [
             event_loop.create_task(self._end_with_engine()),
@@ -210,7 +224,12 @@ class WorkerReplica(Replica):
 
     def follow(self, answer: ReportAnswer) -> None:
         """Do what the GlobalScheduler answers to a report."""
+        self._wanted.note(answer.num_workers_wanted)
         self._worker.follow(answer)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook: what our autoscaling policy decides by."""
+        return self._wanted.stats()
 
     async def _beat(self, scheduler: "DeploymentHandle[Any]") -> None:
         while True:
@@ -264,6 +283,23 @@ class WorkerReplica(Replica):
             )
 
 
+class _Wanted:
+    """How many replicas of a deployment the GlobalScheduler wants, for Serve."""
+
+    def __init__(self) -> None:
+        self._stats: dict[str, float] = {}
+
+    def note(self, num_wanted: int | None) -> None:
+        """Take an answer; without a number the one before stays."""
+        if num_wanted is not None:
+            self._stats = {WANTED: num_wanted, ANSWERED: time.time()}
+
+    def stats(self) -> dict[str, float]:
+        """The latest number and its time, as metrics for our autoscaling policy; empty if there is
+        none."""
+        return self._stats
+
+
 class _Reports(Generic[Report, ReportAnswered]):
     """Sends reports to the GlobalScheduler one at a time, the latest only, and follows its answers.
 
@@ -304,7 +340,8 @@ def _join_reports(unsent: WorkerReport, report: WorkerReport) -> WorkerReport:
     prefix = report.prefix
     if unsent.prefix:
         prefix = unsent.prefix.then(prefix) if prefix else unsent.prefix
-    return dataclasses.replace(report, finished=(*unsent.finished, *report.finished), prefix=prefix)
+    finished = {**unsent.finished, **report.finished}
+    return dataclasses.replace(report, finished=finished, prefix=prefix)
 
 
 class _ReportingTelemetry(WorkerTelemetry):
@@ -341,9 +378,10 @@ class DraftReplica(Replica):
         draft = config.draft
         metrics = DraftWorkerMetrics(Exporter(config.model_name, config.metrics))
         method = scheduler.report_draft_worker
-        reports: _Reports[DraftWorkerReport, list[DraftWorkerAddress]] = _Reports(
-            method.remote, self._meet, lambda _, report: report
+        reports: _Reports[DraftWorkerReport, DraftReportAnswer] = _Reports(
+            method.remote, self._follow, lambda _, report: report
         )
+        self._wanted = _Wanted()
 
         def send(report: DraftWorkerReport) -> None:
             metrics.export(report.status)
@@ -372,8 +410,13 @@ class DraftReplica(Replica):
         """Serve's hook: it replaces this replica when this raises."""
         self._draft_worker.check_health()
 
-    def _meet(self, peers: list[DraftWorkerAddress]) -> None:
-        self._draft_worker.set_peers(peers)
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook: what our autoscaling policy decides by."""
+        return self._wanted.stats()
+
+    def _follow(self, answer: DraftReportAnswer) -> None:
+        self._wanted.note(answer.num_wanted)
+        self._draft_worker.set_peers(answer.peers)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from cluster.config.app_config import AppConfig
 from cluster.observe.request_history import Attempt, Refusal, RequestHistory, RequestRecord
 from cluster.placement import global_scheduler
 from cluster.placement.global_scheduler import GlobalScheduler
+from scheduler.output_length import MAX_BYTES as MAX_LENGTHS_BYTES
+from scheduler.output_length import MAX_KINDS, OutputLengths
 from scheduler.prefill_queue import Forecast
 from scheduler.prefix_index import PrefixDelta, PrefixIndex, pack
 from scheduler.request import Request, Slo
@@ -129,11 +131,11 @@ def refusals(id_len: int) -> RequestHistory:
 async def placements(id_len: int) -> GlobalScheduler:
     scheduler = GlobalScheduler()
     for worker in ("a", "b"):
-        await scheduler.report(WorkerReport(worker, {}, (), False))
+        await scheduler.report(WorkerReport(worker, {}, {}, False))
     for number, request_id in enumerate(ids(id_len)):
         await scheduler.place(Request(request_id, 1, 1), ["a", "b"])
         for worker in ("a", "b"):
-            await scheduler.report(WorkerReport(worker, {}, (request_id,), False))
+            await scheduler.report(WorkerReport(worker, {}, {request_id: None}, False))
         if number and not await scheduler.placements([first(id_len)]):
             return scheduler
     raise AssertionError
@@ -195,6 +197,21 @@ def test_the_spans_take_what_they_say(
     monkeypatch.setattr(timeline, "MAX_BYTES", BOUND)
 
     assert BOUND / 3 < growth(lambda: spans(num_requests, id_len)) < BOUND
+
+
+def kinds(tenant_len: int) -> OutputLengths:
+    lengths = OutputLengths()
+    names = ids(tenant_len)
+    while len(lengths) < MAX_KINDS:
+        lengths.observe(Request("r", 100, 200, tenant=next(names)), 50)
+    return lengths
+
+
+@pytest.mark.parametrize("tenant_len", [20, 500])
+def test_the_lengths_of_outputs_take_what_they_say(tenant_len: int) -> None:
+    found = growth(lambda: kinds(tenant_len))
+
+    assert MAX_LENGTHS_BYTES / 3 < found < MAX_LENGTHS_BYTES
 
 
 @pytest.mark.parametrize("id_len", [45, 560])

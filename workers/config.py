@@ -174,6 +174,10 @@ class DraftConfig:
     order, and the most promising drafts for a request are verified."""
     num_workers: int = 1
     """Number of draft worker replicas."""
+    autoscaling: dict[str, Any] | None = None
+    """Ray Serve's `autoscaling_config` for the draft workers; it replaces `num_workers`. Unless it
+    has a `policy` or `target_ongoing_requests`, the GlobalScheduler decides on their number, by how
+    busy they are."""
     cpus: int = 0
     """CPU cores that one draft worker has to itself; 0: none, it runs on any core that is idle."""
     num_speculative_tokens: int = 12

@@ -43,14 +43,30 @@ class DraftStats:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetCounts:
+    """Requests with targets that a worker has ended since its start."""
+
+    num_judged: int = 0
+    num_met: int = 0
+    """Those that met all of their targets, from when they came to the worker."""
+
+    def __add__(self, other: "TargetCounts") -> "TargetCounts":
+        return TargetCounts(self.num_judged + other.num_judged, self.num_met + other.num_met)
+
+    def __sub__(self, other: "TargetCounts") -> "TargetCounts":
+        return TargetCounts(self.num_judged - other.num_judged, self.num_met - other.num_met)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
     """A worker's requests, as it reports them to the GlobalScheduler."""
 
     worker_id: str
     outstanding: dict[str, int]
     """Tokens that each live request may still need, by request id."""
-    finished: tuple[str, ...]
-    """Requests that ended since the last report."""
+    finished: Mapping[str, int | None]
+    """Requests that ended since the last report, with the tokens that they gave on this worker;
+    None for one that was aborted or failed, whose tokens say nothing of a length."""
     draining: bool
     drafts: DraftStats | None = None
     """None without speculation."""
@@ -66,6 +82,7 @@ class WorkerReport:
     """What has changed in its prefix cache since the last report; None if it does not tell."""
     queue: QueueReport = field(default_factory=QueueReport)
     """What has still to be prefilled there."""
+    targets: TargetCounts = TargetCounts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +110,8 @@ class ReportAnswer:
     """Whether another worker takes requests."""
     resync_prefix: bool = False
     """Whether its next report is to tell all that its prefix cache has."""
+    num_workers_wanted: int | None = None
+    """How many workers there should be; None if others decide on that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +180,16 @@ class DraftWorkerReport:
 
     address: DraftWorkerAddress
     status: DraftWorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class DraftReportAnswer:
+    """What the GlobalScheduler answers to a draft worker's report."""
+
+    peers: list[DraftWorkerAddress]
+    """The other draft workers, with which it shares memories."""
+    num_wanted: int | None = None
+    """How many draft workers there should be; None if others decide on that."""
 
 
 class WorkerObserver:

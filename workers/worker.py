@@ -167,6 +167,7 @@ class Worker:
             round(state.engine.slowness, 1),
             prefix=state.prefix,
             queue=state.queue,
+            targets=state.targets,
         )
         now = self._clock()
         # Its time goes by in any case, and the GlobalScheduler counts on.
@@ -179,7 +180,7 @@ class Worker:
 
     def report_death(self, reason: str) -> None:
         """Report that the engine is dead, so that nothing more is placed here."""
-        self._observer.reported(WorkerReport(self.worker_id, {}, (), self._draining, death=reason))
+        self._observer.reported(WorkerReport(self.worker_id, {}, {}, self._draining, death=reason))
 
     def stall(self) -> Stall | None:
         """The engine's step, if it takes much longer than expected."""

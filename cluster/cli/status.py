@@ -22,6 +22,8 @@ def status(app_name: AppName = "xyserve", address: Address = None) -> None:
         state = handle.status()
     console = output_console(width=140)
     console.print(_workers_table(app_name, state))
+    if state.scaling:
+        console.print(f"Workers: {state.scaling}")
     if not state.is_serving:
         console.print("No worker takes requests: they wait until one does, or are refused.")
     if state.draft_workers:

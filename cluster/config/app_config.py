@@ -18,10 +18,12 @@ from cluster.config.nodes import NodesConfig
 from cluster.config.observe import LogConfig, TracingConfig
 from cluster.config.placement import PlacementConfig
 from cluster.config.routes import EXTRA_PATHS
+from cluster.config.scaling import scaling_settings
 from cluster.config.slo import SloConfig
 from cluster.errors import ConfigError
 from cluster.keys import DEFAULT_TENANT
 from cluster.models.default_model import DEFAULT_MODEL
+from scheduler.scaling import ScalingSettings
 from workers.config import DraftConfig, EngineConfig, WorkerConfig
 from workers.sockets import check_ports
 
@@ -110,7 +112,10 @@ class AppConfig:
     num_workers: int = 1
     """Number of worker replicas."""
     autoscaling: dict[str, Any] | None = None
-    """Ray Serve's `autoscaling_config` for the workers; it replaces `num_workers`."""
+    """Ray Serve's `autoscaling_config` for the workers; it replaces `num_workers`. Unless it has a
+    `policy` or `target_ongoing_requests`, the GlobalScheduler decides on their number, from
+    `min_replicas` to `max_replicas`, so that `target_attainment` (0.95) of the requests meet their
+    targets; fewer workers must have been enough for `downscale_delay_s` (600)."""
     num_ingresses: int = 1
     """Number of ingress replicas."""
     drain_timeout_s: float = 600.0
@@ -145,6 +150,7 @@ class AppConfig:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if not self.drain_timeout_s >= 0:
             raise ValueError(f"drain_timeout_s ({self.drain_timeout_s}) must not be negative")
+        self._check_autoscaling()
         check_ports(self.stream_ports)
         check_tenants(self.tenants)
         if self.draft and self.worker.step_policy.name == "vllm":
@@ -167,6 +173,30 @@ class AppConfig:
             self.ingress.extra_args,
             _vllm_fields("vllm.entrypoints.launchers.cli_args", "BaseFrontendArgs", "FrontendArgs"),
         )
+
+    def _check_autoscaling(self) -> None:
+        for name, autoscaling in (
+            ("autoscaling", self.autoscaling),
+            ("draft.autoscaling", self.draft.autoscaling if self.draft else None),
+        ):
+            try:
+                scaling_settings(autoscaling)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    @property
+    def worker_scaling(self) -> ScalingSettings | None:
+        """How the GlobalScheduler decides on the number of workers; None if it does not.
+
+        It measures work by our step scheduler's profile.
+        """
+        has_profile = self.worker.step_policy.name != "vllm"
+        return scaling_settings(self.autoscaling) if has_profile else None
+
+    @property
+    def draft_scaling(self) -> ScalingSettings | None:
+        """How the GlobalScheduler decides on the number of draft workers; None if it does not."""
+        return scaling_settings(self.draft.autoscaling) if self.draft else None
 
     @property
     def all_tenants(self) -> dict[str, TenantConfig]:

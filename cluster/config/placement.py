@@ -18,3 +18,6 @@ class PlacementConfig:
     """
     admission: Admission = field(default_factory=Admission)
     """Which requests are refused at once, by 503 with `Retry-After`; with `predicted` only."""
+    learn_output_lengths: bool = True
+    """Whether to learn from the requests that end how many tokens others of their tenant and kind
+    will give; false: each is taken to need its `max_tokens`."""

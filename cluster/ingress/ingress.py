@@ -184,6 +184,7 @@ class Ingress(Replica):
             self._client.num_live,
             await self._scheduler.draft_workers.remote(),
             await self._client.has_workers(),
+            await self._scheduler.scaling.remote(),
         )
 
     async def spans(self, since_s: float) -> dict[str, list[Span]]:

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from scheduler.scaling import ScalingDecision
 from workers.reports import DraftWorkerStatus, WorkerStatus
 
 Api = Literal["chat", "completion"]
@@ -51,3 +52,5 @@ class AppStatus:
     draft_workers: list[DraftWorkerStatus]
     is_serving: bool = True
     """Whether a request would find a worker now, as `/health` says; otherwise it waits for one."""
+    scaling: ScalingDecision | None = None
+    """How many workers are wanted, and why; None if that is not decided here."""

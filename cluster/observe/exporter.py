@@ -16,7 +16,9 @@ from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
 from cluster.observe.request_history import Attempt, RequestRecord
 from cluster.placement.prefix_watch import PrefixStats
 from scheduler.drafting import CollapseReason
+from scheduler.output_length import Accuracy
 from scheduler.placement import Placement, PlacementReason, RefusalReason, WorkerLoad
+from scheduler.scaling import ScalingDecision, ScalingReason
 from scheduler.task import Reason, Stage, StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.reports import DraftStats, DraftWorkerStatus
@@ -274,6 +276,7 @@ class PlacementMetrics:
         )
         exporter.begin(metrics.PREFIX_RESYNCS)
         exporter.begin(metrics.PREFIX_FORMAT_MISMATCH)
+        exporter.begin(metrics.SCALING_CHANGES, reason=ScalingReason)
 
     def count_placement(self, placement: Placement) -> None:
         """Count a request that was placed."""
@@ -317,6 +320,25 @@ class PlacementMetrics:
             if number > (then or 0):
                 self._exporter.add(counter, number - (then or 0))
         self._prefixes = stats
+
+    def count_rescaling(self, decision: ScalingDecision) -> None:
+        """Count that another number of workers is wanted."""
+        self._exporter.add(metrics.SCALING_CHANGES, reason=decision.reason)
+
+    def set_scaling(self, decision: ScalingDecision) -> None:
+        """Set how many workers are wanted, and what for."""
+        set_ = self._exporter.set
+        set_(metrics.WORKERS_WANTED, decision.num_wanted)
+        set_(metrics.WORKERS_READY, decision.num_ready)
+        set_(metrics.OFFERED_WORK, decision.load)
+        set_(metrics.WORKER_CAPACITY, decision.limit)
+
+    def set_length_accuracy(self, tenant: str, accuracy: Accuracy) -> None:
+        """Set how well the lengths of a tenant's outputs are predicted."""
+        set_ = self._exporter.set
+        set_(metrics.OUTPUT_LENGTH_ERROR, accuracy.log_error, tenant=tenant)
+        set_(metrics.OUTPUT_LENGTH_BIAS, accuracy.bias, tenant=tenant)
+        set_(metrics.OUTPUT_LENGTH_COVERAGE, accuracy.coverage, tenant=tenant)
 
 
 class DraftWorkerMetrics:

@@ -335,6 +335,45 @@ PREFIX_FORMAT_MISMATCH = _counter(
     "workers",
     "Workers whose blocks could not be compared with those of a request, over all requests.",
 )
+SCALING_CHANGES = _counter(
+    "scaling_changes",
+    "changes",
+    "Times that another number of workers was wanted, by the reason.",
+    "reason",
+)
+WORKERS_WANTED = _gauge("workers_wanted", "workers", "Workers that there should be.")
+WORKERS_READY = _gauge("workers_ready", "workers", "Workers that take requests.")
+OFFERED_WORK = _gauge(
+    "offered_work",
+    "workers",
+    "Predicted work of the requests that come, in seconds of one worker's full steps per second.",
+)
+WORKER_CAPACITY = _gauge(
+    "worker_capacity",
+    "workers",
+    "Work, in the same unit, that one worker is thought to take while targets are met.",
+)
+OUTPUT_LENGTH_ERROR = _gauge(
+    "output_length_error_ratio",
+    "ratio",
+    "Mean |ln(predicted / real)| of the output lengths of a tenant's latest requests: 0.69 is a"
+    " factor of two.",
+    "tenant",
+)
+OUTPUT_LENGTH_BIAS = _gauge(
+    "output_length_bias_ratio",
+    "ratio",
+    "Predicted output tokens of a tenant's latest requests, all together, relative to the real"
+    " ones, minus 1.",
+    "tenant",
+)
+OUTPUT_LENGTH_COVERAGE = _gauge(
+    "output_length_coverage_ratio",
+    "ratio",
+    "Share of a tenant's latest requests that gave no more tokens than their predicted high"
+    " quantile, 0.95.",
+    "tenant",
+)
 START_TIME = _gauge(
     "start_time_seconds",
     "seconds",

@@ -11,6 +11,7 @@ from cluster.placement.observer import SchedulerObserver
 from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement, Refused
 from scheduler.request import Request
+from scheduler.scaling import ScalingDecision
 from scheduler.task import StepReport
 from workers.reports import Peaks, WorkerObserver, WorkerReport
 from workers.step_history import StepHistory
@@ -54,6 +55,10 @@ class SchedulerTelemetry(SchedulerObserver):
     def refused(self, request: Request, refused: Refused) -> None:
         """Count a request that was refused for good."""
         self._metrics.count_refusal(refused.reason)
+
+    def rescaled(self, decision: ScalingDecision) -> None:
+        """Count that another number of workers is wanted."""
+        self._metrics.count_rescaling(decision)
 
     def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
         """Count that the drafts for a worker are no longer accepted."""

@@ -70,6 +70,14 @@ class DraftPool:
             for _, view in sorted(self._views.items())
         ]
 
+    def busy_shares(self, now: float) -> list[float]:
+        """How busy each draft worker is that is not silent."""
+        return [
+            view.report.status.busy_share
+            for view in self._views.values()
+            if not view.is_silent(now)
+        ]
+
     def watch(self, worker_id: str, stats: DraftStats, now: float) -> CollapseReason | None:
         """Note how well drafts serve a worker; logs and returns why they no longer do."""
         reason = self._drafting_for(worker_id).watch.observe(

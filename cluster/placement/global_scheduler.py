@@ -10,6 +10,7 @@ from cluster.placement.accounts import Accounts
 from cluster.placement.draft_pool import DraftPool
 from cluster.placement.observer import SchedulerObserver
 from cluster.placement.prefix_watch import FormatWatch, PrefixStats, Resyncs, num_untold
+from cluster.placement.scaler import Scaler
 from cluster.placement.suspects import (
     NO_WORKER_RETRY_S,
     Poisons,
@@ -19,13 +20,16 @@ from cluster.placement.suspects import (
 from cluster.placement.worker_views import WorkerViews
 from scheduler.admission import Admission
 from scheduler.fleet import NUM_CACHED, NUM_SHORT, Fleet
+from scheduler.output_length import OutputLengths
 from scheduler.placement import Placed, Placement, RefusalReason, Refused, WorkerLoad, place
 from scheduler.quota import Draw, Grant, Quota
 from scheduler.request import Request
+from scheduler.scaling import ScalingDecision, ScalingSettings
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.errors import WorkerError
 from workers.latest import Latest
 from workers.reports import (
+    DraftReportAnswer,
     DraftStats,
     DraftWorkerReport,
     DraftWorkerStatus,
@@ -52,11 +56,16 @@ class GlobalScheduler:
         quotas: Mapping[str, Quota] = types.MappingProxyType({}),
         predicts: bool = True,
         admission: Admission | None = None,
+        learn_output_lengths: bool = True,
+        scaling: ScalingSettings | None = None,
+        draft_scaling: ScalingSettings | None = None,
     ) -> None:
         """A worker runs at most `max_num_seqs` requests, and is replaced if it is slow for longer
         than `slow_timeout_s`. `quotas` are those of tenants, by name. If it `predicts`, requests
-        are placed by time to first token, otherwise by outstanding tokens.
-        `admission` refuses those that would be late; None: none.
+        are placed by time to first token, otherwise by outstanding tokens. `admission` refuses
+        those that would be late; None: none. If the lengths of outputs are not learned, each is
+        predicted to be `max_tokens`. The numbers of workers and draft workers are decided here
+        where there is a `scaling` of theirs.
         """
         self._clock = clock
         self._observer = observer or SchedulerObserver()
@@ -70,6 +79,10 @@ class GlobalScheduler:
         self._poisons = Poisons()
         self._draft_pool = DraftPool()
         self._accounts = Accounts(quotas)
+        self.output_lengths = OutputLengths()
+        """What the requests that ended say of the lengths of others."""
+        self._learn_output_lengths = learn_output_lengths
+        self._scaler = Scaler(self.output_lengths, scaling, draft_scaling)
         self._placements: Latest[Placement] = Latest(MAX_PLACEMENTS_BYTES)
 
     async def place(self, request: Request, worker_ids: Sequence[str]) -> Placed | Refused:
@@ -96,6 +109,7 @@ class GlobalScheduler:
         chosen = placement.chosen.worker_id
         self._workers.add_placed(chosen, request, now)
         self._fleet.place(chosen, request, now)
+        self._scaler.offer(request, placement.chosen)
         self._suspects.end_wait(request.request_id)
         self._placements.add(request.request_id, placement, PLACEMENT_BYTES)
         self._observer.placed(request, placement, self._clock() - now)
@@ -147,15 +161,22 @@ class GlobalScheduler:
     async def report(self, report: WorkerReport) -> ReportAnswer:
         """Take a worker's report of its requests."""
         now = self._clock()
+        if self._learn_output_lengths:
+            for request, num_output_tokens in self._workers.ended(report):
+                self.output_lengths.observe(request, num_output_tokens)
         view = self._workers.report(report, now)
         if view.dead:
             self._fleet.forget(report.worker_id)
             self._resyncs.forget(report.worker_id)
+        self._scaler.note_targets(report.worker_id, report.targets)
+        if change := self._scaler.decide(self._workers, now):
+            self._observer.rescaled(change)
         return ReportAnswer(
             self._draft_worker(report.worker_id, report.drafts, now) if report.drafts else None,
             view.unfit,
             self._workers.others_serve(report.worker_id, now),
             resync_prefix=not view.dead and self._note_queue(report, now),
+            num_workers_wanted=self._scaler.num_workers_wanted,
         )
 
     def _note_queue(self, report: WorkerReport, now: float) -> bool:
@@ -206,9 +227,18 @@ class GlobalScheduler:
             num_format_mismatches=index.num_format_mismatches,
         )
 
-    async def report_draft_worker(self, report: DraftWorkerReport) -> list[DraftWorkerAddress]:
-        """Take a draft worker's report; returns the others, with which it shares memories."""
-        return self._draft_pool.report(report, self._clock())
+    async def report_draft_worker(self, report: DraftWorkerReport) -> DraftReportAnswer:
+        """Take a draft worker's report."""
+        now = self._clock()
+        peers = self._draft_pool.report(report, now)
+        self._scaler.decide_drafts(self._draft_pool.busy_shares(now), now)
+        return DraftReportAnswer(peers, self._scaler.num_draft_workers_wanted)
+
+    @property
+    def scaling(self) -> ScalingDecision | None:
+        """The latest decision on the number of workers; None while there is none, or if others
+        decide."""
+        return self._scaler.decision
 
     async def draft_workers(self) -> list[DraftWorkerStatus]:
         """The current view of all draft workers."""

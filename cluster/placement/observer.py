@@ -3,6 +3,7 @@
 from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement, Refused
 from scheduler.request import Request
+from scheduler.scaling import ScalingDecision
 
 
 class SchedulerObserver:
@@ -13,6 +14,9 @@ class SchedulerObserver:
 
     def refused(self, request: Request, refused: Refused) -> None:
         """A request was refused for good."""
+
+    def rescaled(self, decision: ScalingDecision) -> None:
+        """Another number of workers is wanted."""
 
     def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
         """The drafts for a worker are no longer accepted."""

@@ -55,6 +55,8 @@ class WorkerView:
     """Request and time of placement, by request id."""
     num_hashed: int = 0
     """Requests with full blocks that were ever placed on it."""
+    running: dict[str, Request] = field(default_factory=dict)
+    """Those of the reported requests that were placed here by this GlobalScheduler."""
     draining: bool = False
     dead: bool = False
     on_trial: bool = False
@@ -86,6 +88,25 @@ class WorkerView:
         """Whether a request was placed on it lately that it has not reported."""
         placed = self.placed.get(request_id)
         return placed is not None and now - placed[1] <= FORGET_AFTER_S
+
+    def known(self, request_ids: Iterable[str]) -> dict[str, Request]:
+        """Those of these requests that were placed here by this GlobalScheduler."""
+        found: dict[str, Request] = {}
+        for request_id in request_ids:
+            if request := self.running.get(request_id):
+                found[request_id] = request
+            elif placed := self.placed.get(request_id):
+                found[request_id] = placed[0]
+        return found
+
+    def waiting(self) -> list[Request]:
+        """Those of its requests, as far as they are known, that have no token yet."""
+        reported = [
+            request
+            for request_id, request in self.running.items()
+            if self.reported[request_id] == request.num_outstanding_tokens()
+        ]
+        return reported + [request for request, _ in self.placed.values()]
 
     def hear(self, now: float) -> None:
         """It lives: it has sent a report or a beat."""
@@ -172,10 +193,22 @@ class WorkerViews:
         if report.death:
             self._note_death(report.worker_id, view, report.death, now)
         self._note_pace(report.worker_id, view, report.slowness, now)
+        view.running = view.known(report.outstanding)
         for request_id in (*report.outstanding, *report.finished):
             view.placed.pop(request_id, None)
         self._judge(report.worker_id, view, now)
         return view
+
+    def ended(self, report: WorkerReport) -> list[tuple[Request, int]]:
+        """Requests that a report, not yet taken, says have ended by themselves, with the output
+        tokens of all their attempts."""
+        if (view := self._views.get(report.worker_id)) is None:
+            return []
+        return [
+            (request, request.num_prior_tokens + num_tokens)
+            for request_id, request in view.known(report.finished).items()
+            if (num_tokens := report.finished[request_id]) is not None
+        ]
 
     def beat(self, worker_id: str, stall: Stall | None, now: float) -> None:
         """Hear of a worker between its reports, and of a step of its engine that seems to hang."""
@@ -285,6 +318,23 @@ class WorkerViews:
             other_id != worker_id and self._views[other_id].is_serving(now)
             for other_id in self._serving
         )
+
+    def knows(self, worker_id: str) -> bool:
+        """Whether a worker of this id has been heard or mentioned."""
+        return worker_id in self._views
+
+    def num_serving(self, now: float) -> int:
+        """Workers that have reported, take requests and make steps."""
+        return sum(view.has_reported and view.is_serving(now) for view in self._views.values())
+
+    def waiting(self, now: float) -> list[tuple[WorkerLoad, list[Request]]]:
+        """The loads of the workers that serve, with those of their requests, as far as they are
+        known, that have no token yet."""
+        return [
+            (view.load(worker_id, False, self._max_num_seqs, now), view.waiting())
+            for worker_id, view in self._views.items()
+            if view.is_serving(now)
+        ]
 
     def is_one_to_come(self, worker_ids: Iterable[str], now: float) -> bool:
         """Whether a worker that died is still to be replaced, or one of these stalls."""

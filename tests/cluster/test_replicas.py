@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from ray.serve._private.replica import Replica as ReplicaOfServe
 
 from cluster.config.app_config import parse_args
 from cluster.observe.replica import Replica
+from cluster.placement.scaling_policy import ANSWERED, WANTED
 from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
 from scheduler.placement import Placed
 from scheduler.prefix_index import PrefixDelta
@@ -22,7 +24,14 @@ from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats
 from workers.engine_request import EngineRequest
 from workers.errors import EngineDead, StepFailed, WorkerUnfit, WrongWorker
-from workers.reports import DraftStats, DraftWorkerReport, ReportAnswer, Stall, WorkerReport
+from workers.reports import (
+    DraftReportAnswer,
+    DraftStats,
+    DraftWorkerReport,
+    ReportAnswer,
+    Stall,
+    WorkerReport,
+)
 from workers.token_stream import StreamAddress, StreamReceiver
 
 CONFIG = parse_args(
@@ -140,8 +149,23 @@ async def test_a_workers_replica_follows_what_its_reports_are_answered(
     await until(lambda: engine.draft_worker == DRAFTER)
 
     assert scheduler.reports[:2] == [
-        WorkerReport("w1", {}, (), draining, NO_DRAFTS) for draining in (False, True)
+        WorkerReport("w1", {}, {}, draining, NO_DRAFTS) for draining in (False, True)
     ]
+
+
+async def test_a_worker_hands_serve_the_latest_number_that_it_was_answered(
+    monkeypatch: pytest.MonkeyPatch, ended: list[Any]
+) -> None:
+    ended.append(replica := make_worker(monkeypatch, FakeEngine(), SchedulerHandle(ReportAnswer())))
+    before = replica.record_autoscaling_stats()
+    began_s = time.time()
+    replica.follow(ReportAnswer(num_workers_wanted=3))
+    replica.follow(ReportAnswer())  # of a GlobalScheduler that has just started
+    stats = replica.record_autoscaling_stats()
+
+    assert before == {}
+    assert stats[WANTED] == 3
+    assert began_s <= stats[ANSWERED] <= time.time()
 
 
 async def test_a_worker_says_that_it_lives_and_that_its_step_stalls(
@@ -203,8 +227,8 @@ async def test_reports_wait_for_the_answer_to_the_one_before_and_become_one(
 
     [_, report] = scheduler.reports
     assert isinstance(report, WorkerReport)
-    assert report.finished == ("r.0", "r.1", "r.2")
     assert report.prefix == PrefixDelta("1", 3, "format", bytes([2] * 8 + [3] * 8), num_joined=2)
+    assert report.finished == {"r.0": 1, "r.1": 1, "r.2": 1}
     receiver.close()
 
 
@@ -258,7 +282,7 @@ async def test_a_workers_process_ends_with_its_engine_when_its_callers_know(
     reason = "the engine failed: OSError('device gone')"
     assert repr(await call) == repr(StepFailed(reason))
     assert exits == []
-    assert scheduler.reports[-1] == WorkerReport("w1", {}, (), draining=False, death=reason)
+    assert scheduler.reports[-1] == WorkerReport("w1", {}, {}, draining=False, death=reason)
     await until(lambda: exits == [1])
     receiver.close()
 
@@ -297,7 +321,7 @@ async def test_the_global_schedulers_replica_places_and_takes_reports(
 ) -> None:
     replica = GlobalSchedulerReplica(CONFIG)
     ended.append(replica)
-    await replica.report(WorkerReport("busy", {"x": 100}, (), draining=False))
+    await replica.report(WorkerReport("busy", {"x": 100}, {}, draining=False))
 
     placed = await replica.place(Request("r", 10, 5), ["busy", "idle"])
     assert isinstance(placed, Placed)
@@ -312,7 +336,7 @@ async def test_a_draft_workers_replica_reports_and_meets_the_others(
     monkeypatch: pytest.MonkeyPatch, ended: list[Replica]
 ) -> None:
     monkeypatch.setattr("cluster.replicas.make_drafters", lambda *_: {})
-    scheduler = SchedulerHandle([DRAFTER])
+    scheduler = SchedulerHandle(DraftReportAnswer([DRAFTER], num_wanted=2))
     replica = DraftReplica(CONFIG, scheduler)
     ended.append(replica)
     await until(lambda: replica._draft_worker._peers == [DRAFTER])
@@ -320,6 +344,7 @@ async def test_a_draft_workers_replica_reports_and_meets_the_others(
     [report, *_] = scheduler.reports
     assert isinstance(report, DraftWorkerReport)
     assert report.address.draft_worker_id == "w1"
+    assert replica.record_autoscaling_stats()[WANTED] == 2
     assert await replica.spans(0.0) == ("w1", [])
     replica.check_health()
     await asyncio.to_thread(replica.__del__)

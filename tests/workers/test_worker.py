@@ -209,7 +209,7 @@ async def test_a_failed_engine_fails_every_request_and_the_health_check(setup: S
     told = [repr(outcome) for outcome in outcomes]
     assert (told[0], told[2:]) == (suspect, [dead, dead])
     assert told[1] in (suspect, dead)  # in the step, or not yet
-    assert setup.reports[-1] == WorkerReport("w", {}, (), draining=False, death=reason)
+    assert setup.reports[-1] == WorkerReport("w", {}, {}, draining=False, death=reason)
     await asyncio.wait_for(setup.worker.until_dead(), 30)
     with pytest.raises(EngineDead, match="device gone"):
         setup.worker.check_health()
@@ -394,7 +394,7 @@ async def test_an_idle_worker_reports_as_a_heartbeat(setup: Setup) -> None:
         counts.append(len(setup.reports))
 
     assert counts == [1, 1, 2, 2, 3]
-    assert setup.reports == [WorkerReport("w", {}, (), draining=False)] * 3
+    assert setup.reports == [WorkerReport("w", {}, {}, draining=False)] * 3
 
 
 async def test_changes_are_reported_together_once_the_interval_is_over(setup: Setup) -> None:
@@ -413,7 +413,8 @@ async def test_changes_are_reported_together_once_the_interval_is_over(setup: Se
     await turn(setup)
     call.cancel()
 
-    assert setup.reports[1:] == [WorkerReport("w", {"c": 10 + LONG}, ("a", "b"), draining=False)]
+    finished = {"a": 3, "b": None}
+    assert setup.reports[1:] == [WorkerReport("w", {"c": 10 + LONG}, finished, draining=False)]
 
 
 async def test_what_has_changed_in_the_prefix_cache_is_reported_once(setup: Setup) -> None:
@@ -470,7 +471,7 @@ async def test_draining_is_reported(setup: Setup) -> None:
     setup.clock.now = 100.25
     await turn(setup)
 
-    assert setup.reports[1:] == [WorkerReport("w", {}, (), draining=True)]
+    assert setup.reports[1:] == [WorkerReport("w", {}, {}, draining=True)]
 
 
 @pytest.mark.usefixtures("_node")

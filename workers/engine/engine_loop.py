@@ -7,18 +7,18 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from scheduler.prefill_queue import QueuedPrefill, QueueReport
 from scheduler.prefix_index import PrefixDelta
-from scheduler.request import Request
+from scheduler.request import Request, Slo
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
 from workers.engine_request import EngineRequest, Grammar
 from workers.errors import ClientLost, EngineDead, PoisonFound, StepFailed
-from workers.reports import Stall
+from workers.reports import Stall, TargetCounts
 from workers.token_stream import StreamAddress, StreamSenders
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ LONGEST_HALF_LIFE = 200
 """Steps in which half of the longest step's time is forgotten."""
 FLUSH_S = 5.0
 """Max wait of an ending loop for the acknowledgement of its last outputs."""
+ENDED_BY_ITSELF = frozenset({"stop", "length", "repetition"})
+"""Finish reasons of requests whose number of tokens is their length."""
 
 
 @dataclass(slots=True)
@@ -46,7 +48,9 @@ class _OnEngine:
     request: Request
     client: StreamAddress
     done: concurrent.futures.Future[str]
+    added_s: float
     num_output_tokens: int = 0
+    first_token_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +61,16 @@ class LoopState:
     num_steps: int
     outstanding: dict[str, int]
     """Tokens that each live request may still need, by request id."""
-    finished: tuple[str, ...] = ()
-    """Requests that ended since the last report; only in a report."""
+    finished: Mapping[str, int | None] = field(default_factory=dict)
+    """Requests that ended since the last report, with the tokens that they gave here, None for one
+    that was aborted or failed; only in a report."""
     on_trial: bool = False
     """Whether an engine has died under one of the live requests."""
     prefix: PrefixDelta | None = None
     """What has changed in the prefix cache since the last report; only in a report."""
     queue: QueueReport = field(default_factory=QueueReport)
     """What placement is to know of the requests; only in a report."""
+    targets: TargetCounts = field(default_factory=TargetCounts)
 
 
 class LoopOwner(Protocol):
@@ -90,7 +96,8 @@ class _Progress:
     step_began_s: float | None = None
     longest_step_s: float = 0.0
     """Of late, decaying."""
-    finished: list[str] = field(default_factory=list)
+    finished: dict[str, int | None] = field(default_factory=dict)
+    targets: TargetCounts = field(default_factory=TargetCounts)
 
 
 class EngineLoop:
@@ -141,7 +148,7 @@ class EngineLoop:
 
     def add(self, request: EngineRequest, client: StreamAddress) -> concurrent.futures.Future[str]:
         """Start a request; the future gives its finish reason, or fails with its error."""
-        live = _OnEngine(request.request, client, concurrent.futures.Future())
+        live = _OnEngine(request.request, client, concurrent.futures.Future(), time.monotonic())
         self._call(lambda: self._add(live, request), live.done)
         return live.done
 
@@ -264,7 +271,11 @@ class EngineLoop:
         }
         on_trial = any(live.request.num_engine_deaths for live in self._live.values())
         return LoopState(
-            self._engine.stats(), self._progress.num_steps, outstanding, on_trial=on_trial
+            self._engine.stats(),
+            self._progress.num_steps,
+            outstanding,
+            on_trial=on_trial,
+            targets=self._progress.targets,
         )
 
     def _queue(self) -> QueueReport:
@@ -285,8 +296,7 @@ class EngineLoop:
         now = self._clock()
         if now - self._reported_s >= self._report_interval_s or self._engine.prefix_is_due():
             self._reported_s = now
-            finished = tuple(self._progress.finished)
-            self._progress.finished.clear()
+            finished, self._progress.finished = self._progress.finished, {}
             report = replace(
                 self._state(),
                 finished=finished,
@@ -362,6 +372,7 @@ class EngineLoop:
             for request_id, num_new_tokens in output.num_new_tokens.items():
                 if live := self._live.get(request_id):
                     live.num_output_tokens += num_new_tokens
+                    live.first_token_s = min(live.first_token_s, time.monotonic())
             for request_id, finish_reason in output.finish_reasons.items():
                 self._finish(request_id, finish_reason)
         if not model_ran:
@@ -405,7 +416,7 @@ class EngineLoop:
                 "the engine refused a request",
                 extra={"request_id": request_id, "error": repr(error)},
             )
-            self._progress.finished.append(request_id)
+            self._progress.finished[request_id] = None
             live.done.set_exception(error)
             return
         self._live[request_id] = live
@@ -416,13 +427,27 @@ class EngineLoop:
             self._finish(request_id, "abort")
 
     def _finish(self, request_id: str, outcome: str | Exception) -> None:
-        self._progress.finished.append(request_id)
         if (live := self._live.pop(request_id, None)) is None:
+            self._progress.finished.setdefault(request_id, None)
             return  # aborted before it arrived, or after it ended
+        is_length = isinstance(outcome, str) and outcome in ENDED_BY_ITSELF
+        self._progress.finished[request_id] = live.num_output_tokens if is_length else None
+        if is_length:
+            self._progress.targets += _judge(live, time.monotonic())
         if isinstance(outcome, Exception):
             live.done.set_exception(outcome)
         else:
             live.done.set_result(outcome)
+
+
+def _judge(live: _OnEngine, ended_s: float) -> TargetCounts:
+    """Whether a request that has ended met its targets; its earlier attempts count as good."""
+    request = live.request
+    if request.slo == Slo() or not live.num_output_tokens:
+        return TargetCounts()
+    in_time = request.num_prior_tokens or live.first_token_s - live.added_s <= request.slo.ttft_s
+    tpot_s = (ended_s - live.first_token_s) / max(live.num_output_tokens - 1, 1)
+    return TargetCounts(1, int(in_time and tpot_s <= request.slo.tpot_s))
 
 
 def _reason(failure: Exception | None) -> str:

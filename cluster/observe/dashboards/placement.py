@@ -24,9 +24,12 @@ from cluster.observe.dashboards.promql import (
 from cluster.observe.dashboards.queries import quantiles, rate_of_workers
 from scheduler.pace import SLOW, USUAL
 from scheduler.placement import PlacementReason, RefusalReason
+from scheduler.scaling import ScalingReason
 
 _REPORT_AGE = shown(metrics.WORKER_REPORT_AGE)
 _UPTIME = f"time() - {shown(metrics.START_TIME)}"
+
+_NOT_SCALED = "`autoscaling` is not configured, or Serve's own policy decides"
 
 PLACEMENT = Dashboard(
     "xyserve-placement",
@@ -243,7 +246,92 @@ PLACEMENT = Dashboard(
                             "mismatches",
                         ),
                     ),
+                ),
+            ),
+        ),
+        Row(
+            "Scaling",
+            (
+                Panel(
+                    "Workers wanted",
+                    "How many workers should run, and how many take requests. Between them are "
+                    "those that start; if they stay apart, Ray has no room for more: see "
+                    "`serve status`.",
+                    Unit.COUNT,
+                    (
+                        Query(largest(shown(metrics.WORKERS_WANTED)), "wanted"),
+                        Query(largest(shown(metrics.WORKERS_READY)), "ready"),
+                    ),
+                    may_be_empty=_NOT_SCALED,
+                ),
+                Panel(
+                    "Work",
+                    "Work that is offered, in workers that compute full steps all the time, and "
+                    "what the workers that are ready are thought to take while targets are met. "
+                    "The second line should stay above the first; it is learned from misses.",
+                    Unit.COUNT,
+                    (
+                        Query(largest(shown(metrics.OFFERED_WORK)), "offered"),
+                        Query(
+                            f"{largest(shown(metrics.WORKER_CAPACITY))}"
+                            f" * {largest(shown(metrics.WORKERS_READY))}",
+                            "capacity",
+                        ),
+                    ),
+                    may_be_empty=_NOT_SCALED,
+                ),
+                Panel(
+                    "Changes",
+                    "Times per minute that another number of workers was wanted, by the reason: "
+                    f"{in_words(ScalingReason)}. The log of the GlobalScheduler has the numbers "
+                    "of each.",
+                    Unit.COUNT,
+                    (
+                        Query(
+                            f"60 * {total(rate(shown(metrics.SCALING_CHANGES)), 'reason')}",
+                            "{{reason}}",
+                        ),
+                    ),
                     Kind.BARS,
+                ),
+            ),
+        ),
+        Row(
+            "Output lengths",
+            (
+                Panel(
+                    "Error of predicted output lengths",
+                    "Mean of |ln(predicted / real)| over each tenant's latest 300 requests: 0.69 "
+                    "is a factor of two, which is common for chats; answers of one kind come "
+                    "below 0.4. It rises when a tenant's requests change, and falls again as they "
+                    "are learned.",
+                    Unit.COUNT,
+                    (Query(largest(shown(metrics.OUTPUT_LENGTH_ERROR), "tenant"), "{{tenant}}"),),
+                    may_be_empty="no request has ended yet, or placement.learn_output_lengths is "
+                    "false",
+                ),
+                Panel(
+                    "Bias of predicted output lengths",
+                    "Predicted tokens of all of a tenant's latest requests relative to the real "
+                    "ones, minus 1: above zero the workers were thought to be busier than they "
+                    "were. About zero is good.",
+                    Unit.SHARE,
+                    (Query(largest(shown(metrics.OUTPUT_LENGTH_BIAS), "tenant"), "{{tenant}}"),),
+                    may_be_empty="no request has ended yet, or placement.learn_output_lengths is "
+                    "false",
+                ),
+                Panel(
+                    "Within the predicted limit",
+                    "Share of each tenant's latest requests that gave no more tokens than 95% of "
+                    "such requests were predicted to. It should be about 95%.",
+                    Unit.SHARE,
+                    (
+                        Query(
+                            largest(shown(metrics.OUTPUT_LENGTH_COVERAGE), "tenant"), "{{tenant}}"
+                        ),
+                    ),
+                    may_be_empty="no request has ended yet, or placement.learn_output_lengths is "
+                    "false",
                 ),
             ),
         ),

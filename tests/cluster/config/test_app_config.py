@@ -6,9 +6,11 @@ import pytest
 from cluster.config.app_config import AppConfig, IngressConfig, parse_args
 from cluster.config.nodes import NodesConfig
 from cluster.config.routes import EXTRA_PATHS
+from cluster.config.scaling import autoscaling_of_serve
 from cluster.config.serve_file import IMPORT_PATH, read_serve_file
 from cluster.config.slo import SloClass, SloConfig
 from cluster.errors import ConfigError
+from scheduler.scaling import ScalingSettings
 from workers.config import EngineConfig, WorkerConfig
 
 ROOT = Path(__file__).parents[3]
@@ -105,6 +107,63 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(
     args: dict[str, Any], error: str
 ) -> None:
     assert error_of(args) == error
+
+
+@pytest.mark.parametrize(
+    ("autoscaling", "error"),
+    [
+        (
+            {"min_replicas": 0},
+            "min_replicas (0) must be at least 1 and at most max_replicas (1)",
+        ),
+        ({"max_replicas": "4"}, "max_replicas ('4') must be a number"),
+        (
+            {"max_replicas": 4, "target_attainment": 1.0},
+            "target_attainment (1.0) must be between 0 and 1",
+        ),
+        ({"downscale_delay_s": -1}, "downscale_delay_s (-1) must not be negative"),
+        (
+            {"target_attainment": 0.9, "target_ongoing_requests": 8},
+            "target_attainment is for our policy, and policy and target_ongoing_requests choose "
+            "another one: leave one of them out",
+        ),
+    ],
+)
+def test_a_wrong_key_of_autoscaling_is_named(autoscaling: dict[str, Any], error: str) -> None:
+    assert error_of({"autoscaling": autoscaling}) == f"autoscaling: {error}"
+    drafts = {"draft": {"autoscaling": autoscaling}}
+    assert error_of(drafts) == f"draft.autoscaling: {error}"
+
+
+def test_our_policy_decides_on_the_number_of_workers_unless_another_one_is_asked_for() -> None:
+    autoscaling = {"min_replicas": 2, "max_replicas": 4, "downscale_delay_s": 60}
+    ours = parse_args({"autoscaling": autoscaling, "draft": {"autoscaling": {"max_replicas": 3}}})
+    others = parse_args(
+        {
+            "autoscaling": autoscaling | {"target_ongoing_requests": 8},
+            "draft": {"autoscaling": {"max_replicas": 3, "policy": {}}},
+        }
+    )
+    unprofiled = parse_args(
+        {"autoscaling": autoscaling, "worker": {"step_policy": {"name": "vllm"}}}
+    )
+
+    assert ours.worker_scaling == ScalingSettings(min_workers=2, max_workers=4, hold_s=60)
+    assert ours.draft_scaling == ScalingSettings(max_workers=3)
+    assert (others.worker_scaling, others.draft_scaling) == (None, None)
+    assert (unprofiled.worker_scaling, parse_args({}).worker_scaling) == (None, None)
+
+
+def test_serves_settings_are_passed_on_with_our_policy() -> None:
+    own = {"max_replicas": 4, "initial_replicas": 2, "downscale_delay_s": 60}
+
+    assert autoscaling_of_serve(own | {"target_attainment": 0.9}, "module:function") == {
+        "max_replicas": 4,
+        "initial_replicas": 2,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        "policy": {"policy_function": "module:function"},
+    }
 
 
 def test_a_key_like_no_other_is_answered_with_the_keys_there_are() -> None:

@@ -57,6 +57,8 @@ class CatalogueExporter:
     def _tick(self, now: float) -> None:
         load = 0.55 + 0.35 * math.sin(now / 17)
         self._clients(load)
+        self._lengths(load)
+        self._scaling(load)
         for index, worker in enumerate(WORKERS):
             self._steps(worker, load * (1 - 0.15 * index))
             self._drafts(worker, load)
@@ -184,6 +186,25 @@ class CatalogueExporter:
         self._set(metrics.PREFIX_UNTOLD_WORKERS, 0, of)
         self._add(metrics.PREFIX_RESYNCS, 0.01, of)
         self._add(metrics.PREFIX_FORMAT_MISMATCH, 0.01, of)
+
+    def _scaling(self, load: float) -> None:
+        of = self._of("GlobalScheduler", SCHEDULER)
+        self._set(metrics.WORKERS_WANTED, len(WORKERS) + (load > 0.8), of)
+        self._set(metrics.WORKERS_READY, len(WORKERS), of)
+        self._set(metrics.OFFERED_WORK, 1.3 * load, of)
+        self._set(metrics.WORKER_CAPACITY, 0.6, of)
+        for reason in ("load", "idle"):
+            self._add(metrics.SCALING_CHANGES, 0.02, of, reason=reason)
+
+    def _lengths(self, load: float) -> None:
+        of = self._of("GlobalScheduler", SCHEDULER)
+        for index, tenant in enumerate(("default", "acme")):
+            error = 0.35 + 0.25 * index + 0.1 * load + self._random.gauss(0, 0.01)
+            self._set(metrics.OUTPUT_LENGTH_ERROR, error, of, tenant=tenant)
+            bias = 0.1 * (load - 0.5) + self._random.gauss(0, 0.01)
+            self._set(metrics.OUTPUT_LENGTH_BIAS, bias, of, tenant=tenant)
+            coverage = min(0.95 + self._random.gauss(0, 0.01), 1.0)
+            self._set(metrics.OUTPUT_LENGTH_COVERAGE, coverage, of, tenant=tenant)
 
     def _of(self, deployment: str, replica: str) -> dict[str, str]:
         return {

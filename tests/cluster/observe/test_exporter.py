@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable
 from math import inf
@@ -15,9 +16,11 @@ from cluster.observe.metrics import METRICS, Kind, Metric
 from cluster.observe.request_history import Attempt, RequestRecord
 from cluster.placement.prefix_watch import PrefixStats
 from scheduler.drafting import CollapseReason
+from scheduler.output_length import Accuracy, OutputLength
 from scheduler.placement import Placement, PlacementReason, WorkerLoad
 from scheduler.prefill_queue import Forecast
 from scheduler.request import Request, Slo
+from scheduler.scaling import ScalingDecision, ScalingReason
 from scheduler.task import BatchPlan, Deferral, Reason, Stage, StageTask, StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.errors import EngineDead, WorkerDraining
@@ -272,3 +275,32 @@ def test_names_and_units_keep_to_prometheus_conventions(metric: Metric) -> None:
     assert list(metric.buckets) == sorted(metric.buckets)
     # Ray and Serve have these of their own.
     assert not {"application", "deployment", "replica", "model_name"} & set(metric.labels)
+
+
+def test_what_is_wanted_of_workers_is_exported(exported: Exported) -> None:
+    decision = ScalingDecision(3, ScalingReason.LOAD, 1.5, 1.7, 0.6, 0.0, None, 2, 60.0)
+    placement = PlacementMetrics(exported)  # type: ignore[arg-type]
+
+    placement.count_rescaling(decision)
+    placement.set_scaling(decision)
+
+    assert exported.sums == {(metrics.SCALING_CHANGES, ScalingReason.LOAD): 1}
+    assert exported.gauges == {
+        metrics.WORKERS_WANTED: 3,
+        metrics.WORKERS_READY: 2,
+        metrics.OFFERED_WORK: 1.5,
+        metrics.WORKER_CAPACITY: 0.6,
+    }
+
+
+def test_the_accuracy_of_predicted_lengths_is_exported(exported: Exported) -> None:
+    accuracy = Accuracy()
+    accuracy.add(OutputLength(mean=60.0, median=40.0, high=30.0), 20)
+
+    PlacementMetrics(exported).set_length_accuracy("acme", accuracy)  # type: ignore[arg-type]
+
+    assert exported.gauges == {
+        metrics.OUTPUT_LENGTH_ERROR: pytest.approx(math.log(2)),
+        metrics.OUTPUT_LENGTH_BIAS: 2.0,
+        metrics.OUTPUT_LENGTH_COVERAGE: 1.0,
+    }

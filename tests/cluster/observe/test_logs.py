@@ -338,13 +338,13 @@ async def test_a_worker_is_logged_when_it_is_found_becomes_silent_and_is_heard_a
     set_up_logs(JSON)
 
     for _ in range(2):
-        await scheduler.report(WorkerReport("w", {}, (), draining=False))
+        await scheduler.report(WorkerReport("w", {}, {}, draining=False))
     clock.now += SILENT_AFTER_S + 1
     for number in range(2):
         request = Request(f"r{number}", num_prompt_tokens=1, max_tokens=1)
         await scheduler.place(request, ["w", "another"])
     for _ in range(2):
-        await scheduler.report(WorkerReport("w", {}, (), draining=False))
+        await scheduler.report(WorkerReport("w", {}, {}, draining=False))
 
     events = in_json(capsys)
     assert [(event["level"], event["message"]) for event in events] == [

@@ -85,7 +85,7 @@ def report(
     finished: Iterable[str] = (),
     draining: bool = False,
 ) -> WorkerReport:
-    return WorkerReport(worker_id, outstanding or {}, tuple(finished), draining)
+    return WorkerReport(worker_id, outstanding or {}, dict.fromkeys(finished), draining)
 
 
 async def test_requests_are_spread_over_workers_that_have_not_reported_yet(
@@ -131,6 +131,40 @@ async def test_a_request_that_ends_between_two_reports_is_no_longer_counted(
     await scheduler.report(report("a", finished=["r"]))
 
     assert await scheduler.loads() == [WorkerLoad("a", 0, 0)]
+
+
+async def test_the_lengths_of_outputs_are_learned_from_requests_that_ended_by_themselves(
+    scheduler: GlobalScheduler, clock: FakeClock
+) -> None:
+    asked = Request("next", num_prompt_tokens=10, max_tokens=1000)
+    resumed = dataclasses.replace(asked, num_prior_tokens=30)
+    untaught = GlobalScheduler(clock, learn_output_lengths=False)
+    for one in (scheduler, untaught):
+        for number in range(20):
+            # Its earlier attempt gave 30 tokens, and this one 10.
+            name = str(number)
+            await one.place(dataclasses.replace(resumed, request_id=name), ["a"])
+            await one.report(report("a", {name: 900}))
+            await one.report(WorkerReport("a", {}, {name: 10}, draining=False))
+        await one.place(dataclasses.replace(asked, request_id="aborted"), ["a"])
+        await one.report(WorkerReport("a", {}, {"aborted": None, "unknown": 7}, draining=False))
+
+    accuracy = scheduler.output_lengths.accuracies[""]
+    assert accuracy.num_requests == pytest.approx(20, rel=0.05)
+    assert scheduler.output_lengths.predict(asked).median == pytest.approx(40, rel=0.2)
+    assert untaught.output_lengths.predict(asked).median == 1000
+
+
+async def test_a_request_that_ends_where_it_is_not_expected_teaches_nothing(
+    scheduler: GlobalScheduler,
+) -> None:
+    await scheduler.place(request("r"), ["a"])
+    await scheduler.report(WorkerReport("b", {}, {"r": 3}, draining=False))  # not placed there
+    await scheduler.report(report("a", {"r": 4}))
+    await scheduler.report(report("a"))  # it left
+    await scheduler.report(WorkerReport("a", {}, {"r": 3}, draining=False))
+
+    assert len(scheduler.output_lengths) == 0
 
 
 async def test_a_placement_that_never_arrives_is_dropped(
@@ -196,7 +230,7 @@ async def test_a_dead_worker_gets_no_requests_whatever_it_reports_later(
     scheduler: GlobalScheduler,
 ) -> None:
     await scheduler.report(report("a", {"x": 100}))
-    await scheduler.report(WorkerReport("b", {}, (), False, death="device gone"))
+    await scheduler.report(WorkerReport("b", {}, {}, False, death="device gone"))
     await scheduler.report(report("b"))
 
     assert [
@@ -222,7 +256,7 @@ async def test_a_suspect_waits_until_a_worker_is_idle_and_has_it_alone(
     await scheduler.report(report("b", finished=["y"]))
     answers += [await place(scheduler, suspect("s"), ["a", "b"])]
     answers += [await place(scheduler, request("another"), ["a", "b"])]
-    await scheduler.report(WorkerReport("b", {"s": 15}, (), False, on_trial=True))
+    await scheduler.report(WorkerReport("b", {"s": 15}, {}, False, on_trial=True))
     answers += [await place(scheduler, suspect("t"), ["a", "b"])]
     answers += [await place(scheduler, request("a third"), ["a", "b"])]
     await scheduler.report(report("b", finished=["s"]))
@@ -255,7 +289,7 @@ async def test_the_only_worker_is_not_kept_from_others_for_a_suspect(
 async def test_a_suspect_does_not_risk_the_last_worker_while_another_one_is_replaced(
     scheduler: GlobalScheduler, clock: FakeClock
 ) -> None:
-    dead = WorkerReport("a", {}, (), False, death="device gone")
+    dead = WorkerReport("a", {}, {}, False, death="device gone")
     await scheduler.report(report("b"))
     await scheduler.report(dead)
     answers = [await place(scheduler, suspect("s"), ["a", "b"])]
@@ -284,7 +318,7 @@ async def test_a_worker_is_no_longer_kept_for_a_suspect_that_has_gone(
 
 async def test_after_a_restart_a_trial_goes_on_alone(clock: FakeClock) -> None:
     restarted = GlobalScheduler(clock)
-    await restarted.report(WorkerReport("b", {"s": 1}, (), False, on_trial=True))
+    await restarted.report(WorkerReport("b", {"s": 1}, {}, False, on_trial=True))
 
     assert await restarted.place(request("other"), ["b"]) == NO_WORKER
 
@@ -300,7 +334,7 @@ async def test_a_request_goes_to_a_free_slot_rather_than_to_a_queue(clock: FakeC
 
 async def slow_report(scheduler: GlobalScheduler, worker_id: str, slowness: float) -> str:
     work = {f"of {worker_id}": 5}
-    answer = await scheduler.report(WorkerReport(worker_id, work, (), False, slowness=slowness))
+    answer = await scheduler.report(WorkerReport(worker_id, work, {}, False, slowness=slowness))
     return answer.unfit
 
 
@@ -410,7 +444,7 @@ async def test_other_text_is_a_note_in_the_log_and_a_silent_draft_worker_a_warni
     async def accepted(rate: float, num_verified: int, silent_s: float = 0.0) -> None:
         counts = DraftCounts(proposed=num_verified, verified=num_verified)
         drafts = DraftStats({"suffix": counts}, rate, 1.5, "d", silent_s)
-        await scheduler.report(WorkerReport("w", {}, (), False, drafts))
+        await scheduler.report(WorkerReport("w", {}, {}, False, drafts))
 
     await accepted(0.8, 10)
     await accepted(0.8, 200)
@@ -577,7 +611,7 @@ async def test_attempts_on_an_engine_that_stalls_or_is_dead_are_made_elsewhere(
     placed = await place(scheduler, A_REQUEST, ["a", "b"])
     await scheduler.beat("a", None)
     goes_on = await scheduler.losses(asked)
-    await scheduler.report(WorkerReport("a", {}, (), False, death="it failed"))
+    await scheduler.report(WorkerReport("a", {}, {}, False, death="it failed"))
 
     assert [{name: type(error) for name, error in found.items()} for found in losses] == [
         {"r": WorkerSilent},

@@ -63,7 +63,7 @@ def delta(seq: int, *stored: int, snapshot: bool = False, format: str = FORMAT) 
 async def tell(scheduler: GlobalScheduler, worker_id: str, **said: Any) -> bool:
     """Report; returns whether a snapshot is asked for."""
     outstanding = said.pop("outstanding", {})
-    finished = said.pop("finished", ())
+    finished = said.pop("finished", {})
     answer = await scheduler.report(
         WorkerReport(worker_id, outstanding, finished, said.pop("draining", False), **said)
     )
@@ -241,7 +241,7 @@ async def test_workers_that_tell_nothing_are_counted(
         for worker_id in ("tells of no block", "tells"):
             name = f"{number} {worker_id}"
             await ask(scheduler, request(name), [worker_id])
-            await tell(scheduler, worker_id, finished=(name,), prefix=delta(1).settled())
+            await tell(scheduler, worker_id, finished={name: 1}, prefix=delta(1).settled())
 
     assert (before, scheduler.prefix_stats().num_untold) == (1, 2)
 

@@ -18,6 +18,7 @@ from workers.engine.engine import EngineStats
 from workers.engine.engine_loop import EngineLoop, LoopState
 from workers.engine_request import EngineRequest, Grammar
 from workers.errors import ClientLost, EngineDead, PoisonFound, StepFailed
+from workers.reports import TargetCounts
 from workers.token_stream import StreamAddress, StreamReceiver
 
 NOBODY = StreamAddress("tcp://127.0.0.1:1", b"token", zmq.curve_keypair()[0])
@@ -427,11 +428,37 @@ async def test_a_report_is_due_once_in_an_interval_with_all_that_ended_since(
             EngineStats(1, 0, 1 / 8),
             num_steps=3,
             outstanding={"c": 1},
-            finished=("a", "b", "never came"),
+            finished={"a": 2, "b": None, "never came": None},
         ),
-        LoopState(EngineStats(0, 0, 0.0), num_steps=4, outstanding={}, finished=("c",)),
+        LoopState(EngineStats(0, 0, 0.0), num_steps=4, outstanding={}, finished={"c": 2}),
     ]
     assert reports.threads == {"engine"}
+
+
+async def test_requests_with_targets_are_counted_when_they_end(client: Client) -> None:
+    engine = FakeEngine()
+    loop = make_loop(engine)
+
+    def with_targets(request_id: str, **fields: Any) -> EngineRequest:
+        return EngineRequest(Request(request_id, 10, 3, **fields), [])
+
+    generous, hopeless = Slo(100.0, 100.0), Slo(1e-9, 100.0)
+    await outcome(loop.add(with_targets("none"), client.address))
+    await outcome(loop.add(with_targets("met", slo=generous), client.address))
+    await outcome(loop.add(with_targets("late", slo=hopeless), client.address))
+    await outcome(loop.add(with_targets("slow", slo=Slo(100.0, 1e-9)), client.address))
+    # Its first token came from another worker.
+    resumed = with_targets("resumed", slo=hopeless, num_prior_tokens=1)
+    await outcome(loop.add(resumed, client.address))
+    engine.go_on.clear()
+    aborted = loop.add(with_targets("aborted", slo=generous), client.address)
+    loop.abort(["aborted"])
+    engine.go_on.set()
+    await outcome(aborted)
+    counts = (await state(loop)).targets
+    await asyncio.to_thread(loop.stop)
+
+    assert counts == TargetCounts(num_judged=4, num_met=2)
 
 
 async def test_asking_for_the_state_takes_nothing_from_the_next_report(client: Client) -> None:
@@ -444,7 +471,7 @@ async def test_asking_for_the_state_takes_nothing_from_the_next_report(client: C
     await turn(loop)
     await asyncio.to_thread(loop.stop)
 
-    assert (asked.finished, reports.states[-1].finished) == ((), ("a",))
+    assert (asked.finished, reports.states[-1].finished) == ({}, {"a": 3})
 
 
 async def test_stopping_waits_for_the_last_tokens_to_arrive() -> None:
