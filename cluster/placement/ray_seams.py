@@ -27,6 +27,10 @@ ray.serve.request_router:RunningReplica
 ray.serve._private.common:ReplicaID
     read unique_id: str
 
+# What Serve's controller gives the policy that follows the GlobalScheduler's number of workers.
+ray.serve.config:AutoscalingContext
+    read raw_metrics policy_state target_num_replicas
+
 # Counters that start at zero.
 ray.util.metrics:Metric
     called _record(self, value, tags=None)

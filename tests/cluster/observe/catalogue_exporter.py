@@ -170,6 +170,8 @@ class CatalogueExporter:
         of = self._of("GlobalScheduler", SCHEDULER)
         for reason, rate in {"soonest": 2.5, "fewest_requests": 0.3, "tie": 0.1}.items():
             self._add(metrics.PLACEMENTS, rate * load, of, worker=worker, reason=reason)
+        for reason in ("overload", "too_long"):
+            self._add(metrics.PLACEMENT_REFUSALS, 0.1 * load**6, of, reason=reason)
         tokens = 9000 * load + 400 * index + self._random.gauss(0, 150)
         self._set(metrics.WORKER_OUTSTANDING_TOKENS, max(0.0, tokens), of, worker=worker)
         self._set(metrics.WORKER_REQUESTS, round(18 * load), of, worker=worker)
