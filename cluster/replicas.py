@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayError
@@ -23,6 +24,7 @@ from cluster.observe.telemetry import SchedulerTelemetry, WorkerTelemetry
 from cluster.placement import ray_seams
 from cluster.placement.global_scheduler import GlobalScheduler
 from cluster.placement.prefix_watch import PrefixStats
+from cluster.placement.record import PlacementRecorder
 from cluster.placement.scaling_policy import ANSWERED, WANTED
 from scheduler.placement import Placed, Placement, Refused, WorkerLoad
 from scheduler.quota import Draw, Grant
@@ -80,6 +82,7 @@ class GlobalSchedulerReplica(Replica):
             slow_timeout_s=config.worker.slow_timeout_s,
             predicts=config.placement.policy == "predicted",
             admission=config.placement.admission,
+            recorder=self._recorder(config),
             quotas={name: tenant.quota for name, tenant in config.all_tenants.items()},
             learn_output_lengths=config.placement.learn_output_lengths,
             scaling=config.worker_scaling,
@@ -90,6 +93,13 @@ class GlobalSchedulerReplica(Replica):
         exporting = self._export(metrics, is_told)
         self._exporting = asyncio.get_running_loop().create_task(exporting)
         logger.info("GlobalScheduler ready")
+
+    def _recorder(self, config: AppConfig) -> PlacementRecorder | None:
+        if config.placement.record is None:
+            return None
+        recorder = PlacementRecorder(Path(config.placement.record))
+        self._at_end.callback(recorder.close)
+        return recorder
 
     async def place(self, request: Request, worker_ids: Sequence[str]) -> Placed | Refused:
         """Choose one of the workers."""

@@ -18,6 +18,9 @@ class PlacementConfig:
     """
     admission: Admission = field(default_factory=Admission)
     """Which requests are refused at once, by 503 with `Retry-After`; with `predicted` only."""
+    record: str | None = None
+    """Path of a record of all placements, written on the GlobalScheduler's node for
+    `xyserve replay`, up to 1 GiB; null: no record."""
     learn_output_lengths: bool = True
     """Whether to learn from the requests that end how many tokens others of their tenant and kind
     will give; false: each is taken to need its `max_tokens`."""

@@ -10,6 +10,7 @@ from cluster.placement.accounts import Accounts
 from cluster.placement.draft_pool import DraftPool
 from cluster.placement.observer import SchedulerObserver
 from cluster.placement.prefix_watch import FormatWatch, PrefixStats, Resyncs, num_untold
+from cluster.placement.record import PlacementRecorder
 from cluster.placement.scaler import Scaler
 from cluster.placement.suspects import (
     NO_WORKER_RETRY_S,
@@ -22,6 +23,7 @@ from scheduler.admission import Admission
 from scheduler.fleet import NUM_CACHED, NUM_SHORT, Fleet
 from scheduler.output_length import OutputLengths
 from scheduler.placement import Placed, Placement, RefusalReason, Refused, WorkerLoad, place
+from scheduler.placement_replay import Began, Decided, Event, Forgotten, Reported
 from scheduler.quota import Draw, Grant, Quota
 from scheduler.request import Request
 from scheduler.scaling import ScalingDecision, ScalingSettings
@@ -56,6 +58,7 @@ class GlobalScheduler:
         quotas: Mapping[str, Quota] = types.MappingProxyType({}),
         predicts: bool = True,
         admission: Admission | None = None,
+        recorder: PlacementRecorder | None = None,
         learn_output_lengths: bool = True,
         scaling: ScalingSettings | None = None,
         draft_scaling: ScalingSettings | None = None,
@@ -63,14 +66,17 @@ class GlobalScheduler:
         """A worker runs at most `max_num_seqs` requests, and is replaced if it is slow for longer
         than `slow_timeout_s`. `quotas` are those of tenants, by name. If it `predicts`, requests
         are placed by time to first token, otherwise by outstanding tokens. `admission` refuses
-        those that would be late; None: none. If the lengths of outputs are not learned, each is
-        predicted to be `max_tokens`. The numbers of workers and draft workers are decided here
-        where there is a `scaling` of theirs.
+        those that would be late; None: none. `recorder` writes down what decides. If the lengths
+        of outputs are not learned, each is predicted to be `max_tokens`. The numbers of workers and
+        draft workers are decided here where there is a `scaling` of theirs.
         """
         self._clock = clock
         self._observer = observer or SchedulerObserver()
         self._predicts = predicts
         self._admission = admission
+        self._recorder = recorder
+        if recorder:
+            recorder.write(Began(admission))
         self._workers = WorkerViews(max_num_seqs, slow_timeout_s or math.inf)
         self._fleet = Fleet()
         self._resyncs = Resyncs()
@@ -91,16 +97,22 @@ class GlobalScheduler:
         if refused := self._poisons.refusal(request, now):
             return refused
         for gone in self._workers.sweep(worker_ids, now):
+            self._draft_pool.forget_worker(gone)
             self._forget(gone)
         self._suspects.forget_gone(now)
         loads = self._loads_for(request, worker_ids, now)
         placement = place(request, loads)
+        refused = None
+        if self._admission and placement:
+            refused = self._admission.refusal(request, placement)
+        if not request.num_engine_deaths:  # such a one is not placed by forecast
+            self._record(Decided(request, tuple(loads), placement, refused, now))
         if placement is None or (
             request.num_engine_deaths
             and risks_the_last_worker(request, loads, self._workers.is_one_to_come(worker_ids, now))
         ):
             return self._refuse(request, loads, now)
-        if self._admission and (refused := self._admission.refusal(request, placement)):
+        if refused:
             self._observer.refused(request, refused)
             return refused
         if len(loads) < len(worker_ids):
@@ -133,10 +145,14 @@ class GlobalScheduler:
         return self._workers.loads_of(forecasts, forecasts, kept, now)
 
     def _forget(self, worker_id: str) -> None:
-        """Forget a worker that is gone."""
-        self._draft_pool.forget_worker(worker_id)
+        """Forget the queue and the cache of a worker that is dead or gone."""
         self._fleet.forget(worker_id)
         self._resyncs.forget(worker_id)
+        self._record(Forgotten(worker_id))
+
+    def _record(self, event: Event) -> None:
+        if self._recorder and self._predicts:
+            self._recorder.write(event)
 
     def _refuse(self, request: Request, loads: Sequence[WorkerLoad], now: float) -> Refused:
         """Let a request wait; for one under which an engine died, a worker becomes idle."""
@@ -166,8 +182,7 @@ class GlobalScheduler:
                 self.output_lengths.observe(request, num_output_tokens)
         view = self._workers.report(report, now)
         if view.dead:
-            self._fleet.forget(report.worker_id)
-            self._resyncs.forget(report.worker_id)
+            self._forget(report.worker_id)
         self._scaler.note_targets(report.worker_id, report.targets)
         if change := self._scaler.decide(self._workers, now):
             self._observer.rescaled(change)
@@ -182,6 +197,7 @@ class GlobalScheduler:
     def _note_queue(self, report: WorkerReport, now: float) -> bool:
         """Note a worker's queue and what its prefix cache has; whether to ask for all of that."""
         known = (*report.outstanding, *report.finished)
+        self._record(Reported(report.worker_id, report.queue, known, report.prefix, now))
         ok = self._fleet.report(report.worker_id, report.queue, known, report.prefix, now)
         return self._resyncs.is_to_ask(report.worker_id, report.prefix, ok, now)
 
@@ -200,8 +216,7 @@ class GlobalScheduler:
     async def bury(self, worker_id: str, reason: str) -> None:
         """Note that the process of a worker has ended, as its client has seen."""
         self._workers.bury(worker_id, reason, self._clock())
-        self._fleet.forget(worker_id)
-        self._resyncs.forget(worker_id)
+        self._forget(worker_id)
 
     async def losses(self, attempts: Mapping[str, str]) -> dict[str, WorkerError]:
         """Which attempts at requests, each with its worker, are to be made elsewhere, and why."""

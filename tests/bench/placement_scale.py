@@ -76,7 +76,12 @@ class SimpleWorker:
         outstanding = dict.fromkeys([name for name, _ in self.queued], 1000)
         outstanding |= dict.fromkeys(self.decoding, 300)
         return WorkerReport(
-            self.worker_id, outstanding, dict.fromkeys(finished, 100), False, prefix=delta, queue=queue
+            self.worker_id,
+            outstanding,
+            dict.fromkeys(finished, 100),
+            False,
+            prefix=delta,
+            queue=queue,
         )
 
 

@@ -135,5 +135,4 @@ def test_a_forecast_is_finite_and_no_shorter_than_the_work(
 
     assert math.isfinite(forecast.ttft_s)
     assert forecast.ttft_s >= forecast.prefill_s - 1e-9
-    assert forecast.num_late in (0, 1)
-    assert forecast.num_late or not forecast.is_late
+    assert forecast.num_late >= forecast.is_late  # of a lower priority it may take two

@@ -1,0 +1,81 @@
+"""Placements as they were recorded, made again."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from scheduler.admission import Admission
+from scheduler.fleet import Fleet
+from scheduler.placement import Placement, Refused, WorkerLoad, place
+from scheduler.prefill_queue import QueueReport
+from scheduler.prefix_index import PrefixDelta
+from scheduler.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """A record begins, with what decides beside the workers' reports."""
+
+    admission: Admission | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A worker has reported."""
+
+    worker_id: str
+    queue: QueueReport
+    known: tuple[str, ...]
+    """Requests that it has or had."""
+    prefix: PrefixDelta | None
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """A worker is gone."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A request was placed or refused, by the forecasts of all that came before."""
+
+    request: Request
+    loads: tuple[WorkerLoad, ...]
+    """The workers that were compared, with what was forecast for the request."""
+    placement: Placement | None
+    refused: Refused | None
+    now: float
+
+
+Event = Began | Reported | Forgotten | Decided
+
+
+def replay(events: Iterable[Event]) -> Iterator[tuple[Decided, Decided]]:
+    """Make each decision of a record again; yields it as it was recorded and as it is made now.
+
+    Both are equal, to the last bit of each forecast, if the code and the record are those of then.
+    """
+    fleet, admission = Fleet(), None
+    for event in events:
+        match event:
+            case Began():
+                fleet, admission = Fleet(), event.admission
+            case Reported(worker_id, queue, known, prefix, now):
+                fleet.report(worker_id, queue, known, prefix, now)
+            case Forgotten(worker_id):
+                fleet.forget(worker_id)
+            case Decided():
+                yield event, _decide(event, fleet, admission)
+                if event.placement and not event.refused:
+                    fleet.place(event.placement.chosen.worker_id, event.request, event.now)
+
+
+def _decide(event: Decided, fleet: Fleet, admission: Admission | None) -> Decided:
+    worker_ids = [load.worker_id for load in event.loads]
+    forecasts = fleet.forecasts(event.request, worker_ids, event.now)
+    loads = tuple(replace(load, forecast=forecasts[load.worker_id]) for load in event.loads)
+    placement = place(event.request, loads)
+    refused = admission.refusal(event.request, placement) if admission and placement else None
+    return replace(event, loads=loads, placement=placement, refused=refused)
