@@ -26,9 +26,12 @@ Targets are those called `tight` in `tests.bench.scheduler`.
 Keys of the summary: `capacity_geomean_reuse` is the geometric mean of our capacity over the rival's
 in all scenes of traces with reuse, `capacity_min` the lowest over all scenes, `ttft_ratio` the
 geometric mean of our p90 TTFT over the rival's at 80% of the rival's capacity (a refused request
-counts as infinitely late), `alone_geomean_reuse` and `alone_min` are for placement alone,
+counts as infinitely late; where more than a tenth is refused it has no p90, and is left out),
+`overload_met` the lowest share of the admitted requests that met both targets at three times our
+capacity, `alone_geomean_reuse` and `alone_min` are for placement alone,
 `balance_max` is the highest ratio of busy seconds between two workers there, and `longest_ttft`
 the longest time to first token of a request that was served, in multiples of its target.
+The keys of `tests.bench.placement_live`, which runs last, follow; `--no-live` leaves it out.
 """
 
 import math
@@ -66,6 +69,7 @@ from scheduler.simulation.placers import (
 from scheduler.simulation.simulator import SimulationConfig, SimulationResult, simulate
 from scheduler.simulation.summary import Outcome
 from scheduler.simulation.traces import read_trace
+from tests.bench import placement_live
 from tests.bench.report import make_parser, publish, say
 from tests.bench.scheduler import ATTAINMENT, MAX_MODEL_LEN, MAX_TOKENS, open_loop, targets_of
 from tests.workload import find_trace, has_traces
@@ -249,6 +253,7 @@ def measure(scene: Scene) -> dict[str, Any]:
     ours = scene.capacity(_ours, best)
     alone = scene.capacity(PredictedSeconds, best)
     at = scene.run(_ours, 0.8 * best), scene.run(best_placer, 0.8 * best)
+    overload = [o for o in scene.run(_ours, 3 * ours).outcomes if not o.is_refused]
     ttft = [_p90_ttft_s(scene.outcomes(result)) for result in at]
     row = {
         "trace": scene.name,
@@ -263,6 +268,7 @@ def measure(scene: Scene) -> dict[str, Any]:
         "hits of rival": at[1].summary.prefix_hit_share,
         "hits": at[0].summary.prefix_hit_share,
         "refused": statistics.mean(o.is_refused for o in at[0].outcomes),
+        "met at overload": statistics.mean(o.met_targets for o in overload),
         "balance": _balance(at[0]),
         "longest ttft": max(o.ttft_s / o.slo.ttft_s for o in at[0].outcomes),
     }
@@ -299,7 +305,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     summary = {
         "capacity_min": min(row["ours"] for row in rows),
         "alone_min": min(row["placement alone"] for row in rows),
-        "ttft_ratio": statistics.geometric_mean(row["ttft ratio"] for row in rows),
+        "ttft_ratio": statistics.geometric_mean(
+            row["ttft ratio"] for row in rows if math.isfinite(row["ttft ratio"])
+        ),
+        "overload_met": min(row["met at overload"] for row in rows),
         "balance_max": max(row["balance"] for row in rows),
         "longest_ttft": max(row["longest ttft"] for row in rows),
     }
@@ -319,6 +328,8 @@ def main() -> None:
     parser.add_argument("--traces", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--caches", nargs="+", default=["cold", "warm"], choices=["cold", "warm"])
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--no-live", action="store_true", help="only simulate")
+    placement_live.add_options(parser)
     options = parser.parse_args()
     if not has_traces():
         raise SystemExit("there are no traces; set XYSERVE_DATA to a folder with the data sets")
@@ -332,7 +343,10 @@ def main() -> None:
     ]
     with multiprocessing.Pool(options.processes) as pool:
         rows = pool.starmap(_measure, scenes, chunksize=1)
-    publish("Capacity, in multiples of the best rival's", rows, summarise(rows), options.json)
+    summary = summarise(rows)
+    if not options.no_live:
+        summary |= placement_live.measure(options)[1]
+    publish("Capacity, in multiples of the best rival's", rows, summary, options.json)
 
 
 def _measure(trace: str, num_workers: int, warm: bool, device: DeviceProfile) -> dict[str, Any]:

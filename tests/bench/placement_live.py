@@ -195,17 +195,19 @@ def row_of(policy: str, rounds: list[Round]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = make_parser(__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `measure`."""
     parser.add_argument("--rounds", type=int, default=2, help="pairs of turns")
-    parser.add_argument("--dialogues", type=int, default=60)
-    parser.add_argument("--dialogues-per-s", type=float, default=0.6)
+    parser.add_argument("--dialogues", type=int, default=100)
+    parser.add_argument("--dialogues-per-s", type=float, default=2.0)
     parser.add_argument("--think", type=float, default=1.0, help="seconds before the next turn")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8125)
-    options = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows of the contestants, and the summary."""
     chats = dialogues(options.dialogues)
     seen: dict[str, list[Round]] = {policy: [] for policy in POLICIES}
     for number in range(options.rounds):
@@ -231,7 +233,15 @@ def main() -> None:
         for name in ("reuse", "ttft mean ms", "ttft p50 ms", "ttft p90 ms", "ttft p99 ms"):
             summary[f"{row['policy']}_{name.replace(' ', '_')}"] = row[name]
     summary["busy_share"] = statistics.mean(row["busy share"] for row in rows)
-    publish("Placement of dialogues on two CPU workers", rows, summary, options.json)
+    return rows, summary
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = make_parser(__doc__)
+    add_options(parser)
+    options = parser.parse_args()
+    publish("Placement of dialogues on two CPU workers", *measure(options), options.json)
 
 
 if __name__ == "__main__":
