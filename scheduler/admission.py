@@ -21,8 +21,11 @@ class Admission:
     __pydantic_config__ = {"extra": "forbid"}
 
     refuse_late: bool = True
-    """Whether a request is refused whose first token is predicted to come too late on all
+    """Whether requests are refused whose first token is predicted to come too late on all
     workers."""
+    refuse_unnamed: bool = False
+    """Whether that holds for requests of the default class too that do not name it; otherwise those
+    wait, as ones without a target do."""
     in_time: float = 0.75
     """Share of its time to first token within which that must be predicted. The rest is for those
     that come later and take less: workers serve them first if not all can be on time."""
@@ -38,21 +41,20 @@ class Admission:
     def refusal(self, request: Request, placement: Placement) -> Refused | None:
         """Why a request is not served where it would be served best; None if it is.
 
-        One that was taken in before is not refused. One that would be late on an idle worker too
-        is refused only if it asks for its targets by name: to come back later would not help it.
+        One that was taken in before is not refused.
         """
         forecast = placement.chosen.forecast
         if not self.refuse_late or request.num_attempts:
             return None
         if forecast is None or not forecast.is_measured:
             return None
-        target_s = min(self.in_time * request.slo.ttft_s, self.max_queue_s)
-        late_s = math.inf if forecast.is_late else forecast.ttft_s - target_s
-        if late_s <= 0:
+        is_strict = request.names_slo or self.refuse_unnamed
+        target_s = self.max_queue_s
+        if is_strict:
+            target_s = min(self.in_time * request.slo.ttft_s, target_s)
+        if forecast.ttft_s <= target_s and not (is_strict and forecast.is_late):
             return None
         if forecast.prefill_s > target_s:
-            if not request.names_slo:
-                return None
             return Refused(
                 RefusalReason.TOO_LONG,
                 MIN_RETRY_S,

@@ -59,9 +59,11 @@ def cached(server: Server, handle: XYServe) -> dict[str, str]:
             assert placement
             found[placement.chosen.worker_id] = prompt
 
-    asyncio.run(both())
-    assert len(found) == 2, "two prompts at once went to one worker"
-    return found
+    for _ in range(5):  # on a busy machine one worker may seem so much faster that it gets both
+        asyncio.run(both())
+        if len(found) == 2:
+            return found
+    raise AssertionError("two prompts at once always went to one worker")
 
 
 def num_told() -> int:
@@ -71,21 +73,19 @@ def num_told() -> int:
     return stats.num_workers
 
 
-def go_where_they_are(handle: XYServe, cached: dict[str, str]) -> bool:
-    """Whether each prompt goes to the worker that has it, and is found there as predicted."""
+def check_they_go_where_they_are(handle: XYServe, cached: dict[str, str]) -> None:
+    """Each prompt goes to the worker that has it, and is found there as predicted."""
     wait_for_placed(0, 0)
     for worker_id, prompt in [*cached.items(), *reversed(cached.items())]:
-        chosen, attempt, _ = ask(handle, prompt)
-        forecast = attempt.forecast
-        if chosen != worker_id or not forecast or forecast.num_cached_tokens < LONG:
-            return False
-        if attempt.num_cached_tokens != forecast.num_cached_tokens:
-            return False
-    return True
+        chosen, attempt, text = ask(handle, prompt)
+        assert chosen == worker_id, text
+        assert attempt.forecast, text
+        assert attempt.forecast.num_cached_tokens >= LONG, text
+        assert attempt.num_cached_tokens == attempt.forecast.num_cached_tokens, text
 
 
 def test_a_prompt_goes_to_the_worker_that_has_it(handle: XYServe, cached: dict[str, str]) -> None:
-    assert go_where_they_are(handle, cached)
+    check_they_go_where_they_are(handle, cached)
 
 
 def test_what_was_predicted_is_explained_beside_what_came(
@@ -109,4 +109,4 @@ def test_it_still_does_when_the_global_scheduler_has_died_and_nothing_fails(
     for _ in range(3):
         assert handle.generate(new_prompt(), max_tokens=2).choices
     wait_until(lambda: is_back(server, "GlobalScheduler", lost) and num_told() == 2)
-    assert go_where_they_are(handle, cached)
+    check_they_go_where_they_are(handle, cached)

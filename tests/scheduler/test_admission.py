@@ -49,9 +49,11 @@ def test_it_may_come_back_when_the_queue_is_short_enough() -> None:
 
 def test_who_does_not_ask_for_targets_is_served_late_rather_than_never() -> None:
     unnamed = dataclasses.replace(REQUEST, names_slo=False)
+    late = placement(forecast(prefill_s=20.0, ttft_s=25.0, is_late=True))
 
-    assert Admission().refusal(unnamed, placement(forecast(prefill_s=20.0, ttft_s=25.0))) is None
-    assert Admission().refusal(unnamed, placement(forecast(prefill_s=1.0, ttft_s=25.0)))
+    assert Admission().refusal(unnamed, late) is None
+    assert Admission().refusal(unnamed, placement(forecast(prefill_s=1.0, ttft_s=350.0)))
+    assert Admission(refuse_unnamed=True).refusal(unnamed, late)
 
 
 def test_without_a_target_it_queues_up_to_a_bound() -> None:
