@@ -81,6 +81,7 @@ class GlobalSchedulerReplica(Replica):
             max_num_seqs=config.worker.engine.max_num_seqs,
             slow_timeout_s=config.worker.slow_timeout_s,
             predicts=config.placement.policy == "predicted",
+            sets_stages=config.placement.stage_policy,
             admission=config.placement.admission,
             recorder=self._recorder(config),
             quotas={name: tenant.quota for name, tenant in config.all_tenants.items()},
@@ -158,6 +159,7 @@ class GlobalSchedulerReplica(Replica):
             for load, report_age_s in self._scheduler.loads_and_ages():
                 metrics.set_load(load, report_age_s)
             metrics.set_prefixes(self._scheduler.prefix_stats(), is_told)
+            metrics.set_policies(self._scheduler.policies())
             for tenant, accuracy in self._scheduler.output_lengths.accuracies.items():
                 metrics.set_length_accuracy(tenant, accuracy)
             if decision := self._scheduler.scaling:

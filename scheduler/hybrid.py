@@ -33,7 +33,7 @@ class HybridScheduler:
     lets most of them be on time. A request that has no targets, or can no longer meet them, gets
     what the others leave, but it makes progress: every step has the oldest decode, and every
     `TURN`-th step starts with the oldest prefill. Without any targets the steps are those of
-    `DecodeFirst`.
+    `DecodeFirst`. The view's policy may bound the prefills beside decodes, and the drafts.
     """
 
     def __init__(self, limits: Limits, cost_model: CostModel) -> None:
@@ -70,6 +70,8 @@ class _Planning:
             for state in states
             if self._can_be_on_time(state)
         }
+        self._full: Reason = Reason.TIME
+        """Why a prefill gets nothing in a step that is as long as it may be."""
         self._closed: Reason | None = None
         """Why no more requests are admitted; None while they are."""
         self._filled_s = 0.0
@@ -85,16 +87,21 @@ class _Planning:
         soft_s = min(firm_s, self._slack_of_late())
         if firm_s == math.inf:
             firm_s = TTFT_SHARE * self._tightest_ttft_s()
-        urgent, rest = self._by_deadline(firm_s)
+        prefill_firm_s, prefill_soft_s = firm_s, soft_s
+        if self._view.policy.prefill_share < 1.0 and not self._step.is_empty:
+            prefill_firm_s = self._shared(firm_s)
+            prefill_soft_s = min(prefill_firm_s, self._shared(soft_s))
+            self._full = Reason.SHARE if prefill_firm_s < firm_s else Reason.TIME
+        urgent, rest = self._by_deadline(prefill_firm_s)
         if rest and self._view.step % TURN == 0:
-            self._take_prefill(min(rest, key=_arrival), firm_s, min_tokens=TURN_TOKENS)
+            self._take_prefill(min(rest, key=_arrival), prefill_firm_s, min_tokens=TURN_TOKENS)
         if (starved := self._starved(rest)) is not None:
             self._take_prefill(starved, soft_s)
             self._closed = Reason.KV
         for state in urgent:
-            self._take_prefill(state, firm_s, keep_tpot=True)
+            self._take_prefill(state, prefill_firm_s, keep_tpot=True)
         for state in rest:
-            if self._take_prefill(state, soft_s) is Reason.KV:
+            if self._take_prefill(state, prefill_soft_s) is Reason.KV:
                 self._closed = Reason.BEHIND
         if self._step.is_empty:
             self._closed = None  # nothing runs, so no room or turn needs keeping
@@ -102,8 +109,22 @@ class _Planning:
             if not self._step.is_empty:
                 break
             self._take_prefill(state, math.inf)  # misses its target, but an empty step helps nobody
-        add_drafts(self._step, self._decodes, self._cost_model, firm_s)
+        max_drafts = self._view.policy.max_drafts
+        add_drafts(self._step, self._decodes, self._cost_model, firm_s, max_drafts)
         return self._step.plan(firm_s)
+
+    def _shared(self, limit_s: float) -> float:
+        """How long prefills may make a step with decodes that may last `limit_s`.
+
+        The policy gives them a share of that time; where nothing limits it, the tokens of a step
+        do. Without decodes nobody would gain by a shorter step.
+        """
+        shape = self._step.shape
+        if limit_s == math.inf:
+            num_tokens = max(1, self._step.num_tokens_left)
+            limit_s = self._cost_model.predict(shape.plus(num_tokens, num_tokens, 1))
+        share = self._view.policy.prefill_share
+        return min(limit_s, self._cost_model.predict(shape) + share * limit_s)
 
     def _can_be_on_time(self, state: RequestState) -> bool:
         """Whether the request has targets, and would meet them if it ran alone from now on."""
@@ -193,17 +214,18 @@ class _Planning:
             default=math.inf,
         )
 
-    def _by_deadline(self, firm_s: float) -> tuple[list[RequestState], list[RequestState]]:
+    def _by_deadline(self, limit_s: float) -> tuple[list[RequestState], list[RequestState]]:
         """The prefills that can be on time, in their best order, and the others by rank.
 
-        J. M. Moore's and T. J. Hodgson's algorithm (1968), which makes the fewest jobs late: take
-        them by deadline, and whenever one would be late, defer the longest taken so far.
+        Steps may last `limit_s`. J. M. Moore's and T. J. Hodgson's algorithm (1968), which makes
+        the fewest jobs late: take them by deadline, and whenever one would be late, defer the
+        longest taken so far.
         """
         seconds = self._cost_model.predict(self._step.shape)
         # Prefills get only the part of each step that decodes leave.
         stretch = 1.0
-        if firm_s < math.inf and seconds > 0:
-            stretch = min(firm_s / max(firm_s - seconds, firm_s / MAX_STRETCH), MAX_STRETCH)
+        if limit_s < math.inf and seconds > 0:
+            stretch = min(limit_s / max(limit_s - seconds, limit_s / MAX_STRETCH), MAX_STRETCH)
         candidates = [*self._prefills, *self._view.waiting]
         on_time = sorted(filter(self._is_on_time, candidates), key=_deadline)
         taken: list[tuple[int, float, int]] = []
@@ -243,7 +265,7 @@ class _Planning:
         is_waiting = state.request.request_id in self._waiting
         reason: Reason | None = None
         if limit_s <= self._filled_s and not min_tokens:
-            reason = Reason.TIME
+            reason = self._full
         elif is_waiting and self._closed:
             reason = self._closed
         elif is_waiting and keep_tpot and not self._keeps_tpot(state):
@@ -255,7 +277,7 @@ class _Planning:
             )
             chunk = max(chunk, min(min_tokens, num_tokens))
             if num_tokens > 0 and chunk == 0:
-                reason, self._filled_s = Reason.TIME, limit_s
+                reason, self._filled_s = self._full, limit_s
             elif not is_waiting:
                 step.take_running(state, chunk)
             elif (reason := step.admit(state, chunk)) is None and self._is_on_time(state):

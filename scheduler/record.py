@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from scheduler.cost_model import CostModel
 from scheduler.policy import StepPolicy
 from scheduler.request import Request, RequestState, Slo
+from scheduler.stage_policy import ALONE, PolicyReason, WorkerPolicy
 from scheduler.task import BatchPlan, Deferral, Limits, Reason, Stage, StageTask, StepView
 
 FORMAT = "xyserve decisions 2"
@@ -66,12 +67,16 @@ class Recorder:
         if view.num_shared_kv_blocks:  # none are reported live
             rows = [[self._numbers[name], num] for name, num in view.num_shared_kv_blocks.items()]
             shared = {"shared_kv_blocks": rows}
+        policy = {}
+        if view.policy != ALONE:
+            policy = {"worker_policy": dataclasses.astuple(view.policy)}
         return {
             "step": view.step,
             "now": now,
             "num_observed": num_observed,
             "num_free_kv_blocks": view.num_free_kv_blocks,
             **shared,
+            **policy,
             "running": running,
             "waiting": waiting,
             "tasks": [self._task(task) for task in plan.tasks],
@@ -242,6 +247,7 @@ def _read_step(
             [_read_state(row, requests) for row in document["waiting"]],
             document["num_free_kv_blocks"],
             {ids[number]: num for number, num in document.get("shared_kv_blocks", ())},
+            _read_policy(document.get("worker_policy")),
         ),
         plan=plan,
         began_s=document["now"],
@@ -293,6 +299,13 @@ def _read_tasks(rows: list[list[Any]], ids: list[str]) -> tuple[StageTask, ...]:
         StageTask(ids[number], Stage(stage), num_tokens, seq_len, samples)
         for number, stage, num_tokens, seq_len, samples in rows
     )
+
+
+def _read_policy(row: list[Any] | None) -> WorkerPolicy:
+    if row is None:  # the usual case, and older records have none
+        return ALONE
+    prefill_share, max_drafts, version, reason = row
+    return WorkerPolicy(prefill_share, max_drafts, version, PolicyReason(reason))
 
 
 def _finite(number: float) -> float | None:

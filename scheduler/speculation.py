@@ -39,7 +39,11 @@ WINDOW = 64
 
 
 def add_drafts(
-    step: Step, states: Iterable[RequestState], cost_model: CostModel, limit_s: float
+    step: Step,
+    states: Iterable[RequestState],
+    cost_model: CostModel,
+    limit_s: float,
+    max_drafts: int | None = None,
 ) -> None:
     """Extend decodes of `step` by drafts while that raises the tokens expected per second.
 
@@ -47,11 +51,13 @@ def add_drafts(
     of their chances. The likeliest draft of all requests is added first, up to the maximum of
     (decodes + expected accepted drafts) / (predicted seconds), the measure of X. Liu et
     al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (2024).
-    Drafts never make the step longer than `limit_s` seconds.
+    Drafts never make the step longer than `limit_s` seconds, and no request gets more than
+    `max_drafts`.
     """
-    decodes = [state for state in states if state in step and state.draft_chances]
+    decodes = [state for state in states if state in step]
+    chances = [state.draft_chances[:max_drafts] for state in decodes]
     # A heap has its smallest entry first, hence the sign.
-    candidates = [(-state.draft_chances[0], index, 1) for index, state in enumerate(decodes)]
+    candidates = [(-each[0], index, 1) for index, each in enumerate(chances) if each]
     heapq.heapify(candidates)
     shape = step.shape
     expected = float(shape.num_samples)
@@ -71,8 +77,8 @@ def add_drafts(
         taken.append(index)
         if expected > best_rate * seconds:
             best_rate, num_best = expected / seconds, len(taken)
-        if position < len(state.draft_chances):
-            chance = state.draft_chances[position]
+        if position < len(chances[index]):
+            chance = chances[index][position]
             heapq.heappush(candidates, (negative_chance * chance, index, position + 1))
     for index, count in Counter(taken[:num_best]).items():
         step.extend(decodes[index], count)

@@ -11,6 +11,7 @@ from scheduler.prefill_queue import PrefillCost, QueuedPrefill, QueueReport
 from scheduler.record import Recorder
 from scheduler.request import RequestState
 from scheduler.speculation import Acceptance
+from scheduler.stage_policy import StageReport, late_prefills, weight
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepReport, StepView
 from scheduler.work import ModelWork
 
@@ -201,16 +202,37 @@ class StepPlanner:
             if state.is_decoding:
                 decodes.add(1, state.num_tokens, 1)
                 tpot_s = min(tpot_s, state.request.slo.tpot_s)
+        decode_s = self.cost_model.predict(decodes) if decodes.num_spans else 0.0
+        if tpot_s < math.inf and view.policy.prefill_share < 1.0:
+            # Steps with decodes last no longer, as if that were the target.
+            tpot_s = min(tpot_s, decode_s + view.policy.prefill_share * tpot_s)
         return QueueReport(
             prefills=prefills,
             cost=self._prefill_cost(),
             num_decodes=decodes.num_spans,
-            decode_s=self.cost_model.predict(decodes) if decodes.num_spans else 0.0,
+            decode_s=decode_s,
             tpot_s=tpot_s,
             num_tokens=sum(
                 state.num_tokens for states in (view.running, view.waiting) for state in states
             ),
             num_free_kv_tokens=view.num_free_kv_blocks * self.limits.kv_block_size,
+        )
+
+    def stage_report(
+        self, running: Iterable[RequestState], queue: QueueReport, now: float
+    ) -> StageReport:
+        """What its requests are to the stage policy: those that run, and the queue of all."""
+        prefills = queue.prefills.values()
+        return StageReport(
+            num_decodes=queue.num_decodes,
+            work_s=queue.decode_s
+            + sum(queue.cost.seconds(one.num_new_tokens, one.num_tokens) for one in prefills),
+            late_decodes=sum(
+                weight(state.request.priority)
+                for state in running
+                if state.is_decoding and _is_behind(state, now + queue.decode_s)
+            ),
+            late_prefills=late_prefills(queue),
         )
 
     def _prefill_cost(self) -> PrefillCost:
@@ -260,3 +282,12 @@ class StepPlanner:
                 begun.add(request_id)
                 queued.append((state.request.slo_class, max(now - state.arrival_s, 0.0)))
         return tuple(queued)
+
+
+def _is_behind(state: RequestState, next_s: float) -> bool:
+    """Whether a request, whose first token was on time, is too slow if the next one comes then."""
+    slo = state.request.slo
+    return (
+        state.first_token_s <= state.arrival_s + slo.ttft_s
+        and next_s > state.first_token_s + state.num_output_tokens * slo.tpot_s
+    )

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from scheduler.request import RequestState
+from scheduler.stage_policy import ALONE, WorkerPolicy
 from scheduler.worded import Worded
 
 
@@ -36,6 +37,7 @@ class Reason(Worded):
     """Why a request gets nothing in a step."""
 
     TIME = "time", "the step was as long as the tightest target in it allows"
+    SHARE = "share", "the step had all the prefills that the stage policy allows beside its decodes"
     TOKENS = "tokens", "the step already had the maximum number of tokens"
     SEATS = "seats", "the worker already ran max_num_seqs requests"
     KV = "kv", "the KV cache had no room for its tokens"
@@ -127,6 +129,8 @@ class StepView:
     num_shared_kv_blocks: Mapping[str, int] = field(default_factory=dict)
     """Blocks of running requests that others hold too, so that preemption does not free them, by
     request id; requests without such blocks may be left out."""
+    policy: WorkerPolicy = ALONE
+    """The bounds that the stage policy sets."""
 
 
 class StepScheduler(Protocol):

@@ -6,6 +6,7 @@ from typing import Any
 
 from scheduler.prefill_queue import QueueReport
 from scheduler.prefix_index import PrefixDelta
+from scheduler.stage_policy import ALONE, StageReport, WorkerPolicy
 from scheduler.task import StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.drafts.draft_stream import DraftWorkerAddress
@@ -82,6 +83,8 @@ class WorkerReport:
     """What has changed in its prefix cache since the last report; None if it does not tell."""
     queue: QueueReport = field(default_factory=QueueReport)
     """What has still to be prefilled there."""
+    stages: StageReport = field(default_factory=StageReport)
+    """What its requests are to the stage policy."""
     targets: TargetCounts = TargetCounts()
 
 
@@ -110,6 +113,8 @@ class ReportAnswer:
     """Whether another worker takes requests."""
     resync_prefix: bool = False
     """Whether its next report is to tell all that its prefix cache has."""
+    policy: WorkerPolicy | None = None
+    """The bounds of its steps from now on; None if nobody sets them."""
     num_workers_wanted: int | None = None
     """How many workers there should be; None if others decide on that."""
 
@@ -142,6 +147,8 @@ class WorkerStatus:
     """Whether its steps have long been much longer than predicted, unlike those of others."""
     slowness: float = 1.0
     """How long its steps take lately compared with what was predicted."""
+    policy: WorkerPolicy = ALONE
+    """The bounds of its steps."""
     start: Mapping[str, PhaseTime] = field(default_factory=dict)
     """What each phase of its start took, by `StartPhase`."""
 

@@ -60,6 +60,8 @@ class Worker:
         self._calls: set[asyncio.Future[str]] = set()
         """The results that calls wait for."""
         self._unfit = ""
+        self._has_policy = False
+        """Whether the last answer set a policy."""
         self._cpus: CpuClaim | None = None
         if config.device == "cpu":
             self._cpus = claim_cpus(config.cpus)
@@ -130,13 +132,15 @@ class Worker:
             draining=self._draining,
             drafts=state.engine.drafts,
             slowness=state.engine.slowness,
+            policy=state.engine.policy,
             start={str(phase): time for phase, time in self._start.times.items()},
         )
 
     def follow(self, answer: ReportAnswer) -> None:
         """Take drafts from the draft worker that the answer to a report names, be replaced if it
-        says so, tell all of the prefix cache if it asks, and, when this worker has drained for a
-        while, let others go on with its requests if it says that they can."""
+        says so, keep to the policy that it sets, tell all of the prefix cache if it asks, and,
+        when this worker has drained for a while, let others go on with its requests if it says that
+        they can."""
         if StartPhase.REPORT not in self._start.times:
             self._start.ended(StartPhase.REPORT)
             logger.info("worker started", extra=self._start.summary())
@@ -144,6 +148,9 @@ class Worker:
         if answer.others_serve and self._clock() - self._draining_since_s >= MOVE_AFTER_S:
             for call in self._calls:
                 call.cancel()
+        if answer.policy or self._has_policy:
+            self._engine_loop.follow_policy(answer.policy)
+            self._has_policy = answer.policy is not None
         if answer.resync_prefix:
             self._engine_loop.resync_prefix()
         if self._reported and self._reported.drafts:
@@ -167,6 +174,7 @@ class Worker:
             round(state.engine.slowness, 1),
             prefix=state.prefix,
             queue=state.queue,
+            stages=state.stages,
             targets=state.targets,
         )
         now = self._clock()

@@ -60,6 +60,11 @@ def _state(worker: WorkerStatus) -> str:
         words.append("on trial")
     if worker.slow:
         words.append(f"slow: {worker.slowness:.1f} times as predicted")
+    policy = worker.policy
+    if policy.prefill_share < 1:
+        words.append(f"prefills in {policy.prefill_share:.0%} of a step: {policy.reason.text}")
+    if policy.max_drafts is not None:
+        words.append(f"at most {policy.max_drafts} drafts: {policy.reason.text}")
     return f" ({', '.join(words)})" if words else ""
 
 

@@ -158,6 +158,11 @@ class AppConfig:
                 "draft needs one of our worker.step_policy names, which decide how many drafts are "
                 "verified in each step; vllm's scheduler takes none from draft workers"
             )
+        if self.placement.stage_policy and (name := self.worker.step_policy.name) != "hybrid":
+            raise ValueError(
+                f"placement.stage_policy needs the worker.step_policy name hybrid: {name} knows no "
+                "share of prefills"
+            )
         if self.draft and "speculative_config" in self.worker.engine.extra_args:
             raise ValueError(
                 "draft and worker.engine.extra_args.speculative_config exclude each other: drafts "

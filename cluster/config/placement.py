@@ -16,6 +16,9 @@ class PlacementConfig:
     """What decides where a request goes: `predicted`, its time to first token, given what waits and
     what is cached on each worker, or `least_tokens`, the fewest tokens outstanding, for comparison.
     """
+    stage_policy: bool = False
+    """Whether the GlobalScheduler bounds the share of prefills in each worker's steps, and its
+    drafts, from the view of all; it needs the step policy `hybrid`."""
     admission: Admission = field(default_factory=Admission)
     """Which requests are refused at once, by 503 with `Retry-After`; with `predicted` only."""
     record: str | None = None

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray.serve import metrics as serve_metrics
@@ -19,6 +19,7 @@ from scheduler.drafting import CollapseReason
 from scheduler.output_length import Accuracy
 from scheduler.placement import Placement, PlacementReason, RefusalReason, WorkerLoad
 from scheduler.scaling import ScalingDecision, ScalingReason
+from scheduler.stage_policy import PolicyReason, WorkerPolicy
 from scheduler.task import Reason, Stage, StepReport
 from workers.drafts.draft_client import DraftCounts
 from workers.reports import DraftStats, DraftWorkerStatus
@@ -271,6 +272,7 @@ class PlacementMetrics:
         self._prefixes: PrefixStats | None = None
         """What was exported last."""
         exporter.begin(metrics.DRAFT_COLLAPSES, reason=CollapseReason)
+        exporter.begin(metrics.STAGE_POLICY_CHANGES, reason=PolicyReason)
         exporter.begin(
             metrics.PLACEMENT_REFUSALS, reason=(RefusalReason.OVERLOAD, RefusalReason.TOO_LONG)
         )
@@ -290,6 +292,17 @@ class PlacementMetrics:
     def count_collapse(self, reason: CollapseReason) -> None:
         """Count that the drafts for some worker are no longer accepted."""
         self._exporter.add(metrics.DRAFT_COLLAPSES, reason=reason)
+
+    def count_policy_change(self, policy: WorkerPolicy) -> None:
+        """Count that the stage policy has set other bounds for a worker."""
+        self._exporter.add(metrics.STAGE_POLICY_CHANGES, reason=policy.reason)
+
+    def set_policies(self, policies: Mapping[str, WorkerPolicy]) -> None:
+        """Set the bounds of each worker's steps."""
+        for worker, policy in policies.items():
+            self._exporter.set(metrics.PREFILL_SHARE, policy.prefill_share, worker=worker)
+            if policy.max_drafts is not None:
+                self._exporter.set(metrics.MAX_DRAFTS, policy.max_drafts, worker=worker)
 
     def set_load(self, load: WorkerLoad, report_age_s: float) -> None:
         """Set a worker's load as the GlobalScheduler sees it."""

@@ -305,6 +305,26 @@ WORKER_REQUESTS = _gauge(
 WORKER_REPORT_AGE = _gauge(
     "worker_report_age_seconds", "seconds", "Seconds since the worker's last load report.", "worker"
 )
+PREFILL_SHARE = _gauge(
+    "worker_prefill_share_ratio",
+    "ratio",
+    "Longest time for prefills that the stage policy gives a worker's steps with decodes, as a"
+    " share of what they may last.",
+    "worker",
+)
+MAX_DRAFTS = _gauge(
+    "worker_max_drafts",
+    "tokens",
+    "Drafts of one request that the stage policy lets a worker verify at most; absent without a"
+    " limit.",
+    "worker",
+)
+STAGE_POLICY_CHANGES = _counter(
+    "stage_policy_changes",
+    "changes",
+    "Changes of the bounds that the stage policy sets for a worker's steps, by reason.",
+    "reason",
+)
 WORKER_SLOWNESS = _gauge(
     "worker_slowness_ratio",
     "ratio",

@@ -12,6 +12,7 @@ from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement, Refused
 from scheduler.request import Request
 from scheduler.scaling import ScalingDecision
+from scheduler.stage_policy import WorkerPolicy
 from scheduler.task import StepReport
 from workers.reports import Peaks, WorkerObserver, WorkerReport
 from workers.step_history import StepHistory
@@ -63,6 +64,10 @@ class SchedulerTelemetry(SchedulerObserver):
     def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
         """Count that the drafts for a worker are no longer accepted."""
         self._metrics.count_collapse(reason)
+
+    def policy_changed(self, worker_id: str, policy: WorkerPolicy) -> None:
+        """Count a change of a worker's policy."""
+        self._metrics.count_policy_change(policy)
 
 
 class WorkerTelemetry(WorkerObserver):

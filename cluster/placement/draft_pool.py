@@ -115,6 +115,14 @@ class DraftPool:
         known = self._views.get(drafting.draft_worker) if drafting.draft_worker else None
         return known.report.address if known else None
 
+    def drafter_of(self, worker_id: str, now: float) -> tuple[str, float]:
+        """What drafts for a worker, by id, and its busy share; empty if nothing does."""
+        drafting = self._drafting.get(worker_id)
+        view = self._views.get(drafting.draft_worker or "") if drafting else None
+        if view is None or view.is_silent(now):
+            return "", 0.0
+        return view.report.address.draft_worker_id, view.report.status.busy_share
+
     def forget_worker(self, worker_id: str) -> None:
         """Draft no longer for a worker, which has gone."""
         self._drafting.pop(worker_id, None)

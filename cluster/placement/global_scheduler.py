@@ -12,6 +12,7 @@ from cluster.placement.observer import SchedulerObserver
 from cluster.placement.prefix_watch import FormatWatch, PrefixStats, Resyncs, num_untold
 from cluster.placement.record import PlacementRecorder
 from cluster.placement.scaler import Scaler
+from cluster.placement.stages import Stages
 from cluster.placement.suspects import (
     NO_WORKER_RETRY_S,
     Poisons,
@@ -27,6 +28,7 @@ from scheduler.placement_replay import Began, Decided, Event, Forgotten, Reporte
 from scheduler.quota import Draw, Grant, Quota
 from scheduler.request import Request
 from scheduler.scaling import ScalingDecision, ScalingSettings
+from scheduler.stage_policy import StageView, WorkerPolicy
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.errors import WorkerError
 from workers.latest import Latest
@@ -62,13 +64,15 @@ class GlobalScheduler:
         learn_output_lengths: bool = True,
         scaling: ScalingSettings | None = None,
         draft_scaling: ScalingSettings | None = None,
+        sets_stages: bool = False,
     ) -> None:
         """A worker runs at most `max_num_seqs` requests, and is replaced if it is slow for longer
         than `slow_timeout_s`. `quotas` are those of tenants, by name. If it `predicts`, requests
         are placed by time to first token, otherwise by outstanding tokens. `admission` refuses
         those that would be late; None: none. `recorder` writes down what decides. If the lengths
         of outputs are not learned, each is predicted to be `max_tokens`. The numbers of workers and
-        draft workers are decided here where there is a `scaling` of theirs.
+        draft workers are decided here where there is a `scaling` of theirs. If it `sets_stages`,
+        each report is answered with a policy.
         """
         self._clock = clock
         self._observer = observer or SchedulerObserver()
@@ -85,6 +89,7 @@ class GlobalScheduler:
         self._poisons = Poisons()
         self._draft_pool = DraftPool()
         self._accounts = Accounts(quotas)
+        self._stages = Stages(self._observer.policy_changed) if sets_stages else None
         self.output_lengths = OutputLengths()
         """What the requests that ended say of the lengths of others."""
         self._learn_output_lengths = learn_output_lengths
@@ -145,9 +150,11 @@ class GlobalScheduler:
         return self._workers.loads_of(forecasts, forecasts, kept, now)
 
     def _forget(self, worker_id: str) -> None:
-        """Forget the queue and the cache of a worker that is dead or gone."""
+        """Forget what is on a worker that is gone, or whose engine is."""
         self._fleet.forget(worker_id)
         self._resyncs.forget(worker_id)
+        if self._stages:
+            self._stages.forget(worker_id)
         self._record(Forgotten(worker_id))
 
     def _record(self, event: Event) -> None:
@@ -191,8 +198,23 @@ class GlobalScheduler:
             view.unfit,
             self._workers.others_serve(report.worker_id, now),
             resync_prefix=not view.dead and self._note_queue(report, now),
+            policy=None if view.dead else self._worker_policy(report, now),
             num_workers_wanted=self._scaler.num_workers_wanted,
         )
+
+    def _worker_policy(self, report: WorkerReport, now: float) -> WorkerPolicy | None:
+        """Note what is on a worker's steps, and set their bounds; None if nobody does."""
+        if self._stages is None:
+            return None
+        view = StageView(report.stages)
+        if report.drafts:
+            drafter = self._draft_pool.drafter_of(report.worker_id, now)
+            view = StageView(report.stages, report.drafts.acceptance_rate, *drafter)
+        return self._stages.report(report.worker_id, view, now)
+
+    def policies(self) -> dict[str, WorkerPolicy]:
+        """The bounds that the stage policy sets for each worker's steps."""
+        return self._stages.policies if self._stages else {}
 
     def _note_queue(self, report: WorkerReport, now: float) -> bool:
         """Note a worker's queue and what its prefix cache has; whether to ask for all of that."""

@@ -4,6 +4,7 @@ from scheduler.drafting import CollapseReason
 from scheduler.placement import Placement, Refused
 from scheduler.request import Request
 from scheduler.scaling import ScalingDecision
+from scheduler.stage_policy import WorkerPolicy
 
 
 class SchedulerObserver:
@@ -20,3 +21,6 @@ class SchedulerObserver:
 
     def collapsed(self, worker_id: str, reason: CollapseReason) -> None:
         """The drafts for a worker are no longer accepted."""
+
+    def policy_changed(self, worker_id: str, policy: WorkerPolicy) -> None:
+        """The stage policy has set other bounds for a worker's steps."""

@@ -125,6 +125,7 @@ class FastForward:
             waiting=view.waiting,
             num_free_kv_blocks=view.num_free_kv_blocks
             - new_blocks(self._limits, view.running, num_steps),
+            policy=view.policy,
         )
         plan = self._planner.plan(later, now)
         return is_steady(plan, later)

@@ -14,6 +14,7 @@ from scheduler.simulation.fast_forward import FastForward, Jump, advanced, is_st
 from scheduler.simulation.kv_cache import Holding, KvCache, KvCacheFull
 from scheduler.simulation.noise import Noise
 from scheduler.simulation.plan_check import BrokenPlan, check
+from scheduler.stage_policy import FollowedPolicy, StageReport
 from scheduler.step_planner import StepInFlight, StepPlanner
 from scheduler.task import BatchPlan, Stage, StageTask, StepView
 
@@ -75,6 +76,7 @@ class SimulatedWorker:
         With `fast_forward`, steady steps are taken at once, unless `planner` needs each of them.
         """
         self.worker_id = worker_id
+        self.policy = FollowedPolicy()
         self.kv = KvCache(device.limits.num_kv_blocks, device.limits.kv_block_size)
         self.live: dict[str, LiveRequest] = {}
         self.num_outstanding_tokens = 0
@@ -116,8 +118,8 @@ class SimulatedWorker:
             return self.num_outstanding_tokens
         return self.num_outstanding_tokens - self.jump.num_done(now) * len(self._running)
 
-    def queue_report(self, now: float) -> QueueReport:
-        """What it reports of its queue."""
+    def reports(self, now: float) -> tuple[QueueReport, StageReport]:
+        """What it reports of its queue, and of its stages."""
         for state in self._waiting:
             live = self.live[state.request.request_id]
             state.num_computed_tokens = self.kv.num_hit_tokens(live.holding, state.num_tokens)
@@ -130,8 +132,10 @@ class SimulatedWorker:
             running=running,
             waiting=self._waiting,
             num_free_kv_blocks=num_free_kv_blocks,
+            policy=self.policy.at(now),
         )
-        return self._planner.queue_report(view, now)
+        queue = self._planner.queue_report(view, now)
+        return queue, self._planner.stage_report(running, queue, now)
 
     def add(self, live: LiveRequest) -> None:
         """Take a new request."""
@@ -165,6 +169,7 @@ class SimulatedWorker:
                 waiting=self._waiting,
                 num_free_kv_blocks=self.kv.num_free,
                 num_shared_kv_blocks=self._num_shared_blocks(),
+                policy=self.policy.at(now),
             )
             plan = self._planner.plan(view, now)
             try:

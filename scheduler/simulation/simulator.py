@@ -32,6 +32,7 @@ from scheduler.simulation.simulated_worker import (
     StepRecord,
 )
 from scheduler.simulation.summary import Outcome, Summary, summarise
+from scheduler.stage_policy import StagePolicy, StageView, WorkerPolicy
 from scheduler.step_planner import StepPlanner
 
 REPORT_INTERVAL_S = 0.25
@@ -78,6 +79,8 @@ class SimulationConfig:
     report_interval_s: float = REPORT_INTERVAL_S
     placer: Callable[[], Placer] = PredictedSeconds
     """Makes what chooses the workers."""
+    stage_policy: Callable[[], StagePolicy] | None = None
+    """Makes what sets the workers' policies; None leaves each to itself."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -166,6 +169,11 @@ class _Cluster:
     loads: list[WorkerLoad] = field(init=False)
     fleet: Fleet = field(init=False, default_factory=Fleet)
     placer: Placer = field(init=False)
+    stage_policy: StagePolicy | None = field(init=False)
+    views: dict[str, StageView] = field(init=False)
+    """What the stage policy knows of each worker."""
+    policies: dict[str, WorkerPolicy] = field(init=False, default_factory=dict)
+    """What it has decided."""
     ended: list[list[str]] = field(init=False)
     """Requests of each worker that have ended since its last report."""
     index_of: dict[str, int] = field(init=False)
@@ -181,6 +189,8 @@ class _Cluster:
             worker.neighbours = [other for other in self.workers if other is not worker]
         self.loads = [self._load(worker, 0, 0) for worker in self.workers]
         self.placer = self.config.placer()
+        self.stage_policy = self.config.stage_policy and self.config.stage_policy()
+        self.views = {worker.worker_id: StageView() for worker in self.workers}
         for arrival in self.arrivals:
             if size := self.workers[0].kv.entry_tokens(arrival.hash_block_size):
                 self.format = _format(size)
@@ -333,12 +343,25 @@ class _Cluster:
         )
 
     def _report_until(self, now: float) -> None:
-        """Take the workers' reports of the last regular time before `now`."""
+        """Take the workers' reports of the last regular time before `now`; the stage policy, which
+        goes by steps, sees those of all such times."""
         report = int(now // self.config.report_interval_s)
         if report == self.last_report:
             return
+        first = report
+        if self.stage_policy and not self._is_at_rest():
+            first = self.last_report + 1
         self.last_report = report
-        report_s = report * self.config.report_interval_s
+        for number in range(first, report + 1):
+            self._report(number * self.config.report_interval_s)
+
+    def _is_at_rest(self) -> bool:
+        """Whether nothing is on any worker, and no policy bounds what comes."""
+        return not any(worker.live for worker in self.workers) and all(
+            policy.is_free for policy in self.policies.values()
+        )
+
+    def _report(self, report_s: float) -> None:
         for index, worker in enumerate(self.workers):
             if not (worker.live or self.ended[index]):
                 continue
@@ -347,14 +370,20 @@ class _Cluster:
             num_requests = len(worker.live)
             if outstanding != load.num_outstanding_tokens or num_requests != load.num_requests:
                 self.loads[index] = self._load(worker, outstanding, num_requests)
+            queue, stages = worker.reports(report_s)
             self.fleet.report(
                 worker.worker_id,
-                worker.queue_report(report_s),
+                queue,
                 [*worker.live, *self.ended[index]],
                 worker.kv.take_delta(self.format),
                 report_s,
             )
+            self.views[worker.worker_id] = StageView(stages)
             self.ended[index].clear()
+        if self.stage_policy:
+            self.policies = self.stage_policy.decide(self.views, report_s)
+            for worker in self.workers:
+                worker.policy.follow(self.policies[worker.worker_id], report_s)
 
     def _load(self, worker: SimulatedWorker, num_tokens: int, num_requests: int) -> WorkerLoad:
         max_num_seqs = self.device.limits.max_num_seqs

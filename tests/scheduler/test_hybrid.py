@@ -1,11 +1,17 @@
 """The rules that the hybrid scheduler holds, each in the smallest scene that shows it."""
 
+import math
+from dataclasses import replace
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scheduler.baselines import DecodeFirst
 from scheduler.hybrid import MARGIN, STARVATION_S, TURN, TURN_TOKENS, HybridScheduler
 from scheduler.request import RequestState, Slo
-from scheduler.task import BatchPlan, StepView
+from scheduler.stage_policy import ALONE, PolicyReason, WorkerPolicy
+from scheduler.task import BatchPlan, Limits, Stage, StepView
 from tests.scheduler.scenes import (
     FIXED_S,
     LIMITS,
@@ -18,6 +24,7 @@ from tests.scheduler.scenes import (
     view,
     waiting,
 )
+from tests.scheduler.test_policy import scenes
 
 CHAT = Slo(ttft_s=2.0, tpot_s=0.1)
 
@@ -233,3 +240,103 @@ def test_a_margin_is_kept_for_steps_that_take_longer_than_predicted() -> None:
     careful = HybridScheduler(LIMITS, model).plan(scene, 1.0)
 
     assert careful.predicted_s < 0.8 * exact.predicted_s
+
+
+def bounded(of: StepView, prefill_share: float, max_drafts: int | None = None) -> StepView:
+    return replace(of, policy=WorkerPolicy(prefill_share, max_drafts))
+
+
+def test_prefills_take_their_share_of_what_a_step_with_decodes_may_last() -> None:
+    scene = bounded(view([decoding("a", slo=CHAT)], [waiting("long", 5000)]), 0.4)
+
+    made = plan(scene)
+
+    allowed_s = 0.4 * MARGIN * CHAT.tpot_s
+    chunk = tokens(made)["long"]
+    assert chunk * TOKEN_S <= allowed_s < (chunk + 1) * TOKEN_S
+    assert made.limit_s == pytest.approx(MARGIN * CHAT.tpot_s)
+
+
+def test_what_the_share_puts_off_says_so() -> None:
+    scene = view([decoding("a", slo=CHAT)], [waiting("w", 500, slo=CHAT), waiting("x", 500)])
+
+    assert reasons(plan(bounded(scene, 0.0))) == {"w": "share", "x": "share"}
+    assert reasons(plan(scene)) == {"x": "time"}
+
+
+def test_the_share_bounds_a_step_without_targets_too() -> None:
+    scene = view([decoding("a")], [waiting("long", 5000)])
+
+    # A full step of 2048 tokens takes 2.058 s.
+    assert tokens(plan(bounded(scene, 0.5)))["long"] == pytest.approx(1029, abs=1)
+
+
+def test_without_decodes_prefills_take_the_whole_step() -> None:
+    scene = view([], [waiting("long", 5000, slo=CHAT)])
+
+    assert plan(bounded(scene, 0.1)).tasks == plan(scene).tasks
+
+
+def test_the_oldest_prefill_has_its_turn_whatever_the_share() -> None:
+    lost = waiting("lost", 500, slo=CHAT, arrival_s=-9.0)
+    scene = view([decoding("a", slo=CHAT)], [lost], step=TURN)
+
+    assert tokens(plan(bounded(scene, 0.0))) == {"a": 1, "lost": TURN_TOKENS}
+
+
+def test_a_starved_request_is_served_whatever_the_share() -> None:
+    starved = waiting("starved", 500, slo=CHAT, arrival_s=-STARVATION_S)
+    scene = view([decoding("a", slo=CHAT)], [starved])
+
+    assert "starved" in tokens(plan(bounded(scene, 0.0)))
+
+
+def test_no_request_has_more_drafts_verified_than_the_policy_allows() -> None:
+    scene = view([decoding("a", num_drafts=4, acceptance_rate=0.9), decoding("b", num_drafts=1)])
+
+    assert tokens(plan(scene)) == {"a": 5, "b": 2}
+    assert tokens(plan(bounded(scene, 1.0, 2))) == {"a": 3, "b": 2}
+    assert tokens(plan(bounded(scene, 1.0, 0))) == {"a": 1, "b": 1}
+
+
+@given(scene=scenes(), share=st.sampled_from([0.0, 0.1, 0.5, 0.9]))
+@settings(deadline=None, max_examples=60)
+def test_no_step_has_more_prefills_than_its_share(
+    scene: tuple[Limits, StepView], share: float
+) -> None:
+    limits, of = scene
+    model = cost_model(1e-5)
+    # No turn of the oldest, and nobody has waited for a minute.
+    of = bounded(replace(of, step=TURN + 1), share)
+
+    made = HybridScheduler(limits, model).plan(of, 50.0)
+
+    decodes = [task for task in made.tasks if task.stage is not Stage.PREFILL]
+    prefills = [task for task in made.tasks if task.stage is Stage.PREFILL]
+    starved = any(50.0 - state.arrival_s > STARVATION_S for state in of.waiting)
+    if decodes and prefills and not (starved or made.preempted) and made.limit_s < math.inf:
+        undrafted = [task._replace(num_tokens=1) for task in decodes]
+        alone_s = model.predict(model.shape_of(undrafted))
+        with_prefills_s = model.predict(model.shape_of([*undrafted, *prefills]))
+        assert with_prefills_s - alone_s <= share * made.limit_s + 1e-9
+
+
+@given(scene=scenes())
+@settings(deadline=None, max_examples=60)
+def test_no_share_makes_a_step_empty(scene: tuple[Limits, StepView]) -> None:
+    limits, of = scene
+    scheduler = HybridScheduler(limits, cost_model(1e-5))
+
+    free, least = (scheduler.plan(bounded(of, share), 100.0) for share in (1.0, 0.0))
+
+    assert least.tasks or not free.tasks
+
+
+@given(scene=scenes())
+@settings(deadline=None)
+def test_a_policy_that_bounds_nothing_changes_nothing(scene: tuple[Limits, StepView]) -> None:
+    limits, of = scene
+    scheduler = HybridScheduler(limits, cost_model(1e-5))
+    ruled = replace(of, policy=WorkerPolicy(1.0, None, 8, PolicyReason.FEW_LATE))
+
+    assert scheduler.plan(ruled, 100.0) == scheduler.plan(replace(of, policy=ALONE), 100.0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from scheduler.policy import StepPolicy
 from scheduler.request import Request, RequestState, Slo
+from scheduler.stage_policy import PolicyReason, WorkerPolicy
 from scheduler.task import BatchPlan, Limits, Stage, StepView
 from tests.scheduler.scenes import LIMITS, cost_model
 
@@ -63,7 +64,16 @@ def scenes(draw: st.DrawFn) -> tuple[Limits, StepView]:
     )
     waiting.sort(key=lambda state: (state.request.priority, state.arrival_s))
     free = draw(st.integers(0, 100))
-    return limits, StepView(draw(st.integers(0, 30)), running, waiting, free)
+    policy = draw(
+        st.builds(
+            WorkerPolicy,
+            st.sampled_from([0.0, 0.1, 0.7, 1.0]),
+            st.sampled_from([None, 0, 1, 2]),
+            st.integers(0, 9),
+            st.sampled_from(PolicyReason),
+        )
+    )
+    return limits, StepView(draw(st.integers(0, 30)), running, waiting, free, policy=policy)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)

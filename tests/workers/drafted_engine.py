@@ -12,6 +12,7 @@ import zmq
 from scheduler.policy import StepPolicy
 from scheduler.request import Request
 from scheduler.speculation import Acceptance
+from scheduler.stage_policy import WorkerPolicy
 from tests.workers.planned_engine import CLIENT
 from tests.workers.tiny_models import MAX_MODEL_LEN
 from workers.config import DraftConfig, EngineConfig, WorkerConfig
@@ -60,6 +61,8 @@ class Setting:
     """Whether every draft is taken for a sure one, so that it is verified."""
     verifies_all: bool = True
     """Whether the engine trusts its verification with every parameter; False as on GPUs."""
+    max_drafts: int | None = None
+    """Drafts of one request that the stage policy allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +222,7 @@ def _run(engine: Any, calls: Sequence[Call], setting: Setting) -> Ran:
         engine._planned.planner.acceptance = Trust() if setting.is_trusted else Acceptance()
         engine._planned.drafts.verifies_all = setting.verifies_all
         engine.assign_draft_worker(DEAD if setting.is_dead else None)
+        engine.follow_policy(WorkerPolicy(max_drafts=setting.max_drafts))
     if setting.drafts is not None and not setting.is_dead:
         drafter = OracleDrafter(calls, setting)
         worker = DraftWorker(

@@ -12,6 +12,7 @@ import msgspec
 from scheduler.prefill_queue import QueueReport
 from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request
+from scheduler.stage_policy import StageReport, WorkerPolicy
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import EngineStats, StepOutput
 from workers.engine_request import EngineRequest, Grammar
@@ -67,6 +68,10 @@ class FakeEngine:
         self.num_prefix_resyncs = 0
         self.queued = QueueReport()
         """What reports tell of its requests."""
+        self.staged = StageReport()
+        """What reports tell of its stages."""
+        self.policies: list[WorkerPolicy | None] = []
+        """The policies that it was given."""
         self.threads: set[str] = set()
         """Names of the threads that used the engine."""
         self._max_num_seqs = max_num_seqs
@@ -133,6 +138,15 @@ class FakeEngine:
     def queue(self) -> QueueReport:
         self.threads.add(threading.current_thread().name)
         return self.queued
+
+    def stages(self, queue: QueueReport) -> StageReport:
+        self.threads.add(threading.current_thread().name)
+        assert queue == self.queued or queue.prefills
+        return self.staged
+
+    def follow_policy(self, policy: WorkerPolicy | None) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.policies.append(policy)
 
     def take_prefix(self) -> PrefixDelta | None:
         self.threads.add(threading.current_thread().name)

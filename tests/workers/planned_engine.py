@@ -249,6 +249,24 @@ def play_ahead(
 
 def add_job(engine: Any, name: str, job: Job) -> None:
     """Add a request to a `VllmEngine` under a name."""
+    if job.slo is None:
+        engine._clients[:] = [CLIENT]
+        engine.core.add_request(*engine.core.preprocess_add_request(core_request(name, job)))
+        return
+    engine.add_request(engine_request(name, job), CLIENT)
+
+
+def engine_request(name: str, job: Job) -> EngineRequest:
+    """A request as an ingress sends it to a worker."""
+    from workers.engine.vllm_engine import encoder
+
+    assert job.slo is not None
+    request = Request(name, len(job.prompt), job.max_tokens, job.priority, job.slo, "test")
+    return EngineRequest(request, encoder()(core_request(name, job)))
+
+
+def core_request(name: str, job: Job) -> Any:
+    """A request as vLLM has it."""
     import time
 
     from vllm import SamplingParams
@@ -267,7 +285,7 @@ def add_job(engine: Any, name: str, job: Job) -> None:
         params.structured_outputs = StructuredOutputsParams(regex=job.regex)
         params.structured_outputs._backend = "xgrammar"
         params.update_from_generation_config({}, 2)
-    core_request = EngineCoreRequest(
+    return EngineCoreRequest(
         request_id=name,
         prompt_token_ids=list(job.prompt),
         mm_features=None,
@@ -279,12 +297,6 @@ def add_job(engine: Any, name: str, job: Job) -> None:
         data_parallel_rank=None,
         priority=job.priority,
     )
-    if job.slo is None:
-        engine._clients[:] = [CLIENT]
-        engine.core.add_request(*engine.core.preprocess_add_request(core_request))
-        return
-    request = Request(name, len(job.prompt), job.max_tokens, job.priority, job.slo, "test")
-    engine.add_request(EngineRequest(request, engine._encode(core_request)), CLIENT)
 
 
 def write_tokenizer(folder: Path) -> None:

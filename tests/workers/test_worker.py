@@ -14,6 +14,7 @@ from scheduler.policy import StepPolicy
 from scheduler.prefill_queue import QueuedPrefill, QueueReport
 from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request
+from scheduler.stage_policy import PolicyReason, StageReport, WorkerPolicy
 from tests.workers.fake_clock import FakeClock
 from tests.workers.fake_engine import IMPOSSIBLE, MALFORMED, FakeEngine, decode_tokens
 from workers.config import WorkerConfig
@@ -450,6 +451,32 @@ async def test_a_worker_tells_all_of_its_prefix_cache_when_it_is_asked(setup: Se
     await until(lambda: setup.engine.num_prefix_resyncs == 1)
 
     assert setup.engine.threads == {"engine"}
+
+
+async def test_a_worker_keeps_to_the_policy_of_the_latest_answer(setup: Setup) -> None:
+    policy = WorkerPolicy(0.5, 2, 3, PolicyReason.DECODES_LATE)
+    for answer in (
+        ReportAnswer(),
+        ReportAnswer(policy=policy),
+        ReportAnswer(policy=policy),  # it is to be set again, or it lapses
+        ReportAnswer(),
+        ReportAnswer(),
+    ):
+        setup.worker.follow(answer)
+    await until(lambda: len(setup.engine.policies) == 3)
+    await turn(setup)
+
+    assert setup.engine.policies == [policy, policy, None]
+    assert setup.engine.threads == {"engine"}
+
+
+async def test_what_the_stage_policy_is_to_know_is_reported(setup: Setup) -> None:
+    await turn(setup)
+    setup.engine.staged = StageReport(num_decodes=2, late_decodes=1.0)
+    setup.clock.now += 1
+    await turn(setup)
+
+    assert [report.stages for report in setup.reports] == [StageReport(), setup.engine.staged]
 
 
 async def test_time_that_goes_by_is_no_change_of_the_queue(setup: Setup) -> None:

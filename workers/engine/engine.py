@@ -7,6 +7,7 @@ from typing import Protocol
 
 from scheduler.prefill_queue import QueueReport
 from scheduler.prefix_index import PrefixDelta
+from scheduler.stage_policy import ALONE, StageReport, WorkerPolicy
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine_request import EngineRequest, Grammar
 from workers.reports import DraftStats
@@ -39,6 +40,8 @@ class EngineStats:
     """Seconds of a token in a full step, by its profile; None without one."""
     slowness: float = 1.0
     """How long its steps take lately compared with the profile."""
+    policy: WorkerPolicy = ALONE
+    """The bounds of its steps."""
 
 
 class Engine(Protocol):
@@ -73,11 +76,18 @@ class Engine(Protocol):
     def assign_draft_worker(self, draft_worker: DraftWorkerAddress | None) -> None:
         """Take drafts from this draft worker from now on."""
 
+    def follow_policy(self, policy: WorkerPolicy | None) -> None:
+        """Keep to these bounds from the next step on, while they are set again from time to time;
+        None if nobody sets them."""
+
     def stats(self) -> EngineStats:
         """Count what runs and waits."""
 
     def queue(self) -> QueueReport:
         """What placement is to know of its requests."""
+
+    def stages(self, queue: QueueReport) -> StageReport:
+        """What the stage policy is to know of its requests, of which this is the queue."""
 
     def take_prefix(self) -> PrefixDelta | None:
         """What has changed in the prefix cache since the last call; None if that is not told."""

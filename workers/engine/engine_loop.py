@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from scheduler.prefill_queue import QueuedPrefill, QueueReport
 from scheduler.prefix_index import PrefixDelta
 from scheduler.request import Request, Slo
+from scheduler.stage_policy import StageReport, WorkerPolicy
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.engine.engine import Engine, EngineStats
 from workers.engine_request import EngineRequest, Grammar
@@ -70,6 +71,8 @@ class LoopState:
     """What has changed in the prefix cache since the last report; only in a report."""
     queue: QueueReport = field(default_factory=QueueReport)
     """What placement is to know of the requests; only in a report."""
+    stages: StageReport = field(default_factory=StageReport)
+    """What the stage policy is to know of them; only in a report."""
     targets: TargetCounts = field(default_factory=TargetCounts)
 
 
@@ -161,6 +164,10 @@ class EngineLoop:
         self._call(
             lambda: self._engine.assign_draft_worker(draft_worker), concurrent.futures.Future()
         )
+
+    def follow_policy(self, policy: WorkerPolicy | None) -> None:
+        """Keep to these bounds from the next step on; None if nobody sets them."""
+        self._call(lambda: self._engine.follow_policy(policy), concurrent.futures.Future())
 
     def resync_prefix(self) -> None:
         """Have the next report tell all that the prefix cache has."""
@@ -297,11 +304,13 @@ class EngineLoop:
         if now - self._reported_s >= self._report_interval_s or self._engine.prefix_is_due():
             self._reported_s = now
             finished, self._progress.finished = self._progress.finished, {}
+            queue = self._queue()
             report = replace(
                 self._state(),
                 finished=finished,
                 prefix=self._engine.take_prefix(),
-                queue=self._queue(),
+                queue=queue,
+                stages=self._engine.stages(queue),
             )
             self._owner.report_load(report)
 

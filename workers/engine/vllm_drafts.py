@@ -38,6 +38,8 @@ class DraftOffers:
         self.client: DraftClient | None = None
         self.verifies_all = False
         """Whether drafts change no answer, whatever a request asks for."""
+        self.max_drafts: int | None = None
+        """Drafts of one request that the stage policy allows; None: all that there can be."""
         self._requests = requests
         self._live = live
         self._num_speculative_tokens = num_speculative_tokens
@@ -68,7 +70,7 @@ class DraftOffers:
                 self.client.poll(now)
             else:
                 self.client.await_answer(step_s, now)
-        max_drafts = 0 if self._must_withhold() else self._num_speculative_tokens
+        max_drafts = 0 if self._must_withhold() else self._num_allowed
         offers = {}
         decodes = False
         for request in running:
@@ -114,7 +116,7 @@ class DraftOffers:
         """Send the draft worker the new tokens of a step whose rows are those of `req_ids`."""
         if self.client is None:
             return
-        num_wanted = 0 if acceptance.is_resting else self._num_speculative_tokens
+        num_wanted = 0 if acceptance.is_resting else self._num_allowed
         now = time.monotonic()
         row = 0
         for request_id in req_ids:
@@ -137,6 +139,12 @@ class DraftOffers:
         self._hidden_states.pop(request_id, None)
         if self.client:
             self.client.finish(request_id)
+
+    @property
+    def _num_allowed(self) -> int:
+        if self.max_drafts is None:
+            return self._num_speculative_tokens
+        return min(self.max_drafts, self._num_speculative_tokens)
 
     def _offer(
         self, request: VllmRequest, acceptance: Acceptance, max_drafts: int

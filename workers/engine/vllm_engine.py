@@ -25,6 +25,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.prefill_queue import QueueReport
 from scheduler.prefix_index import PrefixDelta
+from scheduler.stage_policy import StageReport, WorkerPolicy
 from scheduler.step_planner import StepPlanner
 from workers.config import DraftConfig, WorkerConfig
 from workers.drafts.draft_client import DraftClient
@@ -257,6 +258,11 @@ class VllmEngine:
         if client := self._draft_client:
             client.assign(draft_worker)
 
+    def follow_policy(self, policy: WorkerPolicy | None) -> None:
+        """Keep to these bounds from the next step on; vLLM's own scheduler knows none."""
+        if self._planned:
+            self._planned.followed.follow(policy, time.monotonic())
+
     def stats(self) -> EngineStats:
         """Count running and waiting requests."""
         running, waiting = self.core.scheduler.get_request_counts()
@@ -264,9 +270,12 @@ class VllmEngine:
         stats = EngineStats(running, waiting, usage, self._draft_stats())
         if self._planned is None:
             return stats
-        planner = self._planned.planner
+        planner, now = self._planned.planner, time.monotonic()
         return dataclasses.replace(
-            stats, token_s=planner.token_s(), slowness=planner.pace.slowness(time.monotonic())
+            stats,
+            token_s=planner.token_s(),
+            slowness=planner.pace.slowness(now),
+            policy=self._planned.followed.at(now),
         )
 
     def queue(self) -> QueueReport:
@@ -276,6 +285,12 @@ class VllmEngine:
             return self._stock_queue.report(now)
         assert self._planned
         return self._planned.queue_report(now)
+
+    def stages(self, queue: QueueReport) -> StageReport:
+        """What the stage policy is to know of its requests, of which this is the queue."""
+        if self._planned is None:
+            return StageReport()
+        return self._planned.stage_report(queue, time.monotonic())
 
     def take_prefix(self) -> PrefixDelta | None:
         """What has changed in the prefix cache since the last call; None if that is not told."""

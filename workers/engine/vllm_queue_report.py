@@ -9,6 +9,7 @@ from vllm.v1.request import Request as VllmRequest
 from scheduler.policy import StepPolicy
 from scheduler.prefill_queue import QueueReport
 from scheduler.request import RequestState
+from scheduler.stage_policy import ALONE, WorkerPolicy
 from scheduler.step_planner import StepPlanner
 from scheduler.task import Limits, StepView
 from workers.engine.vllm_requests import initial_state
@@ -32,6 +33,7 @@ def queue_report(
     planner: StepPlanner,
     state_of: Callable[[VllmRequest], RequestState],
     now: float,
+    policy: WorkerPolicy = ALONE,
 ) -> QueueReport:
     """All requests of one of vLLM's schedulers, those included that cannot run yet."""
     running = {request.request_id for request in scheduler.running}
@@ -44,6 +46,7 @@ def queue_report(
         running=[state for is_running, state in states if is_running],
         waiting=[state for is_running, state in states if not is_running],
         num_free_kv_blocks=scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+        policy=policy,
     )
     return planner.queue_report(view, now)
 

@@ -20,6 +20,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from scheduler.policy import StepPolicy
 from scheduler.prefill_queue import QueueReport
 from scheduler.request import RequestState
+from scheduler.stage_policy import FollowedPolicy, StageReport
 from scheduler.step_planner import StepInFlight, StepPlanner
 from scheduler.task import BatchPlan, Stage, StageTask, StepView
 from workers.engine.vllm_drafts import DraftOffers
@@ -55,6 +56,8 @@ class PlannedScheduler(Scheduler):
         self.limits = limits_of(self)
         self.planner = StepPlanner(self.limits, StepPolicy())
         """Replaced by the planner of the worker, between two steps."""
+        self.followed = FollowedPolicy()
+        """The bounds of the steps."""
         self._live = LiveRequests()
         self.drafts = DraftOffers(
             self.requests, self._live, self.num_spec_tokens, super().update_draft_token_ids
@@ -92,6 +95,7 @@ class PlannedScheduler(Scheduler):
         began_s = time.monotonic()
         self._num_steps += 1
         if self.num_spec_tokens:
+            self.drafts.max_drafts = self.followed.at(began_s).max_drafts
             self.drafts.offer(self.running, self.planner.acceptance, self._last_step_s)
         view = self._view(began_s)
         plan = self.planner.plan(view, began_s)
@@ -201,7 +205,11 @@ class PlannedScheduler(Scheduler):
         It changes nothing. What is cached of a waiting prompt is what the last look-up found, and
         of one that came since the last plan nothing.
         """
-        return queue_report(self, self.planner, self._live.peek, now)
+        return queue_report(self, self.planner, self._live.peek, now, self.followed.at(now))
+
+    def stage_report(self, queue: QueueReport, now: float) -> StageReport:
+        """What the stage policy is to know of its requests, of which this is the queue."""
+        return self.planner.stage_report(map(self._live.peek, self.running), queue, now)
 
     def _view(self, now: float) -> StepView:
         running, waiting = self.running, self._ready()
@@ -213,6 +221,7 @@ class PlannedScheduler(Scheduler):
             running=[self._live.run(request, now) for request in running],
             waiting=[self._live.wait(request, now) for request in waiting],
             num_free_kv_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
+            policy=self.followed.at(now),
         )
 
     def _ready(self) -> list[VllmRequest]:

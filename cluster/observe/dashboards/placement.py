@@ -25,6 +25,7 @@ from cluster.observe.dashboards.queries import quantiles, rate_of_workers
 from scheduler.pace import SLOW, USUAL
 from scheduler.placement import PlacementReason, RefusalReason
 from scheduler.scaling import ScalingReason
+from scheduler.stage_policy import PolicyReason
 
 _REPORT_AGE = shown(metrics.WORKER_REPORT_AGE)
 _UPTIME = f"time() - {shown(metrics.START_TIME)}"
@@ -289,6 +290,42 @@ PLACEMENT = Dashboard(
                     (
                         Query(
                             f"60 * {total(rate(shown(metrics.SCALING_CHANGES)), 'reason')}",
+                            "{{reason}}",
+                        ),
+                    ),
+                    Kind.BARS,
+                ),
+            ),
+        ),
+        Row(
+            "Stage policy",
+            (
+                Panel(
+                    "Share of prefills",
+                    "Longest time for prefills in each worker's steps with decodes, as a share of "
+                    "what their targets allow: 100 % bounds nothing. It falls by a tenth at a time "
+                    "where decodes are late, and rises again.",
+                    Unit.SHARE,
+                    (Query(largest(shown(metrics.PREFILL_SHARE), "worker"), "{{worker}}"),),
+                    may_be_empty="placement.stage_policy is off",
+                ),
+                Panel(
+                    "Drafts at most",
+                    "Drafts of one request that each worker verifies at most, where the stage "
+                    "policy limits them because a draft worker is saturated: add draft workers.",
+                    Unit.COUNT,
+                    (Query(largest(shown(metrics.MAX_DRAFTS), "worker"), "{{worker}}"),),
+                    may_be_empty="no worker's drafts are limited",
+                ),
+                Panel(
+                    "Changes by reason",
+                    "Changes of the workers' bounds in five minutes, by reason: "
+                    f"{in_words(PolicyReason)}. Shares that go up and down all the time mean that "
+                    "prefills and decodes are late in turns: add workers.",
+                    Unit.COUNT,
+                    (
+                        Query(
+                            total(grown(shown(metrics.STAGE_POLICY_CHANGES), "5m"), "reason"),
                             "{{reason}}",
                         ),
                     ),

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from cluster.cli.status import _workers_table
 from cluster.ingress.protocol import AppStatus
+from scheduler.stage_policy import PolicyReason, WorkerPolicy
 from workers.reports import WorkerStatus
 
 WORKER = WorkerStatus(
@@ -28,6 +29,11 @@ WORKER = WorkerStatus(
         ({}, "w1 "),
         ({"draining": True}, "w1 (draining)"),
         ({"silent": True, "on_trial": True}, "w1 (silent, on trial)"),
+        (
+            {"policy": WorkerPolicy(0.7, reason=PolicyReason.DECODES_LATE)},
+            "w1 (prefills in 70% of a step: more decodes than prefills",
+        ),
+        ({"policy": WorkerPolicy(1.0, 2, 1, PolicyReason.FEW_LATE)}, "w1 (at most 2 drafts: "),
         ({"slow": True, "slowness": 3.42}, "w1 (slow: 3.4 times as predicted)"),
     ],
 )

@@ -427,6 +427,13 @@ def test_every_config_that_comes_with_the_project_is_valid(path: Path) -> None:
         ({"draft": {"drafters": []}}, "draft: drafters ([]) must name one or more"),
         ({"draft": {"num_workers": 0}}, "draft: num_workers (0) must be at least 1"),
         (
+            {
+                "placement": {"stage_policy": True},
+                "worker": {"step_policy": {"name": "static"}},
+            },
+            "placement.stage_policy needs the worker.step_policy name hybrid: static knows no",
+        ),
+        (
             {"draft": {}, "worker": {"step_policy": {"name": "vllm"}}},
             "draft needs one of our worker.step_policy names",
         ),

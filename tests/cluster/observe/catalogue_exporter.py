@@ -178,6 +178,12 @@ class CatalogueExporter:
         self._set(metrics.WORKER_REPORT_AGE, self._random.uniform(0.1, 2), of, worker=worker)
         slowness = 1 + 0.4 * load + self._random.gauss(0, 0.05)
         self._set(metrics.WORKER_SLOWNESS, slowness, of, worker=worker)
+        share = round(1 - 0.4 * load * (index == 0), 1)
+        self._set(metrics.PREFILL_SHARE, share, of, worker=worker)
+        if index == 0:
+            self._set(metrics.MAX_DRAFTS, 4 if load < 0.7 else 2, of, worker=worker)
+            for reason in ("decodes_late", "few_late"):
+                self._add(metrics.STAGE_POLICY_CHANGES, 0.02 * load, of, reason=reason)
 
     def _prefixes(self, load: float) -> None:
         of = self._of("GlobalScheduler", SCHEDULER)

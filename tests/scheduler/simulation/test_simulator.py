@@ -1,4 +1,5 @@
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from random import Random
 
@@ -19,6 +20,7 @@ from scheduler.simulation.simulator import (
     Speculation,
     simulate,
 )
+from scheduler.stage_policy import StagePolicy, StageView, WorkerPolicy
 from scheduler.task import BatchPlan, Limits, Stage, StageTask, StepView
 from tests.scheduler.scenes import NO_SLO
 
@@ -196,6 +198,46 @@ def test_fast_forward_changes_nothing(policy: str, num_kv_blocks: int, noise: fl
     for worker, steps in fast.steps.items():
         for ours, theirs in zip(steps, slow.steps[worker], strict=True):
             assert ours == pytest.approx(theirs)
+
+
+class Restless(StagePolicy):
+    """Sets other shares with each report."""
+
+    def decide(self, views: Mapping[str, StageView], now: float) -> dict[str, WorkerPolicy]:
+        super().decide(views, now)
+        random = Random(f"{now}")
+        return {worker: WorkerPolicy(random.randint(0, 10) / 10) for worker in sorted(views)}
+
+
+@pytest.mark.parametrize("stage_policy", [StagePolicy, Restless])
+@pytest.mark.parametrize("rate", [5.0, 20.0])
+def test_fast_forward_changes_nothing_of_what_a_stage_policy_sets(
+    stage_policy: type[StagePolicy], rate: float
+) -> None:
+    # Gaps, after which all is at rest, and times of more load than two workers can take.
+    arrivals = workload(3, count=60, rate=rate)
+    arrivals += [
+        replace(a, arrival_s=a.arrival_s + 100, request=replace(a.request, request_id=f"late{n}"))
+        for n, a in enumerate(arrivals)
+    ]
+    free, fast, slow = (
+        simulate(
+            arrivals,
+            device(300),
+            SimulationConfig(
+                num_workers=2,
+                stage_policy=stage_policy if governed else None,
+                fast_forward=fast_forward,
+                log_steps=True,
+            ),
+        )
+        for governed, fast_forward in ((False, True), (True, True), (True, False))
+    )
+
+    assert finishes(fast) == pytest.approx(finishes(slow), abs=1e-9)
+    assert fast.summary.num_steps == slow.summary.num_steps
+    if stage_policy is Restless:
+        assert finishes(fast) != pytest.approx(finishes(free), abs=1e-9)
 
 
 def test_fast_forward_plans_less(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,3 +268,14 @@ def test_no_more_drafts_than_are_allowed_are_verified(engines: Engines) -> None:
     assert len(counts.verified_at) <= NUM_DRAFTS
     assert counts.verified == sum(counts.verified_at)
     assert counts.accepted == sum(counts.accepted_at)
+
+
+def test_the_stage_policy_limits_the_drafts_and_changes_no_token(engines: Engines) -> None:
+    plain = engines.plain()["greedy"]
+    limited = Setting(plain.tokens, is_trusted=True, max_drafts=2)
+
+    [ran] = engines.run((SETS["greedy"], limited))
+
+    assert ran.tokens == plain.tokens
+    assert ran.counts is not None
+    assert len(ran.counts.verified_at) == 2
