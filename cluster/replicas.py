@@ -85,6 +85,7 @@ class GlobalSchedulerReplica(Replica):
             admission=config.placement.admission,
             recorder=self._recorder(config),
             quotas={name: tenant.quota for name, tenant in config.all_tenants.items()},
+            weights={name: tenant.weight for name, tenant in config.tenants.items()},
             learn_output_lengths=config.placement.learn_output_lengths,
             scaling=config.worker_scaling,
             draft_scaling=config.draft_scaling,
@@ -162,6 +163,8 @@ class GlobalSchedulerReplica(Replica):
             metrics.set_policies(self._scheduler.policies())
             for tenant, accuracy in self._scheduler.output_lengths.accuracies.items():
                 metrics.set_length_accuracy(tenant, accuracy)
+            for tenant, share in self._scheduler.shares().items():
+                metrics.set_share(tenant, share)
             if decision := self._scheduler.scaling:
                 metrics.set_scaling(decision)
             await asyncio.sleep(EXPORT_LOADS_S)

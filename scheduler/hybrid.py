@@ -4,6 +4,7 @@ import heapq
 import math
 
 from scheduler.cost_model import CostModel, StepShape
+from scheduler.fair_shares import MAX_PRIORITY
 from scheduler.request import RequestState
 from scheduler.speculation import add_drafts
 from scheduler.step import Step
@@ -22,6 +23,11 @@ TURN_TOKENS = 16
 """Minimum chunk of such a prefill, even if a target is missed for it."""
 STARVATION_S = 60.0
 """A request that has waited this long gets the next free KV blocks."""
+PUT_OFF_S = 0.25
+"""Time since its last token after which a decode without a target is not put off again."""
+YIELDING_STEP_S, YIELDING_STRETCH = 0.1, 2.0
+"""While all prefills yield to those of other tenants, a step is no longer than this, or than that
+many times its decodes alone: a request that comes during the step waits for its end."""
 MAX_STRETCH = 10.0
 """Cap on how much decodes are assumed to slow a prefill down."""
 
@@ -54,6 +60,7 @@ class _Planning:
     """
 
     def __init__(self, limits: Limits, cost_model: CostModel, view: StepView, now: float) -> None:
+        self._limits = limits
         self._cost_model = cost_model
         self._view = view
         self._now = now
@@ -76,6 +83,11 @@ class _Planning:
         """Why no more requests are admitted; None while they are."""
         self._filled_s = 0.0
         """Longest time limit, in seconds, for which the step was found full."""
+        self._first = self._first_in_line()
+        """Highest priority of a prefill that can be computed, the smallest number; infinite without
+        one."""
+        self._enough_s = math.inf
+        """Seconds beyond which prefills of lower priorities must not lengthen the step."""
         self._future: StepShape | None = None
         """Shape of a step in which all requests on time decode, admitted ones too; None until
         used."""
@@ -83,10 +95,15 @@ class _Planning:
         self._step = Step(view, limits, cost_model, victim_order=self._victim_order)
 
     def plan(self) -> BatchPlan:
-        firm_s = self._take_decodes()
+        put_off_s = self._put_off_decodes()
+        firm_s = min(self._take_decodes(), put_off_s)
         soft_s = min(firm_s, self._slack_of_late())
         if firm_s == math.inf:
             firm_s = TTFT_SHARE * self._tightest_ttft_s()
+        if MAX_PRIORITY <= self._first < math.inf:
+            seconds = self._cost_model.predict(self._step.shape)
+            firm_s = min(firm_s, max(YIELDING_STEP_S, YIELDING_STRETCH * seconds))
+            soft_s = min(soft_s, firm_s)
         prefill_firm_s, prefill_soft_s = firm_s, soft_s
         if self._view.policy.prefill_share < 1.0 and not self._step.is_empty:
             prefill_firm_s = self._shared(firm_s)
@@ -125,6 +142,42 @@ class _Planning:
             limit_s = self._cost_model.predict(shape.plus(num_tokens, num_tokens, 1))
         share = self._view.policy.prefill_share
         return min(limit_s, self._cost_model.predict(shape) + share * limit_s)
+
+    def _first_in_line(self) -> float:
+        view, limits = self._view, self._limits
+        first = min((state.request.priority for state in self._prefills), default=math.inf)
+        if len(view.running) >= limits.max_num_seqs:
+            return first
+        for state in view.waiting:
+            num_blocks = limits.num_blocks(state.num_tokens)
+            if state.request.priority < first and num_blocks <= view.num_free_kv_blocks:
+                first = state.request.priority
+        return first
+
+    def _put_off_decodes(self) -> float:
+        """Leave decodes of lower priorities than a prefill to the next step, if they are in time
+        there; returns how long this step may last for that."""
+        behind = [state for state in self._decodes if state.request.priority > self._first]
+        if not behind:
+            return math.inf
+        shape = self._cost_model.shape()
+        for state in self._decodes:
+            shape.add(1, state.num_tokens, 1)
+        next_s = self._cost_model.predict(shape)
+        put_off_s, put_off = math.inf, set()
+        for state in behind:
+            due_s = state.last_token_s + PUT_OFF_S
+            if self._is_on_time(state):
+                due_s = min(state.due_s, due_s)
+            left_s = self._margin * (due_s - self._now) - next_s
+            if left_s >= next_s:
+                put_off_s = min(put_off_s, left_s)
+                put_off.add(state.request.request_id)
+                self._step.defer(state, Reason.BEHIND)
+        self._decodes = [
+            state for state in self._decodes if state.request.request_id not in put_off
+        ]
+        return put_off_s
 
     def _can_be_on_time(self, state: RequestState) -> bool:
         """Whether the request has targets, and would meet them if it ran alone from now on."""
@@ -263,6 +316,8 @@ class _Planning:
         if state in step:
             return None
         is_waiting = state.request.request_id in self._waiting
+        if state.request.priority > self._first and not min_tokens:
+            limit_s = min(limit_s, self._enough_s)
         reason: Reason | None = None
         if limit_s <= self._filled_s and not min_tokens:
             reason = self._full
@@ -284,6 +339,8 @@ class _Planning:
                 self._add_to_future(state)
         if reason is not None:
             step.defer(state, reason)
+        elif state.request.priority == self._first:
+            self._enough_s = self._cost_model.predict(step.shape)
         return reason
 
     def _keeps_tpot(self, state: RequestState) -> bool:

@@ -90,6 +90,8 @@ class Placed:
     """What the hashes of the worker's blocks are of, as in `PrefixDelta`; empty if it has none."""
     forecast: Forecast | None = None
     """What was predicted for it there; None if nothing was."""
+    yields: bool = False
+    """Whether it yields there to requests of tenants that have had less than its own."""
 
 
 class RefusalReason(Worded):
@@ -101,6 +103,7 @@ class RefusalReason(Worded):
         "an engine died under the request, and no worker was idle to try it alone",
     )
     POISON = "poison", "an equal request has made engines fail"
+    QUEUED = "queued", "the workers are busy, and other requests have precedence"
     OVERLOAD = "overload", "the workers could not serve the request in time"
     TOO_LONG = "too_long", "no worker could ever meet the request's time to first token"
     QUOTA = "quota", "a quota of its tenant is used up"
@@ -119,7 +122,11 @@ class Refused:
     @property
     def is_final(self) -> bool:
         """Whether the request fails; otherwise it waits and is placed again."""
-        return self.reason not in (RefusalReason.NO_WORKER, RefusalReason.NO_IDLE_WORKER)
+        return self.reason not in (
+            RefusalReason.NO_WORKER,
+            RefusalReason.NO_IDLE_WORKER,
+            RefusalReason.QUEUED,
+        )
 
 
 @dataclass(frozen=True, slots=True)

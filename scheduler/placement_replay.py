@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from scheduler.admission import Admission
+from scheduler.fair_shares import later
 from scheduler.fleet import Fleet
 from scheduler.placement import Placement, Refused, WorkerLoad, place
 from scheduler.prefill_queue import QueueReport
@@ -39,7 +40,7 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """A request was placed or refused, by the forecasts of all that came before."""
+    """A request was placed, refused or had to wait, by the forecasts of all that came before."""
 
     request: Request
     loads: tuple[WorkerLoad, ...]
@@ -47,6 +48,11 @@ class Decided:
     placement: Placement | None
     refused: Refused | None
     now: float
+    wait_s: float | None = None
+    """For how long it was predicted to wait for its tenant's turn; None if it had not to. This
+    depends on more than what is recorded, and is not decided again."""
+    is_new: bool = True
+    """Whether it did not wait before."""
 
 
 Event = Began | Reported | Forgotten | Decided
@@ -68,7 +74,7 @@ def replay(events: Iterable[Event]) -> Iterator[tuple[Decided, Decided]]:
                 fleet.forget(worker_id)
             case Decided():
                 yield event, _decide(event, fleet, admission)
-                if event.placement and not event.refused:
+                if event.placement and not event.refused and event.wait_s is None:
                     fleet.place(event.placement.chosen.worker_id, event.request, event.now)
 
 
@@ -77,5 +83,7 @@ def _decide(event: Decided, fleet: Fleet, admission: Admission | None) -> Decide
     forecasts = fleet.forecasts(event.request, worker_ids, event.now)
     loads = tuple(replace(load, forecast=forecasts[load.worker_id]) for load in event.loads)
     placement = place(event.request, loads)
-    refused = admission.refusal(event.request, placement) if admission and placement else None
+    refused = None
+    if admission and placement and event.is_new:
+        refused = admission.refusal(event.request, later(placement, event.wait_s or 0.0))
     return replace(event, loads=loads, placement=placement, refused=refused)

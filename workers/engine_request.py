@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from scheduler.fair_shares import yielding
 from scheduler.request import Request
 
 
@@ -56,6 +57,7 @@ class EngineRequest:
         )
         return dataclasses.replace(self, request=request, progress=progress)
 
-    def for_worker(self) -> "EngineRequest":
-        """This request without what only placement needs."""
-        return dataclasses.replace(self, request=self.request.without_hashes())
+    def for_worker(self, yields: bool = False) -> "EngineRequest":
+        """This request without what only placement needs, as it `yields` or does not."""
+        request = yielding(self.request.without_hashes(), yields)
+        return dataclasses.replace(self, request=request)

@@ -59,7 +59,8 @@ class TenantConfig:
     """Whether its prompts share no prefix cache with those of others, who could otherwise tell by
     the time to first token what it has asked before."""
     weight: float = 1.0
-    """Its part of a busy cluster, relative to other tenants."""
+    """Its part of busy workers' time, relative to other tenants that wait for them; what one does
+    not use is the others'."""
 
     def __post_init__(self) -> None:
         for name in ("requests_per_minute", "tokens_per_minute", "max_concurrency"):

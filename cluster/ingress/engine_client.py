@@ -40,6 +40,12 @@ PLACE_TIMEOUT_S = 1.0
 """Time that the GlobalScheduler has to place a request; then this client places it."""
 RESTART_S = 0.1
 """Pause before a GlobalScheduler that died is asked again."""
+TURN_KEPT_S = 10.0
+"""Time for which a request that waits for its tenant's turn goes on to, if nobody answers it."""
+TURN_RESTART_S = 1.0
+"""Pause before such a one asks again: there may be many."""
+BUSY_S = 10.0
+"""Time after which a call may find busy workers less so."""
 HELD = "its client did not read the stream"
 """Why an attempt ended whose request was held."""
 
@@ -245,7 +251,7 @@ class EngineClient(Generic[Outputs]):
                     worker_id = await self._worker_for(live, attempt.request)
                     live.tried.add(worker_id)
                     response: Any = self._generate.remote(
-                        worker_id, attempt.for_worker(), self._receiver.address
+                        worker_id, attempt.for_worker(live.yields), self._receiver.address
                     )
                     live.response = response
                     placing.reschedule(give_up_s if worker_id == NO_WORKER else None)
@@ -263,7 +269,8 @@ class EngineClient(Generic[Outputs]):
                 live.response.cancel()
             if live.num_engine_deaths:
                 self._refuse(live.request, EnginesDied(1, live.record.attempts[-2].lost))
-            live.record.refused = Refused(live.waits_for, REPLACEMENT_S)
+            is_busy = live.waits_for is RefusalReason.QUEUED
+            live.record.refused = Refused(live.waits_for, BUSY_S if is_busy else REPLACEMENT_S)
             raise RequestRefused(live.record.refused) from None
 
     async def _unless_lost(self, live: LiveRequest, worker_id: str, response: Any) -> Any:
@@ -283,38 +290,45 @@ class EngineClient(Generic[Outputs]):
 
     async def _worker_for(self, live: LiveRequest, request: Request) -> str:
         """The worker that the GlobalScheduler chooses; raises RequestRefused if it refuses."""
+        attempt = live.record.attempts[-1]
+        asked_s, queued_s = time.monotonic(), -math.inf
         while True:
             alive = self._directory.worker_ids()
             untried = [worker_id for worker_id in alive if worker_id not in live.tried]
-            answer = await self._place_or_choose(request, untried or alive)
+            is_queued = time.monotonic() - queued_s < TURN_KEPT_S
+            answer = await self._place_or_choose(request, untried or alive, is_queued)
             if isinstance(answer, Placed):
                 self.prefix_format = answer.prefix_format or self.prefix_format
-                attempt = live.record.attempts[-1]
                 attempt.forecast, attempt.placed_s = answer.forecast, time.time()
+                if queued_s > -math.inf:
+                    attempt.queued_s += time.monotonic() - asked_s
+                live.yields = answer.yields
                 return answer.worker_id
             if answer.is_final:
                 live.record.refused = answer
                 raise RequestRefused(answer)
             live.waits_for = answer.reason
+            if answer.reason is RefusalReason.QUEUED:
+                queued_s = time.monotonic()
             if not alive and NO_WORKER not in live.tried:
                 return NO_WORKER
             live.tried.clear()
             await asyncio.sleep(answer.retry_after_s)
 
     async def _place_or_choose(
-        self, request: Request, worker_ids: Sequence[str]
+        self, request: Request, worker_ids: Sequence[str], is_queued: bool
     ) -> Placed | Refused:
         """The GlobalScheduler's answer; if there is none, the worker with fewest requests of this
         client. A request under which an engine died waits: only the GlobalScheduler can keep a
-        worker for it."""
+        worker for it. So does one that is queued: those of a flood would all go at once."""
         try:
             async with asyncio.timeout(PLACE_TIMEOUT_S):
                 answer: Placed | Refused = await self._place.remote(request, worker_ids)
                 return answer
         except (RayActorError, TimeoutError) as error:
             logger.warning("the GlobalScheduler does not answer", extra={"error": repr(error)})
-        if request.num_engine_deaths or not worker_ids:
-            return Refused(RefusalReason.NO_WORKER, RESTART_S)
+        if request.num_engine_deaths or not worker_ids or is_queued:
+            return Refused(RefusalReason.NO_WORKER, TURN_RESTART_S if is_queued else RESTART_S)
         counts = Counter(live.worker_id for live in self._attempts.values())
         return Placed(min(worker_ids, key=lambda worker_id: counts[worker_id]))
 

@@ -56,6 +56,8 @@ class LiveRequest:
     """Set when its current attempt is given up."""
     waits_for: RefusalReason = RefusalReason.NO_WORKER
     """Why it has no worker yet, while it has none."""
+    yields: bool = False
+    """Whether it yields on its worker to those of tenants that have had less."""
     response: DeploymentResponse[str | Exception] | None = None
     task: asyncio.Task[None] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)

@@ -91,7 +91,7 @@ def _targets(record: RequestRecord) -> str:
 def _attempt(
     record: RequestRecord, attempt: Attempt, trace: AttemptTrace, is_first: bool
 ) -> list[str]:
-    lines = [_placed(trace.placement), *_predicted(attempt)]
+    lines = [*_queued(attempt), _placed(trace.placement), *_predicted(attempt)]
     for worker_id, steps in trace.steps.items():
         began_s = record.arrived_s if is_first else attempt.began_s
         for phase in phases(steps, began_s):
@@ -138,6 +138,14 @@ def _forecast(forecast: Forecast) -> str:
     if not forecast.fits:
         text += ", no room in the KV cache"
     return text
+
+
+def _queued(attempt: Attempt) -> Iterator[str]:
+    if attempt.queued_s:
+        yield (
+            f"  waited {_ms(attempt.queued_s)} for its turn: the workers were busy, and its tenant "
+            "had its share of them, or other requests of it went first"
+        )
 
 
 def _predicted(attempt: Attempt) -> Iterator[str]:

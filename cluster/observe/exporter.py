@@ -16,6 +16,7 @@ from cluster.observe.metrics import MODEL_LABEL, Kind, Metric
 from cluster.observe.request_history import Attempt, RequestRecord
 from cluster.placement.prefix_watch import PrefixStats
 from scheduler.drafting import CollapseReason
+from scheduler.fair_shares import Share
 from scheduler.output_length import Accuracy
 from scheduler.placement import Placement, PlacementReason, RefusalReason, WorkerLoad
 from scheduler.scaling import ScalingDecision, ScalingReason
@@ -269,6 +270,8 @@ class PlacementMetrics:
         self._exporter = exporter
         self._workers: set[str] = set()
         """Workers whose counters have begun."""
+        self._attained_s: dict[str, float] = {}
+        """What was exported last, by tenant."""
         self._prefixes: PrefixStats | None = None
         """What was exported last."""
         exporter.begin(metrics.DRAFT_COLLAPSES, reason=CollapseReason)
@@ -288,6 +291,22 @@ class PlacementMetrics:
     def count_refusal(self, reason: RefusalReason) -> None:
         """Count a request that was refused for good."""
         self._exporter.add(metrics.PLACEMENT_REFUSALS, reason=reason)
+
+    def count_queued(self, tenant: str) -> None:
+        """Count a request that has to wait for its tenant's turn."""
+        self._exporter.add(metrics.TENANT_QUEUED, tenant=tenant)
+
+    def set_share(self, tenant: str, share: Share) -> None:
+        """Set what a tenant has had of the workers, and what it waits for."""
+        self._exporter.set(metrics.TENANT_WAITING, share.num_waiting, tenant=tenant)
+        if tenant not in self._attained_s:
+            self._exporter.begin(metrics.TENANT_DEVICE_SECONDS, tenant=[tenant])
+            self._exporter.begin(metrics.TENANT_QUEUED, tenant=[tenant])
+        before_s = self._attained_s.get(tenant, 0.0)
+        if share.attained_s > before_s:
+            added_s = share.attained_s - before_s
+            self._exporter.add(metrics.TENANT_DEVICE_SECONDS, added_s, tenant=tenant)
+        self._attained_s[tenant] = share.attained_s
 
     def count_collapse(self, reason: CollapseReason) -> None:
         """Count that the drafts for some worker are no longer accepted."""

@@ -287,6 +287,24 @@ PLACEMENTS = _counter(
     "worker",
     "reason",
 )
+TENANT_DEVICE_SECONDS = _counter(
+    "tenant_device_seconds",
+    "seconds",
+    "Predicted seconds of device time that a tenant's ended requests took.",
+    "tenant",
+)
+TENANT_WAITING = _gauge(
+    "tenant_waiting_requests",
+    "requests",
+    "Requests of a tenant that wait for its turn, while the workers are busy.",
+    "tenant",
+)
+TENANT_QUEUED = _counter(
+    "tenant_queued_requests",
+    "requests",
+    "Requests of a tenant that had to wait for its turn.",
+    "tenant",
+)
 PLACEMENT_REFUSALS = _counter(
     "placement_refusals",
     "requests",

@@ -35,6 +35,8 @@ class Attempt:
     """When the first token of this attempt came."""
     num_cached_tokens: int | None = None
     """Tokens that its worker found in its KV cache; None before the first token."""
+    queued_s: float = 0.0
+    """How long it waited for its tenant's turn before it was placed."""
 
     @property
     def ttft_s(self) -> float:

@@ -53,6 +53,10 @@ class SchedulerTelemetry(SchedulerObserver):
             },
         )
 
+    def queued(self, request: Request) -> None:
+        """Count a request that has to wait for its tenant's turn."""
+        self._metrics.count_queued(request.tenant)
+
     def refused(self, request: Request, refused: Refused) -> None:
         """Count a request that was refused for good."""
         self._metrics.count_refusal(refused.reason)

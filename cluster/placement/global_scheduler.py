@@ -21,6 +21,7 @@ from cluster.placement.suspects import (
 )
 from cluster.placement.worker_views import WorkerViews
 from scheduler.admission import Admission
+from scheduler.fair_shares import FairShares, Share, device_time, later, yielding
 from scheduler.fleet import NUM_CACHED, NUM_SHORT, Fleet
 from scheduler.output_length import OutputLengths
 from scheduler.placement import Placed, Placement, RefusalReason, Refused, WorkerLoad, place
@@ -58,6 +59,7 @@ class GlobalScheduler:
         max_num_seqs: float = math.inf,
         slow_timeout_s: float | None = None,
         quotas: Mapping[str, Quota] = types.MappingProxyType({}),
+        weights: Mapping[str, float] = types.MappingProxyType({}),
         predicts: bool = True,
         admission: Admission | None = None,
         recorder: PlacementRecorder | None = None,
@@ -67,12 +69,12 @@ class GlobalScheduler:
         sets_stages: bool = False,
     ) -> None:
         """A worker runs at most `max_num_seqs` requests, and is replaced if it is slow for longer
-        than `slow_timeout_s`. `quotas` are those of tenants, by name. If it `predicts`, requests
-        are placed by time to first token, otherwise by outstanding tokens. `admission` refuses
-        those that would be late; None: none. `recorder` writes down what decides. If the lengths
-        of outputs are not learned, each is predicted to be `max_tokens`. The numbers of workers and
-        draft workers are decided here where there is a `scaling` of theirs. If it `sets_stages`,
-        each report is answered with a policy.
+        than `slow_timeout_s`. `quotas` and `weights` are those of tenants, by name. If it
+        `predicts`, requests are placed by time to first token, otherwise by outstanding tokens.
+        `admission` refuses those that would be late; None: none. `recorder` writes down what
+        decides. If the lengths of outputs are not learned, each is predicted to be `max_tokens`.
+        The numbers of workers and draft workers are decided here where there is a `scaling` of
+        theirs. If it `sets_stages`, each report is answered with a policy.
         """
         self._clock = clock
         self._observer = observer or SchedulerObserver()
@@ -90,6 +92,7 @@ class GlobalScheduler:
         self._draft_pool = DraftPool()
         self._accounts = Accounts(quotas)
         self._stages = Stages(self._observer.policy_changed) if sets_stages else None
+        self._shares = FairShares(weights)
         self.output_lengths = OutputLengths()
         """What the requests that ended say of the lengths of others."""
         self._learn_output_lengths = learn_output_lengths
@@ -105,13 +108,17 @@ class GlobalScheduler:
             self._draft_pool.forget_worker(gone)
             self._forget(gone)
         self._suspects.forget_gone(now)
+        yields = self._shares.yields(request, now)
+        request = yielding(request, yields)
         loads = self._loads_for(request, worker_ids, now)
         placement = place(request, loads)
+        wait_s = self._shares.wait_s(request, loads, now)
+        is_new = not self._shares.waits(request.request_id)
         refused = None
-        if self._admission and placement:
-            refused = self._admission.refusal(request, placement)
+        if self._admission and placement and is_new:
+            refused = self._admission.refusal(request, later(placement, wait_s or 0.0))
         if not request.num_engine_deaths:  # such a one is not placed by forecast
-            self._record(Decided(request, tuple(loads), placement, refused, now))
+            self._record(Decided(request, tuple(loads), placement, refused, now, wait_s, is_new))
         if placement is None or (
             request.num_engine_deaths
             and risks_the_last_worker(request, loads, self._workers.is_one_to_come(worker_ids, now))
@@ -120,17 +127,41 @@ class GlobalScheduler:
         if refused:
             self._observer.refused(request, refused)
             return refused
+        if wait_s is not None:
+            return self._wait(request, placement, wait_s, is_new, now)
         if len(loads) < len(worker_ids):
             num_closed = self._workers.num_closed(worker_ids, self._suspects.kept)
             placement = dataclasses.replace(placement, num_closed=num_closed)
         chosen = placement.chosen.worker_id
         self._workers.add_placed(chosen, request, now)
         self._fleet.place(chosen, request, now)
-        self._scaler.offer(request, placement.chosen)
+        self._note_share(request, placement.chosen, now)
+        if is_new:
+            self._scaler.offer(request, placement.chosen)
         self._suspects.end_wait(request.request_id)
         self._placements.add(request.request_id, placement, PLACEMENT_BYTES)
         self._observer.placed(request, placement, self._clock() - now)
-        return Placed(chosen, self._fleet.index.format_of(chosen), placement.chosen.forecast)
+        prefix_format = self._fleet.index.format_of(chosen)
+        return Placed(chosen, prefix_format, placement.chosen.forecast, yields)
+
+    def _wait(
+        self, request: Request, placement: Placement, wait_s: float, is_new: bool, now: float
+    ) -> Refused:
+        """Have a request wait for its tenant's turn."""
+        answer = self._shares.wait(request, wait_s, now)
+        if answer.is_final:
+            self._observer.refused(request, answer)
+        elif is_new:
+            self._scaler.offer(request, placement.chosen)
+            self._observer.queued(request)
+        return answer
+
+    def _note_share(self, request: Request, load: WorkerLoad, now: float) -> None:
+        """Charge a request to its tenant's share."""
+        num_tokens = None
+        if self._learn_output_lengths:
+            num_tokens = self.output_lengths.predict(request).mean
+        self._shares.place(request, load.worker_id, device_time(request, load, num_tokens), now)
 
     def _loads_for(
         self, request: Request, worker_ids: Sequence[str], now: float
@@ -153,6 +184,7 @@ class GlobalScheduler:
         """Forget what is on a worker that is gone, or whose engine is."""
         self._fleet.forget(worker_id)
         self._resyncs.forget(worker_id)
+        self._shares.forget(worker_id)
         if self._stages:
             self._stages.forget(worker_id)
         self._record(Forgotten(worker_id))
@@ -187,6 +219,9 @@ class GlobalScheduler:
         if self._learn_output_lengths:
             for request, num_output_tokens in self._workers.ended(report):
                 self.output_lengths.observe(request, num_output_tokens)
+        for request_id, num_output_tokens in self._workers.given(report).items():
+            self._shares.end(request_id, num_output_tokens)
+        self._shares.sweep(report.worker_id, report.outstanding, now)
         view = self._workers.report(report, now)
         if view.dead:
             self._forget(report.worker_id)
@@ -263,6 +298,10 @@ class GlobalScheduler:
             num_resyncs=self._resyncs.num_asked,
             num_format_mismatches=index.num_format_mismatches,
         )
+
+    def shares(self) -> dict[str, Share]:
+        """What each tenant has of the workers, and waits for."""
+        return self._shares.shares()
 
     async def report_draft_worker(self, report: DraftWorkerReport) -> DraftReportAnswer:
         """Take a draft worker's report."""

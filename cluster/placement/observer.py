@@ -13,6 +13,9 @@ class SchedulerObserver:
     def placed(self, request: Request, placement: Placement, took_s: float) -> None:
         """A request was placed; the decision took `took_s` seconds."""
 
+    def queued(self, request: Request) -> None:
+        """A request has to wait for its tenant's turn."""
+
     def refused(self, request: Request, refused: Refused) -> None:
         """A request was refused for good."""
 

@@ -210,6 +210,21 @@ class WorkerViews:
             if (num_tokens := report.finished[request_id]) is not None
         ]
 
+    def given(self, report: WorkerReport) -> dict[str, int]:
+        """Output tokens that requests gave on a worker of which a report, not yet taken, says that
+        they have ended there; of one that was aborted, as last reported."""
+        if (view := self._views.get(report.worker_id)) is None:
+            return {}
+        found = {}
+        for request_id, request in view.known(report.finished).items():
+            num_tokens = report.finished[request_id]
+            if num_tokens is None:
+                num_left = view.reported.get(request_id, math.inf)
+                num_most = request.max_tokens - request.num_prior_tokens
+                num_tokens = int(max(0, num_most - num_left))
+            found[request_id] = num_tokens
+        return found
+
     def beat(self, worker_id: str, stall: Stall | None, now: float) -> None:
         """Hear of a worker between its reports, and of a step of its engine that seems to hang."""
         view = self._view(worker_id, now)

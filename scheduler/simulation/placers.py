@@ -4,15 +4,15 @@ All see the same: the workers' loads and prefix caches as of their last reports,
 since.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from random import Random
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from scheduler.admission import Admission
 from scheduler.fleet import Fleet
-from scheduler.placement import WorkerLoad, place
+from scheduler.placement import Placed, Refused, WorkerLoad, place
 from scheduler.request import Request
 
 
@@ -21,8 +21,19 @@ class Placer(Protocol):
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str | None:
-        """The id of the worker that gets a request; None if it is refused."""
+    ) -> str | Placed | Refused | None:
+        """The id of the worker that gets a request; None if it is refused. Or an answer as the
+        GlobalScheduler gives it: one that is not final has the request ask again."""
+
+
+@runtime_checkable
+class ReportedPlacer(Placer, Protocol):
+    """Chooses workers, and is told of their reports."""
+
+    def report(
+        self, worker_id: str, live: Collection[str], ended: Mapping[str, int], now: float
+    ) -> None:
+        """A worker reports its requests, and the output tokens of those that have ended."""
 
 
 @dataclass(slots=True)

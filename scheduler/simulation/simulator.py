@@ -16,15 +16,16 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from scheduler.cost_model import CostModel
+from scheduler.fair_shares import yielding
 from scheduler.fleet import Fleet
-from scheduler.placement import WorkerLoad
+from scheduler.placement import Placed, Refused, WorkerLoad
 from scheduler.policy import StepPolicy
 from scheduler.prefix_index import pack
 from scheduler.request import Request, RequestState
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
 from scheduler.simulation.noise import Noise
-from scheduler.simulation.placers import Placer, PredictedSeconds
+from scheduler.simulation.placers import Placer, PredictedSeconds, ReportedPlacer
 from scheduler.simulation.simulated_worker import (
     LiveRequest,
     SimulatedWorker,
@@ -153,7 +154,7 @@ def _check(arrivals: Sequence[Arrival], device: DeviceProfile) -> None:
             )
 
 
-STEP_ENDS, REQUEST_ARRIVES, STEP_BEGINS = range(3)
+STEP_ENDS, REQUEST_ARRIVES, REQUEST_ASKS_AGAIN, STEP_BEGINS = range(4)
 """Kinds of events, in the order in which simultaneous events happen."""
 
 
@@ -174,13 +175,15 @@ class _Cluster:
     """What the stage policy knows of each worker."""
     policies: dict[str, WorkerPolicy] = field(init=False, default_factory=dict)
     """What it has decided."""
-    ended: list[list[str]] = field(init=False)
-    """Requests of each worker that have ended since its last report."""
+    ended: list[dict[str, int]] = field(init=False)
+    """Output tokens of the requests of each worker that have ended since its last report, by id."""
     index_of: dict[str, int] = field(init=False)
     format: str = field(init=False, default="")
     """What the hashes of blocks are of, for all arrivals."""
     events: list[tuple[float, int, int, int]] = field(init=False, default_factory=list)
     """Each has time, kind, index of the worker or arrival, and version of the worker's step."""
+    arrived_s: dict[int, float] = field(init=False, default_factory=dict)
+    """When the arrivals that have no worker yet came, by index."""
     last_report: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
@@ -195,7 +198,7 @@ class _Cluster:
             if size := self.workers[0].kv.entry_tokens(arrival.hash_block_size):
                 self.format = _format(size)
                 break
-        self.ended = [[] for _ in self.workers]
+        self.ended = [{} for _ in self.workers]
         self.index_of = {worker.worker_id: i for i, worker in enumerate(self.workers)}
 
     def _make_worker(self, index: int) -> SimulatedWorker:
@@ -238,9 +241,11 @@ class _Cluster:
         while events:
             now, kind, index, version = heapq.heappop(events)
             self._report_until(now)
-            if kind == REQUEST_ARRIVES:
-                if self.arrivals[index].after is None and first_arrivals:
-                    heapq.heappush(events, first_arrivals.pop())
+            if kind in (REQUEST_ARRIVES, REQUEST_ASKS_AGAIN):
+                if kind == REQUEST_ARRIVES:
+                    self.arrived_s[index] = now
+                    if self.arrivals[index].after is None and first_arrivals:
+                        heapq.heappush(events, first_arrivals.pop())
                 if not self._place(index, now):
                     outcomes[index] = _refused(self.arrivals[index].request, now)
                     num_done += 1
@@ -255,7 +260,8 @@ class _Cluster:
                 continue
             for live in worker.finish(now):
                 outcomes[live.index] = _outcome(live, worker.worker_id)
-                self.ended[index].append(live.arrival.request.request_id)
+                ended_id = live.arrival.request.request_id
+                self.ended[index][ended_id] = live.state.num_output_tokens
                 num_done += 1
                 follow(live.index, now)
             if events and events[0][0] <= now:
@@ -288,18 +294,24 @@ class _Cluster:
             heapq.heappush(self.events, (now, STEP_BEGINS, index, 0))
 
     def _place(self, index: int, now: float) -> bool:
-        """Place a request; False if it is refused."""
+        """Place a request, or let it ask again; False if it is refused."""
         arrival = self.arrivals[index]
         request = self._request(arrival)
-        worker_id = self.placer.choose(request, self.loads, self.fleet, now)
-        if worker_id is None:
+        answer = self.placer.choose(request, self.loads, self.fleet, now)
+        if isinstance(answer, Refused) and not answer.is_final:
+            heapq.heappush(self.events, (now + answer.retry_after_s, REQUEST_ASKS_AGAIN, index, 0))
+            return True
+        arrived_s = self.arrived_s.pop(index)
+        if answer is None or isinstance(answer, Refused):
             return False
+        placed = answer if isinstance(answer, Placed) else Placed(answer)
+        worker_id, request = placed.worker_id, yielding(request, placed.yields)
         self.fleet.place(worker_id, request, now)
         at = self.index_of[worker_id]
         worker, load = self.workers[at], self.loads[at]
         num_tokens = load.num_outstanding_tokens + arrival.request.num_outstanding_tokens()
         self.loads[at] = self._load(worker, num_tokens, load.num_requests + 1)
-        worker.add(self._live(index, worker, now))
+        worker.add(self._live(index, worker, request.priority, arrived_s))
         if (end_s := worker.cut_jump(now)) is not None:
             worker.version += 1
             heapq.heappush(self.events, (end_s, STEP_ENDS, at, worker.version))
@@ -320,9 +332,14 @@ class _Cluster:
             prefix_format=_format(holding.entry_tokens),
         )
 
-    def _live(self, index: int, worker: SimulatedWorker, now: float) -> LiveRequest:
+    def _live(
+        self, index: int, worker: SimulatedWorker, priority: int, arrived_s: float
+    ) -> LiveRequest:
         arrival = self.arrivals[index]
-        state = RequestState(arrival.request, now)
+        request = arrival.request
+        if priority != request.priority:
+            request = replace(request, priority=priority)
+        state = RequestState(request, arrived_s)
         holding = worker.kv.holding(
             arrival.hash_ids, arrival.hash_block_size, arrival.request.num_prompt_tokens
         )
@@ -379,6 +396,8 @@ class _Cluster:
                 report_s,
             )
             self.views[worker.worker_id] = StageView(stages)
+            if isinstance(self.placer, ReportedPlacer):
+                self.placer.report(worker.worker_id, worker.live, self.ended[index], report_s)
             self.ended[index].clear()
         if self.stage_policy:
             self.policies = self.stage_policy.decide(self.views, report_s)

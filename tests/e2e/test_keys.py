@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -101,6 +102,23 @@ def test_keys_change_under_load_and_no_call_fails(locked: LockedServer) -> None:
     assert num_left >= 300  # the stream of the revoked key went on to its end
     assert min(num_calls[old], num_calls[new]) > 0
     assert "never" in locked.keys("list")
+
+
+def test_requests_of_another_tenant_pass_those_of_a_flood(locked: LockedServer) -> None:
+    flooding, other = locked.add("private"), locked.add("acme")
+    for key in (flooding, other):
+        locked.wait_for_status(key, 200)
+    flood = asyncio.run(pass_flood(locked, flooding, other))
+
+    assert flood.num_failed == 0
+    for num_begun in flood.num_begun:  # when each of the others had its first token
+        assert num_begun <= NUM_FLOOD - 10
+    explained = subprocess.run(
+        [*EXPLAIN, flood.last_id, "--address", locked.server.ray_address],
+        capture_output=True,
+        text=True,
+    )
+    assert "for its turn: the workers were busy" in explained.stdout, explained
 
 
 def test_a_tenant_at_ten_times_its_rate_gets_its_quota_while_the_scheduler_dies(
@@ -270,3 +288,62 @@ def test_no_key_is_in_what_the_app_says_or_leaves_behind(locked: LockedServer) -
     assert "bounded" in text  # serve config shows the tenants
     assert [part for part in parts if part.decode() in text] == []
     assert [path for path in left if any(part in path.read_bytes() for part in parts)] == []
+
+
+NUM_FLOOD = 45
+"""Calls of a flood, on a worker with 16 seats."""
+EXPLAIN = (sys.executable, "-P", "-m", "cluster.cli.main", "explain")
+
+
+@dataclass
+class Flood:
+    """What came of a flood and of another tenant's calls beside it."""
+
+    num_failed: int = 0
+    num_begun: list[int] = field(default_factory=list)
+    """Calls of the flood that had their first token when one of the others got its own."""
+    last_id: str = ""
+    """Id of the call of the flood that began last."""
+
+
+async def pass_flood(locked: LockedServer, flooding: str, other: str) -> Flood:
+    """A flood of one tenant; while most of it waits, another calls."""
+    flood, num_begun = Flood(), 0
+    is_full = asyncio.Event()
+
+    async def call(key: str, max_tokens: int) -> str:
+        """Wait for the first token, then for the rest; returns the answer's id."""
+        nonlocal num_begun
+        chunks = await clients[key].completions.create(
+            model=MODEL,
+            prompt="Once upon a time",
+            max_tokens=max_tokens,
+            stream=True,
+            extra_headers={"x-slo-class": "batch"},
+            extra_body={"ignore_eos": True},
+        )
+        is_first, answer_id = True, ""
+        async for chunk in chunks:
+            answer_id = chunk.id
+            if is_first and key == flooding:
+                num_begun += 1
+                flood.last_id = chunk.id
+                if num_begun == 8:
+                    is_full.set()
+            elif is_first:
+                flood.num_begun.append(num_begun)
+            is_first = False
+        return answer_id
+
+    url = f"{locked.server.url}/v1"
+    async with (
+        openai.AsyncOpenAI(base_url=url, api_key=flooding, max_retries=0, timeout=300) as first,
+        openai.AsyncOpenAI(base_url=url, api_key=other, max_retries=0, timeout=300) as second,
+    ):
+        clients = {flooding: first, other: second}
+        calls = [asyncio.create_task(call(flooding, 60)) for _ in range(NUM_FLOOD)]
+        await is_full.wait()
+        calls += [asyncio.create_task(call(other, 4)) for _ in range(3)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+    flood.num_failed = sum(isinstance(answer, BaseException) for answer in answers)
+    return flood

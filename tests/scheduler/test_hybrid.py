@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.baselines import DecodeFirst
-from scheduler.hybrid import MARGIN, STARVATION_S, TURN, TURN_TOKENS, HybridScheduler
+from scheduler.fair_shares import YIELDS
+from scheduler.hybrid import (
+    MARGIN,
+    PUT_OFF_S,
+    STARVATION_S,
+    TURN,
+    TURN_TOKENS,
+    YIELDING_STEP_S,
+    HybridScheduler,
+)
 from scheduler.request import RequestState, Slo
 from scheduler.stage_policy import ALONE, PolicyReason, WorkerPolicy
 from scheduler.task import BatchPlan, Limits, Stage, StepView
@@ -340,3 +349,66 @@ def test_a_policy_that_bounds_nothing_changes_nothing(scene: tuple[Limits, StepV
     ruled = replace(of, policy=WorkerPolicy(1.0, None, 8, PolicyReason.FEW_LATE))
 
     assert scheduler.plan(ruled, 100.0) == scheduler.plan(replace(of, policy=ALONE), 100.0)
+
+
+def test_decodes_of_a_lower_priority_wait_for_a_prefill_if_they_can() -> None:
+    slow = Slo(ttft_s=2.0, tpot_s=0.25)
+    decodes = [decoding(f"d{i}", slo=slow, priority=1) for i in range(4)]
+    own = decoding("own", slo=slow)
+
+    made = plan(view([*decodes, own], [waiting("first", 100, slo=CHAT, arrival_s=0.9)]))
+
+    assert tokens(made) == {"own": 1, "first": 100}
+    assert reasons(made) == dict.fromkeys(["d0", "d1", "d2", "d3"], "behind")
+    next_step_s = FIXED_S + 5 * TOKEN_S
+    assert made.limit_s <= MARGIN * 0.25 - next_step_s
+
+
+def test_they_do_not_wait_if_they_would_be_late_then() -> None:
+    due = decoding("due", slo=CHAT, priority=1, last_token_s=0.92)
+    first = waiting("first", 500, slo=CHAT, arrival_s=0.9)
+
+    assert tokens(plan(view([due], [first])))["due"] == 1
+
+
+def test_they_do_not_wait_for_a_prefill_that_has_no_seat() -> None:
+    running = [decoding(f"d{i}", priority=1) for i in range(LIMITS.max_num_seqs)]
+    made = plan(view(running, [waiting("first", 100, slo=CHAT, arrival_s=0.9)]))
+
+    assert len(tokens(made)) == LIMITS.max_num_seqs
+
+
+def test_decodes_without_targets_wait_only_for_a_while() -> None:
+    first = prefilling("first", 5000, 1000, slo=Slo(60.0, 0.1), arrival_s=0.9)
+
+    def taken(last_token_s: float) -> bool:
+        decode = decoding("d", priority=1, last_token_s=last_token_s)
+        return "d" in tokens(plan(view([decode, first])))
+
+    assert not taken(1.0)
+    assert taken(1.0 - PUT_OFF_S)
+
+
+def test_prefills_of_a_lower_priority_do_not_lengthen_the_step_of_a_higher_one() -> None:
+    first = waiting("first", 50, slo=CHAT, arrival_s=0.9)
+    second = waiting("second", 50, slo=CHAT, arrival_s=0.8, priority=1)
+
+    assert tokens(plan(view([], [second, first]))) == {"first": 50}
+    assert tokens(plan(view([], [second]))) == {"second": 50}
+
+
+def test_a_step_is_short_while_all_prefills_yield_to_other_tenants() -> None:
+    long = waiting("long", 1000, slo=Slo(60.0, 1.0), arrival_s=0.9, priority=YIELDS)
+    decodes = [decoding(f"d{i}", slo=Slo(60.0, 1.0), priority=YIELDS) for i in range(20)]
+
+    assert tokens(plan(view([], [long])))["long"] == round((YIELDING_STEP_S - FIXED_S) / TOKEN_S)
+    assert plan(view(decodes, [long])).predicted_s == pytest.approx(YIELDING_STEP_S)
+    own = waiting("own", 1000, slo=Slo(60.0, 1.0), arrival_s=0.9)
+    assert tokens(plan(view([], [own])))["own"] == 1000
+
+
+def test_one_of_another_tenant_gets_all_of_the_next_step() -> None:
+    long = prefilling("long", 1000, 100, slo=Slo(60.0, 1.0), arrival_s=0.1, priority=YIELDS)
+    other = waiting("other", 300, slo=CHAT, arrival_s=0.9)
+
+    assert tokens(plan(view([long], [other]))) == {"other": 300}

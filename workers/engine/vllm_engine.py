@@ -175,6 +175,7 @@ class VllmEngine:
         """Decode and queue a request, which goes on behind what came of it elsewhere."""
         core_request: EngineCoreRequest = self._decoder.decode(request.core)
         core_request.request_id = request.request.request_id
+        core_request.priority = request.request.priority  # what placement makes of the client's
         if request.progress:
             self._resumption.strip(core_request)
         if client not in self._clients:

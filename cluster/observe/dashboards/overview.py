@@ -257,6 +257,37 @@ OVERVIEW = Dashboard(
                     Kind.STACKED,
                 ),
                 Panel(
+                    "Device time by tenant",
+                    "Each tenant's share of the workers' predicted time, by its requests that "
+                    "ended. While tenants wait, shares are as their `tenants.NAME.weight`.",
+                    Unit.SHARE,
+                    (
+                        Query(
+                            share(rate(shown(metrics.TENANT_DEVICE_SECONDS)), "tenant"),
+                            "{{tenant}}",
+                        ),
+                    ),
+                    Kind.STACKED,
+                    may_be_empty="no request has ended lately",
+                ),
+                Panel(
+                    "Waiting for a turn",
+                    "Requests that wait for their tenant's turn while the workers are busy. They "
+                    "have no worker yet. If it stays high, the tenant asks for more than its "
+                    "share: add workers, give it a larger `tenants.NAME.weight`, or a quota.",
+                    Unit.COUNT,
+                    (Query(total(shown(metrics.TENANT_WAITING), "tenant"), "{{tenant}}"),),
+                    Kind.STACKED,
+                ),
+                Panel(
+                    "Had to wait for a turn",
+                    "Requests per second that found the workers busy and had to wait for their "
+                    "tenant's turn. `xyserve explain` says for how long each did.",
+                    Unit.REQUESTS_PER_S,
+                    (Query(total(rate(shown(metrics.TENANT_QUEUED)), "tenant"), "{{tenant}}"),),
+                    Kind.STACKED,
+                ),
+                Panel(
                     "Calls over a quota",
                     "Calls per second that were refused with 429 because a quota of their tenant "
                     "was used up. The answer, and `xyserve explain`, name the quota.",

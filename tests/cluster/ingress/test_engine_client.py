@@ -11,7 +11,10 @@ import msgspec
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
+from cluster.errors import RequestRefused
+from cluster.ingress import engine_client
 from cluster.ingress.engine_client import (
+    BUSY_S,
     MAX_ATTEMPTS,
     REPLACEMENT_S,
     EngineClient,
@@ -20,6 +23,7 @@ from cluster.ingress.engine_client import (
 from cluster.ingress.live_request import NO_WORKER, PROGRESS_TOKENS
 from cluster.ingress.observer import IngressObserver
 from cluster.observe.request_history import RequestRecord
+from scheduler.fair_shares import YIELDS
 from scheduler.placement import Placed, RefusalReason, Refused, WorkerLoad
 from scheduler.prefill_queue import Forecast
 from scheduler.request import Request
@@ -593,6 +597,50 @@ async def test_a_request_waits_while_no_worker_takes_new_ones(
     assert (await workers.called(1)).worker_id == "a"
     assert scheduler.asked == [("r.0", ["a", "b", "c"])] * 4
     assert (client.num_live, observer.num_ended) == (1, 0)
+
+
+QUEUED = Refused(RefusalReason.QUEUED, retry_after_s=0.001)
+
+
+async def test_a_request_waits_for_its_turn_and_its_attempt_says_how_long(
+    client: Client, workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    scheduler.answers = [QUEUED, QUEUED, Placed("b", yields=True)]
+    record = submit(client, "r")
+    call = await workers.called(1)
+
+    assert call.worker_id == "b"
+    assert call.request.request.priority == YIELDS
+    assert scheduler.asked == [("r.0", ["a", "b", "c"])] * 3
+    assert 0.002 <= record.attempts[0].queued_s < 30
+
+
+async def test_what_waits_for_its_turn_does_so_while_the_scheduler_restarts(
+    client: Client,
+    workers: FakeWorkers,
+    scheduler: FakeScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_client, "TURN_RESTART_S", 0.001)
+    scheduler.answers = [QUEUED, RayActorError(), RayActorError(), Placed("b")]
+    submit(client, "r")
+
+    assert (await workers.called(1)).worker_id == "b"
+
+
+async def test_a_turn_that_does_not_come_in_time_is_answered_with_429(
+    workers: FakeWorkers, scheduler: FakeScheduler
+) -> None:
+    client = make_client(workers, scheduler, placement_timeout_s=0.05)
+    scheduler.answers = [QUEUED] * 1000
+    record = submit(client, "r")
+    failure = await client.next_outputs()
+    await client.close()
+
+    assert isinstance(failure, Failure)
+    assert isinstance(failure.error, RequestRefused)
+    assert failure.error.status == 429
+    assert record.refused == Refused(RefusalReason.QUEUED, BUSY_S)
 
 
 async def test_a_request_that_waits_for_a_worker_can_be_aborted(

@@ -58,6 +58,7 @@ class CatalogueExporter:
         load = 0.55 + 0.35 * math.sin(now / 17)
         self._clients(load)
         self._lengths(load)
+        self._shares(load)
         self._scaling(load)
         for index, worker in enumerate(WORKERS):
             self._steps(worker, load * (1 - 0.15 * index))
@@ -73,6 +74,13 @@ class CatalogueExporter:
         for worker in WORKERS:
             started = self._began_s - 4000 if now < 40 else self._began_s + 35
             self._set(metrics.START_TIME, started, self._of("Worker", worker))
+
+    def _shares(self, load: float) -> None:
+        of = self._of("GlobalScheduler", SCHEDULER)
+        for index, tenant in enumerate(("default", "acme")):
+            self._add(metrics.TENANT_DEVICE_SECONDS, load * (0.9 - 0.5 * index), of, tenant=tenant)
+            self._add(metrics.TENANT_QUEUED, load**3 * index, of, tenant=tenant)
+            self._set(metrics.TENANT_WAITING, round(20 * load**3 * index), of, tenant=tenant)
 
     def _clients(self, load: float) -> None:
         of = self._of("Ingress", INGRESS)

@@ -92,6 +92,14 @@ def test_a_request_that_lost_its_worker_shows_both_attempts() -> None:
     assert "queue 100.0 ms" in second
 
 
+def test_a_request_that_waited_for_its_turn_says_for_how_long() -> None:
+    attempt = Attempt("cmpl-1.0", 0.6, queued_s=2.5)
+    text = text_of(Explanation(record(attempt), [AttemptTrace(PLACEMENT, {"w1": STEPS})]))
+
+    assert "waited 2.50 s for its turn: the workers were busy" in text
+    assert text.index("for its turn") < text.index("placed on w1")
+
+
 def test_a_request_that_failed_shows_the_error() -> None:
     one = Explanation(
         record(Attempt("cmpl-1.0", 0.6, LOST), outcome="error", error="EngineDead('x')"),

@@ -16,6 +16,7 @@ from cluster.observe.metrics import METRICS, Kind, Metric
 from cluster.observe.request_history import Attempt, RequestRecord
 from cluster.placement.prefix_watch import PrefixStats
 from scheduler.drafting import CollapseReason
+from scheduler.fair_shares import Share
 from scheduler.output_length import Accuracy, OutputLength
 from scheduler.placement import Placement, PlacementReason, WorkerLoad
 from scheduler.prefill_queue import Forecast
@@ -304,3 +305,17 @@ def test_the_accuracy_of_predicted_lengths_is_exported(exported: Exported) -> No
         metrics.OUTPUT_LENGTH_BIAS: 2.0,
         metrics.OUTPUT_LENGTH_COVERAGE: 1.0,
     }
+
+
+def test_shares_of_tenants_are_exported_as_they_grow(exported: Exported) -> None:
+    placement = PlacementMetrics(exported)  # type: ignore[arg-type]
+
+    placement.set_share("acme", Share(attained_s=2.0, running_s=1.0, num_waiting=7))
+    placement.set_share("acme", Share(attained_s=5.0, running_s=0.0, num_waiting=4))
+    placement.count_queued("acme")
+
+    assert exported.sums == {
+        (metrics.TENANT_DEVICE_SECONDS, "acme"): 5.0,
+        (metrics.TENANT_QUEUED, "acme"): 1,
+    }
+    assert exported.gauges == {metrics.TENANT_WAITING: 4}

@@ -2,6 +2,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -677,3 +678,92 @@ async def test_only_so_many_of_them_are_remembered(scheduler: GlobalScheduler) -
     ]
 
     assert [type(answer) for answer in answers] == [Placed, Refused]
+
+
+def of_tenant(tenant: str, request_id: str, **more: Any) -> Request:
+    return Request(request_id, num_prompt_tokens=10, max_tokens=50, tenant=tenant, **more)
+
+
+@pytest.fixture
+def shared(clock: FakeClock) -> GlobalScheduler:
+    """One that two tenants share, whose workers have eight seats."""
+    return GlobalScheduler(clock, max_num_seqs=8, weights={"a": 1.0, "b": 1.0})
+
+
+async def flood(scheduler: GlobalScheduler, num: int = 20) -> list[Placed | Refused]:
+    """What requests of tenant a are answered; the first ones have a seat."""
+    return [await scheduler.place(of_tenant("a", f"a{n}"), ["w"]) for n in range(num)]
+
+
+async def test_a_flood_waits_before_all_seats_are_taken(shared: GlobalScheduler) -> None:
+    answers = await flood(shared)
+
+    placed = [answer for answer in answers if isinstance(answer, Placed)]
+    queued = [answer for answer in answers if isinstance(answer, Refused)]
+    assert [answer.yields for answer in placed] == [False] + [True] * 6  # the first is alone
+    assert {answer.reason for answer in queued} == {RefusalReason.QUEUED}
+    assert not any(answer.is_final for answer in queued)
+    assert shared.shares()["a"].num_waiting == 13
+
+
+async def test_another_tenants_requests_pass_those_that_wait(
+    shared: GlobalScheduler, clock: FakeClock
+) -> None:
+    await flood(shared)
+    answers = [await shared.place(of_tenant("b", f"b{n}"), ["w"]) for n in range(2)]
+
+    assert [answer for answer in answers if isinstance(answer, Placed) and not answer.yields]
+    assert len([answer for answer in answers if isinstance(answer, Placed)]) == 2
+    await shared.report(report("w", {f"a{n}": 9 for n in range(1, 7)}, ["a0"]))
+    assert isinstance(await shared.place(of_tenant("a", "a7"), ["w"]), Refused)
+
+
+async def test_without_other_tenants_nothing_waits(clock: FakeClock) -> None:
+    scheduler = GlobalScheduler(clock, max_num_seqs=8)
+
+    assert all(
+        isinstance(answer, Placed) and not answer.yields for answer in await flood(scheduler)
+    )
+
+
+async def test_a_request_that_lost_its_worker_does_not_wait(shared: GlobalScheduler) -> None:
+    await flood(shared)
+
+    lost = of_tenant("a", "lost", num_attempts=1)
+    assert isinstance(await shared.place(lost, ["w"]), Placed)
+
+
+async def test_a_tenant_is_charged_for_what_its_requests_gave(
+    shared: GlobalScheduler, clock: FakeClock
+) -> None:
+    for request_id in ("whole", "aborted", "lost"):
+        await shared.place(of_tenant("a", request_id), ["w"])
+    outstanding = dict.fromkeys(("whole", "aborted", "lost"), 30)  # of 50, after the prompt
+    await shared.report(dataclasses.replace(report("w", outstanding), token_s=0.1))
+    await shared.place(of_tenant("a", "next"), ["w"])
+    finished = {"whole": 40, "aborted": None}
+    await shared.report(WorkerReport("w", {"next": 50}, finished, False, token_s=0.1))
+    before, token_s = shared.shares()["a"], 0.001  # of the guess, as nothing was known yet
+    await shared.bury("w", "killed")
+
+    assert before.attained_s == pytest.approx((10 + 40 + 10 + 20) * token_s)
+    assert shared.shares()["a"].running_s == 0
+
+
+async def test_a_request_that_would_wait_too_long_is_refused_at_once(clock: FakeClock) -> None:
+    scheduler = GlobalScheduler(
+        clock, max_num_seqs=8, weights={"a": 1.0, "b": 1.0}, admission=Admission(in_time=0.75)
+    )
+    await scheduler.report(
+        dataclasses.replace(
+            report("w"), queue=QueueReport(cost=PrefillCost(token_s=0.001, is_measured=True))
+        )
+    )
+    slo = Slo(ttft_s=2.0)
+    answers = [await scheduler.place(of_tenant("a", f"a{n}", slo=slo), ["w"]) for n in range(60)]
+
+    reasons = [answer.reason for answer in answers if isinstance(answer, Refused)]
+    assert set(reasons) == {RefusalReason.QUEUED, RefusalReason.OVERLOAD}
+    assert reasons.index(RefusalReason.OVERLOAD) > 5
+    first = reasons.index(RefusalReason.OVERLOAD)
+    assert set(reasons[first:]) == {RefusalReason.OVERLOAD}
