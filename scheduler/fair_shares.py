@@ -116,7 +116,7 @@ def _num_places(load: WorkerLoad, yields: bool) -> int:
     if load.num_requests == 0 or load.forecast is None:
         return max(0, int(num_left))
     forecast = load.forecast
-    left_s = HOLD_S + 2 * forecast.prefill_s - forecast.ttft_s
+    left_s = max(HOLD_S, forecast.prefill_s) - forecast.wait_s
     if not forecast.fits or left_s < 0:
         return 0
     return max(0, int(min(num_left, 1 + left_s / max(forecast.prefill_s, 1e-4))))

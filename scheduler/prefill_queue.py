@@ -92,6 +92,8 @@ class Forecast:
     """Whether these seconds come from a measured cost."""
     fits: bool = True
     """Whether the KV cache has room for it and for all that wait."""
+    wait_s: float = 0.0
+    """Seconds until its prefill begins."""
 
 
 class PrefillQueue:
@@ -161,6 +163,7 @@ class PrefillQueue:
             num_late=self._num_on_time + 1 - num_on_time,
             is_late=late,
             is_measured=report.cost.is_measured,
+            wait_s=max(0.0, end_s - now - own.seconds * self._stretch),
             fits=self.num_new_tokens + own.num_new_tokens <= report.num_free_kv_tokens,
         )
 

@@ -10,8 +10,7 @@ alone; `ratio_before` is the same with placement that knows no tenants. `tokens_
 get of the workers' tokens per second, as a share of what the flood gets alone and without tenants.
 
 Then two floods with weights 1 and 3, of which the first has requests three times as long:
-`weighted` is what the second gets of the tokens, which should be about 0.75: shares are of
-predicted time.
+`weighted` is what the second gets of the predicted device time, which should be 0.75.
 
 It takes about four minutes on a core.
 
@@ -20,13 +19,15 @@ Keys of the summary: `worst_ratio` and `worst_share` over all scenes.
 
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from scheduler.fair_shares import FairShares
+from scheduler.fair_shares import FairShares, Share
+from scheduler.fleet import Fleet
+from scheduler.placement import Placed, Refused, WorkerLoad
 from scheduler.request import Request, Slo
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile, read_device
@@ -153,22 +154,32 @@ def measure(scene: Scene) -> dict[str, Any]:
     }
 
 
+@dataclass(slots=True)
+class WatchedPlacer(FairPlacer):
+    """Remembers what tenants had when requests were last asked for by both."""
+
+    until_s: float = math.inf
+    latest: dict[str, Share] = field(default_factory=dict)
+
+    def choose(
+        self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
+    ) -> Placed | Refused:
+        """As ours does."""
+        if now <= self.until_s:
+            self.latest = self.shares.shares()
+        return FairPlacer.choose(self, request, loads, fleet, now)
+
+
 def weighted(scene: Scene, capacity: float, device_token_s: float) -> float:
-    """What a flood of weight 3 gets of the tokens beside one of weight 1."""
-
-    def fair() -> FairPlacer:
-        return FairPlacer(FairShares({"one": 1.0, "three": 3.0}), device_token_s)
-
+    """What a flood of weight 3 gets of the device time beside one of weight 1."""
     seconds = NUM_SERVED / capacity
+    shares = FairShares({"one": 1.0, "three": 3.0})
+    placer = WatchedPlacer(shares, device_token_s, until_s=seconds)
     one = scene.ask("one", FLOOD * capacity / 3, seconds, longer=3.0)
     three = scene.ask("three", FLOOD * capacity, seconds)
-    result = serve(scene, one + three, fair)
-    ended = [o for o in result.outcomes if 0.2 * seconds < o.finish_s <= seconds]
-    tokens = {"one": 0, "three": 0}
-    for outcome in ended:
-        if not outcome.is_refused:
-            tokens[outcome.slo_class] += outcome.num_prompt_tokens + outcome.num_output_tokens
-    return tokens["three"] / sum(tokens.values())
+    serve(scene, one + three, lambda: placer)
+    had_s = {name: share.attained_s + share.running_s for name, share in placer.latest.items()}
+    return had_s["three"] / sum(had_s.values())
 
 
 def main() -> None:

@@ -362,14 +362,14 @@ def test_requests_that_a_worker_has_lost_run_no_more() -> None:
 
 
 def test_a_worker_has_room_while_a_prefill_would_soon_begin() -> None:
-    def load(ttft_s: float, num_requests: int = 1, fits: bool = True) -> WorkerLoad:
-        forecast = Forecast(prefill_s=0.1, ttft_s=ttft_s, fits=fits)
+    def load(wait_s: float, num_requests: int = 1, fits: bool = True) -> WorkerLoad:
+        forecast = Forecast(prefill_s=0.1, wait_s=wait_s, ttft_s=9.0, fits=fits)
         return WorkerLoad("w", 0, num_requests, max_num_seqs=NUM_SEATS, forecast=forecast)
 
-    assert num_places([load(0.1)], yields=True) == 5
-    assert num_places([load(0.1), load(0.1)], yields=True) == 10
-    assert num_places([load(0.2 + HOLD_S)], yields=True) == 1
-    assert num_places([load(0.21 + HOLD_S)], yields=True) == 0
+    assert num_places([load(0.05)], yields=True) == 3
+    assert num_places([load(0.05), load(0.05)], yields=True) == 6
+    assert num_places([load(HOLD_S)], yields=True) == 1
+    assert num_places([load(HOLD_S + 0.01)], yields=True) == 0
     assert num_places([load(9.0, num_requests=0)], yields=True) == NUM_SEATS - RESERVE
     assert num_places([load(0.1, fits=False)], yields=False) == 0
     assert num_places([load(0.1, NUM_SEATS - RESERVE)], yields=True) == 0
