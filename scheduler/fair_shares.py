@@ -327,7 +327,9 @@ class FairShares:
     @property
     def _is_contested(self) -> bool:
         """Whether there is more than one tenant: otherwise workers order their queues better."""
-        return len(self._tenants.keys() | self._weights.keys()) > 1
+        if max(len(self._tenants), len(self._weights)) > 1:
+            return True
+        return bool(self._weights) and any(name not in self._weights for name in self._tenants)
 
     def _asking(self, name: str, now: float) -> _Tenant:
         """The tenant that asks, with no more credit than those that have waited."""
