@@ -87,7 +87,7 @@ class _Planning:
         """Highest priority of a prefill that can be computed, the smallest number; infinite without
         one."""
         self._enough_s = math.inf
-        """Seconds beyond which prefills of lower priorities must not lengthen the step."""
+        """Seconds beyond which prefills that yield to another one must not lengthen the step."""
         self._future: StepShape | None = None
         """Shape of a step in which all requests on time decode, admitted ones too; None until
         used."""
@@ -154,10 +154,14 @@ class _Planning:
                 first = state.request.priority
         return first
 
+    def _is_behind(self, state: RequestState) -> bool:
+        """Whether a request yields to a prefill of another tenant."""
+        return self._first < MAX_PRIORITY <= state.request.priority
+
     def _put_off_decodes(self) -> float:
-        """Leave decodes of lower priorities than a prefill to the next step, if they are in time
-        there; returns how long this step may last for that."""
-        behind = [state for state in self._decodes if state.request.priority > self._first]
+        """Leave decodes that yield to a prefill to the next step, if they are in time there;
+        returns how long this step may last for that."""
+        behind = [state for state in self._decodes if self._is_behind(state)]
         if not behind:
             return math.inf
         shape = self._cost_model.shape()
@@ -316,7 +320,7 @@ class _Planning:
         if state in step:
             return None
         is_waiting = state.request.request_id in self._waiting
-        if state.request.priority > self._first and not min_tokens:
+        if self._is_behind(state) and not min_tokens:
             limit_s = min(limit_s, self._enough_s)
         reason: Reason | None = None
         if limit_s <= self._filled_s and not min_tokens:
@@ -339,7 +343,7 @@ class _Planning:
                 self._add_to_future(state)
         if reason is not None:
             step.defer(state, reason)
-        elif state.request.priority == self._first:
+        elif state.request.priority < MAX_PRIORITY:
             self._enough_s = self._cost_model.predict(step.shape)
         return reason
 

@@ -351,9 +351,9 @@ def test_a_policy_that_bounds_nothing_changes_nothing(scene: tuple[Limits, StepV
     assert scheduler.plan(ruled, 100.0) == scheduler.plan(replace(of, policy=ALONE), 100.0)
 
 
-def test_decodes_of_a_lower_priority_wait_for_a_prefill_if_they_can() -> None:
+def test_decodes_that_yield_wait_for_a_prefill_if_they_can() -> None:
     slow = Slo(ttft_s=2.0, tpot_s=0.25)
-    decodes = [decoding(f"d{i}", slo=slow, priority=1) for i in range(4)]
+    decodes = [decoding(f"d{i}", slo=slow, priority=YIELDS) for i in range(4)]
     own = decoding("own", slo=slow)
 
     made = plan(view([*decodes, own], [waiting("first", 100, slo=CHAT, arrival_s=0.9)]))
@@ -365,14 +365,14 @@ def test_decodes_of_a_lower_priority_wait_for_a_prefill_if_they_can() -> None:
 
 
 def test_they_do_not_wait_if_they_would_be_late_then() -> None:
-    due = decoding("due", slo=CHAT, priority=1, last_token_s=0.92)
+    due = decoding("due", slo=CHAT, priority=YIELDS, last_token_s=0.92)
     first = waiting("first", 500, slo=CHAT, arrival_s=0.9)
 
     assert tokens(plan(view([due], [first])))["due"] == 1
 
 
 def test_they_do_not_wait_for_a_prefill_that_has_no_seat() -> None:
-    running = [decoding(f"d{i}", priority=1) for i in range(LIMITS.max_num_seqs)]
+    running = [decoding(f"d{i}", priority=YIELDS) for i in range(LIMITS.max_num_seqs)]
     made = plan(view(running, [waiting("first", 100, slo=CHAT, arrival_s=0.9)]))
 
     assert len(tokens(made)) == LIMITS.max_num_seqs
@@ -382,16 +382,16 @@ def test_decodes_without_targets_wait_only_for_a_while() -> None:
     first = prefilling("first", 5000, 1000, slo=Slo(60.0, 0.1), arrival_s=0.9)
 
     def taken(last_token_s: float) -> bool:
-        decode = decoding("d", priority=1, last_token_s=last_token_s)
+        decode = decoding("d", priority=YIELDS, last_token_s=last_token_s)
         return "d" in tokens(plan(view([decode, first])))
 
     assert not taken(1.0)
     assert taken(1.0 - PUT_OFF_S)
 
 
-def test_prefills_of_a_lower_priority_do_not_lengthen_the_step_of_a_higher_one() -> None:
+def test_prefills_that_yield_do_not_lengthen_the_step_of_one_that_does_not() -> None:
     first = waiting("first", 50, slo=CHAT, arrival_s=0.9)
-    second = waiting("second", 50, slo=CHAT, arrival_s=0.8, priority=1)
+    second = waiting("second", 50, slo=CHAT, arrival_s=0.8, priority=YIELDS)
 
     assert tokens(plan(view([], [second, first]))) == {"first": 50}
     assert tokens(plan(view([], [second]))) == {"second": 50}
@@ -412,3 +412,12 @@ def test_one_of_another_tenant_gets_all_of_the_next_step() -> None:
     other = waiting("other", 300, slo=CHAT, arrival_s=0.9)
 
     assert tokens(plan(view([long], [other]))) == {"other": 300}
+
+
+def test_a_clients_priority_puts_no_decode_off() -> None:
+    decode = decoding("d", slo=Slo(2.0, 0.25), priority=5)
+    second = waiting("second", 50, slo=CHAT, arrival_s=0.8, priority=1)
+
+    made = plan(view([decode], [second, waiting("first", 50, slo=CHAT, arrival_s=0.9)]))
+
+    assert tokens(made) == {"d": 1, "first": 50, "second": 50}
