@@ -105,7 +105,7 @@ async def test_every_post_has_targets_and_its_answer_names_their_class(path: str
 
     [call] = api.calls
     assert call is not None
-    assert call.targets == Targets(Slo(0.2, 0.05), "fast")
+    assert call.targets == Targets(Slo(0.2, 0.05), "fast", is_named=True)
     assert answer.headers["x-slo-class"] == "fast"
 
 
@@ -169,7 +169,7 @@ async def test_a_handles_call_brings_the_same_as_parameters() -> None:
         assert current_call.get() is call
 
     assert (call.call_id, call.traceparent) == ("mine", "")
-    assert call.targets == Targets(Slo(ttft_s=0.5), "fast")
+    assert call.targets == Targets(Slo(ttft_s=0.5), "fast", is_named=True)
     assert current_call.get() is None
 
 
