@@ -24,6 +24,7 @@ NEEDS = {
         "cluster/observe/test_app_metrics.py",
         "cluster/observe/test_exporter.py",
         "cluster/placement/test_router.py",
+        "cluster/placement/test_scaling_policy.py",
     ),
     "vllm": (
         "e2e/*",
