@@ -38,8 +38,11 @@ class Admission:
         if not self.max_queue_s > 0:
             raise ValueError(f"max_queue_s ({self.max_queue_s}) must be positive")
 
-    def refusal(self, request: Request, placement: Placement) -> Refused | None:
-        """Why a request is not served where it would be served best; None if it is.
+    def refusal(
+        self, request: Request, placement: Placement, wait_s: float = 0.0
+    ) -> Refused | None:
+        """Why a request is not served where it would be served best, after a wait for its turn;
+        None if it is.
 
         One that was taken in before is not refused.
         """
@@ -48,11 +51,12 @@ class Admission:
             return None
         if forecast is None or not forecast.is_measured:
             return None
+        ttft_s = forecast.ttft_s + wait_s
         is_strict = request.names_slo or self.refuse_unnamed
         target_s = self.max_queue_s
         if is_strict:
             target_s = min(self.in_time * request.slo.ttft_s, target_s)
-        if forecast.ttft_s <= target_s and not (is_strict and forecast.is_late):
+        if ttft_s <= target_s and not (is_strict and forecast.is_late):
             return None
         if forecast.prefill_s > target_s:
             return Refused(
@@ -60,9 +64,9 @@ class Admission:
                 MIN_RETRY_S,
                 f"its first token takes {forecast.prefill_s:.2g} s on an idle worker",
             )
-        retry_s = forecast.ttft_s - target_s
+        retry_s = ttft_s - target_s
         return Refused(
             RefusalReason.OVERLOAD,
             math.ceil(max(retry_s, MIN_RETRY_S)),
-            f"its first token is predicted in {forecast.ttft_s:.2g} s",
+            f"its first token is predicted in {ttft_s:.2g} s",
         )

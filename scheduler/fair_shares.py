@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from scheduler.placement import Placement, RefusalReason, Refused, WorkerLoad
+from scheduler.placement import RefusalReason, Refused, WorkerLoad
 from scheduler.request import Request
 
 HOLD_S = 0.3
@@ -83,10 +83,9 @@ class DeviceTime:
 def device_time(request: Request, load: WorkerLoad, num_tokens: float | None = None) -> DeviceTime:
     """What a request takes on a worker; `num_tokens` it is expected to give in all, by default as
     many as it may."""
-    num_prompt = request.num_prompt_tokens + request.num_prior_tokens
     forecast = load.forecast
     prefill_s = forecast.prefill_s if forecast else 0.0
-    num_new = num_prompt - (forecast.num_cached_tokens if forecast else 0)
+    num_new = request.num_prefill_tokens - (forecast.num_cached_tokens if forecast else 0)
     # A token of a prompt is about as much work as one of an output in a full step.
     token_s = prefill_s / max(1, num_new) if load.token_s is None else load.token_s
     given = request.max_tokens if num_tokens is None else num_tokens
@@ -420,12 +419,3 @@ def yielding(request: Request, yields: bool) -> Request:
     """The request as workers rank it: its priority counts among those of its own kind."""
     priority = max(-MAX_PRIORITY + 1, min(request.priority, MAX_PRIORITY - 1))
     return replace(request, priority=priority + YIELDS * yields)
-
-
-def later(placement: Placement, wait_s: float) -> Placement:
-    """A placement after a wait."""
-    chosen = placement.chosen
-    if chosen.forecast is None or not wait_s:
-        return placement
-    forecast = replace(chosen.forecast, ttft_s=chosen.forecast.ttft_s + wait_s)
-    return replace(placement, chosen=replace(chosen, forecast=forecast))

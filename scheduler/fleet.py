@@ -74,7 +74,7 @@ class Fleet:
         cached = self.num_cached_tokens(request, worker_ids)
         return {
             worker_id: self._queue(worker_id, now).forecast(request, cached.get(worker_id, 0), now)
-            for worker_id in self._shortlist(worker_ids, cached, now)
+            for worker_id in self._shortlist(worker_ids, cached)
         }
 
     def num_cached_tokens(self, request: Request, worker_ids: Collection[str]) -> dict[str, int]:
@@ -90,9 +90,7 @@ class Fleet:
         queue = self._queues.get(worker_id)
         return (queue.num_new_tokens, queue.num_tokens) if queue else (0, 0)
 
-    def _shortlist(
-        self, worker_ids: Sequence[str], cached: Mapping[str, int], now: float
-    ) -> Sequence[str]:
+    def _shortlist(self, worker_ids: Sequence[str], cached: Mapping[str, int]) -> Sequence[str]:
         if len(worker_ids) <= NUM_CACHED + NUM_SHORT:
             return worker_ids
         wanted = set(worker_ids)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from scheduler.admission import Admission
-from scheduler.fair_shares import later
 from scheduler.fleet import Fleet
 from scheduler.placement import Placement, Refused, WorkerLoad, place
 from scheduler.prefill_queue import QueueReport
@@ -85,5 +84,5 @@ def _decide(event: Decided, fleet: Fleet, admission: Admission | None) -> Decide
     placement = place(event.request, loads)
     refused = None
     if admission and placement and event.is_new:
-        refused = admission.refusal(event.request, later(placement, event.wait_s or 0.0))
+        refused = admission.refusal(event.request, placement, event.wait_s or 0.0)
     return replace(event, loads=loads, placement=placement, refused=refused)

@@ -103,8 +103,8 @@ class PrefillQueue:
         self._report = QueueReport()
         self._as_of_s = now
         self._prefills: list[_Prefill] = []
-        self._placed: dict[str, tuple[_Prefill, float]] = {}
-        """With the time of the placement, by request id."""
+        self._placed: dict[str, _Prefill] = {}
+        """Those that it has not reported, by request id."""
         self._expected: dict[str, int] = {}
         """Tokens that a request was expected to compute when it was placed: what it shares with one
         before it is not yet cached while both wait."""
@@ -122,8 +122,8 @@ class PrefillQueue:
             self._placed.pop(request_id, None)
         for request_id in self._expected.keys() - self._placed.keys() - report.prefills.keys():
             del self._expected[request_id]
-        for request_id, (_, placed_s) in list(self._placed.items()):
-            if now - placed_s > FORGET_AFTER_S:
+        for request_id, prefill in list(self._placed.items()):
+            if now - prefill.from_s > FORGET_AFTER_S:
                 del self._placed[request_id]
         queued = [
             self._prefill(
@@ -136,13 +136,13 @@ class PrefillQueue:
             )
             for request_id, one in report.prefills.items()
         ]
-        self._prefills = sorted(queued + [prefill for prefill, _ in self._placed.values()])
+        self._prefills = sorted([*queued, *self._placed.values()])
         self._recount()
 
     def add(self, request: Request, num_cached_tokens: int, now: float) -> None:
         """Note that a request was placed on the worker."""
         prefill = self._prefill_of(request, num_cached_tokens, now)
-        self._placed[request.request_id] = prefill, now
+        self._placed[request.request_id] = prefill
         self._expected[request.request_id] = prefill.num_new_tokens
         insort(self._prefills, prefill)
         self._recount()
@@ -174,7 +174,7 @@ class PrefillQueue:
     @property
     def num_tokens(self) -> int:
         """Tokens of all its requests, cached or not."""
-        return self._report.num_tokens + sum(one.num_tokens for one, _ in self._placed.values())
+        return self._report.num_tokens + sum(one.num_tokens for one in self._placed.values())
 
     @property
     def seconds(self) -> float:
@@ -182,7 +182,7 @@ class PrefillQueue:
         return self._on_time_s
 
     def _prefill_of(self, request: Request, num_cached_tokens: int, now: float) -> _Prefill:
-        num_tokens = request.num_prompt_tokens + request.num_prior_tokens
+        num_tokens = request.num_prefill_tokens
         num_new_tokens = max(1, num_tokens - num_cached_tokens)
         due_s = now + request.slo.ttft_s
         return self._prefill(

@@ -57,13 +57,18 @@ class Request:
         """This request for those who need not know what is in its prompt."""
         return replace(self, block_hashes=b"", prefix_format="") if self.block_hashes else self
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens that this attempt computes before its first new one, if none of them is cached."""
+        return self.num_prompt_tokens + self.num_prior_tokens
+
     def num_outstanding_tokens(self, num_output_tokens: int = 0) -> int:
         """Maximum number of tokens still to compute once this attempt gave `num_output_tokens`.
 
         What is prefilled, the prompt and prior tokens, counts until the first output token shows
         that it is over.
         """
-        prefill = 0 if num_output_tokens else self.num_prompt_tokens + self.num_prior_tokens
+        prefill = 0 if num_output_tokens else self.num_prefill_tokens
         return prefill + self.max_tokens - self.num_prior_tokens - num_output_tokens
 
 

@@ -21,7 +21,7 @@ from cluster.placement.suspects import (
 )
 from cluster.placement.worker_views import WorkerViews
 from scheduler.admission import Admission
-from scheduler.fair_shares import FairShares, Share, device_time, later, yielding
+from scheduler.fair_shares import FairShares, Share, device_time, yielding
 from scheduler.fleet import NUM_CACHED, NUM_SHORT, Fleet
 from scheduler.output_length import OutputLengths
 from scheduler.placement import Placed, Placement, RefusalReason, Refused, WorkerLoad, place
@@ -116,7 +116,7 @@ class GlobalScheduler:
         is_new = not self._shares.waits(request.request_id)
         refused = None
         if self._admission and placement and is_new:
-            refused = self._admission.refusal(request, later(placement, wait_s or 0.0))
+            refused = self._admission.refusal(request, placement, wait_s or 0.0)
         if not request.num_engine_deaths:  # such a one is not placed by forecast
             self._record(Decided(request, tuple(loads), placement, refused, now, wait_s, is_new))
         if placement is None or (

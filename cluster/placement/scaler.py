@@ -54,7 +54,7 @@ class Scaler:
     def offer(self, request: Request, load: WorkerLoad) -> None:
         """Count the work of a request that was placed on a worker with this load."""
         if self._scaling and load.token_s is not None:
-            num_tokens = num_prefill_tokens(request) + self._num_decodes(request, load)
+            num_tokens = request.num_prefill_tokens + self._num_decodes(request, load)
             self._offered_s += num_tokens * load.token_s * load.slowness
 
     def note_targets(self, worker_id: str, counts: TargetCounts) -> None:
@@ -113,7 +113,7 @@ class Scaler:
         for load, waiting in workers.waiting(now):
             is_full = load.num_requests > load.max_num_seqs
             for request in waiting:
-                num_tokens = num_prefill_tokens(request)
+                num_tokens: float = request.num_prefill_tokens
                 if is_full:
                     num_tokens += self._num_decodes(request, load)
                 queue_s += num_tokens * (load.token_s or 0.0) * load.slowness
@@ -123,8 +123,3 @@ class Scaler:
     def _num_decodes(self, request: Request, load: WorkerLoad) -> float:
         num_output_tokens = self._lengths.predict(request).mean - request.num_prior_tokens
         return num_output_tokens / load.tokens_per_decode
-
-
-def num_prefill_tokens(request: Request) -> float:
-    """Tokens that are computed before the first new one, if none of them is cached."""
-    return float(request.num_prompt_tokens + request.num_prior_tokens)

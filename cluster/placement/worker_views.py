@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from cluster.placement.standings import CLOSED, FULL, SILENT, SLOW, Standings
 from scheduler.pace import USUAL, SlowWatch
 from scheduler.placement import WorkerLoad
-from scheduler.prefill_queue import Forecast
+from scheduler.prefill_queue import FORGET_AFTER_S, Forecast
 from scheduler.request import Request
 from workers.errors import EngineDead, EngineStalled, WorkerError, WorkerSilent
 from workers.reports import Stall, WorkerReport
 
 logger = logging.getLogger(__name__)
 
-FORGET_AFTER_S = 30.0
-"""A placement not confirmed by its worker's report within this time is dropped."""
 MAX_REPLACEMENT_S = 120.0
 """Max time that Serve may need to replace a worker; large models take minutes to load."""
 SILENT_AFTER_S = 2.0

@@ -292,7 +292,7 @@ class EngineLoop:
             return queue
         prefills = dict(queue.prefills)
         for request_id, request in preparing.items():
-            num_tokens = request.num_prompt_tokens + request.num_prior_tokens
+            num_tokens = request.num_prefill_tokens
             prefills[request_id] = QueuedPrefill(
                 num_tokens, num_tokens, request.slo.ttft_s, request.priority
             )

@@ -6,7 +6,6 @@ import logging.handlers
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from cluster.observe.logs import (
 from cluster.placement.global_scheduler import GlobalScheduler
 from cluster.placement.worker_views import SILENT_AFTER_S
 from scheduler.request import Request
+from tests.workers.fake_clock import FakeClock
 from workers.drafts.draft_stream import DraftWorkerAddress
 from workers.reports import DraftWorkerReport, DraftWorkerStatus, WorkerReport
 from workers.token_stream import StreamAddress
@@ -66,16 +66,6 @@ def test_serves_log_outlives_an_import_that_closes_all_handlers(tmp_path: Path) 
     finally:
         serves.handlers = before
         target.close()
-
-
-@dataclass
-class FakeClock:
-    """Time that moves when a test says so."""
-
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def in_json(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -244,13 +234,13 @@ def passed(
 
 
 def test_the_first_of_repeated_events_are_logged() -> None:
-    flood = FloodFilter(FakeClock())
+    flood = FloodFilter(FakeClock(1000.0))
 
     assert passed(flood, "lost %s", 40) == [0] * MAX_ALIKE
 
 
 def test_after_the_window_the_next_event_counts_those_left_out() -> None:
-    clock = FakeClock()
+    clock = FakeClock(1000.0)
     flood = FloodFilter(clock)
     passed(flood, "lost", MAX_ALIKE + 37)
 
@@ -261,7 +251,7 @@ def test_after_the_window_the_next_event_counts_those_left_out() -> None:
 
 
 def test_in_no_window_more_are_logged_wherever_it_begins() -> None:
-    clock = FakeClock()
+    clock = FakeClock(1000.0)
     flood = FloodFilter(clock)
     logged_s = []
     for _ in range(600):
@@ -274,7 +264,7 @@ def test_in_no_window_more_are_logged_wherever_it_begins() -> None:
 
 
 def test_rare_events_are_all_logged() -> None:
-    clock = FakeClock()
+    clock = FakeClock(1000.0)
     flood = FloodFilter(clock)
     for _ in range(20):
         assert passed(flood, "lost") == [0]
@@ -282,7 +272,7 @@ def test_rare_events_are_all_logged() -> None:
 
 
 def test_events_of_another_message_or_level_are_not_hidden() -> None:
-    flood = FloodFilter(FakeClock())
+    flood = FloodFilter(FakeClock(1000.0))
     passed(flood, "lost", 40)
 
     assert passed(flood, "found") == [0]
@@ -290,11 +280,11 @@ def test_events_of_another_message_or_level_are_not_hidden() -> None:
 
 
 def test_nothing_is_left_out_at_level_debug() -> None:
-    assert len(passed(FloodFilter(FakeClock()), "ended", 40, logging.DEBUG)) == 40
+    assert len(passed(FloodFilter(FakeClock(1000.0)), "ended", 40, logging.DEBUG)) == 40
 
 
 def test_every_event_of_many_threads_is_logged_or_counted() -> None:
-    clock = FakeClock()
+    clock = FakeClock(1000.0)
     flood = FloodFilter(clock)
     logged: list[Any] = []
     threads = [
@@ -315,7 +305,7 @@ def test_every_event_of_many_threads_is_logged_or_counted() -> None:
 def test_the_log_counts_what_the_filter_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    clock = FakeClock()
+    clock = FakeClock(1000.0)
     set_up_logs(LogConfig())
     [handler] = logging.getLogger("workers").handlers
     handler.filters = [FloodFilter(clock)]
@@ -333,7 +323,7 @@ def test_the_log_counts_what_the_filter_left_out(
 async def test_a_worker_is_logged_when_it_is_found_becomes_silent_and_is_heard_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    clock = FakeClock()
+    clock = FakeClock(1000.0)
     scheduler = GlobalScheduler(clock)
     set_up_logs(JSON)
 
@@ -358,7 +348,7 @@ async def test_a_worker_is_logged_when_it_is_found_becomes_silent_and_is_heard_a
 async def test_a_draft_worker_is_logged_when_it_is_found(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scheduler = GlobalScheduler(FakeClock())
+    scheduler = GlobalScheduler(FakeClock(1000.0))
     set_up_logs(JSON)
     address = DraftWorkerAddress("d", "incarnation", StreamAddress("tcp://host:1", b"token", b""))
     status = DraftWorkerStatus("d", 1, ("suffix",), 0, 0, 0.0, 0)

@@ -17,7 +17,6 @@ from cluster.placement.suspects import (
     SUSPECT_GONE_AFTER_S,
 )
 from cluster.placement.worker_views import (
-    FORGET_AFTER_S,
     MAX_REPLACEMENT_S,
     SILENT_AFTER_S,
     SUSPECT_AFTER_S,
@@ -32,8 +31,9 @@ from scheduler.placement import (
     Refused,
     WorkerLoad,
 )
-from scheduler.prefill_queue import PrefillCost, QueuedPrefill, QueueReport
+from scheduler.prefill_queue import FORGET_AFTER_S, PrefillCost, QueuedPrefill, QueueReport
 from scheduler.request import Request, Slo
+from tests.workers.fake_clock import FakeClock
 from workers.drafts.draft_client import DraftCounts
 from workers.errors import EngineStalled, WorkerSilent
 from workers.reports import DraftStats, Stall, WorkerReport
@@ -42,19 +42,9 @@ A_REQUEST = Request("r", num_prompt_tokens=10, max_tokens=5)
 NO_WORKER = Refused(RefusalReason.NO_WORKER, NO_WORKER_RETRY_S)
 
 
-@dataclass
-class FakeClock:
-    """Time that moves when a test says so."""
-
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> FakeClock:
-    return FakeClock()
+    return FakeClock(1000.0)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The GlobalScheduler and what the workers tell of their queues and prefix caches."""
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from scheduler.placement import Placed, Placement, PlacementReason
 from scheduler.prefill_queue import QueuedPrefill, QueueReport
 from scheduler.prefix_index import PrefixDelta, pack
 from scheduler.request import Request, Slo
+from tests.workers.fake_clock import FakeClock
 from workers.reports import WorkerReport
 
 BLOCK = 32
@@ -25,19 +25,9 @@ FORMAT = f"sha256/0/{BLOCK}/model"
 MANY = [f"w{number:03}" for number in range(100)]
 
 
-@dataclass
-class FakeClock:
-    """Time that moves when a test says so."""
-
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> FakeClock:
-    return FakeClock()
+    return FakeClock(1000.0)
 
 
 @pytest.fixture
