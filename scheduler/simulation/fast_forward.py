@@ -2,7 +2,6 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -10,7 +9,7 @@ from scheduler.cost_model import CostModel
 from scheduler.request import RequestState
 from scheduler.simulation.noise import Noise
 from scheduler.step_planner import StepPlanner
-from scheduler.task import BatchPlan, Limits, Stage, StepView
+from scheduler.task import BatchPlan, Stage, StepView
 
 MAX_JUMP = 64
 """Maximum number of steps in a jump if requests have targets: only its last step is planned, and
@@ -33,6 +32,8 @@ class Jump:
     longer_s: float
     """Predicted seconds by which each step is longer than the one before, as each request has one
     more token of context."""
+    num_grown: int = 0
+    """Steps whose KV blocks are held."""
 
     @property
     def end_s(self) -> float:
@@ -76,10 +77,7 @@ class FastForward:
         # A single request has no other plan.
         may_change = len(view.running) > 1 and any(map(_has_targets, view.running))
         num_steps = min(max_steps, MAX_JUMP if may_change else MAX_JUMP_WITHOUT_TARGETS)
-        while (
-            num_steps > 1
-            and new_blocks(self._limits, view.running, num_steps) > view.num_free_kv_blocks
-        ):
+        while num_steps > 1 and self._new_blocks(view, num_steps) > view.num_free_kv_blocks:
             num_steps //= 2
         if num_steps < 2:
             return None
@@ -99,7 +97,12 @@ class FastForward:
         )
 
     def _new_blocks(self, view: StepView, num_steps: int) -> int:
-        return new_blocks(self._limits, view.running, num_steps)
+        num_blocks = self._limits.num_blocks
+        return sum(
+            num_blocks(state.num_computed_tokens + num_steps)
+            - num_blocks(state.num_computed_tokens)
+            for state in view.running
+        )
 
     def _seconds(
         self, view: StepView, plan: BatchPlan, num_steps: int
@@ -123,8 +126,7 @@ class FastForward:
             step=view.step + num_steps,
             running=[advanced(state, num_steps, now) for state in view.running],
             waiting=view.waiting,
-            num_free_kv_blocks=view.num_free_kv_blocks
-            - new_blocks(self._limits, view.running, num_steps),
+            num_free_kv_blocks=view.num_free_kv_blocks - self._new_blocks(view, num_steps),
             policy=view.policy,
         )
         plan = self._planner.plan(later, now)
@@ -144,15 +146,6 @@ def is_steady(plan: BatchPlan, view: StepView) -> bool:
 def _has_targets(state: RequestState) -> bool:
     slo = state.request.slo
     return slo.ttft_s < math.inf or slo.tpot_s < math.inf
-
-
-def new_blocks(limits: Limits, running: Sequence[RequestState], num_steps: int) -> int:
-    """KV blocks that `num_steps` decodes of each request need."""
-    return sum(
-        limits.num_blocks(state.num_computed_tokens + num_steps)
-        - limits.num_blocks(state.num_computed_tokens)
-        for state in running
-    )
 
 
 def advanced(state: RequestState, num_steps: int, now: float) -> RequestState:

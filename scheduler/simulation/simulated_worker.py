@@ -10,7 +10,7 @@ from scheduler.prefill_queue import QueueReport
 from scheduler.request import RequestState
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.device import DeviceProfile
-from scheduler.simulation.fast_forward import FastForward, Jump, advanced, is_steady, new_blocks
+from scheduler.simulation.fast_forward import FastForward, Jump, advanced, is_steady
 from scheduler.simulation.kv_cache import Holding, KvCache, KvCacheFull
 from scheduler.simulation.noise import Noise
 from scheduler.simulation.plan_check import BrokenPlan, check
@@ -123,15 +123,16 @@ class SimulatedWorker:
         for state in self._waiting:
             live = self.live[state.request.request_id]
             state.num_computed_tokens = self.kv.num_hit_tokens(live.holding, state.num_tokens)
-        running, num_free_kv_blocks = self._running, self.kv.num_free
-        if self.jump and (num_done := self.jump.num_done(now)):
-            num_free_kv_blocks -= new_blocks(self._limits, running, num_done)
+        running = self._running
+        if self.jump:
+            num_done = self.jump.num_done(now)
+            self._grow_in(self.jump, min(num_done + 1, self.jump.num_steps))
             running = [advanced(state, num_done, now) for state in running]
         view = StepView(
             step=self.num_steps,
             running=running,
             waiting=self._waiting,
-            num_free_kv_blocks=num_free_kv_blocks,
+            num_free_kv_blocks=self.kv.num_free,
             policy=self.policy.at(now),
         )
         queue = self._planner.queue_report(view, now)
@@ -260,10 +261,22 @@ class SimulatedWorker:
         del self._waiting[index], self._waiting_ranks[index]
         self._running.append(state)
 
-    def _grow(self, live: LiveRequest, num_tokens: int) -> None:
-        """Hold as many blocks as `num_tokens` tokens need."""
+    def _grow_in(self, jump: Jump, num_steps: int) -> None:
+        """Hold the blocks that the first `num_steps` steps of a jump need: those of a step are
+        taken when it begins."""
+        for state in self._running:
+            live = self.live[state.request.request_id]
+            num_held = state.num_computed_tokens + jump.num_grown
+            self._grow(live, state.num_computed_tokens + num_steps, num_held)
+        jump.num_grown = num_steps
+
+    def _grow(self, live: LiveRequest, num_tokens: int, num_held: int | None = None) -> None:
+        """Hold as many blocks as `num_tokens` tokens need, if those of `num_held` tokens, by
+        default the computed ones, are held."""
         num_blocks = self._limits.num_blocks
-        num_new = num_blocks(num_tokens) - num_blocks(live.state.num_computed_tokens)
+        if num_held is None:
+            num_held = live.state.num_computed_tokens
+        num_new = num_blocks(num_tokens) - num_blocks(num_held)
         try:
             if num_new:
                 self.kv.grow(live.holding, num_new)
@@ -352,10 +365,10 @@ class SimulatedWorker:
         self.num_spans += num_steps * num_running
         self.busy_s += jump.busy_s
         self.num_outstanding_tokens -= num_steps * num_running
+        self._grow_in(jump, num_steps)
         ended = []
         for state in self._running:  # a request that arrived meanwhile waits
             live = self.live[state.request.request_id]
-            self._grow(live, state.num_computed_tokens + num_steps)
             state.num_computed_tokens += num_steps
             state.num_output_tokens += num_steps
             state.last_token_s = jump.end_s

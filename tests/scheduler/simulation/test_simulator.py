@@ -4,7 +4,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from scheduler.cost_model import CostModel
@@ -478,6 +478,8 @@ def test_requests_that_never_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -
     rate=st.sampled_from([1.0, 10.0, 100.0]),
     num_drafts=st.sampled_from([0, 0, 3]),
 )
+@example(140891, "hybrid", 32, 25, 8, 3, 10.0, 0)  # evicts in a jump what placement looks for
+@example(725278, "decode_first", 32, 19, 12, 3, 1.0, 0)
 def test_every_workload_is_served_within_the_limits(
     seed: int,
     policy: str,
