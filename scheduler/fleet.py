@@ -3,8 +3,10 @@
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
+from scheduler.placement import WorkerLoad
 from scheduler.prefill_queue import Forecast, PrefillQueue, QueueReport
 from scheduler.prefix_index import PrefixDelta, PrefixIndex, block_size_of
 from scheduler.request import Request
@@ -76,6 +78,17 @@ class Fleet:
             worker_id: self._queue(worker_id, now).forecast(request, cached.get(worker_id, 0), now)
             for worker_id in self._shortlist(worker_ids, cached)
         }
+
+    def loads_for(
+        self, request: Request, loads: Sequence[WorkerLoad], now: float
+    ) -> list[WorkerLoad]:
+        """Those of the loads that may be the best ones for a request, with their forecasts."""
+        forecasts = self.forecasts(request, [load.worker_id for load in loads], now)
+        return [
+            replace(load, forecast=forecasts[load.worker_id])
+            for load in loads
+            if load.worker_id in forecasts
+        ]
 
     def num_cached_tokens(self, request: Request, worker_ids: Collection[str]) -> dict[str, int]:
         """Tokens of a prompt that each of these workers has cached, if it has any."""

@@ -78,9 +78,7 @@ def replay(events: Iterable[Event]) -> Iterator[tuple[Decided, Decided]]:
 
 
 def _decide(event: Decided, fleet: Fleet, admission: Admission | None) -> Decided:
-    worker_ids = [load.worker_id for load in event.loads]
-    forecasts = fleet.forecasts(event.request, worker_ids, event.now)
-    loads = tuple(replace(load, forecast=forecasts[load.worker_id]) for load in event.loads)
+    loads = tuple(fleet.loads_for(event.request, event.loads, event.now))
     placement = place(event.request, loads)
     refused = None
     if admission and placement and event.is_new:

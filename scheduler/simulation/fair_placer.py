@@ -7,6 +7,7 @@ from scheduler.fair_shares import FairShares, device_time, yielding
 from scheduler.fleet import Fleet
 from scheduler.placement import Placed, RefusalReason, Refused, WorkerLoad, place
 from scheduler.request import Request
+from scheduler.simulation.placers import RETRY_S
 
 
 @dataclass(slots=True)
@@ -26,16 +27,12 @@ class FairPlacer:
         self.num_asked += 1
         yields = self.shares.yields(request, now)
         request = yielding(request, yields)
-        forecasts = fleet.forecasts(request, [load.worker_id for load in loads], now)
-        ranked = [
-            replace(load, forecast=forecast, token_s=self.token_s)
-            for load in loads
-            if (forecast := forecasts.get(load.worker_id))
-        ]
+        loads = [replace(load, token_s=self.token_s) for load in loads]
+        ranked = fleet.loads_for(request, loads, now)
         if (wait_s := self.shares.wait_s(request, ranked, now)) is not None:
             return self.shares.wait(request, wait_s, now)
         if (placement := place(request, ranked)) is None:
-            return Refused(RefusalReason.NO_WORKER, 1.0)
+            return Refused(RefusalReason.NO_WORKER, RETRY_S)
         chosen = placement.chosen
         self.shares.place(request, chosen.worker_id, device_time(request, chosen), now)
         return Placed(chosen.worker_id, yields=yields)

@@ -5,15 +5,18 @@ since.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from random import Random
 from typing import Protocol, runtime_checkable
 
 from scheduler.admission import Admission
 from scheduler.fleet import Fleet
-from scheduler.placement import Placed, Refused, WorkerLoad, place
+from scheduler.placement import Placed, RefusalReason, Refused, WorkerLoad, place
 from scheduler.request import Request
+
+RETRY_S = 1.0
+"""Time after which a request asks again that no worker takes."""
 
 
 class Placer(Protocol):
@@ -21,9 +24,8 @@ class Placer(Protocol):
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str | Placed | Refused | None:
-        """The id of the worker that gets a request; None if it is refused. Or an answer as the
-        GlobalScheduler gives it: one that is not final has the request ask again."""
+    ) -> Placed | Refused:
+        """The answer to a request: one that is not final has it ask again."""
 
 
 @runtime_checkable
@@ -45,20 +47,14 @@ class PredictedSeconds:
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str | None:
+    ) -> Placed | Refused:
         """Where it is on time, harms nobody and takes least."""
-        forecasts = fleet.forecasts(request, [load.worker_id for load in loads], now)
-        placement = place(
-            request,
-            [
-                replace(load, forecast=forecast)
-                for load in loads
-                if (forecast := forecasts.get(load.worker_id))
-            ],
-        )
-        if placement is None or (self.admission and self.admission.refusal(request, placement)):
-            return None
-        return placement.chosen.worker_id
+        placement = place(request, fleet.loads_for(request, loads, now))
+        if placement is None:
+            return Refused(RefusalReason.NO_WORKER, RETRY_S)
+        if self.admission and (refused := self.admission.refusal(request, placement)):
+            return refused
+        return Placed(placement.chosen.worker_id)
 
 
 @dataclass(slots=True)
@@ -69,10 +65,10 @@ class RoundRobin:
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str:
+    ) -> Placed:
         """The next one."""
         self.turn += 1
-        return loads[self.turn % len(loads)].worker_id
+        return Placed(loads[self.turn % len(loads)].worker_id)
 
 
 @dataclass(slots=True)
@@ -83,9 +79,9 @@ class RandomWorker:
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str:
+    ) -> Placed:
         """Any of them."""
-        return self.random.choice(loads).worker_id
+        return Placed(self.random.choice(loads).worker_id)
 
 
 class LeastOutstandingTokens:
@@ -93,9 +89,9 @@ class LeastOutstandingTokens:
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str:
+    ) -> Placed:
         """The least loaded one."""
-        return min(loads, key=_tokens).worker_id
+        return Placed(min(loads, key=_tokens).worker_id)
 
 
 @dataclass(slots=True)
@@ -106,10 +102,10 @@ class PowerOfTwo:
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str:
+    ) -> Placed:
         """The less loaded of two."""
         two = self.random.sample(loads, min(2, len(loads)))
-        return min(two, key=_requests).worker_id
+        return Placed(min(two, key=_requests).worker_id)
 
 
 @dataclass(slots=True)
@@ -121,12 +117,13 @@ class SessionHash:
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str:
+    ) -> Placed:
         """The worker with the highest hash of session and worker (rendezvous hashing)."""
         session = self.sessions.get(request.request_id, request.request_id)
-        return max(
+        highest = max(
             loads, key=lambda load: blake2b(f"{session} {load.worker_id}".encode()).digest()
-        ).worker_id
+        )
+        return Placed(highest.worker_id)
 
 
 @dataclass(slots=True)
@@ -145,7 +142,7 @@ class PrefixAffinity:
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str:
+    ) -> Placed:
         """The longest prefix, or the fewest requests."""
         most = max(load.num_requests for load in loads)
         fewest = min(load.num_requests for load in loads)
@@ -154,7 +151,9 @@ class PrefixAffinity:
         longest = max(cached.values(), default=0)
         if is_balanced and longest and longest > self.min_match * request.num_prompt_tokens:
             loads = [load for load in loads if cached.get(load.worker_id) == longest]
-        return min(loads, key=lambda load: (*_requests(load), self.random.random())).worker_id
+        return Placed(
+            min(loads, key=lambda load: (*_requests(load), self.random.random())).worker_id
+        )
 
 
 @dataclass(slots=True)
@@ -166,7 +165,7 @@ class WeightedScore:
 
     def choose(
         self, request: Request, loads: Sequence[WorkerLoad], fleet: Fleet, now: float
-    ) -> str:
+    ) -> Placed:
         """The lowest sum."""
         cached = fleet.num_cached_tokens(request, [load.worker_id for load in loads])
 
@@ -175,7 +174,7 @@ class WeightedScore:
             num_new += request.num_prompt_tokens - cached.get(load.worker_id, 0)
             return self.prefill_weight * num_new + num_held, self.random.random()
 
-        return min(loads, key=score).worker_id
+        return Placed(min(loads, key=score).worker_id)
 
 
 def _tokens(load: WorkerLoad) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from random import Random
 from scheduler.cost_model import CostModel
 from scheduler.fair_shares import yielding
 from scheduler.fleet import Fleet
-from scheduler.placement import Placed, Refused, WorkerLoad
+from scheduler.placement import Refused, WorkerLoad
 from scheduler.policy import StepPolicy
 from scheduler.prefix_index import pack
 from scheduler.request import Request, RequestState
@@ -302,10 +302,9 @@ class _Cluster:
             heapq.heappush(self.events, (now + answer.retry_after_s, REQUEST_ASKS_AGAIN, index, 0))
             return True
         arrived_s = self.arrived_s.pop(index)
-        if answer is None or isinstance(answer, Refused):
+        if isinstance(answer, Refused):
             return False
-        placed = answer if isinstance(answer, Placed) else Placed(answer)
-        worker_id, request = placed.worker_id, yielding(request, placed.yields)
+        worker_id, request = answer.worker_id, yielding(request, answer.yields)
         self.fleet.place(worker_id, request, now)
         at = self.index_of[worker_id]
         worker, load = self.workers[at], self.loads[at]
