@@ -343,15 +343,19 @@ class SimulatedWorker:
     def _remove(self, ended: list[LiveRequest]) -> None:
         if not ended:
             return
-        for live in ended:
-            request = live.state.request
+        gone = {id(live.state) for live in ended}
+        # In the order of admission, in a jump and in a step: it is that of eviction.
+        for state in self._running:
+            if id(state) not in gone:
+                continue
+            request = state.request
+            live = self.live[request.request_id]
             self.kv.release(live.holding)
             del self.live[request.request_id]
             self._planner.finish(request.request_id, live.state.num_output_tokens)
             self.num_outstanding_tokens -= request.num_outstanding_tokens(
                 live.state.num_output_tokens
             )
-        gone = {id(live.state) for live in ended}
         self._running = [state for state in self._running if id(state) not in gone]
 
     def _finish_jump(self) -> list[LiveRequest]:

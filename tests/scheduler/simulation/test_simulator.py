@@ -479,6 +479,7 @@ def test_requests_that_never_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -
     num_drafts=st.sampled_from([0, 0, 3]),
 )
 @example(140891, "hybrid", 32, 25, 8, 3, 10.0, 0)  # evicts in a jump what placement looks for
+@example(235, "hybrid", None, 18, 2, 3, 10.0, 0)  # two end in one step
 @example(725278, "decode_first", 32, 19, 12, 3, 1.0, 0)
 def test_every_workload_is_served_within_the_limits(
     seed: int,
