@@ -71,7 +71,14 @@ from scheduler.simulation.summary import Outcome
 from scheduler.simulation.traces import read_trace
 from tests.bench import placement_live
 from tests.bench.report import make_parser, publish, say
-from tests.bench.scheduler import ATTAINMENT, MAX_MODEL_LEN, MAX_TOKENS, open_loop, targets_of
+from tests.bench.scheduler import (
+    ATTAINMENT,
+    MAX_MODEL_LEN,
+    MAX_TOKENS,
+    bisected,
+    open_loop,
+    targets_of,
+)
 from tests.workload import find_trace, has_traces
 
 PRECISION = 1.03
@@ -170,13 +177,7 @@ class Scene:
             low = start
         while high < MAX_RATE and self.attains(placer, high):
             low, high = high, high * 1.5
-        while high / low > PRECISION:
-            middle = (low * high) ** 0.5
-            if self.attains(placer, middle):
-                low = middle
-            else:
-                high = middle
-        return low
+        return bisected(lambda rate: self.attains(placer, rate), low, high, PRECISION)
 
 
 def copy_of(arrivals: list[Arrival], number: int, shift_s: float) -> list[Arrival]:

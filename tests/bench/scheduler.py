@@ -25,7 +25,7 @@ Keys of the summary: `TRACE_TARGETS` is the hybrid scheduler's capacity over the
 
 import multiprocessing
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,13 +93,18 @@ class Scene:
             low, high = high, high * 2
             if high > MAX_RATE:
                 raise SystemExit(f"{self.trace}: too few requests to load {self.device.name}")
-        while high / low > PRECISION:
-            middle = (low * high) ** 0.5
-            if self.attains(policy, middle):
-                low = middle
-            else:
-                high = middle
-        return low
+        return bisected(lambda rate: self.attains(policy, rate), low, high, PRECISION)
+
+
+def bisected(attains: Callable[[float], bool], low: float, high: float, precision: float) -> float:
+    """The highest rate that is attained, to within a factor; `low` is, and `high` is not."""
+    while high / low > precision:
+        middle = (low * high) ** 0.5
+        if attains(middle):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def open_loop(sessions: list[Arrival]) -> list[Arrival]:

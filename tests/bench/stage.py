@@ -51,6 +51,7 @@ from tests.bench.scheduler import (
     PRECISION,
     TARGETS,
     TRACES,
+    bisected,
     open_loop,
     targets_of,
 )
@@ -140,13 +141,7 @@ class Scene:
             if high > MAX_RATE:
                 # A pool passes no SystemExit on.
                 raise RuntimeError(f"{self.trace}: too few requests to load {self.device.name}")
-        while high / low > PRECISION:
-            middle = (low * high) ** 0.5
-            if self.attains(stage_policy, middle):
-                low = middle
-            else:
-                high = middle
-        return low
+        return bisected(lambda rate: self.attains(stage_policy, rate), low, high, PRECISION)
 
 
 def read_arrivals(trace: str, num_requests: int) -> list[Arrival]:
