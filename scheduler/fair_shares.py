@@ -87,11 +87,11 @@ def device_time(request: Request, load: WorkerLoad, num_tokens: float | None = N
     prefill_s = forecast.prefill_s if forecast else 0.0
     num_new = request.num_prefill_tokens - (forecast.num_cached_tokens if forecast else 0)
     # A token of a prompt is about as much work as one of an output in a full step.
-    token_s = prefill_s / max(1, num_new) if load.token_s is None else load.token_s
+    token_s = prefill_s / max(1, num_new) if load.token_s is None else load.token_s * load.slowness
     given = request.max_tokens if num_tokens is None else num_tokens
     return DeviceTime(
-        prefill_s * load.slowness,
-        token_s * load.slowness / load.tokens_per_decode,
+        prefill_s,
+        token_s / load.tokens_per_decode,
         max(0.0, given - request.num_prior_tokens),
     )
 

@@ -210,7 +210,7 @@ def _rank(worker: WorkerLoad, request: Request, token_s: float) -> _Rank:
         worker.slow,
         worker.num_requests >= worker.max_num_seqs or not forecast.fits,
         forecast.num_late + forecast.is_late,
-        worker.slowness * (forecast.prefill_s if forecast.is_late else _cost_s(forecast)),
+        forecast.prefill_s if forecast.is_late else _cost_s(forecast),
         worker.finish_s(request, token_s),
         worker.num_requests,
         worker.worker_id,

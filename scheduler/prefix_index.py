@@ -249,11 +249,6 @@ class PrefixIndex:
         self._note(found, have_all, num_blocks)
         return {worker_id: found[worker_id] for worker_id in worker_ids if worker_id in found}
 
-    def num_holders(self, hashes: bytes, format: str) -> list[int]:
-        """How many workers have each of these blocks, whatever they have before it."""
-        slots = self._slots_of.get(format, 0)
-        return [(self._holders_of(block) & slots).bit_count() for block in unpack(hashes)]
-
     @property
     def num_blocks(self) -> int:
         """Different blocks, those included that only workers had which are gone."""
@@ -381,9 +376,6 @@ class PrefixIndex:
             if worker := self._workers.get(worker_id):
                 bits |= worker.bit
         return bits
-
-    def _holders_of(self, block: int) -> int:
-        return self._tables[block % NUM_TABLES].get(block, 0)
 
     def _note(self, found: dict[str, int], slots: int, num_blocks: int) -> None:
         """Note that these workers have so many of the first blocks."""

@@ -202,13 +202,14 @@ class StepPlanner:
             if state.is_decoding:
                 decodes.add(1, state.num_tokens, 1)
                 tpot_s = min(tpot_s, state.request.slo.tpot_s)
-        decode_s = self.cost_model.predict(decodes) if decodes.num_spans else 0.0
+        speed = self._speed(now)
+        decode_s = self.cost_model.profiled(decodes) * speed if decodes.num_spans else 0.0
         if tpot_s < math.inf and view.policy.prefill_share < 1.0:
             # Steps with decodes last no longer, as if that were the target.
             tpot_s = min(tpot_s, decode_s + view.policy.prefill_share * tpot_s)
         return QueueReport(
             prefills=prefills,
-            cost=self._prefill_cost(),
+            cost=self._prefill_cost(speed),
             num_decodes=decodes.num_spans,
             decode_s=decode_s,
             tpot_s=tpot_s,
@@ -235,17 +236,23 @@ class StepPlanner:
             late_prefills=late_prefills(queue),
         )
 
-    def _prefill_cost(self) -> PrefillCost:
+    def _speed(self, now: float) -> float:
+        """How long steps take compared with the profile; with one, what it was before a pause is
+        forgotten: a worker that is believed to be slow gets no request that could disprove it."""
+        return self.pace.slowness(now) if self.is_calibrated else self.cost_model.speed
+
+    def _prefill_cost(self, speed: float) -> PrefillCost:
         """Seconds that prompts add to steps which are made anyway."""
         num_tokens = min(TYPICAL_CHUNK, self.limits.max_num_batched_tokens)
         alone, first, later = (self.cost_model.shape() for _ in range(3))
         alone.add(1, 1, 1)
         first.add(num_tokens, num_tokens, 1)
         later.add(num_tokens, FAR + num_tokens, 1)
-        first_s = self.cost_model.predict(first)
-        pair_s = (self.cost_model.predict(later) - first_s) / (num_tokens * FAR)
-        chunk_s = first_s - self.cost_model.predict(alone) - pair_s * num_tokens**2 / 2
-        return PrefillCost(max(chunk_s, 0.0) / num_tokens, pair_s, self._is_measured)
+        first_s = self.cost_model.profiled(first)
+        pair_s = (self.cost_model.profiled(later) - first_s) / (num_tokens * FAR)
+        chunk_s = first_s - self.cost_model.profiled(alone) - pair_s * num_tokens**2 / 2
+        token_s = max(chunk_s, 0.0) / num_tokens
+        return PrefillCost(speed * token_s, speed * pair_s, self._is_measured)
 
     def finish(self, request_id: str, num_output_tokens: int) -> None:
         """Forget a request that has ended with `num_output_tokens` tokens."""

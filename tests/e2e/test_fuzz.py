@@ -37,7 +37,7 @@ OURS = {
     "slo_class": "interactive|standard|batch",
     "outcome": "|".join((*ADMISSION_OUTCOMES, *REQUEST_OUTCOMES, *DRAFT_OUTCOMES)),
     "target": "ttft|tpot|all",
-    "kind": "prompt|output",
+    "kind": "prompt|output|predicted|found|placed",
 }
 """The values of labels that have to do with what a client sends."""
 

@@ -388,9 +388,9 @@ def test_a_request_costs_what_is_not_cached_and_what_it_will_give() -> None:
         forecast=Forecast(num_cached_tokens=60, prefill_s=0.5, ttft_s=0.5),
     )
 
-    assert device_time(request, load) == DeviceTime(1.0, 0.005, 40)
-    assert device_time(request, load, 30).seconds() == pytest.approx(1.1)
-    assert device_time(request, replace(load, token_s=None)).token_s == pytest.approx(0.005)
+    assert device_time(request, load) == DeviceTime(0.5, 0.005, 40)
+    assert device_time(request, load, 30).seconds() == pytest.approx(0.6)
+    assert device_time(request, replace(load, token_s=None)).token_s == pytest.approx(0.0025)
 
 
 def test_a_queued_request_asks_again_and_one_too_many_does_not() -> None:

@@ -39,7 +39,6 @@ def test_a_prefix_ends_with_the_first_block_that_a_worker_lacks() -> None:
     assert match(index, 1, 2) == {"a": 2, "b": 1, "c": 2}
     assert index.match(pack([0]), ["b", "unknown"], FORMAT) == {"b": 1}
     assert match(index, 9) == match(index) == {}
-    assert index.num_holders(pack([0, 1, 3, 9]), FORMAT) == [2, 3, 3, 0]
 
 
 def test_a_worker_of_another_format_has_nothing_and_is_counted() -> None:
@@ -51,7 +50,6 @@ def test_a_worker_of_another_format_has_nothing_and_is_counted() -> None:
     assert index.num_format_mismatches == 1
     assert match(index, 0, format="other") == {}
     assert index.num_format_mismatches == 3
-    assert index.num_holders(pack([0]), FORMAT) == [1]
     assert index.formats == {FORMAT: 1, "sha256/ab/16/model": 1}
     assert [index.format_of(worker) for worker in WORKERS] == [FORMAT, "sha256/ab/16/model", ""]
 
@@ -270,5 +268,4 @@ def check(index: PrefixIndex, told: dict[str, set[int]]) -> None:
                 expected[name] = num
         assert index.match(pack(chain), WORKERS, FORMAT) == expected
     holders = [sum(block in held for held in told.values()) for block in CHAIN]
-    assert index.num_holders(pack(CHAIN), FORMAT) == holders
     assert [index.num_blocks_of(name) for name in told] == [len(held) for held in told.values()]

@@ -32,6 +32,8 @@ WORK = ModelWork(
     kv_bytes_per_token=0.0,
 )
 
+DECODE = StageTask("d", Stage.DECODE, 1, 105, True)
+
 
 def take(planner: StepPlanner, scene: StepView, now: float, measured_s: float = 0.1) -> BatchPlan:
     """One step from plan to end."""
@@ -213,3 +215,20 @@ def test_its_queue_is_all_that_must_be_computed_before_a_next_token() -> None:
     assert (queue.num_decodes, queue.tpot_s) == (1, 0.5)
     assert queue.num_tokens == 105 + 70 + 105 + 50
     assert queue.cost.seconds(1000, 1000) == pytest.approx(1000 * TOKEN_S, rel=0.01)
+
+
+def test_its_prefills_cost_what_its_pace_is_and_as_profiled_after_a_pause() -> None:
+    planner = StepPlanner(LIMITS, StepPolicy(), learns=True)
+    planner.calibrate(cost_model(), WORK)
+    profiled = planner.queue_report(view(), 0.0).cost.token_s
+    now = 20.0
+    for _ in range(200):
+        measured_s = 4 * planner.cost_model.profiled(planner.cost_model.shape_of([DECODE]))
+        take(planner, view([decoding("d")]), now, measured_s)
+        now += measured_s
+    slowness = planner.pace.slowness(now)
+
+    assert slowness > 1.5
+    busy, idle = (planner.queue_report(view(), at).cost.token_s for at in (now, now + 100))
+    assert busy == pytest.approx(slowness * profiled, rel=0.2)
+    assert idle == pytest.approx(profiled, rel=0.2)
