@@ -14,7 +14,7 @@ from cluster.config.nodes import NodesConfig
 from cluster.config.scaling import autoscaling_of_serve
 from cluster.errors import DeviceMissing, NodeMissing
 from cluster.ingress.ingress import Ingress
-from cluster.placement.router import PlacementRouter
+from cluster.placement.router import PlacementRouter, UnaryRouter
 from cluster.replicas import DraftReplica, GlobalSchedulerReplica, WorkerReplica
 from scheduler.scaling import ScalingSettings
 from workers.config import DraftConfig
@@ -36,6 +36,7 @@ def build_app(args: dict[str, Any]) -> Application:
         name="GlobalScheduler",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0, **_on(config.nodes.global_scheduler)},
+        request_router_config=RequestRouterConfig(request_router_class=UnaryRouter),
         # Ingresses do its work, not so well, while it is gone or hangs. Nothing that it does
         # takes long.
         health_check_period_s=1,

@@ -13,17 +13,25 @@ VERSION = "2.60.0"
 REMEDY = f"install 'ray[serve]=={VERSION}'"
 
 IN_REPLICAS = seams("""
-# The router, which carries out what the GlobalScheduler decides. Its base is alpha.
+# The routers, one of which carries out what the GlobalScheduler decides. Their base is alpha.
 ray.serve.request_router:RequestRouter
     overridden initialize_state(self, **kwargs)
     overridden choose_replicas(self, candidate_replicas, pending_request=None)
+    overridden create_replica_wrapper(self, replica_info)
     read app_name
 ray.serve.request_router:PendingRequest
-    read args routing_context
+    read args metadata routing_context
+ray.serve._private.common:RequestMetadata
+    read is_streaming
 ray.serve._private.request_router.common:RequestRoutingContext
     written should_backoff: bool
 ray.serve.request_router:RunningReplica
+    overridden try_send_request(self, pr, with_rejection)
     read replica_id
+ray.serve._private.replica_result:ActorReplicaResult
+    replaced get_rejection_response(self)
+ray.serve._private.common
+    called ReplicaQueueLengthInfo(accepted, num_ongoing_requests)
 ray.serve._private.common:ReplicaID
     read unique_id: str
 

@@ -267,5 +267,4 @@ def check(index: PrefixIndex, told: dict[str, set[int]]) -> None:
             if num:
                 expected[name] = num
         assert index.match(pack(chain), WORKERS, FORMAT) == expected
-    holders = [sum(block in held for held in told.values()) for block in CHAIN]
     assert [index.num_blocks_of(name) for name in told] == [len(held) for held in told.values()]

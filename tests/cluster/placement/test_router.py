@@ -1,4 +1,4 @@
-"""The look-up of the worker that a call names, in Serve's own routing."""
+"""The look-up of the worker that a call names, in Serve's own routing, and how it is called."""
 
 import asyncio
 import subprocess
@@ -14,11 +14,12 @@ from ray.serve._private.common import (
     ReplicaID,
     RequestMetadata,
 )
+from ray.serve._private.replica_result import ActorReplicaResult
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import PendingRequest
+from ray.serve.request_router import PendingRequest, RunningReplica
 
 from cluster.placement.directory import WorkerDirectory
-from cluster.placement.router import PlacementRouter
+from cluster.placement.router import PlacementRouter, UnaryReplica
 
 WORKERS = DeploymentID("Worker", "app")
 MAX_ONGOING = 10
@@ -152,3 +153,28 @@ def test_before_the_handle_is_used_no_worker_is_known() -> None:
     handle: Any = DeploymentID("Worker", "another app")
 
     assert WorkerDirectory(handle).worker_ids() == []
+
+
+@pytest.mark.parametrize("is_streaming", [False, True])
+async def test_only_a_stream_is_answered_twice(
+    is_streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray stops a replica that ends a stream of answers while its caller is out of reach."""
+    sent: list[bool] = []
+
+    def send(
+        replica: RunningReplica, pr: PendingRequest, with_rejection: bool
+    ) -> ActorReplicaResult:
+        sent.append(with_rejection)
+        return ActorReplicaResult.__new__(ActorReplicaResult)
+
+    monkeypatch.setattr(RunningReplica, "try_send_request", send)
+    metadata = RequestMetadata("r", "i", is_streaming=is_streaming)
+
+    result = UnaryReplica.__new__(UnaryReplica).try_send_request(
+        PendingRequest([], {}, metadata), with_rejection=True
+    )
+
+    assert sent == [is_streaming]
+    if not is_streaming:
+        assert (await result.get_rejection_response()).accepted
