@@ -31,15 +31,15 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 async def gauge(server: Server, name: str) -> float:
+    """The value on the page, some seconds old; 0 if there is none yet."""
     async with httpx.AsyncClient(base_url=server.url, timeout=ANSWER_TIMEOUT_S) as http:
         page = (await http.get("/metrics")).raise_for_status().text
-    [value] = [
+    return sum(
         sample.value
         for family in text_string_to_metric_families(page)
         for sample in family.samples
         if sample.name == name
-    ]
-    return value
+    )
 
 
 async def num_workers(server: Server) -> int:
