@@ -88,10 +88,14 @@ def cached(engine: Any) -> dict[int, int]:
 
 
 def indexed(index: PrefixIndex) -> set[int]:
-    """The blocks that some worker has."""
-    blocks = [block for table in index._tables for block in table]
-    nums = index.num_holders(pack(blocks), index.format_of("w"))
-    return {block for block, num in zip(blocks, nums, strict=True) if num}
+    """The blocks that the worker has."""
+    worker = index._workers.get("w")
+    return {
+        block
+        for table in index._tables
+        for block, holders in table.items()
+        if worker and holders & worker.bit
+    }
 
 
 @dataclass
