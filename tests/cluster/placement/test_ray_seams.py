@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.placement.ray_seams import RAY, check_seams
-from cluster.placement.router import PlacementRouter
+from cluster.placement.router import PlacementRouter, UnaryReplica, UnaryRouter
 from workers.seams import Seam, Use
 
 
@@ -16,7 +16,7 @@ def test_replicas_may_start() -> None:
     check_seams()
 
 
-def test_every_member_of_the_router_that_ours_overrides_is_in_the_table() -> None:
+def test_every_member_of_rays_that_ours_overrides_is_in_the_table() -> None:
     overridden = {
         seam.member
         for seam in RAY.seams
@@ -25,7 +25,8 @@ def test_every_member_of_the_router_that_ours_overrides_is_in_the_table() -> Non
 
     assert overridden == {
         name
-        for name in vars(PlacementRouter)
+        for ours in (PlacementRouter, UnaryRouter, UnaryReplica)
+        for name in vars(ours)
         if not name.startswith("_")
-        if any(name in vars(base) for base in PlacementRouter.__mro__[1:])
+        if any(name in vars(base) for base in ours.__mro__[1:])
     }
