@@ -13,7 +13,8 @@ $(2) && echo "[$(1)] ok, $$(($$(date +%s) - start)) s" || \
 { code=$$?; echo "[$(1)] failed after $$(($$(date +%s) - start)) s"; exit $$code; }
 endef
 
-.PHONY: help install serve lint fix test test-fast test-clients dashboards docs hashes supply
+.PHONY: help install serve lint fix test test-fast test-clients test-kernels dashboards docs hashes \
+  supply
 
 help:
 	@echo "XY-Serve: large language models served from a Ray cluster."
@@ -26,6 +27,8 @@ help:
 	@echo "  make test-clients"
 	@echo "                   let clients of the ecosystem work with a server; 3 GB of environments"
 	@echo "                     ARGS='--only langchain'   only some; ARGS=--help tells more"
+	@echo "  make test-kernels"
+	@echo "                   check the Triton kernels without a GPU or an NPU: under 10 minutes"
 	@echo "  make lint        check with ruff, clang-format and mypy --strict"
 	@echo "  make fix         fix what ruff and clang-format can fix"
 	@echo "  make dashboards  regenerate deploy/grafana/*.json and deploy/alerts.yml"
@@ -61,6 +64,27 @@ test-fast: install
 
 test-clients: install
 	@$(BIN)/python -m tests.clients.run $(ARGS)
+
+# Triton for GPUs and the one for NPUs are the same folder of site-packages: each has an environment,
+# which takes all else from .venv. Needs gcc and objcopy.
+TRITON = XYSERVE_TRITON=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 TRITON_CACHE_DIR=$$(mktemp -d)
+TRITON_PYTEST = -m pytest -q -c tests/triton/pytest.ini $(ARGS)
+
+test-kernels: install .venv-triton/installed .venv-ascend/installed
+	$(call phase,interpreter,TRITON_INTERPRET=1 $(TRITON) .venv-triton/bin/python $(TRITON_PYTEST) \
+	  tests/triton/test_interpreter.py)
+	$(call phase,cuda,$(TRITON) .venv-triton/bin/python $(TRITON_PYTEST) tests/triton/test_cuda.py)
+	$(call phase,ascend,$(TRITON) .venv-ascend/bin/python $(TRITON_PYTEST) tests/triton/test_ascend.py)
+
+.venv-triton/installed: tests/triton/cuda.txt
+.venv-ascend/installed: tests/triton/ascend.txt
+.venv-triton/installed .venv-ascend/installed:
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet --no-input --no-deps --require-hashes \
+	  --only-binary=:all: --disable-pip-version-check --requirement $<
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@touch $@
 
 # A test compares the files in git with cluster/observe/dashboards.
 dashboards: install

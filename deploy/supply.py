@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ROOT / "deploy" / "constraints.txt"
 TOOL_PINS = ROOT / "deploy" / "supply.txt"
+TRITON_PINS = [ROOT / "tests" / "triton" / name for name in ("cuda.txt", "ascend.txt")]
 BIN = Path(sys.executable).parent
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 OUT = ROOT / "build" / "supply"
@@ -49,7 +50,7 @@ def main() -> None:
     """Do what the command line names."""
     match sys.argv[1:]:
         case ["hashes"]:
-            for path in (PINS, TOOL_PINS):
+            for path in (PINS, TOOL_PINS, *TRITON_PINS):
                 hash_pins(path)
         case []:
             sys.exit(report())

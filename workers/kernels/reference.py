@@ -6,8 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.kernels.tiles import (
-    MIN_ROWS,
-    QUERY_ROWS,
     TASK_COST,
     TASKS_PER_THREAD,
     SpanCut,
@@ -97,8 +95,9 @@ def cut_spans(
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """The rows of `QueryTiles.tasks` and `QueryTiles.merges`, by one loop after another."""
     tiles = []
-    max_tokens = max(1, QUERY_ROWS // cut.group)
     for span, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        max_rows = cut.masked_rows if sees_all[span] else cut.query_rows
+        max_tokens = max(1, max_rows // cut.group)
         context = seq_len - query_len
         for first in range(0, query_len, max_tokens):
             count = min(max_tokens, query_len - first)
@@ -106,7 +105,7 @@ def cut_spans(
             window = cut.sliding_window or seq_len
             first_key = max(0, context + first + 1 - window)
             chunks = range(first_key // cut.kv_chunk, math.ceil(end_key / cut.kv_chunk))
-            cost = max(count * cut.group, MIN_ROWS) * (end_key - first_key) + TASK_COST
+            cost = max(count * cut.group, cut.min_rows) * (end_key - first_key) + TASK_COST
             tiles.append(((span, first, count), chunks, cost))
 
     total_cost = sum(cost for *_, cost in tiles) * cut.num_kv_heads
@@ -125,7 +124,7 @@ def cut_spans(
         if cut.num_threads > 1:
             num_pieces = min(len(chunks), math.ceil(cost / max_cost))
         place = None
-        if num_pieces > 1:
+        if num_pieces > 1 or (cut.merges_all and len(chunks) > 1):
             place = num_places
             splits.append((tile, place, len(chunks)))
             num_places += len(chunks)

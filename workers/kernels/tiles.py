@@ -133,6 +133,13 @@ class SpanCut:
     """0 if there is none."""
     num_threads: int
     costs: TileCosts
+    query_rows: int = QUERY_ROWS
+    masked_rows: int = QUERY_ROWS
+    """Max rows of a query tile of a span in which a mask decides."""
+    min_rows: int = MIN_ROWS
+    merges_all: bool = False
+    """Whether each chunk of a tile that has several is left for a merge, also where one task does
+    them all: then a task needs no room for what it merges into."""
 
 
 def plan_query_tiles(
@@ -158,7 +165,7 @@ def cut_spans(
 
     `reference.cut_spans` does the same by loops, which take two to six times as long:
 
-        for each span, for each QUERY_ROWS rows of its queries:  # a tile
+        for each span, for each `query_rows` rows of its queries:  # a tile
             cost = rows * keys + TASK_COST
             pieces = 1, or enough for the costs of all pieces to be about even
             for each piece of its chunks of keys, for each KV head: a task
@@ -166,9 +173,11 @@ def cut_spans(
         sort the tasks by cost
     """
     query_lens, seq_lens = np.frombuffer(query_bytes, np.int32), np.frombuffer(seq_bytes, np.int32)
-    span, first, count = _cut_queries(query_lens, max(1, QUERY_ROWS // cut.group))
+    is_masked = np.frombuffer(sees_all_bytes, np.bool_)
+    max_rows = np.where(is_masked, cut.masked_rows, cut.query_rows)
+    span, first, count = _cut_queries(query_lens, np.maximum(1, max_rows // cut.group))
     context = (seq_lens - query_lens)[span]
-    sees_all = np.frombuffer(sees_all_bytes, np.bool_)[span]
+    sees_all = is_masked[span]
     end_key = np.where(sees_all, seq_lens[span], context + first + count)
     first_key = np.zeros_like(context)
     if cut.sliding_window:
@@ -177,7 +186,7 @@ def cut_spans(
 
     # The paper's load, tile size times KV length, and what it leaves out: a fixed part, and that
     # few rows are no cheaper.
-    cost = np.maximum(count * cut.group, MIN_ROWS) * (end_key - first_key) + TASK_COST
+    cost = np.maximum(count * cut.group, cut.min_rows) * (end_key - first_key) + TASK_COST
     chunks = end_chunk - first_chunk
     pieces = np.ones_like(chunks)
     if cut.num_threads > 1 and len(cost):
@@ -185,7 +194,7 @@ def cut_spans(
         pieces = np.minimum(chunks, np.ceil(cost / max_cost).astype(int))
 
     # Each chunk of a split tile has a place for its result, in each KV head.
-    is_split = pieces > 1
+    is_split = chunks > 1 if cut.merges_all else pieces > 1
     places = np.cumsum(chunks * is_split)
     num_places = int(places[-1]) if len(places) else 0
     first_place = np.where(is_split, places - chunks, -1)
@@ -220,7 +229,7 @@ def cut_spans(
     )
 
 
-def _cut_queries(query_lens: Int32s, max_tokens: int) -> tuple[Ints, Ints, Ints]:
+def _cut_queries(query_lens: Int32s, max_tokens: Ints) -> tuple[Ints, Ints, Ints]:
     """Span, first token and number of tokens of each query tile."""
     tokens = np.minimum(np.maximum(query_lens, 1), max_tokens)
     num_tiles = -(-query_lens // tokens)

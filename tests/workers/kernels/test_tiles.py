@@ -141,6 +141,16 @@ cuts = st.fixed_dictionaries(
     }
 )
 
+cuts_of_gpus = st.fixed_dictionaries(
+    {
+        "query_rows": st.sampled_from([64, 128]),
+        "masked_rows": st.sampled_from([16, 64]),
+        "min_rows": st.just(16),
+        "merges_all": st.booleans(),
+        "costs": st.just(TileCosts((1.0,) * 128)),
+    }
+)
+
 
 @settings(max_examples=60, deadline=None)
 @given(spans=steps, options=cuts, with_masks=st.booleans())
@@ -163,9 +173,13 @@ def test_each_token_reads_each_chunk_that_it_sees_once(
 
 
 @settings(max_examples=200, deadline=None)
-@given(spans=steps, options=cuts, with_masks=st.booleans())
+@given(
+    spans=steps,
+    options=st.one_of(cuts, st.builds(lambda a, b: a | b, cuts, cuts_of_gpus)),
+    with_masks=st.booleans(),
+)
 def test_spans_are_cut_as_by_plain_loops(
-    spans: list[tuple[int, int]], options: dict[str, int], with_masks: bool
+    spans: list[tuple[int, int]], options: dict[str, Any], with_masks: bool
 ) -> None:
     # Two tokens at least: the lengths of spans in a step of single tokens are rounded up first.
     spans = [*spans, (2, 5)]
