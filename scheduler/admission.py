@@ -27,8 +27,9 @@ class Admission:
     """Whether that holds for requests of the default class too that do not name it; otherwise those
     wait, as ones without a target do."""
     in_time: float = 0.75
-    """Share of its time to first token within which that must be predicted. The rest is for those
-    that come later and take less: workers serve them first if not all can be on time."""
+    """Share that the predicted wait for a request's turn is of the wait that is reckoned with. The
+    rest is for those that come later and take less: workers serve them first if not all can be on
+    time."""
     max_queue_s: float = 300.0
     """Predicted seconds to the first token beyond which a request without a target is refused."""
 
@@ -53,10 +54,11 @@ class Admission:
             return None
         ttft_s = forecast.ttft_s + wait_s
         is_strict = request.names_slo or self.refuse_unnamed
-        target_s = self.max_queue_s
-        if is_strict:
-            target_s = min(self.in_time * request.slo.ttft_s, target_s)
-        if ttft_s <= target_s and not (is_strict and forecast.is_late):
+        target_s, in_time = self.max_queue_s, 1.0
+        if is_strict and request.slo.ttft_s < target_s:
+            target_s, in_time = request.slo.ttft_s, self.in_time
+        excess_s = ttft_s + (forecast.wait_s + wait_s) * (1 / in_time - 1) - target_s
+        if excess_s <= 0 and not (is_strict and forecast.is_late):
             return None
         if forecast.prefill_s > target_s:
             return Refused(
@@ -64,9 +66,8 @@ class Admission:
                 MIN_RETRY_S,
                 f"its first token takes {forecast.prefill_s:.2g} s on an idle worker",
             )
-        retry_s = ttft_s - target_s
         return Refused(
             RefusalReason.OVERLOAD,
-            math.ceil(max(retry_s, MIN_RETRY_S)),
+            math.ceil(max(excess_s * in_time, MIN_RETRY_S)),
             f"its first token is predicted in {ttft_s:.2g} s",
         )

@@ -11,7 +11,10 @@ REQUEST = Request("r", num_prompt_tokens=100, max_tokens=10, slo=Slo(ttft_s=10.0
 
 
 def forecast(prefill_s: float, ttft_s: float, *, is_late: bool = False) -> Forecast:
-    return Forecast(prefill_s=prefill_s, ttft_s=ttft_s, is_late=is_late, is_measured=True)
+    wait_s = ttft_s - prefill_s
+    return Forecast(
+        prefill_s=prefill_s, ttft_s=ttft_s, is_late=is_late, is_measured=True, wait_s=wait_s
+    )
 
 
 def placement(forecast: Forecast | None) -> Placement:
@@ -22,14 +25,23 @@ def placement(forecast: Forecast | None) -> Placement:
 @pytest.mark.parametrize(
     ("predicted", "reason"),
     [
-        (forecast(1.0, 7.4), None),
-        (forecast(prefill_s=1.0, ttft_s=7.6), RefusalReason.OVERLOAD),
+        (forecast(prefill_s=1.0, ttft_s=7.7), None),
+        (forecast(prefill_s=1.0, ttft_s=7.8), RefusalReason.OVERLOAD),
+        (forecast(prefill_s=9.9, ttft_s=9.9), None),
         (forecast(prefill_s=1.0, ttft_s=5.0, is_late=True), RefusalReason.OVERLOAD),
-        (forecast(prefill_s=8.0, ttft_s=8.0), RefusalReason.TOO_LONG),
+        (forecast(prefill_s=10.1, ttft_s=10.1), RefusalReason.TOO_LONG),
         (Forecast(prefill_s=1.0, ttft_s=50.0), None),
         (None, None),
     ],
-    ids=["in time", "too near", "late", "late when idle too", "a guess", "nothing is known"],
+    ids=[
+        "in time",
+        "too near",
+        "nothing waits",
+        "late",
+        "late when idle too",
+        "a guess",
+        "nothing is known",
+    ],
 )
 def test_what_would_be_late_is_refused(
     predicted: Forecast | None, reason: RefusalReason | None
