@@ -46,14 +46,15 @@ def placement(forecast: Forecast | None) -> Placement:
 def test_what_would_be_late_is_refused(
     predicted: Forecast | None, reason: RefusalReason | None
 ) -> None:
-    refused = Admission().refusal(REQUEST, placement(predicted))
+    refused = Admission(in_time=0.75).refusal(REQUEST, placement(predicted))
 
     assert (refused and refused.reason) == reason
     assert refused is None or (refused.is_final and refused.retry_after_s >= 1)
 
 
 def test_it_may_come_back_when_the_queue_is_short_enough() -> None:
-    refused = Admission().refusal(REQUEST, placement(forecast(prefill_s=1.0, ttft_s=30.5)))
+    late = placement(forecast(prefill_s=1.0, ttft_s=30.5))
+    refused = Admission(in_time=0.75).refusal(REQUEST, late)
 
     assert refused
     assert refused.retry_after_s == 23
