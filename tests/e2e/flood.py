@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ def prompt(num_words: int) -> str:
     )
 
 
-async def ttft_s(client: openai.AsyncOpenAI, num_words: int, num_tokens: int) -> float:
-    """Time to the first token of an answer, of which all is read."""
+async def times_s(
+    client: openai.AsyncOpenAI, num_words: int, num_tokens: int, headers: Mapping[str, str]
+) -> tuple[float, float]:
+    """Times to the first token of an answer and to its end."""
     began_s, first_s = time.monotonic(), 0.0
     async for _ in await client.completions.create(
         model=MODEL,
@@ -47,9 +50,15 @@ async def ttft_s(client: openai.AsyncOpenAI, num_words: int, num_tokens: int) ->
         max_tokens=num_tokens,
         stream=True,
         extra_body={"ignore_eos": True},
+        extra_headers=headers,
     ):
         first_s = first_s or time.monotonic() - began_s
-    return first_s
+    return first_s, time.monotonic() - began_s
+
+
+async def ttft_s(client: openai.AsyncOpenAI, num_words: int, num_tokens: int) -> float:
+    """Time to the first token of an answer, of which all is read."""
+    return (await times_s(client, num_words, num_tokens, {}))[0]
 
 
 async def stream(client: openai.AsyncOpenAI, num_words: int, seconds: float) -> list[float]:

@@ -24,8 +24,8 @@ from typing import Any
 import openai
 
 from tests.bench.report import say
-from tests.e2e.conftest import MODEL, serving
-from tests.e2e.flood import prompt
+from tests.e2e.conftest import serving
+from tests.e2e.flood import times_s
 
 NUM_TOKENS = 16
 NUM_ALONE = 10
@@ -48,21 +48,12 @@ async def call(
     client: openai.AsyncOpenAI, num_words: int, targets: Mapping[str, str] = NO_TARGETS
 ) -> Outcome:
     """Stream one answer."""
-    began_s, first_s = time.monotonic(), 0.0
+    began_s = time.monotonic()
     try:
-        async for _ in await client.completions.create(
-            model=MODEL,
-            prompt=prompt(num_words),
-            max_tokens=NUM_TOKENS,
-            stream=True,
-            extra_body={"ignore_eos": True},
-            extra_headers=targets,
-        ):
-            first_s = first_s or time.monotonic() - began_s
+        first_s, end_s = await times_s(client, num_words, NUM_TOKENS, targets)
     except openai.APIStatusError as error:
         return Outcome(error.status_code, time.monotonic() - began_s)
-    tpot_s = (time.monotonic() - began_s - first_s) / (NUM_TOKENS - 1)
-    return Outcome(HTTPStatus.OK, first_s, tpot_s)
+    return Outcome(HTTPStatus.OK, first_s, (end_s - first_s) / (NUM_TOKENS - 1))
 
 
 async def alone(client: openai.AsyncOpenAI, num_words: int) -> list[Outcome]:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from workers.kernels import triton_attention, triton_gemm
 from workers.kernels.triton_attention import CHUNK_KEYS, attend_kernel
-from workers.kernels.triton_gemm import GemmTiles, linear_kernel
+from workers.kernels.triton_gemm import HEIGHTS, GemmTiles, linear_kernel
 
 NUM_PROGRAMS = 20
 TILES = GemmTiles()
@@ -19,7 +18,7 @@ class Gemm:
     gated: bool = False
     int8: bool = False
     tiles: GemmTiles = TILES
-    max_rows: int = triton_gemm.HEIGHTS[-1]
+    max_rows: int = HEIGHTS[-1]
 
     kernel = linear_kernel
 
@@ -66,7 +65,7 @@ class Attention:
     window: int = 0
     soft_cap: bool = False
     trees: bool = False
-    max_rows: int = triton_attention.HEIGHTS[-1]
+    max_rows: int = HEIGHTS[-1]
     num_warps: int = 8
 
     kernel = attend_kernel
@@ -101,7 +100,7 @@ class Attention:
         return {
             "NUM_PROGRAMS": NUM_PROGRAMS,
             "MAX_ROWS": self.max_rows,
-            "MIN_ROWS": min(h for h in triton_attention.HEIGHTS if h >= pad),
+            "MIN_ROWS": min(h for h in HEIGHTS if h >= pad),
             "GROUP": self.group,
             "GROUP_PAD": pad,
             "HEAD": self.head,

@@ -199,7 +199,7 @@ def cut_spans(
     num_places = int(places[-1]) if len(places) else 0
     first_place = np.where(is_split, places - chunks, -1)
     tile = np.repeat(np.arange(len(span)), pieces)  # of each piece
-    piece = _index_in_run(pieces)
+    piece = index_in_run(pieces)
     begin, end = (first_chunk[tile] + i * chunks[tile] // pieces[tile] for i in (piece, piece + 1))
 
     sizes, size_of_tile = np.unique(count, return_inverse=True)
@@ -234,11 +234,11 @@ def _cut_queries(query_lens: Int32s, max_tokens: Ints) -> tuple[Ints, Ints, Ints
     tokens = np.minimum(np.maximum(query_lens, 1), max_tokens)
     num_tiles = -(-query_lens // tokens)
     span = np.repeat(np.arange(len(query_lens)), num_tiles)
-    first = _index_in_run(num_tiles) * tokens[span]
+    first = index_in_run(num_tiles) * tokens[span]
     return span, first, np.minimum(tokens[span], query_lens[span] - first)
 
 
-def _index_in_run(lengths: Ints) -> Ints:
+def index_in_run(lengths: Ints) -> Ints:
     """For runs of these lengths, one after the other: each item's index in its own run."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 

@@ -22,11 +22,10 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from workers.kernels.shapes import AttentionShape
-from workers.kernels.tiles import Int32s, SpanCut, TileCosts, plan_query_tiles
+from workers.kernels.tiles import Int32s, SpanCut, TileCosts, index_in_run, plan_query_tiles
+from workers.kernels.triton_gemm import HEIGHTS
 from workers.kernels.triton_launch import launch
 
-HEIGHTS = (16, 64, 128)
-"""Rows of a query tile; the smallest is the smallest that a matrix unit takes."""
 CHUNK_KEYS = 2048
 """Keys of a chunk, if its pages have so many; there is at least one page."""
 MERGE_FIELDS = 8
@@ -311,6 +310,11 @@ def group_pad(shape: AttentionShape) -> int:
     return int(triton.next_power_of_2(shape.num_heads // shape.num_kv_heads))
 
 
+def head_pad(shape: AttentionShape) -> int:
+    """Columns of a tile: those of a head, filled up to a power of two."""
+    return int(triton.next_power_of_2(shape.head_size))
+
+
 def chunk_pages(shape: AttentionShape) -> int:
     """Pages of a chunk."""
     return max(1, CHUNK_KEYS // shape.block_size)
@@ -369,8 +373,7 @@ def tables_of(
     height = height_of(count)
     rows = np.zeros(tiles.num_partials + 1, np.int64)
     each = np.repeat(np.arange(len(place)), num_places)
-    index = np.arange(len(each)) - np.repeat(np.cumsum(num_places) - num_places, num_places)
-    rows[place[each] + index + 1] = np.array(HEIGHTS)[height[each]]
+    rows[place[each] + index_in_run(num_places) + 1] = np.array(HEIGHTS)[height[each]]
     first_row = np.cumsum(rows)
     merges = np.zeros((len(place), MERGE_FIELDS), np.int32)
     merges[:, :6] = np.stack(
@@ -441,7 +444,7 @@ def plan_attention(
         merges=on_device(merges),
         counts=on_device(np.array([len(tasks), len(merges)], np.int32)),
         masks=on_device(np.concatenate(parts)),
-        partial_values=partial(int(triton.next_power_of_2(shape.head_size))),
+        partial_values=partial(head_pad(shape)),
         partial_sums=partial(2),
         num_tokens=int(query_start_loc[-1]),
         max_rows=max_rows,
@@ -483,7 +486,7 @@ def attend(
         "GROUP": shape.num_heads // shape.num_kv_heads,
         "GROUP_PAD": group_pad(shape),
         "HEAD": shape.head_size,
-        "HEAD_PAD": int(triton.next_power_of_2(shape.head_size)),
+        "HEAD_PAD": head_pad(shape),
         "IS_FLAT": is_flat,
         "num_warps": num_warps,
         "num_stages": num_stages,
@@ -584,7 +587,7 @@ def write_kv(
         NUM_PROGRAMS=num_programs,
         NUM_KV_HEADS=shape.num_kv_heads,
         HEAD=shape.head_size,
-        HEAD_PAD=int(triton.next_power_of_2(shape.head_size)),
+        HEAD_PAD=head_pad(shape),
         PAGE=shape.block_size,
     )
 

@@ -21,8 +21,6 @@ from workers.kernels.triton_launch import launch
 
 HEIGHTS = (16, 64, 128)
 """Row tiles; the smallest is the smallest that a matrix unit takes."""
-TASK_FIELDS = 4
-"""Of a task: first row, number of rows, first output feature, and which of HEIGHTS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,17 +195,18 @@ def linear_kernel(
 
 
 @lru_cache
-def tile_costs(heights: tuple[int, ...] = HEIGHTS) -> TileCosts:
-    """Costs of row tiles where none were measured: a tile takes as long as the next of `heights`,
-    and half as long again as its rows say, for the weights that it reads."""
-    fitting = [min(h for h in heights if h >= rows) for rows in range(1, max(heights) + 1)]
-    return TileCosts(tuple(height + max(heights) / 2 for height in fitting))
+def tile_costs() -> TileCosts:
+    """Costs of row tiles where none were measured: a tile takes as long as the next of HEIGHTS,
+    and half as long again as the tallest, for the weights that it reads."""
+    fitting = [min(h for h in HEIGHTS if h >= rows) for rows in range(1, HEIGHTS[-1] + 1)]
+    return TileCosts(tuple(height + HEIGHTS[-1] / 2 for height in fitting))
 
 
 @lru_cache(maxsize=1 << 12)
 def plan_linear(num_rows: int, num_features: int, tiles: GemmTiles, costs: TileCosts) -> Int32s:
-    """The tasks `[num_tasks, 4]` of a product with `num_rows` rows, in the order in which programs
-    take them: all row tiles of a few blocks of output features, then the next blocks."""
+    """The tasks `[num_tasks, 4]` of a product with `num_rows` rows: first row, number of rows,
+    first output feature, and which of HEIGHTS. Programs take them in this order: all row tiles of a
+    few blocks of output features, then the next blocks."""
     rows = np.array(row_tiles(num_rows, costs), np.int32)
     first = np.cumsum(rows) - rows
     height = np.searchsorted(HEIGHTS, rows)
