@@ -26,7 +26,7 @@ class Admission:
     refuse_unnamed: bool = False
     """Whether that holds for requests of the default class too that do not name it; otherwise those
     wait, as ones without a target do."""
-    in_time: float = 0.9
+    in_time: float = 0.75
     """Share that the predicted wait for a request's turn is of the wait that is reckoned with. The
     rest is for those that come later and take less: workers serve them first if not all can be on
     time."""
