@@ -167,36 +167,17 @@ def attend_kernel(
         own_cache = cache + head * (2 * PAGE * HEAD)
         table = tables + span * table_stride
         first_position = seq_len - query_len + first_in_span
-        if MIN_ROWS <= 16:
-            if height == 0:
-                _attend_tile(
-                    own_query, own_cache, table, masks, own_out, partial_values, partial_sums,
-                    num_tokens, first_position, seq_len, mask_start, query_len, first_in_span,
-                    first_chunk, end_chunk, partial,
-                    query_stride, block_stride, out_stride, scale, soft_cap,
-                    16, GROUP, GROUP_PAD, HEAD, HEAD_PAD, PAGE, CHUNK_PAGES, WINDOW, HAS_SOFT_CAP,
-                    HAS_TREES, IS_FLAT,
-                )  # fmt: skip
-        if MIN_ROWS <= 64 and MAX_ROWS >= 64:
-            if height == 1:
-                _attend_tile(
-                    own_query, own_cache, table, masks, own_out, partial_values, partial_sums,
-                    num_tokens, first_position, seq_len, mask_start, query_len, first_in_span,
-                    first_chunk, end_chunk, partial,
-                    query_stride, block_stride, out_stride, scale, soft_cap,
-                    64, GROUP, GROUP_PAD, HEAD, HEAD_PAD, PAGE, CHUNK_PAGES, WINDOW, HAS_SOFT_CAP,
-                    HAS_TREES, IS_FLAT,
-                )  # fmt: skip
-        if MAX_ROWS >= 128:
-            if height == 2:
-                _attend_tile(
-                    own_query, own_cache, table, masks, own_out, partial_values, partial_sums,
-                    num_tokens, first_position, seq_len, mask_start, query_len, first_in_span,
-                    first_chunk, end_chunk, partial,
-                    query_stride, block_stride, out_stride, scale, soft_cap,
-                    128, GROUP, GROUP_PAD, HEAD, HEAD_PAD, PAGE, CHUNK_PAGES, WINDOW, HAS_SOFT_CAP,
-                    HAS_TREES and MIN_ROWS == 128, IS_FLAT,
-                )  # fmt: skip
+        for index in tl.static_range(3):
+            if (16, 64, 128)[index] >= MIN_ROWS and (16, 64, 128)[index] <= MAX_ROWS:
+                if height == index:
+                    _attend_tile(
+                        own_query, own_cache, table, masks, own_out, partial_values, partial_sums,
+                        num_tokens, first_position, seq_len, mask_start, query_len, first_in_span,
+                        first_chunk, end_chunk, partial,
+                        query_stride, block_stride, out_stride, scale, soft_cap,
+                        (16, 64, 128)[index], GROUP, GROUP_PAD, HEAD, HEAD_PAD, PAGE, CHUNK_PAGES,
+                        WINDOW, HAS_SOFT_CAP, HAS_TREES and (index < 2 or MIN_ROWS == 128), IS_FLAT,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -242,24 +223,13 @@ def merge_kernel(
         own_out = out + first_token.to(tl.int64) * out_stride + head * out_head_stride
         values = partial_values + partial.to(tl.int64) * HEAD_PAD
         sums = partial_sums + partial.to(tl.int64) * 2
-        if MIN_ROWS <= 16:
-            if height == 0:
-                _merge_tile(
-                    values, sums, own_out, num_tokens, num_partials, out_stride,
-                    16, GROUP, GROUP_PAD, HEAD, HEAD_PAD, IS_FLAT,
-                )  # fmt: skip
-        if MIN_ROWS <= 64 and MAX_ROWS >= 64:
-            if height == 1:
-                _merge_tile(
-                    values, sums, own_out, num_tokens, num_partials, out_stride,
-                    64, GROUP, GROUP_PAD, HEAD, HEAD_PAD, IS_FLAT,
-                )  # fmt: skip
-        if MAX_ROWS >= 128:
-            if height == 2:
-                _merge_tile(
-                    values, sums, own_out, num_tokens, num_partials, out_stride,
-                    128, GROUP, GROUP_PAD, HEAD, HEAD_PAD, IS_FLAT,
-                )  # fmt: skip
+        for index in tl.static_range(3):
+            if (16, 64, 128)[index] >= MIN_ROWS and (16, 64, 128)[index] <= MAX_ROWS:
+                if height == index:
+                    _merge_tile(
+                        values, sums, own_out, num_tokens, num_partials, out_stride,
+                        (16, 64, 128)[index], GROUP, GROUP_PAD, HEAD, HEAD_PAD, IS_FLAT,
+                    )  # fmt: skip
 
 
 @triton.jit

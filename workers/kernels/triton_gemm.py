@@ -127,71 +127,29 @@ def linear_kernel(
         task = tasks + number * 4
         first_row, num_rows = tl.load(task), tl.load(task + 1)
         first_feature, height = tl.load(task + 2), tl.load(task + 3)
-        if height == 0:
-            _linear_tile(
-                x,
-                weight,
-                scales,
-                bias,
-                out,
-                x_stride,
-                out_stride,
-                num_features,
-                num_inputs,
-                first_row,
-                num_rows,
-                first_feature,
-                16,
-                BLOCK_N,
-                BLOCK_K,
-                GATED,
-                HAS_SCALES,
-                HAS_BIAS,
-            )
-        if MAX_ROWS >= 64:
-            if height == 1:
-                _linear_tile(
-                    x,
-                    weight,
-                    scales,
-                    bias,
-                    out,
-                    x_stride,
-                    out_stride,
-                    num_features,
-                    num_inputs,
-                    first_row,
-                    num_rows,
-                    first_feature,
-                    64,
-                    BLOCK_N,
-                    BLOCK_K,
-                    GATED,
-                    HAS_SCALES,
-                    HAS_BIAS,
-                )
-        if MAX_ROWS >= 128:
-            if height == 2:
-                _linear_tile(
-                    x,
-                    weight,
-                    scales,
-                    bias,
-                    out,
-                    x_stride,
-                    out_stride,
-                    num_features,
-                    num_inputs,
-                    first_row,
-                    num_rows,
-                    first_feature,
-                    128,
-                    BLOCK_N,
-                    BLOCK_K,
-                    GATED,
-                    HAS_SCALES,
-                    HAS_BIAS,
-                )
+        for index in tl.static_range(3):
+            if (16, 64, 128)[index] <= MAX_ROWS:
+                if height == index:
+                    _linear_tile(
+                        x,
+                        weight,
+                        scales,
+                        bias,
+                        out,
+                        x_stride,
+                        out_stride,
+                        num_features,
+                        num_inputs,
+                        first_row,
+                        num_rows,
+                        first_feature,
+                        (16, 64, 128)[index],
+                        BLOCK_N,
+                        BLOCK_K,
+                        GATED,
+                        HAS_SCALES,
+                        HAS_BIAS,
+                    )
 
 
 @lru_cache
