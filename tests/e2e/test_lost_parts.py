@@ -108,11 +108,24 @@ def test_a_global_scheduler_that_hangs_is_replaced_and_requests_wait(
     server: Server, handle: XYServe, prompts: list[str], expected: list[list[int]]
 ) -> None:
     (pid,) = pids(server, "GlobalScheduler")
+    wait_until(lambda: is_known_to_its_raylet(pid))
 
     found = asyncio.run(answers_around(handle, prompts, lambda: os.kill(pid, signal.SIGSTOP)))
 
     assert found == expected
     wait_until(lambda: pid not in pids(server, "GlobalScheduler"))
+
+
+def is_known_to_its_raylet(pid: int) -> bool:
+    """Whether the raylet has connected to a process that it started, as it does in some 15 s.
+
+    One that hangs before is given up by Serve too, but Ray cannot end it until it goes on.
+    """
+    process = psutil.Process(pid)
+    ports = {c.laddr.port for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+    raylet = process.parent()
+    assert raylet
+    return any(c.raddr and c.raddr.port in ports for c in raylet.net_connections())
 
 
 @pytest.mark.usefixtures("restored")

@@ -87,15 +87,13 @@ class StockQueue:
 
     def report(self, now: float) -> QueueReport:
         """What placement is to know of it."""
-        return queue_report(
-            self._scheduler, self._planner, lambda request: _state(request, now), now
-        )
+        return queue_report(self._scheduler, self._planner, _state, now)
 
 
-def _state(request: VllmRequest, now: float) -> RequestState:
+def _state(request: VllmRequest) -> RequestState:
     came_as: EngineRequest | None = getattr(request, "came_as", None)
     known, progress = (came_as.request, came_as.progress) if came_as else (None, None)
-    state = initial_state(request, known, progress, now)
+    state = initial_state(request, known, progress)
     state.num_output_tokens = request.num_output_tokens + request.num_output_placeholders
     state.num_computed_tokens = request.num_computed_tokens
     return state

@@ -60,13 +60,13 @@ class LiveRequests:
 
     def run(self, request: VllmRequest, now: float) -> RequestState:
         """The state of a running request."""
-        notes = self._renewed(request, now)
+        notes = self._renewed(request)
         notes.looked_up, notes.num_cached = None, 0
         return _update(notes, request, request.num_computed_tokens, now)
 
     def wait(self, request: VllmRequest, now: float) -> RequestState:
         """The state of a waiting request."""
-        notes = self._renewed(request, now)
+        notes = self._renewed(request)
         num_computed = request.num_computed_tokens or notes.num_cached
         state = notes.state
         is_unchanged = (
@@ -81,7 +81,7 @@ class LiveRequests:
         notes = self._notes[request.request_id]
         state = notes.state
         if request.num_prompt_tokens != state.request.num_prompt_tokens:
-            state = initial_state(request, state.request, None, state.arrival_s)
+            state = initial_state(request, state.request, None)
         return RequestState(
             state.request,
             state.arrival_s,
@@ -123,11 +123,11 @@ class LiveRequests:
             num_new_tokens = request.num_output_tokens - notes.num_delivered
             self._ended_tokens[request.request_id] = num_new_tokens
 
-    def _renewed(self, request: VllmRequest, now: float) -> RequestNotes:
+    def _renewed(self, request: VllmRequest) -> RequestNotes:
         notes = self._notes[request.request_id]
         # The next turn of a streaming-input session comes under the same id.
         if request.num_prompt_tokens != notes.state.request.num_prompt_tokens:
-            notes.state = initial_state(request, notes.state.request, None, now)
+            notes.state = initial_state(request, notes.state.request, None)
             notes.num_delivered = 0
         return notes
 
@@ -171,7 +171,7 @@ def _deliver(notes: RequestNotes, request: VllmRequest, now: float) -> int:
 
 
 def initial_state(
-    request: VllmRequest, ours: Request | None, progress: Progress | None, now: float
+    request: VllmRequest, ours: Request | None, progress: Progress | None
 ) -> RequestState:
     """The state of a request that has just arrived; `ours` is None if only vLLM knows it."""
     if ours is None:
@@ -180,8 +180,9 @@ def initial_state(
     if (ours.num_prompt_tokens, ours.max_tokens) != lengths:  # e.g. a session's next turn
         num_prompt_tokens, max_tokens = lengths
         ours = replace(ours, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
-    # Times were noted by another process, maybe on another machine, by the wall clock.
-    wall_clock_s = time.time()
+    # Times were noted by another process, maybe on another machine, by the wall clock. With nothing
+    # between the two readings here, requests that come soon after one another keep their order.
+    now, wall_clock_s = time.monotonic(), time.time()
 
     def here(then_s: float) -> float:
         return now - max(wall_clock_s - then_s, 0.0)

@@ -85,7 +85,7 @@ class PlannedScheduler(Scheduler):
         if request.request_id not in self.requests:
             ours: EngineRequest | None = getattr(request, "came_as", None)
             known, progress = (ours.request, ours.progress) if ours else (None, None)
-            self._live.add(initial_state(request, known, progress, time.monotonic()))
+            self._live.add(initial_state(request, known, progress))
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
