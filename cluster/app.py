@@ -92,16 +92,17 @@ def _deployment(cls: type, **options: Any) -> Any:
 
 def _worker_resources(config: AppConfig) -> dict[str, Any]:
     worker = config.worker
-    env = _VLLM_ENV | worker.thread_env
+    env = _VLLM_ENV | worker.env
     options: dict[str, Any] = {
         "num_cpus": worker.cpus,
         **_on(config.nodes.worker),
         "runtime_env": {"env_vars": env},
     }
-    if worker.device == "cuda":
-        options["num_gpus"] = 1
-    elif worker.device == "npu":
-        options["resources"] = {"NPU": 1}
+    resource, number = worker.resource
+    if resource == "GPU":
+        options["num_gpus"] = number
+    elif resource == "NPU":
+        options["resources"] = {resource: number}
     return options
 
 
@@ -151,9 +152,7 @@ def check_labels(wanted: NodesConfig, nodes: Sequence[Mapping[str, Any]]) -> Non
 
 def check_device(config: AppConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
     """Refuse workers that would wait for ever for a device that none of these nodes has."""
-    resource, need = {"cpu": ("CPU", config.worker.cpus), "cuda": ("GPU", 1), "npu": ("NPU", 1)}[
-        config.worker.device
-    ]
+    resource, need = config.worker.resource
     labels = config.nodes.worker
     found = (node["Resources"].get(resource, 0) for node in nodes if _has(node, labels))
     if (largest := max(found, default=0)) < need:

@@ -1,9 +1,20 @@
 """The config of workers, their engines and draft workers."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from scheduler.policy import StepPolicy
+
+DeviceName = Literal["cpu", "cuda", "npu", "npu-emulated"]
+
+NPU_VARIABLE, EMULATED = "XYSERVE_NPU", "emulated"
+"""The variable of a process whose NPU is emulated, and its value."""
+
+
+def is_npu_emulated() -> bool:
+    """Whether this process emulates an NPU on its CPU."""
+    return os.environ.get(NPU_VARIABLE) == EMULATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +98,17 @@ class WorkerConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    device: Literal["cpu", "cuda", "npu"] = "cpu"
-    """Device of one worker: CPU cores, one NVIDIA GPU (`cuda`) or one Ascend NPU (`npu`)."""
+    device: DeviceName = "cpu"
+    """Device of one worker: CPU cores, one NVIDIA GPU (`cuda`) or one Ascend NPU (`npu`).
+    `npu-emulated` runs the NPU's form of our kernels on CPU cores: slow, to try things out."""
     cpus: int = 1
-    """CPU cores of one worker; with `device: cpu` no other worker uses them, and each runs a
-    thread."""
+    """CPU cores of one worker; if it runs on them no other worker uses them, and with `device: cpu`
+    each runs a thread."""
     kernels: Literal["xyserve", "vllm"] = "xyserve"
-    """Kernels on the CPU: our GEMM, attention and forward pass (`xyserve`), or vLLM's own."""
+    """Our kernels (`xyserve`) or vLLM's own, of which it has none for NPUs."""
     weight_format: Literal["auto", "int8", "int4"] = "auto"
-    """Format of the weights in our kernels; `auto` is lossless: bf16 if the checkpoint is, else
-    fp32."""
+    """Format of the weights in our kernels; `auto` is lossless: the checkpoint's, and on CPUs fp32
+    if that is not bf16. `int4` is for CPUs only."""
     keep_packed_weights: bool = True
     """Whether our kernels' weights are kept in a file, so that a later start of the same model need
     not pack them; for a local checkpoint, in `packed/` of the home folder, as large as in
@@ -127,14 +139,19 @@ class WorkerConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:  # NaN is not either
                 raise ValueError(f"{name} ({value}) must be positive")
-        if self.uses_own_kernels and self.engine.dtype not in ("auto", "float32"):
+        if self.uses_cpu_kernels and self.engine.dtype not in ("auto", "float32"):
             raise ValueError(
                 f"engine.dtype ({self.engine.dtype}) must be float32 or auto with our CPU kernels, "
                 "which compute in float32 on bf16 weights; or set kernels: vllm"
             )
-        if self.weight_format != "auto" and not self.uses_own_kernels:
+        if self.weight_format != "auto" and self.kernels != "xyserve":
+            raise ValueError(f"weight_format ({self.weight_format}) needs kernels: xyserve")
+        if self.weight_format == "int4" and self.device != "cpu":
+            raise ValueError(f"weight_format (int4) needs device: cpu, and this is {self.device}")
+        if self.kernels == "vllm" and self.device in ("npu", "npu-emulated"):
             raise ValueError(
-                f"weight_format ({self.weight_format}) needs device: cpu and kernels: xyserve"
+                f"kernels (vllm) needs another device than {self.device}: vLLM has no kernels for "
+                "NPUs; leave it at xyserve"
             )
         if self.record is not None and self.step_policy.name == "vllm":
             raise ValueError(
@@ -142,15 +159,29 @@ class WorkerConfig:
             )
 
     @property
-    def uses_own_kernels(self) -> bool:
+    def runs_on_cpu(self) -> bool:
+        """Whether CPU cores compute the steps."""
+        return self.device in ("cpu", "npu-emulated")
+
+    @property
+    def resource(self) -> tuple[str, int]:
+        """What a worker needs on one node, by Ray's name."""
+        if self.runs_on_cpu:
+            return "CPU", self.cpus
+        return {"cuda": "GPU", "npu": "NPU"}[self.device], 1
+
+    @property
+    def uses_cpu_kernels(self) -> bool:
         """Whether our CPU kernels run the model."""
         return self.device == "cpu" and self.kernels == "xyserve"
 
     @property
-    def thread_env(self) -> dict[str, str]:
+    def env(self) -> dict[str, str]:
         """Environment of the worker's process; it must be set before torch is imported."""
         env = {"OMP_NUM_THREADS": str(self.cpus)}
-        if self.uses_own_kernels:
+        if self.device == "npu-emulated":
+            env[NPU_VARIABLE] = EMULATED
+        if self.uses_cpu_kernels:
             # Torch's idle threads would spin for milliseconds on the cores that our kernels need.
             env["OMP_WAIT_POLICY"] = "PASSIVE"
         return env

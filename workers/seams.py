@@ -137,13 +137,10 @@ class SeamTable:
     """Advice that ends an error: how to install the pinned version."""
     seams: tuple[Seam, ...]
 
-    def check(self, *, any_version: bool = False) -> None:
-        """Raise SeamBroken if the version installed is of another series, or any seam differs.
-
-        With `any_version` only the seams count.
-        """
+    def check(self) -> None:
+        """Raise SeamBroken if the version installed is of another series, or any seam differs."""
         version = self._installed()
-        if not (any_version or is_same_series(version, self.version)):
+        if not is_same_series(version, self.version):
             raise SeamBroken(
                 f"{self.library} {version} is installed, and XY-Serve is written for "
                 f"{self.version}; {self.remedy}"

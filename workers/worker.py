@@ -63,7 +63,7 @@ class Worker:
         self._has_policy = False
         """Whether the last answer set a policy."""
         self._cpus: CpuClaim | None = None
-        if config.device == "cpu":
+        if config.runs_on_cpu:
             self._cpus = claim_cpus(config.cpus)
             self._cpus.pin_process()
         try:

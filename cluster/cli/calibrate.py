@@ -53,7 +53,7 @@ def calibrate(
     from cluster.config.serve_file import read_serve_file
 
     app_config = None if kernels_only else read_serve_file(config).config
-    if app_config is None or app_config.worker.uses_own_kernels:
+    if app_config is None or app_config.worker.uses_cpu_kernels:
         _calibrate_kernels(force)
     if app_config is not None:
         _calibrate_engine(config, app_config, force)

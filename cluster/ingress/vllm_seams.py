@@ -186,9 +186,9 @@ FRONT_END = dataclasses.replace(VLLM, seams=SEAMS)
 
 
 @cache
-def check_seams(device: str) -> None:
-    """Raise SeamBroken if vLLM is not the one that the front end of workers on `device` needs.
+def check_seams() -> None:
+    """Raise SeamBroken if vLLM is not the one that the front end is written for.
 
     Call it before importing what uses vLLM, so that a module that has moved is named by this error.
     """
-    FRONT_END.check(any_version=device == "npu")
+    FRONT_END.check()

@@ -1,7 +1,8 @@
 """Profiles of simulated devices: how long steps take and how much the KV cache holds.
 
 Profiles that come with the package are files in `profiles/`. Those computed from data sheets are
-written by `scheduler.simulation.roofline`, the others were measured.
+written by `scheduler.simulation.roofline`, those computed tile by tile by
+`scheduler.simulation.ascend`; the others were measured.
 """
 
 import json
@@ -24,7 +25,7 @@ class DeviceProfile:
     source: str
     """Origin of the numbers."""
     modelled: bool
-    """Whether the numbers are computed from data sheets; otherwise they were measured."""
+    """Whether the numbers are computed from data on the hardware; otherwise they were measured."""
     cost_model: CostModel
     """Predicts the seconds of a step."""
     limits: Limits

@@ -18,9 +18,10 @@ from scheduler.work import ModelWork
 KV_BLOCK_SIZE = 16
 """Tokens in a block of the KV cache, vLLM's default."""
 RESERVED_SHARE = 0.1
-"""Share of the memory for activations and the runtime; vLLM leaves 8% by default."""
+"""Share of the memory for activations and the runtime. Assumed; vLLM leaves 8% by default."""
 QUERY_TILE = 128
-"""Query tokens that read the KV cache together: the row tile of FlashAttention on these devices."""
+"""Query tokens that read the KV cache together: the row tile of FlashAttention-2 on GPUs (Dao,
+arXiv:2307.08691), and of the paper's kernel for prompts on a 910B."""
 BYTES = 2
 """Bytes of a 16-bit number."""
 
@@ -29,7 +30,8 @@ BYTES = 2
 class Accelerator:
     """A chip by its data sheet, and the shares of its peaks that a serving engine reaches.
 
-    The defaults are assumptions, the same for all chips: usual figures for well-tuned engines.
+    The defaults are assumptions, the same for all chips: usual figures for well-tuned engines. For
+    a 910B `ascend.py` derives its own, tile by tile.
     """
 
     name: str
@@ -47,12 +49,14 @@ class Accelerator:
     launch_s: float = 0.002
     """Fixed seconds of a step: scheduling, launching, sampling."""
     tile_rows: int = 16
-    """Rows of a tile of matrix products; a step is rounded up to whole tiles."""
+    """Rows of a tile of matrix products, to which a step is rounded up: the smallest that a matrix
+    unit takes on these chips."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A decoder like Llama with 16-bit weights, by its config."""
+    """A decoder like Llama with 16-bit weights: sizes by the `config.json` that is published with
+    it, number of parameters by its model card."""
 
     name: str
     num_parameters: float
@@ -62,6 +66,8 @@ class Model:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    intermediate_size: int
+    """Width of the feed-forward layers, of their gate and of their up projection each."""
     vocabulary: int
     ties_embedding: bool = False
     """Whether the LM head shares its weights with the embedding."""
@@ -100,7 +106,8 @@ ACCELERATORS = {
         flops=376e12,
         bandwidth=1.6e12,
         memory_bytes=64 * 2**30,
-        source="Ascend 910B (B1): 376 TFLOP/s fp16, 64 GB HBM2e at 1.6 TB/s",
+        source="Ascend 910B (B1): 376 TFLOP/s fp16 (Huawei's white paper of the Atlas 800T A2), "
+        "64 GB HBM2e at 1.6 TB/s (as quoted in public)",
     ),
     "a800": Accelerator(
         name="NVIDIA A800 80GB",
@@ -127,6 +134,7 @@ MODELS = {
         num_heads=32,
         num_kv_heads=8,
         head_dim=128,
+        intermediate_size=14336,
         vocabulary=128256,
     ),
     "qwen2.5-7b": Model(
@@ -137,6 +145,7 @@ MODELS = {
         num_heads=28,
         num_kv_heads=4,
         head_dim=128,
+        intermediate_size=18944,
         vocabulary=152064,
     ),
     "qwen2.5-32b": Model(
@@ -147,6 +156,7 @@ MODELS = {
         num_heads=40,
         num_kv_heads=8,
         head_dim=128,
+        intermediate_size=27648,
         vocabulary=152064,
     ),
 }
@@ -182,8 +192,8 @@ def roofline(
         work.kv_bytes_per_token / bandwidth,
         work.flops_per_pair / flops,
     ]
-    num_kv_blocks = _num_kv_blocks(accelerator, model)
-    if num_kv_blocks < 1:
+    num_blocks = num_kv_blocks(accelerator, model, KV_BLOCK_SIZE)
+    if num_blocks < 1:
         raise ValueError(
             f"{model.name} does not fit into the memory of {accelerator.name}; take a smaller model"
         )
@@ -205,16 +215,22 @@ def roofline(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_block_size=KV_BLOCK_SIZE,
-            num_kv_blocks=num_kv_blocks,
+            num_kv_blocks=num_blocks,
         ),
     )
+
+
+def num_kv_blocks(accelerator: Accelerator, model: Model, kv_block_size: int) -> int:
+    """KV blocks that fit next to the weights; negative if not even those fit."""
+    room_bytes = accelerator.memory_bytes * (1 - RESERVED_SHARE) - model.num_parameters * BYTES
+    return int(room_bytes // (model.kv_bytes_per_token * kv_block_size))
 
 
 def modelled_profiles() -> Iterator[DeviceProfile]:
     """A profile of each accelerator with each model that fits its memory."""
     for accelerator_name, accelerator in ACCELERATORS.items():
         for model_name, model in MODELS.items():
-            if _num_kv_blocks(accelerator, model) > 0:
+            if num_kv_blocks(accelerator, model, KV_BLOCK_SIZE) > 0:
                 yield roofline(accelerator, model, name=f"{accelerator_name}-{model_name}")
 
 
@@ -223,12 +239,6 @@ def write_profiles(folder: Path) -> None:
     for profile in modelled_profiles():
         text = json.dumps(profile.to_dict(), indent=2) + "\n"
         (folder / f"{profile.name}.json").write_text(text)
-
-
-def _num_kv_blocks(accelerator: Accelerator, model: Model) -> int:
-    """KV blocks that fit next to the weights; negative if not even those fit."""
-    room_bytes = accelerator.memory_bytes * (1 - RESERVED_SHARE) - model.num_parameters * BYTES
-    return int(room_bytes // (model.kv_bytes_per_token * KV_BLOCK_SIZE))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
         )
     )
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-    os.environ.update(config.thread_env)
+    os.environ.update(config.env)
     from workers.profiling.vllm_calibrated_engine import make_engine
 
     kept = KeptSteps()

@@ -122,7 +122,7 @@ class Contestant:
 def vllm_engine(pipe: Connection, cores: list[int], model: str, config: WorkerConfig) -> None:
     """Run vLLM's engine on `cores`, in this process."""
     os.sched_setaffinity(0, cores)
-    os.environ.update(config.thread_env)
+    os.environ.update(config.env)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine

@@ -39,7 +39,7 @@ TURN = ("bare", "http", "handle")
 def bare_engine(pipe: Connection, cores: list[int], model: str, config: AppConfig) -> None:
     """Run vLLM's engine on `cores`: receives prompts, sends (seconds, token ids)."""
     os.sched_setaffinity(0, cores)
-    os.environ.update(config.worker.thread_env)
+    os.environ.update(config.worker.env)
     from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 

@@ -97,7 +97,7 @@ def score(name: str, model: str, threads: int, windows: Windows) -> Score:
     """Run one contestant over all windows, in this process."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     config = worker_config(name, threads)
-    os.environ.update(config.thread_env)
+    os.environ.update(config.env)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.v1.engine.llm_engine import LLMEngine
 

@@ -55,7 +55,7 @@ def main() -> None:
     config = WorkerConfig(engine=EngineConfig(dtype="float32", max_num_seqs=32, kv_cache_gib=1.0))
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [core])
-    os.environ.update(config.thread_env)
+    os.environ.update(config.env)
     from workers.profiling.vllm_calibrated_engine import make_engine
 
     kept = KeptSteps()

@@ -132,6 +132,7 @@ ATTENTIONS = [
     Attention(4, 64, page=128),
     Attention(4, 128, "fp16"),
     Attention(4, 128, trees=True),
+    Attention(4, 128, page=128, max_rows=64),  # deploy/npu.yaml
     Attention(4, 128, max_rows=16),  # decodes only
     Attention(4, 128, window=4096, max_rows=64),
     Attention(2, 256, soft_cap=True, max_rows=64),  # Gemma 2

@@ -61,6 +61,9 @@ class Facts:
     """None: one call for all layers."""
     attention_refusals: set[str | None]
     """Reasons of the layers; None: the meta-kernel serves it."""
+    attention_impls: set[str]
+    linear_methods: set[str]
+    """Classes that compute the linear layers and the logits."""
     packed: dict[str, str]
     """Format of each packed layer, by its name."""
 
@@ -189,6 +192,12 @@ def _facts(model: Any) -> Facts:
         type(model).__name__,
         getattr(model, "_refusal", "vLLM's own class"),
         {getattr(impl, "refusal", "vLLM's own class") for impl in impls},
+        {type(impl).__name__ for impl in impls},
+        {
+            type(module.quant_method).__name__
+            for _, module in modules
+            if hasattr(module, "quant_method") and hasattr(module, "weight")
+        },
         {name: module.packed.format for name, module in modules if hasattr(module, "packed")},
     )
 

@@ -56,8 +56,9 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 
 
-def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
-    """vLLM's arguments for `config`; the ingress and the workers must use the same.
+def engine_args(model: str, config: WorkerConfig, *, kernels: bool = True) -> AsyncEngineArgs:
+    """vLLM's arguments for `config`; the ingress and the workers must use the same, but an ingress,
+    which may be on a node without the device, does without our kernels.
 
     They leave out drafts, which only workers know of: an ingress that did would refuse parameters
     that vLLM cannot verify drafts under.
@@ -75,10 +76,13 @@ def engine_args(model: str, config: WorkerConfig) -> AsyncEngineArgs:
     }
     args["kv_cache_memory_bytes"] = int(config.engine.kv_cache_gib * GIB)
     # Compiling for the CPU takes minutes and gains nothing there.
-    args.setdefault("enforce_eager", config.device == "cpu")
-    if config.uses_own_kernels:
-        args["quantization"] = QUANTIZATION
+    args.setdefault("enforce_eager", config.runs_on_cpu)
+    if config.uses_cpu_kernels:
         args["dtype"] = "float32"
+    if kernels and config.kernels == "xyserve":
+        args["quantization"] = QUANTIZATION
+        if config.device == "cuda":  # on NPUs the platform chooses
+            args["attention_backend"] = "CUSTOM"
         args["additional_config"] = {
             QUANTIZATION: {
                 "weight_format": config.weight_format,
@@ -124,12 +128,12 @@ class VllmEngine:
         ):
             self.core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
             """vLLM's engine core; touched between two steps only."""
-        if config.uses_own_kernels:
+        if config.uses_cpu_kernels:
             _keep_packed_weights(vllm_config)
         manager = self.core.structured_output_manager
         assert isinstance(manager, BoundedGrammars)
         self.grammars = manager
-        if config.device == "cpu":
+        if config.runs_on_cpu:
             fix_sampling(runner_of(self.core))
         self._resumption = Resumption(self.core)
         not_told = refusal(self.core) if config.prefix_index else "prefix_index is off"
@@ -146,9 +150,9 @@ class VllmEngine:
                 config.step_policy,
                 on_step=observer.took_step if observer else None,
             )
-            scheduler.drafts.verifies_all = config.device == "cpu"
+            scheduler.drafts.verifies_all = config.runs_on_cpu
             self._planned = scheduler
-            if config.device == "cpu":  # others may compute nothing more
+            if config.runs_on_cpu:  # others may compute nothing more
                 self._recovery = StepRecovery(self.core, scheduler)
             if draft:
                 self._connect(scheduler.drafts, draft)
@@ -359,7 +363,7 @@ def _keep_packed_weights(vllm_config: VllmConfig) -> None:
 def _vllm_config(model: str, config: WorkerConfig, draft: DraftConfig | None) -> VllmConfig:
     args = engine_args(model, config)
     if draft:
-        args.speculative_config = speculative_config(draft, config.device)
+        args.speculative_config = speculative_config(draft)
     if config.prefix_index and config.engine.enable_prefix_caching and not args.kv_events_config:
         args.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)

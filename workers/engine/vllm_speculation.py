@@ -26,12 +26,13 @@ class NoDrafts:
         return [[] for _ in sampled_token_ids]
 
 
-def speculative_config(config: DraftConfig, device: str) -> dict[str, Any]:
+def speculative_config(config: DraftConfig) -> dict[str, Any]:
     """vLLM's argument of this name: drafts are verified, and vLLM makes none."""
-    args: dict[str, Any] = {"num_speculative_tokens": config.num_speculative_tokens}
-    if device == "npu":  # its runner takes no custom class; the drafts it makes are ignored
-        return args | {"method": "ngram", "prompt_lookup_max": 2}
-    return args | {"method": "custom_class", "model": f"{__name__}.{NoDrafts.__name__}"}
+    return {
+        "num_speculative_tokens": config.num_speculative_tokens,
+        "method": "custom_class",
+        "model": f"{__name__}.{NoDrafts.__name__}",
+    }
 
 
 class LastHiddenStates:

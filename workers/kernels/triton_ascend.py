@@ -14,6 +14,7 @@ import hashlib
 import importlib.resources
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -229,11 +230,16 @@ float __truncsfbf2(float value) {
 
 def x86_library(text: str, folder: Path) -> Path:
     """A shared library of some Linalg, in `folder`, which may have it already."""
-    name = hashlib.sha256((text + RUNTIME).encode()).hexdigest()[:16]
-    library = folder / f"{name}.so"
+    library = folder / f"{hashlib.sha256((text + RUNTIME).encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    source = folder / f"{name}.mlir"
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:  # others may be at it too
+        _build_x86_library(text, Path(unfinished)).rename(library)
+    return library
+
+
+def _build_x86_library(text: str, folder: Path) -> Path:
+    source, code, runtime = (folder / f"kernel{suffix}" for suffix in (".mlir", ".o", ".c"))
     # Attributes of Triton, which nobody else knows.
     text = re.sub(r" \{tt\.[^}]*\}", "", text)
     source.write_text(re.sub(r"(func\.func @\w+\(.*\)) attributes \{.*?\} \{", r"\1 {", text))
@@ -241,17 +247,13 @@ def x86_library(text: str, folder: Path) -> Path:
     if done.returncode:
         raise NotCompiled(done.stderr)
     source.write_text(done.stdout)
-    code, runtime = folder / f"{name}.o", folder / f"{name}.runtime.c"
     code.write_bytes(_x86_object(source))
     runtime.write_text(RUNTIME)
     renamed = [f"--redefine-sym={symbol}=arena_{symbol}" for symbol in ("malloc", "free")]
     subprocess.run(["objcopy", *renamed, str(code)], check=True)
-    unfinished = library.with_suffix(".unfinished")
-    options = ["-O2", "-shared", "-fPIC", "-lm", "-o", str(unfinished)]
+    library = folder / "kernel.so"
+    options = ["-O2", "-shared", "-fPIC", "-lm", "-o", str(library)]
     subprocess.run(["gcc", str(code), str(runtime), *options], check=True)
-    unfinished.rename(library)
-    for file in (source, code, runtime):
-        file.unlink()
     return library
 
 

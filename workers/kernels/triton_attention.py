@@ -28,7 +28,7 @@ from workers.kernels.triton_launch import launch
 
 CHUNK_KEYS = 2048
 """Keys of a chunk, if its pages have so many; there is at least one page."""
-MERGE_FIELDS = 8
+TASK_FIELDS, MERGE_FIELDS = 12, 8
 NO_TREE = -1
 
 
@@ -260,9 +260,9 @@ class AttentionPlan:
 
     shape: AttentionShape
     tasks: torch.Tensor
-    """int32 `[num_tasks, 12]`."""
+    """int32 `[at least num_tasks, 12]`."""
     merges: torch.Tensor
-    """int32 `[num_merges, 8]`."""
+    """int32 `[at least num_merges, 8]`."""
     counts: torch.Tensor
     """int32 `[2]`: how many tasks and merges there are."""
     masks: torch.Tensor
@@ -290,9 +290,17 @@ def chunk_pages(shape: AttentionShape) -> int:
     return max(1, CHUNK_KEYS // shape.block_size)
 
 
-def heights(shape: AttentionShape) -> tuple[int, ...]:
-    """The rows that tiles may have: those of HEIGHTS in which a token fits."""
-    return tuple(height for height in HEIGHTS if height >= group_pad(shape))
+def heights(shape: AttentionShape, max_rows: int = HEIGHTS[-1]) -> tuple[int, ...]:
+    """The rows that tiles may have: those of HEIGHTS in which a token fits, up to `max_rows` if one
+    of them does."""
+    fitting = [height for height in HEIGHTS if height >= group_pad(shape)]
+    return tuple(height for height in fitting if height <= max(max_rows, fitting[0]))
+
+
+def max_rows_on_npu(shape: AttentionShape) -> int:
+    """The tallest tile for which an NPU has buffers (192 KiB of a core's), as its compiler says."""
+    is_large = head_pad(shape) * shape.block_size > 128 * 64 or head_pad(shape) > 128
+    return 64 if is_large or shape.sliding_window else HEIGHTS[-1]
 
 
 def unsupported(shape: AttentionShape) -> str | None:
@@ -311,6 +319,7 @@ def tables_of(
     seq_lens: Int32s,
     mask_start: Int32s,
     num_programs: int,
+    max_rows: int = HEIGHTS[-1],
 ) -> tuple[Int32s, Int32s, int, int]:
     """The tables of tasks and merges, the rows of all partial results, and those of the tallest
     tile.
@@ -318,7 +327,7 @@ def tables_of(
     Programs take every `num_programs`-th task: the costliest come first, and every second round is
     dealt in reverse, so that the sums are about even.
     """
-    pad, sizes = group_pad(shape), heights(shape)
+    pad, sizes = group_pad(shape), heights(shape, max_rows)
     query_lens = np.diff(query_start_loc)
     cut = SpanCut(
         group=pad,
@@ -328,12 +337,12 @@ def tables_of(
         num_threads=num_programs,
         costs=_ONE_TILE,
         query_rows=sizes[-1],
-        masked_rows=sizes[-2] if len(sizes) > 1 else sizes[-1],
+        masked_rows=max((h for h in sizes if h < HEIGHTS[-1]), default=HEIGHTS[-1]),
         min_rows=sizes[0],
         merges_all=True,
     )
     tiles = plan_query_tiles(query_lens, seq_lens, mask_start >= 0, cut)
-    first_height = len(HEIGHTS) - len(sizes)
+    first_height = HEIGHTS.index(sizes[0])
 
     def height_of(num_tokens: Int32s) -> Int32s:
         return first_height + np.searchsorted(sizes, num_tokens * pad).astype(np.int32)
@@ -375,6 +384,102 @@ def _dealt(tasks: Int32s, num_programs: int) -> Int32s:
     return np.ascontiguousarray(tasks[order])
 
 
+class AttentionPlanner:
+    """Plans the steps of the layers of one shape, each in the place of the one before.
+
+    Its tables stay where they are on the device while there is room in them: a captured graph finds
+    the plan of the next step where it was captured.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        num_programs: int,
+        device: torch.device | str = "cpu",
+        max_rows: int = HEIGHTS[-1],
+    ) -> None:
+        """Plan for so many programs, with tiles of at most `max_rows` rows; ValueError if the
+        kernel cannot serve the shape."""
+        if problem := unsupported(shape):
+            raise ValueError(problem)
+        self._shape, self._num_programs, self._max_rows = shape, num_programs, max_rows
+        self._device = device
+        self._tables: dict[str, torch.Tensor] = {}
+
+    def plan(
+        self,
+        query_start_loc: Int32s,
+        seq_lens: Int32s,
+        tree_masks: Mapping[int, NDArray[np.bool_]] | None = None,
+    ) -> AttentionPlan:
+        """Plan a step; the plan before is no longer valid.
+
+        Span r has the query tokens `query_start_loc[r]` to `query_start_loc[r + 1]`, the last of
+        its `seq_lens[r]` tokens; each sees the keys up to its own position. If span r has a tree
+        mask, its token i sees all keys before the span, and token j of the span where
+        `tree_masks[r][i, j]`.
+        """
+        query_start_loc, seq_lens = query_start_loc.astype(np.int32), seq_lens.astype(np.int32)
+        mask_start = np.full(len(seq_lens), NO_TREE, np.int32)
+        parts = [np.zeros(1, np.uint8)]
+        for span, mask in (tree_masks or {}).items():
+            mask_start[span] = sum(map(len, parts))
+            parts.append(mask.astype(np.uint8).repeat(group_pad(self._shape), axis=0).ravel())
+        tasks, merges, num_rows, max_rows = tables_of(
+            self._shape, query_start_loc, seq_lens, mask_start, self._num_programs, self._max_rows
+        )
+        return AttentionPlan(
+            shape=self._shape,
+            tasks=self._written("tasks", tasks),
+            merges=self._written("merges", merges),
+            counts=self._written("counts", np.array([len(tasks), len(merges)], np.int32)),
+            masks=self._written("masks", np.concatenate(parts)),
+            **self._partials(num_rows),
+            num_tokens=int(query_start_loc[-1]),
+            max_rows=max_rows,
+            has_trees=bool(tree_masks),
+            num_programs=self._num_programs,
+        )
+
+    def reserve(self, num_spans: int, query_len: int, seq_len: int) -> None:
+        """Make room for every step of at most so many spans, each with at most so many query tokens
+        and keys."""
+        shape, sizes = self._shape, heights(self._shape, self._max_rows)
+        num_chunks = -(-seq_len // (chunk_pages(shape) * shape.block_size))
+        per_tile = sizes[-1] // group_pad(shape)
+        num_tiles = num_spans * -(-query_len // per_tile) * shape.num_kv_heads
+        rows = next(h for h in sizes if h >= min(query_len, per_tile) * group_pad(shape))
+        self._room("tasks", num_tiles * num_chunks, (TASK_FIELDS,), torch.int32)
+        self._room("merges", num_tiles, (MERGE_FIELDS,), torch.int32)
+        self._partials(num_tiles * num_chunks * rows if num_chunks > 1 else 0)
+
+    def _partials(self, num_rows: int) -> dict[str, torch.Tensor]:
+        return {
+            "partial_values": self._room(
+                "partial_values", num_rows, (head_pad(self._shape),), torch.float32
+            ),
+            "partial_sums": self._room("partial_sums", num_rows, (2,), torch.float32),
+        }
+
+    def _written(self, name: str, values: NDArray[Any]) -> torch.Tensor:
+        source = torch.from_numpy(values)
+        table = self._room(name, len(values), values.shape[1:], source.dtype)
+        table[: len(values)].copy_(source, non_blocking=True)
+        return table
+
+    def _room(
+        self, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The table of this name, with room for so many rows; a larger one if it has less."""
+        table = self._tables.get(name)
+        if table is None or len(table) < length:
+            room = max(1, length if table is None else max(length, 2 * len(table)))
+            table = torch.empty((room, *shape), dtype=dtype, device=self._device)
+            self._tables[name] = table
+        return table
+
+
 def plan_attention(
     shape: AttentionShape,
     query_start_loc: Int32s,
@@ -383,44 +488,11 @@ def plan_attention(
     *,
     num_programs: int,
     device: torch.device | str = "cpu",
+    max_rows: int = HEIGHTS[-1],
 ) -> AttentionPlan:
-    """Plan one step for so many programs; ValueError if the kernel cannot serve the shape.
-
-    Span r has the query tokens `query_start_loc[r]` to `query_start_loc[r + 1]`, the last of its
-    `seq_lens[r]` tokens; each sees the keys up to its own position. If span r has a tree mask, its
-    token i sees all keys before the span, and token j of the span where `tree_masks[r][i, j]`.
-    """
-    if problem := unsupported(shape):
-        raise ValueError(problem)
-    query_start_loc, seq_lens = query_start_loc.astype(np.int32), seq_lens.astype(np.int32)
-    mask_start = np.full(len(seq_lens), NO_TREE, np.int32)
-    parts = [np.zeros(1, np.uint8)]
-    for span, mask in (tree_masks or {}).items():
-        mask_start[span] = sum(map(len, parts))
-        parts.append(mask.astype(np.uint8).repeat(group_pad(shape), axis=0).ravel())
-    tasks, merges, num_rows, max_rows = tables_of(
-        shape, query_start_loc, seq_lens, mask_start, num_programs
-    )
-
-    def on_device(array: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
-    def partial(columns: int) -> torch.Tensor:
-        return torch.empty((max(1, num_rows), columns), dtype=torch.float32, device=device)
-
-    return AttentionPlan(
-        shape=shape,
-        tasks=on_device(tasks),
-        merges=on_device(merges),
-        counts=on_device(np.array([len(tasks), len(merges)], np.int32)),
-        masks=on_device(np.concatenate(parts)),
-        partial_values=partial(head_pad(shape)),
-        partial_sums=partial(2),
-        num_tokens=int(query_start_loc[-1]),
-        max_rows=max_rows,
-        has_trees=bool(tree_masks),
-        num_programs=num_programs,
-    )
+    """Plan one step in tables of its own; see `AttentionPlanner`."""
+    planner = AttentionPlanner(shape, num_programs=num_programs, device=device, max_rows=max_rows)
+    return planner.plan(query_start_loc, seq_lens, tree_masks)
 
 
 def attend(

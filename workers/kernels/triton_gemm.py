@@ -178,7 +178,7 @@ def plan_linear(num_rows: int, num_features: int, tiles: GemmTiles, costs: TileC
     return tasks
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Weight:
     """A weight `[n, k]`, as the kernel reads it: the checkpoint's own layout."""
 

@@ -23,6 +23,11 @@ def launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None
     _launchers[-1](kernel, num_programs, args, constants)
 
 
+def launch_by(launcher: Launcher) -> None:
+    """Have another launcher from now on."""
+    _launchers.append(launcher)
+
+
 @contextmanager
 def launching(launcher: Launcher) -> Iterator[None]:
     """Have another launcher for a while."""

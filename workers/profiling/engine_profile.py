@@ -193,7 +193,7 @@ def _machine(config: WorkerConfig) -> list[str]:
         from workers.kernels import native, tile_table  # other devices do not need our library
 
         # The times of the kernels depend on the row tiles.
-        tile_costs = str(tile_table.tile_costs().of_height) if config.uses_own_kernels else ""
+        tile_costs = str(tile_table.tile_costs().of_height) if config.uses_cpu_kernels else ""
         return [tile_table.cpu(), native.isa(), tile_costs]
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     models = {line.strip() for gpu in gpus for line in gpu.open() if line.startswith("Model")}

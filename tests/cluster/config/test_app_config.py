@@ -292,7 +292,7 @@ def test_a_value_out_of_range_is_named_with_the_range(args: dict[str, Any], erro
         ),
         (
             {"worker": {"device": "gpu"}},
-            "worker.device: input should be 'cpu', 'cuda' or 'npu', not 'gpu'",
+            "worker.device: input should be 'cpu', 'cuda', 'npu' or 'npu-emulated', not 'gpu'",
         ),
         (
             {"worker": 5},

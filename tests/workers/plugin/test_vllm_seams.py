@@ -6,13 +6,14 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from cluster.ingress import vllm_seams as front_end
 from tests.test_seams import PATHS, ROOT
-from workers.config import WorkerConfig
+from workers.config import DeviceName, WorkerConfig
 from workers.plugin import vllm_seams
 from workers.seams import Seam, SeamBroken, Use, has_member
 
@@ -35,10 +36,10 @@ def test_vllm_has_what_we_use_of_it(seam: Seam) -> None:
     assert seam.fault() is None
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
-def test_an_engine_and_a_front_end_may_start(device: str) -> None:
+@pytest.mark.parametrize("device", vllm_seams.SEAMS_OF)
+def test_an_engine_and_a_front_end_may_start(device: DeviceName) -> None:
     vllm_seams.check_seams(device)
-    front_end.check_seams(device)
+    front_end.check_seams()
 
 
 def test_an_engine_does_not_start_on_another_version(another_version: None) -> None:
@@ -50,24 +51,20 @@ def test_an_engine_does_not_start_on_another_version(another_version: None) -> N
 
 def test_a_front_end_does_not_start_on_another_version(another_version: None) -> None:
     with pytest.raises(SeamBroken, match=r"^vLLM 0\.33\.1 is installed, and .* for 0\.32\.0; inst"):
-        front_end.check_seams("cuda")
+        front_end.check_seams()
 
 
-def test_on_npus_another_version_will_do_that_has_all_seams(another_version: None) -> None:
-    vllm_seams.check_seams("npu")
-    front_end.check_seams("npu")
-
-
-@pytest.mark.usefixtures("another_version")
-def test_on_npus_a_seam_that_differs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seam_that_differs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    monkeypatch.setattr(metadata, "version", lambda package: "0.32.1")
     monkeypatch.delattr(Scheduler, "_preempt_request")
+    vllm_seams.check_seams.cache_clear()
 
     with pytest.raises(SeamBroken) as error:
         vllm_seams.check_seams("npu")
     assert str(error.value) == (
-        "vLLM 0.33.1 is installed and differs from 0.32.0, which XY-Serve is written for: "
+        "vLLM 0.32.1 is installed and differs from 0.32.0, which XY-Serve is written for: "
         "vllm.v1.core.sched.scheduler.Scheduler._preempt_request is gone; install vllm==0.32.0, on "
         "CPUs by `rm -rf .venv && make install`"
     )
@@ -100,7 +97,9 @@ MACHINERY = {"_abc_impl", "_is_protocol"}
 def derived() -> Iterator[tuple[type, list[type], list[type]]]:
     """Each class of ours that derives from one of vLLM's, with its bases of ours and of vLLM's."""
     for path in PATHS:
-        if not path.match("vllm_*.py"):
+        # Triton is in the environments of `make test-kernels`, where this test runs too.
+        needs_triton = path.match("vllm_triton_*.py")
+        if not path.match("vllm_*.py") or (needs_triton and find_spec("triton") is None):
             continue
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for cls in vars(importlib.import_module(name)).values():
