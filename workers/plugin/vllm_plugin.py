@@ -6,8 +6,10 @@ layers that the CPU kernels do not support, use vLLM's own code.
 
 import os
 from functools import cache
+from importlib.util import find_spec
 
 from workers.config import is_npu_emulated
+from workers.plugin.names import TRITON_ATTENTION
 
 
 def register() -> None:
@@ -27,7 +29,9 @@ def register() -> None:
 def npu_platform() -> str | None:
     """Entry point of the group `vllm.platform_plugins`: the platform's class, if there are NPUs."""
     if is_npu_emulated():
-        return "workers.plugin.vllm_npu_platform.EmulatedNpuPlatform"
+        return "workers.plugin.vllm_npu_emulated.EmulatedNpuPlatform"
+    if find_spec("torch_npu"):
+        return "workers.plugin.vllm_npu_platform.NpuPlatform"
     return None
 
 
@@ -51,9 +55,7 @@ def _register_triton_kernels() -> None:
 
     import workers.plugin.vllm_triton_linear  # noqa: F401 - registers the quantization method
 
-    register_backend(
-        AttentionBackendEnum.CUSTOM, "workers.plugin.vllm_triton_attention.TritonAttentionBackend"
-    )
+    register_backend(AttentionBackendEnum.CUSTOM, TRITON_ATTENTION)
 
 
 @cache

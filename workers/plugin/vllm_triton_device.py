@@ -11,8 +11,6 @@ from workers.kernels.shapes import AttentionShape
 from workers.kernels.triton_attention import max_rows_on_npu
 from workers.kernels.triton_gemm import HEIGHTS, GemmTiles
 
-NPU_CORES = 24
-"""Matrix units of an Ascend 910B1; more programs than the chip has wait for their turn."""
 EMULATED_CORES = 2
 """One would leave untested that tasks are dealt out."""
 
@@ -39,6 +37,5 @@ def triton_device() -> TritonDevice:
     """The device of this process."""
     if is_npu_emulated():
         return TritonDevice(True, EMULATED_CORES)
-    if current_platform.is_cuda():
-        return TritonDevice(False, current_platform.num_compute_units())
-    return TritonDevice(True, NPU_CORES)
+    is_npu = current_platform.device_type == "npu"
+    return TritonDevice(is_npu, current_platform.num_compute_units())

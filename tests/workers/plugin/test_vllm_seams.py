@@ -92,14 +92,16 @@ def test_every_member_of_vllms_that_a_class_of_ours_uses_on_itself_is_in_a_table
 
 
 MACHINERY = {"_abc_impl", "_is_protocol"}
+ELSEWHERE = {"vllm_triton_*.py": "triton", "vllm_npu_[pw]*.py": "torch_npu"}
+"""Modules that some files need, in the environments of `make test-npu` and `make test-ascend`, where
+these tests run too."""
 
 
 def derived() -> Iterator[tuple[type, list[type], list[type]]]:
     """Each class of ours that derives from one of vLLM's, with its bases of ours and of vLLM's."""
     for path in PATHS:
-        # Triton is in the environments of `make test-kernels`, where this test runs too.
-        needs_triton = path.match("vllm_triton_*.py")
-        if not path.match("vllm_*.py") or (needs_triton and find_spec("triton") is None):
+        needs = [module for name, module in ELSEWHERE.items() if path.match(name)]
+        if not path.match("vllm_*.py") or not all(map(find_spec, needs)):
             continue
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for cls in vars(importlib.import_module(name)).values():
