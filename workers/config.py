@@ -104,6 +104,9 @@ class WorkerConfig:
     cpus: int = 1
     """CPU cores of one worker; if it runs on them no other worker uses them, and with `device: cpu`
     each runs a thread."""
+    tensor_parallel_size: int = 1
+    """GPUs or NPUs of one node over which the model's layers are split; with workers on CPU cores,
+    processes that share `cpus`."""
     kernels: Literal["xyserve", "vllm"] = "xyserve"
     """Our kernels (`xyserve`) or vLLM's own, of which it has none for NPUs."""
     weight_format: Literal["auto", "int8", "int4"] = "auto"
@@ -139,6 +142,20 @@ class WorkerConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:  # NaN is not either
                 raise ValueError(f"{name} ({value}) must be positive")
+        if self.tensor_parallel_size < 1:
+            raise ValueError(
+                f"tensor_parallel_size ({self.tensor_parallel_size}) must be at least 1"
+            )
+        if self.runs_on_cpu and self.cpus % self.tensor_parallel_size:
+            raise ValueError(
+                f"cpus ({self.cpus}) must be a multiple of tensor_parallel_size "
+                f"({self.tensor_parallel_size}): each process gets as many cores"
+            )
+        if "tensor_parallel_size" in self.engine.extra_args:
+            raise ValueError(
+                "engine.extra_args.tensor_parallel_size would leave Ray in the dark: set "
+                "worker.tensor_parallel_size"
+            )
         if self.uses_cpu_kernels and self.engine.dtype not in ("auto", "float32"):
             raise ValueError(
                 f"engine.dtype ({self.engine.dtype}) must be float32 or auto with our CPU kernels, "
@@ -168,7 +185,12 @@ class WorkerConfig:
         """What a worker needs on one node, by Ray's name."""
         if self.runs_on_cpu:
             return "CPU", self.cpus
-        return {"cuda": "GPU", "npu": "NPU"}[self.device], 1
+        return {"cuda": "GPU", "npu": "NPU"}[self.device], self.tensor_parallel_size
+
+    @property
+    def cpus_per_rank(self) -> int:
+        """CPU cores of each process that computes."""
+        return self.cpus // self.tensor_parallel_size if self.runs_on_cpu else self.cpus
 
     @property
     def uses_cpu_kernels(self) -> bool:
@@ -178,7 +200,7 @@ class WorkerConfig:
     @property
     def env(self) -> dict[str, str]:
         """Environment of the worker's process; it must be set before torch is imported."""
-        env = {"OMP_NUM_THREADS": str(self.cpus)}
+        env = {"OMP_NUM_THREADS": str(self.cpus_per_rank)}
         if self.device == "npu-emulated":
             env[NPU_VARIABLE] = EMULATED
         if self.uses_cpu_kernels:

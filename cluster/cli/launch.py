@@ -17,6 +17,7 @@ from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus
 from rich.console import Console
+from rich.markup import escape
 
 import cluster
 from cluster.cli.checks import Finding
@@ -26,7 +27,7 @@ from cluster.cli.probes import examine
 from cluster.client import XYServe
 from cluster.config.app_config import AppConfig
 from cluster.config.serve_file import ServeFile, read_serve_file
-from cluster.errors import ConfigError, XYServeError
+from cluster.errors import ConfigError, RequestFailed, XYServeError
 from cluster.ingress.proxy import CALLBACK
 from cluster.models.model import resolve_model
 
@@ -106,7 +107,10 @@ def launch(path: Path, *, demo: bool, temp_dir: Path | None, console: Console) -
             stack.callback(serve.shutdown)
             _deploy(file, f"http://{context.dashboard_url}", phases)
         if demo:
-            _show_answer(file, phases, console)
+            try:
+                _show_answer(file, phases, console)
+            except (openai.BadRequestError, RequestFailed) as error:  # no model for chats, perhaps
+                console.print(f"\n[dim]no sample answer: {escape(str(error))}[/]")
         _say_who_may_call(file.config, console)
         console.print(
             f"\nReady after {phases.total_s():.0f} s.\n"

@@ -163,6 +163,11 @@ class AppConfig:
                 f"placement.stage_policy needs the worker.step_policy name hybrid: {name} knows no "
                 "share of prefills"
             )
+        if self.draft and "head" in self.draft.drafters and self.worker.tensor_parallel_size > 1:
+            raise ValueError(
+                "the drafter head needs worker.tensor_parallel_size: 1, as it reads the states of "
+                "a model in one process"
+            )
         if self.draft and "speculative_config" in self.worker.engine.extra_args:
             raise ValueError(
                 "draft and worker.engine.extra_args.speculative_config exclude each other: drafts "

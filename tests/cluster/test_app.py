@@ -37,5 +37,8 @@ def test_a_device_counts_only_on_nodes_with_the_labels_of_workers() -> None:
     args: dict[str, Any] = {"worker": {"cpus": 2}}
     check_device(parse_args(args), NODES)
 
+    split = {"device": "cuda", "tensor_parallel_size": 2}
+    with pytest.raises(DeviceMissing, match=r"needs 2 GPU on one node, but .* has 0: "):
+        check_device(parse_args({"worker": split}), NODES)
     with pytest.raises(DeviceMissing, match=r"with the labels .*front.* of nodes.worker has 1:"):
         check_device(parse_args(args | {"nodes": {"worker": {"tier": "front"}}}), NODES)

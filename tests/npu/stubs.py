@@ -23,9 +23,16 @@ def symbols(library: Path, kind: str) -> set[str]:
     return {row[-1].partition("@")[0] for row in rows if len(row) > 1 and row[-2] not in "wv"}
 
 
+def folder_of(package: str) -> Path:
+    spec = find_spec(package)
+    assert spec
+    assert spec.origin
+    return Path(spec.origin).parent
+
+
 def write_stubs(folder: Path) -> None:
     """Compile the libraries that torch_npu looks for into `folder`."""
-    torch_npu, torch = (Path(find_spec(name).origin).parent for name in ("torch_npu", "torch"))
+    torch_npu, torch = map(folder_of, ("torch_npu", "torch"))
     ours = [*torch_npu.glob("lib/*.so"), *torch_npu.glob("_C*.so")]
     system = [
         path

@@ -201,7 +201,7 @@ def run_calls(model: str, config: WorkerConfig, *runs: tuple[Sequence[Call], Set
     speculates = any(setting.drafts is not None for _, setting in runs)
     draft = DraftConfig(num_speculative_tokens=NUM_DRAFTS) if speculates else None
     engine: Any = VllmEngine(model, config, draft=draft)
-    if speculates:
+    if speculates and config.tensor_parallel_size == 1:
         # Any of the drafters may want the states; here one that is not in the config does.
         from workers.engine.vllm_sampling import runner_of
         from workers.engine.vllm_speculation import LastHiddenStates

@@ -8,8 +8,9 @@ import logging
 import math
 import os
 import secrets
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from workers.engine.vllm_resume import Resumption
 from workers.engine.vllm_sampling import (
     all_logits_processors,
     fix_sampling,
+    on_each_rank,
     runner_of,
 )
 from workers.engine.vllm_scheduler import PlannedAsyncScheduler, PlannedScheduler
@@ -87,11 +89,12 @@ def engine_args(model: str, config: WorkerConfig, *, kernels: bool = True) -> As
         args["additional_config"] = {
             QUANTIZATION: {
                 "weight_format": config.weight_format,
-                "num_threads": config.cpus,
+                "num_threads": config.cpus_per_rank,
                 "keep_packed_weights": config.keep_packed_weights,
             }
         }
-    args["distributed_executor_backend"] = "uni"
+    args["tensor_parallel_size"] = config.tensor_parallel_size
+    args["distributed_executor_backend"] = "mp" if config.tensor_parallel_size > 1 else "uni"
     args |= config.engine.extra_args
     # Left to vLLM, the first request would decide.
     structured = args.get("structured_outputs_config") or {}
@@ -121,11 +124,14 @@ class VllmEngine:
         """
         began_s = time.monotonic()
         check_seams(config.device)
+        if config.tensor_parallel_size > 1 and config.runs_on_cpu:
+            _share_cores(config)
         vllm_config = _vllm_config(model, config, draft)
         grammars = functools.partial(BoundedGrammars, config=config)
         with (
             VLLM.replaced(vllm.v1.engine.core, "StructuredOutputManager", grammars),
             all_logits_processors() if draft else contextlib.nullcontext(),
+            _ours_first_in_path(),
         ):
             self.core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=True)
             """vLLM's engine core; touched between two steps only."""
@@ -135,9 +141,9 @@ class VllmEngine:
         assert isinstance(manager, BoundedGrammars)
         self.grammars = manager
         if config.runs_on_cpu:
-            fix_sampling(runner_of(self.core))
+            on_each_rank(self.core, fix_sampling)
         elif config.device == "npu" and draft:  # vLLM's verification is made of Triton for GPUs
-            verify_as_without_drafts(runner_of(self.core))
+            on_each_rank(self.core, verify_as_without_drafts)
         self._resumption = Resumption(self.core)
         not_told = refusal(self.core) if config.prefix_index else "prefix_index is off"
         self._prefix_log = None if not_told else PrefixLog(self.core)
@@ -155,7 +161,8 @@ class VllmEngine:
             )
             scheduler.drafts.verifies_all = config.runs_on_cpu
             self._planned = scheduler
-            if config.runs_on_cpu:  # others may compute nothing more
+            # Other devices may compute nothing more, and other ranks wait for the one that failed.
+            if config.runs_on_cpu and config.tensor_parallel_size == 1:
                 self._recovery = StepRecovery(self.core, scheduler)
             if draft:
                 self._connect(scheduler.drafts, draft)
@@ -361,6 +368,32 @@ def _keep_packed_weights(vllm_config: VllmConfig) -> None:
     assert isinstance(kernels, KernelConfig)
     if kernels.packed_weights:
         kernels.packed_weights.finish()
+
+
+@contextlib.contextmanager
+def _ours_first_in_path() -> Iterator[None]:
+    """Have ranks, which get this process' path, find our packages in it first.
+
+    Ray begins the path with the folder in which its program was started, and there may be a
+    workers.py.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    sys.path.insert(0, root)
+    try:
+        yield
+    finally:
+        sys.path.remove(root)
+
+
+def _share_cores(config: WorkerConfig) -> None:
+    """Have vLLM bind each rank to its share of this process' cores."""
+    cores, share = sorted(os.sched_getaffinity(0)), config.cpus_per_rank
+    shares = [cores[rank * share :][:share] for rank in range(config.tensor_parallel_size)]
+    if all(shares):  # else there are fewer cores than ranks, which share them all
+        bound = "|".join(",".join(map(str, of_rank)) for of_rank in shares)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bound
+    else:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
 def _vllm_config(model: str, config: WorkerConfig, draft: DraftConfig | None) -> VllmConfig:

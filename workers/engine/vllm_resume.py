@@ -10,7 +10,7 @@ from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from workers.engine.vllm_sampling import Runner, runner_of
+from workers.engine.vllm_sampling import Runner, on_each_rank
 from workers.plugin.vllm_seams import VLLM
 
 
@@ -25,9 +25,7 @@ class Resumption:
         scheduler: Any = core.scheduler  # of any kind; what is used of it is in the table of seams
         self._scheduler = scheduler
         self._grammars: Any = core.structured_output_manager
-        self._runner: Runner | None = None
-        if not scheduler.use_v2_model_runner:
-            self._runner = runner_of(core)
+        self._core = core
         self._is_unblocked = scheduler._handle_blocked_waiting_request
         VLLM.replace(scheduler, "_handle_blocked_waiting_request", self._unblock)
 
@@ -68,39 +66,43 @@ class Resumption:
                 self._scheduler.grammar_compile_error_reqs.add(request.request_id)
                 return False
         request.status = RequestStatus.PREEMPTED
-        if self._runner is not None:
-            _remember(self._runner, request)
+        if not self._scheduler.use_v2_model_runner:
+            on_each_rank(self._core, _remember, _as_preempted(request))
         return True
 
 
-def _remember(runner: Runner, request: VllmRequest) -> None:
-    """Give vLLM's runner what it keeps of a request that is preempted.
-
-    Its second runner keeps nothing: it counts penalties anew and draws by seed and position.
-    """
-    sampling = request.sampling_params
-    assert sampling is not None
-    generator = None
-    if sampling.sampling_type is SamplingType.RANDOM_SEED:
-        assert sampling.seed is not None
-        generator = torch.Generator(device=runner.device).manual_seed(sampling.seed)
-        skip_draws(runner, generator, request.num_output_tokens)
-    state = CachedRequestState(
+def _as_preempted(request: VllmRequest) -> CachedRequestState:
+    """What vLLM's runner keeps of a request that is preempted."""
+    assert request.sampling_params is not None
+    return CachedRequestState(
         req_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
         prompt_embeds=request.prompt_embeds,
         prompt_is_token_ids=request.prompt_is_token_ids,
         mm_features=request.mm_features,
-        sampling_params=sampling,
-        generator=generator,
+        sampling_params=request.sampling_params,
+        generator=None,
         block_ids=(),  # those of a resumed request come with the step
         num_computed_tokens=0,
         output_token_ids=list(request.output_token_ids),
         lora_request=request.lora_request,
     )
+
+
+def _remember(runner: Runner, state: CachedRequestState) -> None:
+    """Give vLLM's runner what it keeps of a request, with its generator if it has one of its own.
+
+    Its second runner keeps nothing: it counts penalties anew and draws by seed and position.
+    """
+    sampling = state.sampling_params
+    assert sampling is not None
+    if sampling.sampling_type is SamplingType.RANDOM_SEED:
+        assert sampling.seed is not None
+        state.generator = torch.Generator(device=runner.device).manual_seed(sampling.seed)
+        skip_draws(runner, state.generator, len(state.output_token_ids))
     if runner.uses_mrope:
         runner._init_mrope_positions(state)
-    runner.requests[request.request_id] = state
+    runner.requests[state.req_id] = state
 
 
 def skip_draws(runner: Runner, generator: torch.Generator, num_tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,15 @@ Runner = Any
 def runner_of(engine: EngineCore | LLMEngine) -> Runner:
     """The model runner of an engine whose executor is in this process."""
     return engine.model_executor.driver_worker.worker.model_runner
+
+
+def on_each_rank(core: EngineCore, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `function(runner, *args)` in each process of an engine, in the order of its steps."""
+    return core.collective_rpc(_on_runner, args=(function, *args))
+
+
+def _on_runner(worker: Any, function: Callable[..., Any], *args: Any) -> Any:
+    return function(worker.model_runner, *args)
 
 
 @contextmanager

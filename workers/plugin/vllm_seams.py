@@ -54,6 +54,7 @@ vllm.v1.worker.gpu_input_batch:CachedRequestState
         mrope_position_delta=None, lora_request=None, prompt_embeds=None,
         in_progress_prompt_logprobs_cpu=None, prompt_is_token_ids=None, prev_num_draft_len=0,
         pooling_params=None, pooling_states=None)
+    read generator output_token_ids req_id sampling_params
 vllm.v1.sample.sampler
     replaced batched_count_greater_than(x, values)
 vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler

@@ -97,6 +97,8 @@ def _refusal(core: EngineCore) -> str | None:
         return "its model has an encoder"
     if model_config.max_model_len < MIN_MODEL_LEN:
         return f"its max_model_len is {model_config.max_model_len}"
+    if core.vllm_config.parallel_config.world_size > 1:
+        return "its model is split over several processes"
     if core.vllm_config.kv_transfer_config is not None:
         return "it transfers its KV cache"
     return None

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.v1.engine.core import EngineCore
 
 from scheduler.work import ModelWork
-from workers.engine.vllm_sampling import runner_of
+from workers.engine.vllm_sampling import Runner, on_each_rank
 
 # torch does not declare what the modules of a model contain.
 Module = Any
@@ -27,8 +27,12 @@ def model_work(core: EngineCore) -> ModelWork:
     layers that share a KV cache each count it. An embedding that is also the LM head may be packed
     only in the engine's first step, so call this after it.
     """
-    vllm_config = core.vllm_config
-    model = runner_of(core).get_model()
+    works: list[ModelWork] = on_each_rank(core, _work_of_rank)
+    return works[0]
+
+
+def _work_of_rank(runner: Runner) -> ModelWork:
+    vllm_config, model = runner.vllm_config, runner.get_model()
     if getattr(model, "supports_multimodal", False):
         model = model.get_language_model()
     modules = list(model.modules())

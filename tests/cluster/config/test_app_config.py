@@ -170,7 +170,7 @@ def test_a_key_like_no_other_is_answered_with_the_keys_there_are() -> None:
     assert error_of({"worker": {"zzz": 1}}) == (
         "worker.zzz: unknown key; known keys: calibrate_at_start, cpus, device, engine, grammars, "
         "keep_packed_weights, kernels, prefix_index, record, report_interval_s, slow_timeout_s, "
-        "step_policy, step_timeout_s, weight_format"
+        "step_policy, step_timeout_s, tensor_parallel_size, weight_format"
     )
 
 
@@ -293,6 +293,41 @@ def test_a_value_out_of_range_is_named_with_the_range(args: dict[str, Any], erro
         (
             {"worker": {"device": "gpu"}},
             "worker.device: input should be 'cpu', 'cuda', 'npu' or 'npu-emulated', not 'gpu'",
+        ),
+        (
+            {"worker": {"weight_format": "int8", "kernels": "vllm"}},
+            "worker: weight_format (int8) needs kernels: xyserve",
+        ),
+        (
+            {"worker": {"weight_format": "int4", "device": "cuda"}},
+            "worker: weight_format (int4) needs device: cpu, and this is cuda",
+        ),
+        (
+            {"worker": {"device": "npu", "kernels": "vllm"}},
+            "worker: kernels (vllm) needs another device than npu: vLLM has no kernels for NPUs; "
+            "leave it at xyserve",
+        ),
+        (
+            {"worker": {"cpus": 3, "tensor_parallel_size": 2}},
+            "worker: cpus (3) must be a multiple of tensor_parallel_size (2): each process gets as "
+            "many cores",
+        ),
+        (
+            {"worker": {"tensor_parallel_size": 0}},
+            "worker: tensor_parallel_size (0) must be at least 1",
+        ),
+        (
+            {"worker": {"engine": {"extra_args": {"tensor_parallel_size": 2}}}},
+            "worker: engine.extra_args.tensor_parallel_size would leave Ray in the dark: set "
+            "worker.tensor_parallel_size",
+        ),
+        (
+            {
+                "worker": {"cpus": 2, "tensor_parallel_size": 2},
+                "draft": {"drafters": ["head"]},
+            },
+            "the drafter head needs worker.tensor_parallel_size: 1, as it reads the states of a "
+            "model in one process",
         ),
         (
             {"worker": 5},

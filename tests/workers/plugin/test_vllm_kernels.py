@@ -332,10 +332,3 @@ def test_our_cpu_kernels_compute_in_float32_only(
         WorkerConfig(engine=engine)
     assert not WorkerConfig(engine=engine, kernels="vllm").uses_cpu_kernels
     assert not WorkerConfig(engine=engine, device="cuda").uses_cpu_kernels
-
-
-@pytest.mark.parametrize("device", [{"kernels": "vllm"}, {"device": "cuda"}, {"device": "npu"}])
-def test_only_our_cpu_kernels_know_weight_formats(device: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"weight_format \(int8\) needs device: cpu and kernels"):
-        WorkerConfig(weight_format="int8", **device)
-    assert WorkerConfig(weight_format="int8").uses_cpu_kernels

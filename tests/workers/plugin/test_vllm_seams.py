@@ -93,8 +93,8 @@ def test_every_member_of_vllms_that_a_class_of_ours_uses_on_itself_is_in_a_table
 
 MACHINERY = {"_abc_impl", "_is_protocol"}
 ELSEWHERE = {"vllm_triton_*.py": "triton", "vllm_npu_[pw]*.py": "torch_npu"}
-"""Modules that some files need, in the environments of `make test-npu` and `make test-ascend`, where
-these tests run too."""
+"""Modules that some files need, which the environments of `make test-npu` and `make test-ascend`
+have; these tests run there too."""
 
 
 def derived() -> Iterator[tuple[type, list[type], list[type]]]:
