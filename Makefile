@@ -93,6 +93,8 @@ test-ascend: install .venv-npu/installed
 test-kernels: install .venv-triton/installed .venv-ascend/installed
 	$(call phase,interpreter,TRITON_INTERPRET=1 $(TRITON) .venv-triton/bin/python $(TRITON_PYTEST) \
 	  tests/triton/test_interpreter.py)
+	$(call phase,benchmark,TRITON_INTERPRET=1 $(TRITON) .venv-triton/bin/python \
+	  -m tests.bench.gpu --interpret)
 	$(call phase,cuda,$(TRITON) .venv-triton/bin/python $(TRITON_PYTEST) tests/triton/test_cuda.py)
 	$(call phase,ascend,$(TRITON) .venv-ascend/bin/python $(TRITON_PYTEST) tests/triton/test_ascend.py)
 

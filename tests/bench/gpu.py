@@ -255,6 +255,8 @@ def main() -> int:
         print(NEEDS, file=sys.stderr)
         return 2
     card, grid = (Card.interpreted(), TINY) if is_interpreted else (Card.find(), GPU)
+    if is_interpreted:
+        print("No GPU: tiny sizes in Triton's interpreter, whose figures mean nothing.")
     torch.manual_seed(0)
     report, began_s = Report(), time.monotonic()
     for section, share, cells in sections(card, grid, not options.no_search):
