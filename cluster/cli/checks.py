@@ -252,18 +252,23 @@ def check_instruction_set(machine: str, flags: frozenset[str]) -> Finding:
 
 
 def check_accelerators(
-    device: Literal["cuda", "npu"], num_devices: int, num_workers: int
+    device: Literal["cuda", "npu"], num_devices: int, num_workers: int, num_each: int
 ) -> Finding:
-    """The GPUs or NPUs: one for each worker."""
+    """The GPUs or NPUs: `num_each` for each worker."""
     tool = {"cuda": "nvidia-smi", "npu": "npu-smi info"}[device]
     if num_devices == 0:
         detail = f"worker.device is {device}, but this machine has no such device."
         remedy = f"{tool} (is the driver loaded, and can the container see the device?), or "
         return Finding("device", "fail", detail, f"{remedy}change worker.device")
-    detail = f"{num_workers} workers need one {device} device each; this machine has {num_devices}."
-    if num_devices >= num_workers:
+    detail = f"{num_workers} workers need {num_each} {device} devices each; "
+    detail += f"this machine has {num_devices}."
+    if num_devices >= num_workers * num_each:
         return Finding("device", "ok", detail)
-    return Finding("device", "warn", detail, f"num_workers: {num_devices}, or add nodes to Ray")
+    if num_devices < num_each:
+        remedy = f"worker.tensor_parallel_size: {num_devices}, or a node with more"
+        return Finding("device", "fail", detail, remedy)
+    remedy = f"num_workers: {num_devices // num_each}, or add nodes to Ray"
+    return Finding("device", "warn", detail, remedy)
 
 
 def check_cores(

@@ -149,8 +149,9 @@ def _examine_hardware(serve_file: ServeFile, model: Path | None) -> list[Finding
             check_memory(num_workers, weights, worker.engine.kv_cache_gib, available),
         ]
     else:
-        num_devices = _count_devices(worker.device)
-        findings.insert(0, check_accelerators(worker.device, num_devices, num_workers))
+        num_devices, num_each = _count_devices(worker.device), worker.tensor_parallel_size
+        accelerators = check_accelerators(worker.device, num_devices, num_workers, num_each)
+        findings.insert(0, accelerators)
     shared_memory = Path("/dev/shm")
     free_bytes = shutil.disk_usage(shared_memory).free if shared_memory.exists() else 0
     return [*findings, check_shared_memory(free_bytes)]

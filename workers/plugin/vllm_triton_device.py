@@ -11,6 +11,8 @@ from workers.kernels.shapes import AttentionShape
 from workers.kernels.triton_attention import max_rows_on_npu
 from workers.kernels.triton_gemm import HEIGHTS, GemmTiles
 
+PROGRAMS_PER_CORE = 2
+"""On a GPU, so that one loads while the other computes."""
 EMULATED_CORES = 2
 """One would leave untested that tasks are dealt out."""
 
@@ -37,5 +39,7 @@ def triton_device() -> TritonDevice:
     """The device of this process."""
     if is_npu_emulated():
         return TritonDevice(True, EMULATED_CORES)
-    is_npu = current_platform.device_type == "npu"
-    return TritonDevice(is_npu, current_platform.num_compute_units())
+    num_cores = current_platform.num_compute_units()
+    if current_platform.device_type == "npu":
+        return TritonDevice(True, num_cores)
+    return TritonDevice(False, PROGRAMS_PER_CORE * num_cores)

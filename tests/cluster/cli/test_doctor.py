@@ -273,10 +273,13 @@ def test_the_vector_instructions_are_named(
     assert words in finding.detail
 
 
-@pytest.mark.parametrize(("num_devices", "level"), [(0, "fail"), (1, "warn"), (2, "ok")])
-def test_each_worker_needs_an_accelerator(num_devices: int, level: Level) -> None:
-    assert checks.check_accelerators("cuda", num_devices, num_workers=2).level == level
-    assert checks.check_accelerators("npu", num_devices, num_workers=2).level == level
+@pytest.mark.parametrize(
+    ("num_devices", "num_each", "level"),
+    [(0, 1, "fail"), (1, 1, "warn"), (2, 1, "ok"), (1, 2, "fail"), (3, 2, "warn"), (4, 2, "ok")],
+)
+def test_each_worker_needs_its_accelerators(num_devices: int, num_each: int, level: Level) -> None:
+    assert checks.check_accelerators("cuda", num_devices, 2, num_each).level == level
+    assert checks.check_accelerators("npu", num_devices, 2, num_each).level == level
 
 
 @pytest.mark.parametrize(("num_cores", "level"), [(5, "warn"), (6, "ok")])
