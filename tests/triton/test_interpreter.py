@@ -70,7 +70,8 @@ def test_reserved_tables_stay_where_they_are(query_len: int) -> None:
     for _ in range(200):
         num_spans = random.integers(1, max_spans + 1)
         starts = np.arange(num_spans + 1, dtype=np.int32) * query_len
-        plan = planner.plan(starts, random.integers(query_len, max_keys + 1, num_spans))
+        seq_lens = random.integers(query_len, max_keys + 1, num_spans, np.int32)
+        plan = planner.plan(starts, seq_lens)
         tables = (plan.tasks, plan.merges, plan.counts, plan.partial_values, plan.partial_sums)
         places.add(tuple(table.data_ptr() for table in tables))
 
