@@ -1,6 +1,7 @@
 """vLLM on an emulated NPU: whole models whose linear layers and attention are our kernels."""
 
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.workers.drafted_engine import Call, Setting, run_calls
 from tests.workers.engine_process import Batch, EngineProcesses, Output, Run, run_engine
+from tests.workers.planned_engine import Job, play_scripts, write_tokenizer
 from tests.workers.tiny_models import VOCAB_SIZE, write_checkpoint
 from workers.config import EngineConfig, WorkerConfig
 
 MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 NUM_TOKENS = 6
+BLOCK_BYTES = 2 * 2 * 2 * 32 * 16 * 4
+"""Of the tiny models: layers, keys and values, heads, size of a head, tokens, bytes."""
 DRAW = random.Random(0)
 PROMPTS = [[DRAW.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in (1, 17, 70, 5, 130)]
 TOGETHER = Batch(PROMPTS, NUM_TOKENS, prompt_logprobs=False)
@@ -108,6 +113,67 @@ def test_int8_weights_are_about_as_good(play: Any, dtype: str) -> None:
     first, second = first_logprobs(exact.outputs[0]), first_logprobs(quantised.outputs[0])
     differences = [abs(second[t] - p) for t, p in first.items() if t in second]
     assert 0 < max(differences) < 0.5
+
+
+PARAMS: list[dict[str, Any]] = [
+    {},
+    {"seed": 7, "temperature": 1.0},
+    {"seed": 8, "temperature": 1.0, "presence_penalty": 0.5, "top_p": 0.9},
+    {"min_tokens": 5},
+]
+CALLS = [Call(prompt, params) for prompt, params in zip(PROMPTS[1:], PARAMS, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def llama(play: Any, processes: EngineProcesses) -> str:
+    folder: Path = play.checkpoint("llama")
+    processes.call(write_tokenizer, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_drafts_change_no_token(processes: EngineProcesses, llama: str, dtype: str) -> None:
+    worker = planned(dtype)
+
+    [plain] = processes.call(run_calls, llama, worker, (CALLS, Setting()))
+    drafts = Setting(plain.tokens, error_rate=0.3)
+    [drafted] = processes.call(run_calls, llama, worker, (CALLS, drafts))
+
+    assert drafted.tokens == plain.tokens
+    assert drafted.counts.accepted > 0
+    assert drafted.num_steps < plain.num_steps
+
+
+def test_cached_prefixes_and_preemptions_change_no_token(
+    processes: EngineProcesses, llama: str
+) -> None:
+    jobs = [Job([*PROMPTS[4][:96], *prompt], max_tokens=20) for prompt in PROMPTS]
+
+    [roomy] = processes.call(play_scripts, llama, planned(), jobs)
+    tight = planned(kv_cache_gib=22 * BLOCK_BYTES / 2**30, enable_prefix_caching=True)
+    first, second = processes.call(play_scripts, llama, tight, jobs, jobs)
+
+    assert first.tokens == second.tokens == roomy.tokens
+    assert first.num_preemptions + second.num_preemptions > 0
+    assert max(second.num_cached) >= 96
+
+
+def test_two_ranks_with_emulated_npus_give_the_tokens_of_one(
+    processes: EngineProcesses, llama: str
+) -> None:
+    split = replace(planned(), cpus=2, tensor_parallel_size=2)
+
+    [one], [two] = (
+        processes.call(run_calls, llama, worker, (CALLS, Setting()))
+        for worker in (planned(), split)
+    )
+
+    assert two.tokens == one.tokens
+
+
+def planned(dtype: str = "float32", **engine: Any) -> WorkerConfig:
+    """With a tokenizer, for the engine of a worker."""
+    return config(engine={"dtype": dtype, "extra_args": {}} | engine)
 
 
 def first_logprobs(outputs: list[Output]) -> dict[int, float]:
