@@ -147,15 +147,16 @@ def test_drafts_change_no_token(processes: EngineProcesses, llama: str, dtype: s
 def test_cached_prefixes_and_preemptions_change_no_token(
     processes: EngineProcesses, llama: str
 ) -> None:
-    jobs = [Job([*PROMPTS[4][:96], *prompt], max_tokens=20) for prompt in PROMPTS]
+    shared = [Job([*PROMPTS[4][:96], *prompt], max_tokens=4) for prompt in PROMPTS]
+    growing = [Job(PROMPTS[2][index : index + 30], max_tokens=40) for index in range(6)]
 
-    [roomy] = processes.call(play_scripts, llama, planned(), jobs)
-    tight = planned(kv_cache_gib=22 * BLOCK_BYTES / 2**30, enable_prefix_caching=True)
-    first, second = processes.call(play_scripts, llama, tight, jobs, jobs)
+    roomy = processes.call(play_scripts, llama, planned(), shared, growing)
+    tight = planned(kv_cache_gib=20 * BLOCK_BYTES / 2**30, enable_prefix_caching=True)
+    found = processes.call(play_scripts, llama, tight, shared, growing)
 
-    assert first.tokens == second.tokens == roomy.tokens
-    assert first.num_preemptions + second.num_preemptions > 0
-    assert max(second.num_cached) >= 96
+    assert [played.tokens for played in found] == [played.tokens for played in roomy]
+    assert max(found[0].num_cached) >= 96
+    assert found[1].num_preemptions > 0
 
 
 def test_two_ranks_with_emulated_npus_give_the_tokens_of_one(
