@@ -17,8 +17,11 @@ elif find_spec("torch_npu") is None:
 
 
 @pytest.fixture(scope="session")
-def processes() -> Iterator[EngineProcesses]:
-    """Processes in which vLLM finds an emulated NPU."""
+def npu_processes() -> Iterator[EngineProcesses]:
+    """Processes in which vLLM finds an emulated NPU.
+
+    Not `processes`: pytest takes these files for part of the same folder as those of tests/workers.
+    """
     os.environ[NPU_VARIABLE] = EMULATED
     processes = EngineProcesses()
     del os.environ[NPU_VARIABLE]

@@ -66,8 +66,8 @@ def config_of(model: str, worker: WorkerConfig) -> dict[str, str]:
         {"use_batch_invariant": True},
     ],
 )
-def test_our_attention_is_chosen(processes: EngineProcesses, layer: dict[str, Any]) -> None:
-    assert processes.call(choose, layer).endswith("TritonAttentionBackend")
+def test_our_attention_is_chosen(npu_processes: EngineProcesses, layer: dict[str, Any]) -> None:
+    assert npu_processes.call(choose, layer).endswith("TritonAttentionBackend")
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_our_attention_is_chosen(processes: EngineProcesses, layer: dict[str, An
     ],
 )
 def test_what_it_cannot_do_is_refused_with_the_reason(
-    processes: EngineProcesses, layer: dict[str, Any], words: str
+    npu_processes: EngineProcesses, layer: dict[str, Any], words: str
 ) -> None:
-    refused = processes.call(choose, layer)
+    refused = npu_processes.call(choose, layer)
 
     assert "CUSTOM is not valid for this configuration" in refused
     assert words.lower() in refused.lower()
@@ -97,12 +97,12 @@ def choose(layer: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(("kernels", "backend"), [("xyserve", "CUSTOM"), ("vllm", "None")])
 def test_cuda_yaml_asks_for_our_kernels_and_one_key_for_vllms(
-    processes: EngineProcesses, kernels: str, backend: str
+    npu_processes: EngineProcesses, kernels: str, backend: str
 ) -> None:
     [app] = yaml.safe_load(CONFIG.read_text())["applications"]
     app["args"]["worker"]["kernels"] = kernels
 
-    found = processes.call(
+    found = npu_processes.call(
         config_of, str(resolve_model("smollm2-135m-instruct")), parse_args(app["args"]).worker
     )
 

@@ -41,20 +41,20 @@ def config(**worker: Any) -> WorkerConfig:
 
 
 @pytest.fixture(scope="module")
-def play(processes: EngineProcesses, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def play(npu_processes: EngineProcesses, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs of a model, each once."""
     folder = tmp_path_factory.mktemp("tiny")
 
     @cache
     def checkpoint(name: str) -> Path:
-        processes.call(write_checkpoint, name, folder / name)
+        npu_processes.call(write_checkpoint, name, folder / name)
         return folder / name
 
     @cache
     def run(name: str, dtype: str = "float32", weight_format: Any = "auto") -> Run:
         worker = config(engine={"dtype": dtype}, weight_format=weight_format)
         batches = [TOGETHER, IN_CHUNKS, *ALONE]
-        found: Run = processes.call(run_engine, str(checkpoint(name)), worker, batches)
+        found: Run = npu_processes.call(run_engine, str(checkpoint(name)), worker, batches)
         return found
 
     run.checkpoint = checkpoint  # type: ignore[attr-defined]
@@ -125,19 +125,19 @@ CALLS = [Call(prompt, params) for prompt, params in zip(PROMPTS[1:], PARAMS, str
 
 
 @pytest.fixture(scope="module")
-def llama(play: Any, processes: EngineProcesses) -> str:
+def llama(play: Any, npu_processes: EngineProcesses) -> str:
     folder: Path = play.checkpoint("llama")
-    processes.call(write_tokenizer, folder)
+    npu_processes.call(write_tokenizer, folder)
     return str(folder)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_drafts_change_no_token(processes: EngineProcesses, llama: str, dtype: str) -> None:
+def test_drafts_change_no_token(npu_processes: EngineProcesses, llama: str, dtype: str) -> None:
     worker = planned(dtype)
 
-    [plain] = processes.call(run_calls, llama, worker, (CALLS, Setting()))
+    [plain] = npu_processes.call(run_calls, llama, worker, (CALLS, Setting()))
     drafts = Setting(plain.tokens, error_rate=0.3)
-    [drafted] = processes.call(run_calls, llama, worker, (CALLS, drafts))
+    [drafted] = npu_processes.call(run_calls, llama, worker, (CALLS, drafts))
 
     assert drafted.tokens == plain.tokens
     assert drafted.counts.accepted > 0
@@ -145,14 +145,14 @@ def test_drafts_change_no_token(processes: EngineProcesses, llama: str, dtype: s
 
 
 def test_cached_prefixes_and_preemptions_change_no_token(
-    processes: EngineProcesses, llama: str
+    npu_processes: EngineProcesses, llama: str
 ) -> None:
     shared = [Job([*PROMPTS[4][:96], *prompt], max_tokens=4) for prompt in PROMPTS]
     growing = [Job(PROMPTS[2][index : index + 30], max_tokens=40) for index in range(6)]
 
-    roomy = processes.call(play_scripts, llama, planned(), shared, growing)
+    roomy = npu_processes.call(play_scripts, llama, planned(), shared, growing)
     tight = planned(kv_cache_gib=20 * BLOCK_BYTES / 2**30, enable_prefix_caching=True)
-    found = processes.call(play_scripts, llama, tight, shared, growing)
+    found = npu_processes.call(play_scripts, llama, tight, shared, growing)
 
     assert [played.tokens for played in found] == [played.tokens for played in roomy]
     assert max(found[0].num_cached) >= 96
@@ -160,12 +160,12 @@ def test_cached_prefixes_and_preemptions_change_no_token(
 
 
 def test_two_ranks_with_emulated_npus_give_the_tokens_of_one(
-    processes: EngineProcesses, llama: str
+    npu_processes: EngineProcesses, llama: str
 ) -> None:
     split = replace(planned(), cpus=2, tensor_parallel_size=2)
 
     [one], [two] = (
-        processes.call(run_calls, llama, worker, (CALLS, Setting()))
+        npu_processes.call(run_calls, llama, worker, (CALLS, Setting()))
         for worker in (planned(), split)
     )
 
