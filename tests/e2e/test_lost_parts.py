@@ -78,7 +78,7 @@ def expected(handle: XYServe, prompts: list[str]) -> list[list[int]]:
     return asyncio.run(answers(handle, prompts))
 
 
-def test_placements_wait_for_the_global_scheduler_and_what_runs_goes_on(
+def test_requests_are_placed_without_the_global_scheduler_and_what_runs_goes_on(
     server: Server, handle: XYServe, prompts: list[str], expected: list[list[int]]
 ) -> None:
     lost: list[int] = []
@@ -88,7 +88,7 @@ def test_placements_wait_for_the_global_scheduler_and_what_runs_goes_on(
     )
 
     assert found == expected
-    assert is_back(server, "GlobalScheduler", lost[0])
+    wait_until(lambda: is_back(server, "GlobalScheduler", lost[0]))
     wait_until(lambda: len(workers_known()) == len(handle.status().workers))
 
 
