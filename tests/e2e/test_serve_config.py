@@ -21,8 +21,9 @@ from tests.e2e.test_explain import only
 
 SERVE = str(Path(sys.executable).with_name("serve"))
 DEPLOY_TIMEOUT_S = 200
-NUM_LONG = 1000
-"""Tokens of an answer that takes longer than a worker waits for it when it is to leave."""
+NUM_LONG, NUM_LONGEST = 1000, 2000
+"""Tokens of an answer that takes some seconds, and of one that takes longer than a worker waits for
+it when it is to leave, also with drafts on a fast machine."""
 
 
 def deploy(server: Server, document: dict[str, Any], path: Path) -> None:
@@ -106,9 +107,9 @@ def test_scaling_down_and_up_breaks_no_stream(
 ) -> None:
     """What does not end in time on the worker that leaves goes on, equal, on the other one."""
     scaled = original["applications"][0]
-    unbroken = Streams(client, "unbroken", 6, NUM_LONG).join()
+    unbroken = Streams(client, "unbroken", 6, NUM_LONGEST).join()
     wait_for_calm()
-    streams = Streams(client, "scaled", 6, NUM_LONG)
+    streams = Streams(client, "scaled", 6, NUM_LONGEST)
     streams.wait_until_flowing()
     busy_before = [worker.num_running for worker in handle.status().workers]
 

@@ -642,12 +642,12 @@ def test_what_is_learnt_is_not_shared_again(others: dict[str, Setup], clock: Fak
         peer.ask(delta("a", 1, *[number] * MIN_MEMORY))
         peer.ask(finished=("a",))
         clock.now += REPORT_INTERVAL_S
-        until(lambda: bool(learnt(others["three"])))
-        while len(learnt(others["three"])) <= number:
-            time.sleep(0.002)
+        until(lambda number=number: len(learnt(others["three"])) > number)  # type: ignore[misc]
 
     outputs = [[number] * MIN_MEMORY for number in (0, 1)]
-    assert [learnt(setup) for setup in others.values()] == [outputs[1:], outputs[:1], outputs]
+    expected = [outputs[1:], outputs[:1], outputs]
+    until(lambda: [len(learnt(setup)) for setup in others.values()] == [*map(len, expected)])
+    assert [learnt(setup) for setup in others.values()] == expected
 
 
 def test_draft_workers_that_are_gone_hold_up_nothing(
