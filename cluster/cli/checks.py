@@ -239,7 +239,7 @@ def check_compiler(path: str | None) -> Finding:
 
 def check_instruction_set(machine: str, flags: frozenset[str]) -> Finding:
     """The CPU's vector instructions, from the `flags` in /proc/cpuinfo."""
-    known = {"avx512f": "AVX-512", "avx2": "AVX2"}
+    known = {"avx512_bf16": "AVX-512 and its bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
     best = next((name for flag, name in known.items() if flag in flags), None)
     if best or machine != "x86_64":
         return Finding("device", "ok", f"CPU, {machine}{f' with {best}' if best else ''}.")

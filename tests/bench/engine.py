@@ -3,7 +3,8 @@
     python -m tests.bench.engine --json engine.json
 
 Contestants: ours (bf16 weights) against stock vLLM in float32, run eagerly and, with --compiled,
-compiled by inductor (the better of the two counts, case by case); and ours with int4 weights
+compiled by inductor (the better of the two counts, case by case), with --bf16 ours with activations
+in bf16 against stock in both dtypes; and ours with int4 weights
 against llama.cpp, one request at a time, on the Q4_1 file that the checkpoint was made from. Each
 is a process of its own, pinned to the first cores of this one, and sleeps while another works;
 libraries named in LD_PRELOAD (vLLM advises tcmalloc and iomp) are loaded by all. They take turns
@@ -58,8 +59,10 @@ from workers.config import EngineConfig, WorkerConfig
 from workers.home import home
 
 PARTS = ("decode", "prefill", "llamacpp")
-OURS, OURS_INT4 = "ours", "ours int4"
+OURS, OURS_BF16, OURS_INT4 = "ours", "ours bf16", "ours int4"
 EAGER, COMPILED = "stock eager", "stock compiled"
+EAGER_BF16, COMPILED_BF16 = "stock bf16 eager", "stock bf16 compiled"
+STOCK = (EAGER, EAGER_BF16, COMPILED, COMPILED_BF16)
 
 MAX_MODEL_LEN = 1024
 DECODE_PROMPT_LEN = (16, 32)
@@ -288,7 +291,11 @@ def make_prompts(tokenizer: Tokenizer, count: int, clip: tuple[int, int]) -> Pro
 
 def make_cases(tokenizer: Tokenizer, options: argparse.Namespace, rival: str | None) -> list[Case]:
     """The cases that `options` name; `rival` is llama.cpp's name, None if it cannot run."""
-    engines = (OURS, EAGER, COMPILED) if options.compiled else (OURS, EAGER)
+    stock = STOCK if options.compiled else STOCK[:2]
+    if options.bf16:
+        engines = (OURS_BF16, *stock)
+    else:
+        engines = (OURS, *(name for name in stock if name in (EAGER, COMPILED)))
     median = int(statistics.median(output for _, output in conversation_lengths()))
     max_tokens = min(median, options.max_tokens)
     decode = make_prompts(tokenizer, max(options.concurrency), DECODE_PROMPT_LEN)
@@ -313,17 +320,18 @@ def worker_config(name: str, threads: int, max_num_seqs: int) -> WorkerConfig:
     """The settings of a contestant that is vLLM."""
     return WorkerConfig(
         cpus=threads,
-        kernels="xyserve" if name in (OURS, OURS_INT4) else "vllm",
+        kernels="vllm" if name in STOCK else "xyserve",
         weight_format="int4" if name == OURS_INT4 else "auto",
+        activation_format="bf16" if name == OURS_BF16 else "float32",
         engine=EngineConfig(
-            dtype="float32",
+            dtype="bfloat16" if name in (EAGER_BF16, COMPILED_BF16) else "float32",
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=max_num_seqs,
             # The prompts of any case are computed in one step.
             max_num_batched_tokens=max(2048, DECODE_PROMPT_LEN[1] * max_num_seqs),
             kv_cache_gib=0.5,
             enable_prefix_caching=False,
-            enforce_eager=name != COMPILED,
+            enforce_eager=name not in (COMPILED, COMPILED_BF16),
         ),
     )
 
@@ -431,8 +439,11 @@ def run_cases(
         for name in (OURS, COMPILED):
             if name in contestants:
                 check_tokens(contestants[name], contestants[EAGER], checked)
+        for name in (OURS_BF16, EAGER_BF16, COMPILED_BF16):
+            if name in contestants:
+                check_likeness(contestants[name], contestants[EAGER], checked)
         if OURS_INT4 in contestants:
-            [rival] = set(contestants) - {OURS, EAGER, COMPILED, OURS_INT4}
+            [rival] = set(contestants) - {OURS, OURS_BF16, OURS_INT4, *STOCK}
             check_likeness(contestants[OURS_INT4], contestants[rival], checked)
         return [
             (case, take_turns([contestants[name] for name in case.contestants], case, num_rounds))
@@ -467,6 +478,9 @@ def parse_options() -> argparse.Namespace:
         default=False,
         help="also run stock vLLM compiled, which is its best: 3 more minutes for each number of "
         "threads (default: no)",
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="activations in bf16, also of stock vLLM"
     )
     parser.add_argument(
         "--llama-python",

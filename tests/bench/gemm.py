@@ -9,8 +9,11 @@ makes for its unquantized linears. `ratio` is our speed over the better of the t
 streams its weights from memory, so every contestant has copies of them which together exceed the
 L3 cache, and takes another copy at each call; with `--hot` it has one. The lm_head of Llama-3-8B
 is left out for its memory, and M stops at 256 for the others: only the rows which sample a token
-reach an lm_head. GB/s counts the bytes of our packed weights. Keys of the summary:
-the geometric mean of `ratio` over the cells of a range of M, its minimum, and the machine's peaks.
+reach an lm_head. With `--bf16` all round the rows to bf16, as `worker.activation_format: bf16`
+does, and the others compute in it, as stock vLLM does with bf16 checkpoints; `by exact` is our
+speed over that with rows in float32. GB/s counts the bytes of our packed weights. Keys of the
+summary: the geometric mean of `ratio` over the cells of a range of M, its minimum, and the
+machine's peaks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -61,50 +64,66 @@ ROWS = (*range(1, 9), 12, 16, 24, 31, 32, 33, 48, 64, 96, 128, 200, 256, 512, 10
 LM_HEAD_MAX_ROWS = 256
 QUICK_MODELS = ("SmolLM2-135M", "Llama-3.2-1B")
 QUICK_ROWS = (1, 4, 16, 33, 128, 256)
-RANGES = {"m1_32": (1, 32), "m33_128": (33, 128), "m129_1024": (129, 1024)}
+RANGES = {
+    "m1_16": (1, 16),
+    "m17_128": (17, 128),
+    "m1_32": (1, 32),
+    "m33_128": (33, 128),
+    "m129_1024": (129, 1024),
+}
 
 PRIMITIVE_CACHE_SIZE = 32
 """Size of a handle's cache, as in vLLM's `dispatch_cpu_unquantized_gemm`; larger than the number
 of values of M."""
 
-TOLERANCE = 2e-6
-"""Largest error, relative to `sum |x| |w|`, the scale of the rounding errors of a float32 sum."""
+EXACT = "exact"
+"""Our product with rows in float32, beside the one with rows in bf16."""
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+"""Largest error by the dtype of a result, relative to `sum |x| |w|`, the scale of the rounding
+errors of a float32 sum."""
 
 
 class Layer:
     """One linear with the weights of all contestants."""
 
-    def __init__(self, n: int, k: int, rng: np.random.Generator, hot: bool) -> None:
+    def __init__(self, n: int, k: int, rng: np.random.Generator, hot: bool, bf16: bool) -> None:
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         values = torch.from_numpy(rng.standard_normal((n, k), dtype=np.float32))
         weight = values.mul_(k**-0.5).bfloat16().float().numpy()
-        first = Weight.pack(weight)
+        first = Weight.pack(weight, rounds_inputs=bf16)
         copies = 1 if hot else -(-COLD_BYTES // first.nbytes)
         self.weight = weight
-        self.packed = [first, *(Weight.pack(weight) for _ in range(copies - 1))]
-        plain = 1 if hot else -(-COLD_BYTES // weight.nbytes)
-        self.plain = [torch.from_numpy(weight), *(torch.tensor(weight) for _ in range(plain - 1))]
+        others = (Weight.pack(weight, rounds_inputs=bf16) for _ in range(copies - 1))
+        self.packed = [first, *others]
+        self.exact = [Weight.pack(weight) for _ in range(copies)] if bf16 else []
+        plain = torch.from_numpy(weight).to(self.dtype)
+        copies = 1 if hot else -(-COLD_BYTES // plain.nbytes)
+        self.plain = [plain, *(plain.clone() for _ in range(copies - 1))]
         self.handles = [ops.create_onednn_mm(w.t(), PRIMITIVE_CACHE_SIZE) for w in self.plain]
 
     def contestants(self, x: np.ndarray) -> dict[str, Call]:
         """One call each of `x` times the next copy of the weights."""
         packed, plain, handles = cycle(self.packed), cycle(self.plain), cycle(self.handles)
-        rows = torch.from_numpy(x)
+        exact = cycle(self.exact)
+        rows = torch.from_numpy(x).to(self.dtype)
         return {
             "ours": lambda: linear(x, next(packed)),
             "torch": lambda: torch.nn.functional.linear(rows, next(plain)),
             "onednn": lambda: ops.onednn_mm(next(handles), rows, None),
-        }
+        } | ({EXACT: lambda: linear(x, next(exact))} if self.exact else {})
 
     def check(self, x: np.ndarray, contestants: dict[str, Call], rng: np.random.Generator) -> None:
         """Compare a sample of each contestant's result with float64."""
         rows = rng.permutation(len(x))[:32]
         columns = rng.permutation(len(self.weight))[:256]
-        left, right = x[rows].astype(np.float64), self.weight[columns].astype(np.float64)
+        seen = torch.from_numpy(x).to(self.dtype).double().numpy()
+        left, right = seen[rows], self.weight[columns].astype(np.float64)
         expected, scale = left @ right.T, np.abs(left) @ np.abs(right).T
         for name, call in contestants.items():
-            found = np.asarray(call())[np.ix_(rows, columns)]
+            product = torch.as_tensor(call())
+            found = product.float().numpy()[np.ix_(rows, columns)]
             error = float((np.abs(found - expected) / scale).max())
-            if not error < TOLERANCE:
+            if not error < TOLERANCES[torch.bfloat16 if name == EXACT else product.dtype]:
                 raise SystemExit(f"{name} is off by {error:.1e} of sum |x||w| at M={len(x)}")
 
     def warm_up(self, contestants: dict[str, Call]) -> None:
@@ -129,13 +148,13 @@ def peak_read_gb_s() -> float:
 
 
 def measure(
-    models: Sequence[str], rows_m: Sequence[int], threads: int, hot: bool
+    models: Sequence[str], rows_m: Sequence[int], threads: int, hot: bool, bf16: bool
 ) -> Iterable[dict[str, Any]]:
     """One row of figures per cell."""
     rng = np.random.default_rng(0)
     for model in models:
         for name, (n, k) in MODELS[model].items():
-            layer = Layer(n, k, rng, hot)
+            layer = Layer(n, k, rng, hot, bf16)
             for m in rows_m:
                 if name == "lm_head" and m > LM_HEAD_MAX_ROWS:
                     continue
@@ -151,6 +170,7 @@ def measure(
                     "K": k,
                     "M": m,
                     **{f"{contestant} ms": 1000 * s for contestant, s in took_s.items()},
+                    **({"by exact": took_s[EXACT] / took_s["ours"]} if bf16 else {}),
                     "ratio": min(took_s["torch"], took_s["onednn"]) / took_s["ours"],
                     "GFLOP/s": 2 * m * n * k / took_s["ours"] / 1e9,
                     "GB/s": layer.packed[0].nbytes / took_s["ours"] / 1e9,
@@ -165,13 +185,14 @@ def main() -> None:
     parser.add_argument("--m", type=int, nargs="+", help="only these numbers of rows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hot", action="store_true", help="one copy of the weights")
+    parser.add_argument("--bf16", action="store_true", help="round the rows to bf16")
     options = parser.parse_args()
     set_threads(options.threads)
     models = options.models or (QUICK_MODELS if options.quick else tuple(MODELS))
     rows_m = options.m or (QUICK_ROWS if options.quick else ROWS)
     peaks = {"peak_gflops": peak_gflops(), "peak_read_gb_s": peak_read_gb_s()}
     rows = []
-    for row in measure(models, rows_m, options.threads, options.hot):
+    for row in measure(models, rows_m, options.threads, options.hot, options.bf16):
         say_row(row)
         rows.append(row)
     groups = {
@@ -179,7 +200,8 @@ def main() -> None:
         for name, (low, high) in RANGES.items()
     }
     publish(
-        f"GEMM, {options.threads} thread(s), {native.isa()}, {'hot' if options.hot else 'cold'} "
+        f"GEMM{' in bf16' if options.bf16 else ''}, {options.threads} thread(s), {native.isa()}, "
+        f"{'hot' if options.hot else 'cold'} "
         f"weights; peaks {peaks['peak_gflops']:.0f} GFLOP/s, {peaks['peak_read_gb_s']:.1f} GB/s",
         rows,
         geomeans(rows, groups) | peaks,

@@ -36,8 +36,8 @@ from tests.bench.report import make_parser, publish, say
 from tests.workload import DATA
 from workers.config import EngineConfig, WorkerConfig
 
-STOCK = "vllm"
-FORMATS = {STOCK: "auto", "bf16": "auto", "int8": "int8", "int4": "int4"}
+STOCK, ROUNDED = "vllm", "bf16_activations"
+FORMATS = {STOCK: "auto", "bf16": "auto", ROUNDED: "auto", "int8": "int8", "int4": "int4"}
 """The weight format that each contestant is configured with, stock first."""
 
 TEXT = DATA / "text" / "python_peps.jsonl.gz"
@@ -82,6 +82,7 @@ def worker_config(name: str, threads: int) -> WorkerConfig:
         cpus=threads,
         kernels="vllm" if name == STOCK else "xyserve",
         weight_format=FORMATS[name],  # type: ignore[arg-type]
+        activation_format="bf16" if name == ROUNDED else "float32",
         engine=EngineConfig(
             dtype="float32",
             max_model_len=2 * WINDOW_TOKENS,

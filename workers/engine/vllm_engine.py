@@ -89,6 +89,7 @@ def engine_args(model: str, config: WorkerConfig, *, kernels: bool = True) -> As
         args["additional_config"] = {
             QUANTIZATION: {
                 "weight_format": config.weight_format,
+                "activation_format": config.activation_format,
                 "num_threads": config.cpus_per_rank,
                 "keep_packed_weights": config.keep_packed_weights,
             }

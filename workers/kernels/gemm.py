@@ -21,6 +21,7 @@ class Format(IntEnum):
     BF16 = 1  # lossless for weights that are bf16 in the checkpoint
     INT8 = 2  # one scale per output feature
     INT4 = 3  # a bf16 scale and minimum per group of 32 input features
+    BF16_PAIRS = 4  # as BF16, for activations that are rounded to bf16
 
 
 class Epilogue(IntEnum):
@@ -50,12 +51,20 @@ class Weight:
         )
 
     @classmethod
-    def pack(cls, weight: Floats, format: str = "auto", *, gate_up: bool = False) -> Self:
+    def pack(
+        cls,
+        weight: Floats,
+        format: str = "auto",
+        *,
+        gate_up: bool = False,
+        rounds_inputs: bool = False,
+    ) -> Self:
         """Pack a float32 weight `[n, k]`.
 
-        `format` is fp32, bf16, int8, int4 or auto: bf16 if that is lossless, else fp32. With
-        `gate_up` the first half of the rows is the gate and the second the up projection, and
-        `linear` returns silu(gate) * up. ValueError names what cannot be packed.
+        `format` is fp32, bf16, bf16_pairs, int8, int4 or auto: bf16 if that is lossless, else fp32;
+        with `rounds_inputs` bf16_pairs instead of bf16. With `gate_up` the first half of the rows
+        is the gate and the second the up projection, and `linear` returns silu(gate) * up.
+        ValueError names what cannot be packed.
         """
         _check_array("weight", weight, 2)
         n, k = weight.shape
@@ -68,7 +77,7 @@ class Weight:
         if format not in names:
             raise ValueError(f"format ({format!r}) must be one of {', '.join(names)}")
         lossless = is_bf16(weight)
-        if format == "bf16" and not lossless:
+        if format in ("bf16", "bf16_pairs") and not lossless:
             raise ValueError("weight has values that bf16 would round; pack it as fp32 or auto")
         if not np.isfinite(weight).all():
             row, column = np.argwhere(~np.isfinite(weight))[0]
@@ -77,6 +86,8 @@ class Weight:
             )
         if format == "auto":
             format = "bf16" if lossless else "fp32"
+            if lossless and rounds_inputs:
+                format = "bf16_pairs"
         packed = cls(n, k, Format[format.upper()], gate_up)
         native.kernels().pack(
             ctypes.byref(packed.struct), native.pointer(weight), native.pointer(packed._scales)
@@ -85,7 +96,7 @@ class Weight:
 
     @property
     def format(self) -> str:
-        """One of fp32, bf16, int8 and int4."""
+        """One of fp32, bf16, bf16_pairs, int8 and int4."""
         return self._format.name.lower()
 
     @property

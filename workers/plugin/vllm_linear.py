@@ -31,6 +31,9 @@ from workers.kernels.gemm import Weight
 from workers.plugin.names import QUANTIZATION
 from workers.plugin.vllm_packed_weights import PackedWeights
 
+ROUNDED = "auto-bf16"
+"""Weights in the format `auto`, for inputs that are rounded to bf16."""
+
 # A torch operator takes numbers and tensors only, so a packed weight is passed by its number.
 _numbers = itertools.count()
 _weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
@@ -65,8 +68,8 @@ direct_register_custom_op("xyserve_linear", _linear, fake_impl=_linear_fake)
 class KernelConfig(QuantizationConfig):
     """Serves every linear layer and the LM head.
 
-    The engine's `additional_config["xyserve"]` holds `weight_format` and `keep_packed_weights` (as
-    in `WorkerConfig`) and `num_threads`.
+    The engine's `additional_config["xyserve"]` holds `weight_format`, `activation_format` and
+    `keep_packed_weights` (as in `WorkerConfig`) and `num_threads`.
     """
 
     def __init__(self) -> None:
@@ -106,6 +109,8 @@ class KernelConfig(QuantizationConfig):
         options = config.get(QUANTIZATION, {}) if isinstance(config, dict) else {}
         native.set_num_threads(options.get("num_threads", torch.get_num_threads()))
         weight_format = options.get("weight_format", "auto")
+        if options.get("activation_format") == "bf16":
+            weight_format = ROUNDED
         if self.packed_weights is None:
             keep = options.get("keep_packed_weights", False)
             self.packed_weights = PackedWeights(vllm_config, weight_format, keep)
@@ -121,7 +126,13 @@ def pack(layer: Any, weight_format: str, prefix: str, packed_weights: PackedWeig
     if packed is None:
         try:
             weight = layer.weight.detach().contiguous().numpy()
-            packed = Weight.pack(weight, weight_format, gate_up=_is_gate_up(layer))
+            is_rounded = weight_format == ROUNDED
+            packed = Weight.pack(
+                weight,
+                "auto" if is_rounded else weight_format,
+                gate_up=_is_gate_up(layer),
+                rounds_inputs=is_rounded,
+            )
         except ValueError as error:
             raise ValueError(f"{prefix or type(layer).__name__}: {error}") from None
         packed_weights.add(prefix, packed)

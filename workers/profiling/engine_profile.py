@@ -98,7 +98,7 @@ def profile_key(model: str, config: WorkerConfig) -> dict[str, Any]:
         "config": {
             name: value
             for name, value in dataclasses.asdict(config).items()
-            if name in ("device", "cpus", "kernels", "weight_format", "engine")
+            if name in ("device", "cpus", "kernels", "weight_format", "activation_format", "engine")
         },
         "machine": _machine(config),
         "versions": _versions(),

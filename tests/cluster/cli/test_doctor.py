@@ -258,7 +258,8 @@ def test_a_missing_compiler_is_a_warning(path: str | None, level: Level) -> None
 @pytest.mark.parametrize(
     ("machine", "flags", "level", "words"),
     [
-        ("x86_64", {"sse2", "avx2", "avx512f"}, "ok", "AVX-512"),
+        ("x86_64", {"sse2", "avx2", "avx512f", "avx512_bf16"}, "ok", "AVX-512 and its bf16."),
+        ("x86_64", {"sse2", "avx2", "avx512f"}, "ok", "AVX-512."),
         ("x86_64", {"sse2", "avx2"}, "ok", "AVX2"),
         ("x86_64", {"sse2", "avx"}, "warn", "neither"),
         ("aarch64", set(), "ok", "aarch64"),

@@ -47,7 +47,7 @@ def test_the_library_was_built_for_the_best_instructions_of_this_cpu() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().split())
 
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-        assert native.isa() == "avx512"
+        assert native.isa() == ("avx512bf16" if "avx512_bf16" in flags else "avx512")
     else:
         assert native.isa() == ("avx2" if {"avx2", "fma", "f16c"} <= flags else "portable")
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("isa", "one_thread")
 
 Array = npt.NDArray[np.float32]
 
-FORMATS = ["bf16", "fp32", "int8", "int4"]
+FORMATS = ["bf16", "fp32", "int8", "int4", "bf16_pairs"]
 
 ROWS = [*range(1, 21), 31, 32, 33, 1025]
 """Past the tallest tile, about the next powers of two, and a long prompt."""
@@ -34,7 +34,7 @@ def ones(*shape, at_end):
     return guarded(np.ones(shape, np.float32), at_end)
 
 native.use_isa("{isa}")
-for format in ("bf16", "fp32", "int8", "int4"):
+for format in ("bf16", "fp32", "int8", "int4", "bf16_pairs"):
     for n, k, gate_up in ((1, 1, False), (17, 7, False), (34, 100, True), (33, 257, False)):
         for at_end in (False, True):
             weight = Weight.pack(ones(n, k, at_end=at_end), format, gate_up=gate_up)
@@ -82,7 +82,7 @@ def random(*shape: int, seed: int = 0) -> Array:
 
 def packed(n: int, k: int, format: str = "fp32", *, gate_up: bool = False) -> Weight:
     rows = random(n, k, seed=7)
-    rows = reference.round_to_bf16(rows) if format == "bf16" else rows
+    rows = reference.round_to_bf16(rows) if format.startswith("bf16") else rows
     return Weight.pack(rows, format, gate_up=gate_up)
 
 
@@ -107,9 +107,14 @@ def error_of_sums(x: Array, w: Array, bias: Array | None = None) -> npt.NDArray[
     return size
 
 
+def inputs(x: Array, weight: Weight) -> Array:
+    """What a product makes of its inputs."""
+    return reference.round_to_bf16(x) if weight.format == "bf16_pairs" else x
+
+
 def assert_is_product(x: Array, weight: Weight, bias: Array | None = None) -> None:
-    w = weight.unpacked()
-    error = np.abs(linear(x, weight, bias) - reference.linear(x, w, bias))
+    w, seen = weight.unpacked(), inputs(x, weight)
+    error = np.abs(linear(x, weight, bias) - reference.linear(seen, w, bias))
 
     assert (error <= error_of_sums(x, w, bias)).all()
 
@@ -147,8 +152,7 @@ def test_any_number_of_threads_multiplies(num_threads: int, format: str) -> None
 def test_gate_and_up_give_the_gated_product(width: int, k: int, format: str) -> None:
     weight = packed(2 * width, k, format, gate_up=True)
     for m, bias in ((1, None), (7, random(2 * width, seed=2)), (33, None)):
-        x = random(m, k)
-        w = weight.unpacked()
+        x, w = inputs(random(m, k), weight), weight.unpacked()
         error = np.abs(linear(x, weight, bias) - reference.gated_linear(x, w, bias))
         gate, up = np.split(np.abs(reference.linear(x, w, bias)), 2, axis=1)
         # Both factors are off by the rounding of their sums; silu is steeper than 1 nowhere but
@@ -284,6 +288,27 @@ def test_the_choice_of_tiles_changes_no_bit(format: str, monkeypatch: pytest.Mon
         assert bits(linear(x, weight)) == expected
 
 
+@pytest.mark.parametrize(("m", "k"), [(1, 33), (6, 96), (13, 577), (40, 1536)])
+def test_sums_of_bf16_pairs_are_those_of_the_instruction_bit_by_bit(m: int, k: int) -> None:
+    """On every CPU: its twin adds the odd product of a pair first, and rounds each sum."""
+    weight, x = packed(50, k, "bf16_pairs"), random(m, k)
+    depth = -(-k // 32) * 32
+    num_chunks = -(-depth // 640)
+    chunk = -(-depth // num_chunks // 32) * 32
+    pad = ((0, 0), (0, depth - k))
+    rows, columns = (np.pad(a, pad) for a in (reference.round_to_bf16(x), weight.unpacked()))
+
+    whole = np.zeros((m, 50), np.float32)
+    for begin in range(0, depth, chunk):
+        sums = np.zeros((m, 50), np.float32)
+        for pair in range(begin, min(begin + chunk, depth), 2):
+            for j in (pair + 1, pair):
+                sums += rows[:, j, None] * columns[None, :, j]
+        whole += sums
+
+    assert bits(linear(x, weight)) == bits(whole)
+
+
 def test_a_child_forked_during_a_product_can_multiply() -> None:
     assert guarded.run(MULTIPLY_IN_FORKED_CHILDREN) == f"{[0] * 40}\n"
 
@@ -310,7 +335,7 @@ def test_any_rows_of_a_batch_have_their_own_bits(
 
 @pytest.mark.parametrize("gate_up", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(2, 1), (34, 7), (100, 577)])
-@pytest.mark.parametrize("format", ["fp32", "bf16"])
+@pytest.mark.parametrize("format", ["fp32", "bf16", "bf16_pairs"])
 def test_unquantised_weights_stand_for_themselves(
     format: str, n: int, k: int, gate_up: bool
 ) -> None:
@@ -385,7 +410,9 @@ def test_packed_weights_take_the_bytes_of_their_format() -> None:
     sizes = {format: Weight.pack(rows, format).nbytes * 8 / rows.size for format in FORMATS}
 
     # int8 adds one float for each of 256 rows, int4 two bf16 for each 32 weights.
-    assert sizes == {"fp32": 32, "bf16": 16, "int8": 8 + 32 / 512, "int4": 4 + 32 / 32}
+    assert sizes == {"fp32": 32, "bf16": 16, "int8": 8 + 32 / 512, "int4": 4 + 32 / 32} | {
+        "bf16_pairs": 16
+    }
 
 
 @pytest.mark.parametrize("format", FORMATS)

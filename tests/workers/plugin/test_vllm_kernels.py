@@ -80,6 +80,7 @@ class Engines:
         env: dict[str, str] | None = None,
         kernels: Literal["xyserve", "vllm"] = "xyserve",
         weight_format: Literal["auto", "int8", "int4"] = "auto",
+        activation_format: Literal["float32", "bf16"] = "float32",
         spoilt: str | None = None,
         extra_args: dict[str, Any] | None = None,
         **engine: Any,
@@ -97,6 +98,7 @@ class Engines:
         config = WorkerConfig(
             kernels=kernels,
             weight_format=weight_format,
+            activation_format=activation_format,
             engine=EngineConfig(**limits | engine),
         )
         run: Run = self._processes.call(
@@ -119,10 +121,13 @@ class Engines:
         """Our kernels, the layers first in one call if they can be, then by operators."""
         return self.run(name, [Batch(PROMPTS), Batch(PROMPTS, by_operators=True)])
 
-    def _settings(self, weight_format: Literal["auto", "int8", "int4"]) -> Run:
-        """`SETTINGS` in one call, then by operators."""
+    def _settings(self, format: Literal["auto", "int8", "int4", "rounded"]) -> Run:
+        """`SETTINGS` in one call, then by operators; activations are `rounded`, or weights are."""
         by_operators = [dataclasses.replace(batch, by_operators=True) for batch in SETTINGS]
-        return self.run("llama", [*SETTINGS, *by_operators], weight_format=weight_format)
+        batches = [*SETTINGS, *by_operators]
+        if format == "rounded":
+            return self.run("llama", batches, activation_format="bf16")
+        return self.run("llama", batches, weight_format=format)
 
 
 @pytest.fixture(scope="module")
@@ -220,19 +225,27 @@ def test_the_lm_head_keeps_eight_bits(engines: Engines, weight_format: str) -> N
 
 
 def test_fewer_bits_give_nearly_the_same(engines: Engines) -> None:
-    exact, int8, int4 = (
-        engines.settings(weight_format).outputs[1] for weight_format in ("auto", "int8", "int4")
+    exact, rounded, int8, int4 = (
+        engines.settings(format).outputs[1] for format in ("auto", "rounded", "int8", "int4")
     )
 
+    assert 0 < 2 * mean_prompt_gap(rounded, exact) < mean_prompt_gap(int8, exact)
     assert 0 < 4 * mean_prompt_gap(int8, exact) < mean_prompt_gap(int4, exact) < 1.5
 
 
+def test_rounded_activations_are_multiplied_by_all_bf16_weights(engines: Engines) -> None:
+    facts = engines.settings("rounded").facts
+
+    assert set(facts.packed.values()) == {"bf16_pairs"}
+    assert facts.forward_refusal is None
+
+
 @pytest.mark.parametrize("by_operators", [False, True], ids=["one call", "operators"])
-@pytest.mark.parametrize("weight_format", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("format", ["auto", "int8", "int4", "rounded"])
 def test_no_bit_depends_on_company_order_chunks_or_threads(
-    engines: Engines, weight_format: str, by_operators: bool
+    engines: Engines, format: str, by_operators: bool
 ) -> None:
-    run = engines.settings(weight_format)
+    run = engines.settings(format)
     half = slice(len(SETTINGS), None) if by_operators else slice(len(SETTINGS))
 
     found: dict[tuple[int, ...], list[Output]] = {}

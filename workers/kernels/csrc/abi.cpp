@@ -18,19 +18,24 @@ extern const xy::Kernels kernels;
 namespace avx512 {
 extern const xy::Kernels kernels;
 }
+namespace avx512bf16 {
+extern const xy::Kernels kernels;
+}
 #endif
 
 namespace {
 
 // The instruction sets that this CPU has, best first.
 const xy::Kernels* const* available() {
-  static const xy::Kernels* found[4] = {};
+  static const xy::Kernels* found[5] = {};
   if (found[0] == nullptr) {
     int n = 0;
 #ifdef XY_HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      if (__builtin_cpu_supports("avx512bf16")) found[n++] = &avx512bf16::kernels;
       found[n++] = &avx512::kernels;
+    }
 #endif
 #ifdef XY_HAVE_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))

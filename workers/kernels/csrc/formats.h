@@ -22,11 +22,11 @@ XY_INLINE int quantum(float x, int low, int high) {
   return max(low, min(high, static_cast<int>(__builtin_rintf(x))));
 }
 
-// A format packs groups of kGroup input features and reads one input feature after the other.
-// kTallest is the tallest tile that leaves it enough registers: for more rows, panels are expanded
-// to floats first. kMostPanels is the max panels that a tile takes at once.
+// A format packs groups of kGroup input features and reads kStep of them after another. kTallest is
+// the tallest tile that leaves it enough registers: for more rows, panels are expanded to floats
+// first. kMostPanels is the max panels that a tile takes at once.
 struct Fp32 {
-  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4, kStep = 1;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel * 4; }
   static void pack(const Columns& columns, int first, const float*, char* to) {
     for (int j = 0; j < kGroup; ++j)
@@ -44,7 +44,7 @@ struct Fp32 {
 // Each 32-bit lane holds two columns: the lower half is of the first vector, the upper half of the
 // second. One exact operation turns each into a float.
 struct Bf16 {
-  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4, kStep = 1;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel * 2; }
   static constexpr int place(int column) { return column % kLanes * 2 + column / kLanes; }
   static void pack(const Columns& columns, int first, const float*, char* to) {
@@ -63,7 +63,7 @@ struct Bf16 {
 
 // The scales, one per column, are applied to the sums.
 struct Int8 {
-  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4, kStep = 1;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel; }
   static void pack(const Columns& columns, int first, const float* scales, char* to) {
     for (int j = 0; j < kGroup; ++j)
@@ -86,7 +86,7 @@ struct Int8 {
 // minimum is rounded once, by the fused multiply-add. The upper quantum of a byte is not shifted
 // down: it counts sixteen times its value, and its scale a sixteenth. Both are exact.
 struct Int4 {
-  static constexpr int kTallest = kMaxHeight - 2, kMostPanels = 2;
+  static constexpr int kTallest = kMaxHeight - 2, kMostPanels = 2, kStep = 1;
   static constexpr int64_t bytes(int64_t k) {
     return k / kGroup * (2 * Bf16::bytes(1) + kGroup * kLanes);
   }
@@ -126,6 +126,35 @@ struct Int4 {
   }
 };
 
+// For products with activations that are rounded to bf16: each 32-bit lane holds two input features
+// of a column.
+struct Bf16Pairs {
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4, kStep = 2;
+  static constexpr int64_t bytes(int64_t k) { return k * kPanel * 2; }
+  static void pack(const Columns& columns, int first, const float*, char* to) {
+    for (int j = 0; j < kGroup; j += 2)
+      for (int c = 0; c < kPanel; ++c)
+        for (int odd = 0; odd < 2; ++odd, to += 2)
+          store(to, bf16_of(columns.at(c, first + j + odd)));
+  }
+
+  const char* at;
+  bool is_odd = false;
+  XY_INLINE void next_group() {}
+  XY_INLINE void next_pair(UVec& low, UVec& high) {
+    low = load<UVec>(at), high = load<UVec>(at + sizeof(UVec));
+    at += 2 * sizeof(UVec);
+  }
+  // One input feature, for `expand`.
+  XY_INLINE void next(Vec& low, Vec& high) {
+    const UVec both[] = {load<UVec>(at), load<UVec>(at + sizeof(UVec))};
+    low = (Vec)(is_odd ? both[0] & 0xFFFF0000u : both[0] << 16);
+    high = (Vec)(is_odd ? both[1] & 0xFFFF0000u : both[1] << 16);
+    at += is_odd ? 2 * sizeof(UVec) : 0;
+    is_odd = !is_odd;
+  }
+};
+
 template <class Function>
 XY_INLINE auto with_format(int32_t format, Function&& function) {
   switch (format) {
@@ -135,6 +164,8 @@ XY_INLINE auto with_format(int32_t format, Function&& function) {
       return function(Int8{});
     case kInt4:
       return function(Int4{});
+    case kBf16Pairs:
+      return function(Bf16Pairs{});
     default:
       return function(Fp32{});
   }

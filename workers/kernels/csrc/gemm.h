@@ -59,36 +59,53 @@ XY_INLINE void transpose(Vec (&v)[kLanes]) {
   }
 }
 
-// Write rows[height][k] to packed[depth][height], normalised if `norm` is given, zero past k.
-template <int kRows = kMaxHeight>
+// Write rows[height][k] to packed[depth / kStep][height], normalised if `norm` is given, zero past
+// k: as floats, or with kStep 2 rounded to bf16, two input features in 32 bits.
+template <int kStep, int kRows = kMaxHeight>
 XY_INLINE void pack_rows(const float* rows, int64_t stride, int height, int k, int depth,
                          const Norm* norm, float* packed) {
   if constexpr (kRows > 1)
-    if (height != kRows) return pack_rows<kRows - 1>(rows, stride, height, k, depth, norm, packed);
+    if (height != kRows)
+      return pack_rows<kStep, kRows - 1>(rows, stride, height, k, depth, norm, packed);
   constexpr int kGroups = (kRows + kLanes - 1) / kLanes;
   float factor[kRows];
   for (int i = 0; norm && i < kRows; ++i) factor[i] = inverse_rms(rows + i * stride, k, norm->eps);
+  const auto floats = [&](int i, int j) -> Vec {
+    const Vec x = load(rows + i * stride + j);
+    return norm ? x * factor[i] * load(norm->weight + j) : x;
+  };
+  const auto one = [&](int i, int j) -> float {
+    if (j >= k) return 0;
+    const float x = rows[i * stride + j];
+    return norm ? x * factor[i] * norm->weight[j] : x;
+  };
   int j = 0;
   // A store of a whole vector may reach past its row, so the end of the tile is written singly.
-  for (; kRows > 1 && j + kLanes < k; j += kLanes) {
+  for (; kRows > 1 && j + kStep * kLanes < k; j += kStep * kLanes) {
     Vec v[kGroups][kLanes] = {};
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Vec x = load(rows + i * stride + j);
-      v[i / kLanes][i % kLanes] = norm ? x * factor[i] * load(norm->weight + j) : x;
+      Vec& to = v[i / kLanes][i % kLanes];
+      if constexpr (kStep == 2)
+        to = (Vec)bf16_pairs(floats(i, j), floats(i, j + kLanes));
+      else
+        to = floats(i, j);
     }
     for (int group = 0; group < kGroups; ++group) transpose(v[group]);
 #pragma GCC unroll 16
     for (int l = 0; l < kLanes; ++l)
       for (int group = 0; group < kGroups; ++group)
-        store(packed + (j + l) * kRows + group * kLanes, v[group][l]);
+        store(packed + (j / kStep + l) * kRows + group * kLanes, v[group][l]);
   }
-  for (; j < k; ++j)
+  for (; j < k; j += kStep)
     for (int i = 0; i < kRows; ++i) {
-      const float x = rows[i * stride + j];
-      packed[j * kRows + i] = norm ? x * factor[i] * norm->weight[j] : x;
+      float* const to = packed + j / kStep * kRows + i;
+      if constexpr (kStep == 2)
+        store(to, bf16_of(one(i, j)) | uint32_t{bf16_of(one(i, j + 1))} << 16);
+      else
+        *to = one(i, j);
     }
-  std::memset(packed + k * kRows, 0, sizeof(float) * (depth - k) * kRows);
+  std::memset(packed + j / kStep * kRows, 0, sizeof(float) * (depth - j) / kStep * kRows);
 }
 
 // ---- The whole product. ----
@@ -192,12 +209,12 @@ class Block {
 
  private:
   // A panel that several tiles read is expanded once, unless expanding is only a shift.
-  static constexpr bool kExpand = !__is_same(Format, Fp32) && !__is_same(Format, Bf16);
+  static constexpr bool kExpand = __is_same(Format, Int8) || __is_same(Format, Int4);
 
   // Each panel is read once. The tile fetches what is read next: the hardware prefetcher would need
   // several lines of each short stream before it follows.
   void one_tile() {
-    const int step = max<int64_t>(1, kLine * kGroup / Format::bytes(kGroup));
+    const int step = max<int64_t>(Format::kStep, kLine * kGroup / Format::bytes(kGroup));
     for (int panel = first_panel_; panel < end_panel_; panel += kStreams)
       for (int k = 0; k < depth_; k += chunk_) {
         const bool last = k + chunk_ >= depth_;
@@ -218,8 +235,9 @@ class Block {
         const bool last = panel + 1 == end_panel_;
         const char* next = last ? panel_at(first_panel_, k + chunk) : panel_at(panel + 1, k);
         if (kExpand) expand<Format>(panel_at(panel, k), chunk, expanded_);
+        const int step = round_up(max(1, chunk / lines * Format::kStep), Format::kStep);
         for (int tile = first_tile_; tile < end_tile_; ++tile, next += lines * kLine)
-          multiply_panel(tile, panel, k, chunk, {next, 0, max(1, chunk / lines)});
+          multiply_panel(tile, panel, k, chunk, {next, 0, step});
       }
     }
   }
@@ -241,7 +259,7 @@ class Block {
   }
   XY_INLINE PackedRows rows_at(int tile, int k) const {
     const int64_t start = p_.starts[tile], height = p_.starts[tile + 1] - start;
-    return {p_.packed + start * depth_ + k * height};
+    return {p_.packed + start * depth_ + k / Format::kStep * height};
   }
 
   const Product& p_;
@@ -266,8 +284,10 @@ XY_INLINE void multiply_all(Product& p, int* starts) {
       [](void* context, int tile) {
         const auto& p = *static_cast<Product*>(context);
         const int start = p.starts[tile], depth = round_up(p.weight.k, kGroup);
-        pack_rows(p.x + start * p.x_stride, p.x_stride, p.plan.heights[tile], p.weight.k, depth,
-                  p.norm, p.packed + int64_t{start} * depth);
+        with_format(p.weight.format, [&](auto format) {
+          pack_rows<format.kStep>(p.x + start * p.x_stride, p.x_stride, p.plan.heights[tile],
+                                  p.weight.k, depth, p.norm, p.packed + int64_t{start} * depth);
+        });
       },
       &p);
   const int row_blocks = (plan.num_tiles + plan.row_block - 1) / plan.row_block;

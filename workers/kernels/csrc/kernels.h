@@ -7,7 +7,7 @@
 
 namespace xy {
 
-enum Format : int32_t { kFp32, kBf16, kInt8, kInt4 };
+enum Format : int32_t { kFp32, kBf16, kInt8, kInt4, kBf16Pairs };
 
 // Input features that share a scale and minimum in int4; rows are padded to a multiple of it.
 constexpr int kGroup = 32;

@@ -58,6 +58,7 @@ XY_INLINE void store(void* to, V v) {
 }
 
 XY_INLINE Vec splat(float x) { return x - Vec{}; }
+XY_INLINE UVec splat(uint32_t x) { return x - UVec{}; }
 
 XY_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -121,6 +122,31 @@ XY_INLINE uint16_t bf16_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// The bf16 of x in the upper half of each lane; the lower half is zero.
+XY_INLINE UVec round_to_bf16(Vec x) {
+  const UVec bits = (UVec)x;
+  return (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u;
+}
+
+// The bf16 of x[0], x[1] and so on in pairs, the even one in the lower half of a lane.
+XY_INLINE UVec bf16_pairs(Vec first, Vec second) {
+  IVec even;
+  for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
+  return round_to_bf16(__builtin_shuffle(first, second, even)) >> 16 |
+         round_to_bf16(__builtin_shuffle(first, second, even + 1));
+}
+
+// sums + x[odd] * w[odd], and then + x[even] * w[even]. Products of two bf16 are exact, so that it
+// makes no difference whether they are fused with the addition, as the instruction does.
+XY_INLINE Vec dot(Vec sums, UVec x, UVec w) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)w);
+#else
+  sums += (Vec)(x & 0xFFFF0000u) * (Vec)(w & 0xFFFF0000u);
+  return sums + (Vec)(x << 16) * (Vec)(w << 16);
+#endif
 }
 
 XY_INLINE float float_of(uint16_t bf16) {

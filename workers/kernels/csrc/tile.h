@@ -12,6 +12,13 @@ struct PackedRows {
   XY_INLINE float at(int row, int k) const {
     return data[k * kRows + row];
   }
+  // Two input features in bf16.
+  template <int kRows>
+  XY_INLINE uint32_t pair_at(int row, int k) const {
+    uint32_t pair;
+    std::memcpy(&pair, data + k / 2 * kRows + row, 4);
+    return pair;
+  }
 };
 
 struct StridedRows {
@@ -24,7 +31,8 @@ struct StridedRows {
 };
 
 // What a tile fetches into the second-level cache while it multiplies: of each of its panels a line
-// at input feature k, and another one every `step` input features.
+// (as many as a step of the format has input features) at input feature k, and more every `step`
+// input features, which is a multiple of the format's.
 constexpr int kLine = 64;
 
 struct Fetch {
@@ -48,20 +56,32 @@ void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, Fetch f
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) weights[p].next_group();
     const int end = min(k0 + kGroup, depth);
-    for (int k = k0; k < end; ++k) {
+    for (int k = k0; k < end; k += Format::kStep) {
       if (k == fetch.k) {
-        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(fetch.from + p * panel_stride, 0, 2);
-        fetch.k += fetch.step, fetch.from += kLine;
+        for (int line = 0; line < Format::kStep; ++line, fetch.from += kLine)
+          for (int p = 0; p < kPanels; ++p) __builtin_prefetch(fetch.from + p * panel_stride, 0, 2);
+        fetch.k += fetch.step;
       }
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
-        Vec low, high;
-        weights[p].next(low, high);
+        if constexpr (Format::kStep == 2) {
+          UVec low, high;
+          weights[p].next_pair(low, high);
 #pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) {
-          const Vec x = splat(rows.template at<kRows>(row, k));
-          acc[row][p][0] += x * low;
-          acc[row][p][1] += x * high;
+          for (int row = 0; row < kRows; ++row) {
+            const UVec x = splat(rows.template pair_at<kRows>(row, k));
+            acc[row][p][0] = dot(acc[row][p][0], x, low);
+            acc[row][p][1] = dot(acc[row][p][1], x, high);
+          }
+        } else {
+          Vec low, high;
+          weights[p].next(low, high);
+#pragma GCC unroll 16
+          for (int row = 0; row < kRows; ++row) {
+            const Vec x = splat(rows.template at<kRows>(row, k));
+            acc[row][p][0] += x * low;
+            acc[row][p][1] += x * high;
+          }
         }
       }
     }
@@ -78,13 +98,17 @@ void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, Fetch f
 }
 
 // Panels that a tile of this height takes at once: enough sums in flight to hide the latency of a
-// multiply-add, as far as the registers suffice.
-constexpr int panels_at_once(int height) { return height == 1 ? 4 : height == 2 ? 2 : 1; }
+// multiply-add, or of a product of pairs, which is longer, as far as the registers suffice.
+template <class Format>
+constexpr int panels_at_once(int height) {
+  if (Format::kStep == 2) return height <= 2 ? 4 : height <= 6 ? 2 : 1;
+  return height == 1 ? 4 : height == 2 ? 2 : 1;
+}
 
 template <class Format, int kRows, class Rows>
 void tile_row(Rows rows, const char* panels, int64_t panel_stride, int num_panels, int depth,
               Fetch fetch, float* out, int64_t out_stride, bool add) {
-  constexpr int kAtOnce = min(Format::kMostPanels, panels_at_once(kRows));
+  constexpr int kAtOnce = min(Format::kMostPanels, panels_at_once<Format>(kRows));
   int p = 0;
   const auto next = [&](auto count) {
     tile<Format, kRows, count()>(rows, panels + p * panel_stride, panel_stride, depth, fetch,
