@@ -15,10 +15,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import (
-    QuantizationConfig,
-    QuantizeMethodBase,
-)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -30,6 +27,7 @@ from workers.kernels import gemm, native
 from workers.kernels.gemm import Weight
 from workers.plugin.names import QUANTIZATION
 from workers.plugin.vllm_packed_weights import PackedWeights
+from workers.plugin.vllm_quantization import OwnKernelConfig, kernel_options
 
 ROUNDED = "auto-bf16"
 """Weights in the format `auto`, for inputs that are rounded to bf16."""
@@ -65,7 +63,7 @@ direct_register_custom_op("xyserve_linear", _linear, fake_impl=_linear_fake)
 
 
 @register_quantization_config(QUANTIZATION)
-class KernelConfig(QuantizationConfig):
+class KernelConfig(OwnKernelConfig):
     """Serves every linear layer and the LM head.
 
     The engine's `additional_config["xyserve"]` holds `weight_format`, `activation_format` and
@@ -77,10 +75,6 @@ class KernelConfig(QuantizationConfig):
         self.packed_weights: PackedWeights | None = None
         """Of the engine's model; None until its first layer is made."""
 
-    @override
-    def get_name(self) -> str:  # type: ignore[override]
-        return QUANTIZATION
-
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Only float32, so that results are exact; weights may be narrower."""
         return [torch.float32]
@@ -90,23 +84,12 @@ class KernelConfig(QuantizationConfig):
     def get_min_capability(cls) -> int:
         return -1  # no CUDA device is needed
 
-    @staticmethod
-    @override
-    def get_config_filenames() -> list[str]:
-        return []  # nothing is read from the checkpoint
-
-    @classmethod
-    @override
-    def from_config(cls, config: dict[str, Any]) -> "KernelConfig":
-        return cls()  # a checkpoint's config holds nothing of ours
-
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our GEMM for linear layers and the LM head; None, which is vLLM's own, for the rest."""
         if not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return None
         vllm_config = get_current_vllm_config()
-        config = vllm_config.additional_config
-        options = config.get(QUANTIZATION, {}) if isinstance(config, dict) else {}
+        options = kernel_options()
         native.set_num_threads(options.get("num_threads", torch.get_num_threads()))
         weight_format = options.get("weight_format", "auto")
         if options.get("activation_format") == "bf16":

@@ -7,17 +7,13 @@ from typing import Any
 
 import torch
 from typing_extensions import override
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import (
-    QuantizationConfig,
-    QuantizeMethodBase,
-)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -27,6 +23,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from workers.kernels.triton_gemm import HEIGHTS, Weight, plan_linear, quantised, run, tile_costs
 from workers.plugin.names import QUANTIZATION
+from workers.plugin.vllm_quantization import OwnKernelConfig, kernel_options
 from workers.plugin.vllm_triton_device import triton_device
 
 KEPT_ROWS = 512
@@ -75,16 +72,12 @@ _kept_plan = lru_cache(maxsize=None)(_plan.__wrapped__)
 
 
 @register_quantization_config(QUANTIZATION)
-class TritonKernelConfig(QuantizationConfig):
+class TritonKernelConfig(OwnKernelConfig):
     """Serves every linear layer and the LM head.
 
     The engine's `additional_config["xyserve"]` holds `weight_format`: `auto`, the checkpoint's, or
     `int8`.
     """
-
-    def get_name(self) -> str:  # type: ignore[override]
-        """The name under which an engine asks for it."""
-        return QUANTIZATION
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """All that the kernels compute in."""
@@ -95,21 +88,9 @@ class TritonKernelConfig(QuantizationConfig):
     def get_min_capability(cls) -> int:
         return 80  # bf16
 
-    @staticmethod
-    @override
-    def get_config_filenames() -> list[str]:
-        return []  # nothing is read from the checkpoint
-
-    @classmethod
-    @override
-    def from_config(cls, config: dict[str, Any]) -> "TritonKernelConfig":
-        return cls()  # a checkpoint's config holds nothing of ours
-
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our GEMM for linear layers and the LM head; None, which is vLLM's own, for the rest."""
-        config = get_current_vllm_config().additional_config
-        options = config.get(QUANTIZATION, {}) if isinstance(config, dict) else {}
-        weight_format = options.get("weight_format", "auto")
+        weight_format = kernel_options().get("weight_format", "auto")
         if isinstance(layer, LinearBase):
             return TritonLinearMethod(weight_format)
         if isinstance(layer, VocabParallelEmbedding):
