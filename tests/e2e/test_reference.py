@@ -34,14 +34,14 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(
         resolve_model(MODEL), dtype=torch.float32, attn_implementation="eager"
     )
-    return [greedy(model, prompt) for prompt in prompts]
+    return [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
 
 
 @torch.no_grad()
-def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
+def greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int) -> list[int]:
     tokens: list[int] = []
     new, cache = prompt, None
-    for _ in range(NUM_TOKENS):
+    for _ in range(num_tokens):
         output = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         tokens.append(int(output.logits[0, -1].argmax()))

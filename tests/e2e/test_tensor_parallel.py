@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.conftest import ANSWER_TIMEOUT_S, Server, serving
+from tests.e2e.test_reference import greedy
 from tests.workers.planned_engine import write_tokenizer
 from tests.workers.tiny_models import MAX_MODEL_LEN, write_checkpoint
 
@@ -40,15 +41,13 @@ def split(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Ser
         yield server
 
 
-@torch.no_grad()
-def greedy(model: Path, prompt: list[int]) -> list[int]:
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    """The answers by Hugging Face."""
     reference = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation="eager"
     )
-    tokens = list(prompt)
-    for _ in range(NUM_TOKENS):
-        tokens.append(int(reference(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+    return [greedy(reference, prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
 def ask(server: Server, model: Path, prompt: list[int]) -> list[int]:
@@ -70,15 +69,15 @@ def processes(server: Server) -> list[psutil.Process]:
     return [*workers, *(child for child in children if child.name().startswith("VLLM::"))]
 
 
-def test_two_ranks_answer_as_hugging_face_does(split: Server, model: Path) -> None:
-    assert [ask(split, model, prompt) for prompt in PROMPTS] == [
-        greedy(model, prompt) for prompt in PROMPTS
-    ]
+def test_two_ranks_answer_as_hugging_face_does(
+    split: Server, model: Path, expected: list[list[int]]
+) -> None:
+    assert [ask(split, model, prompt) for prompt in PROMPTS] == expected
 
 
 @pytest.mark.parametrize("lost", [0, 2], ids=["its actor", "a rank"])
 def test_a_worker_that_loses_a_process_is_replaced_and_nothing_is_left(
-    split: Server, model: Path, lost: int
+    split: Server, model: Path, expected: list[list[int]], lost: int
 ) -> None:
     before = processes(split)
     assert len(before) == 3
@@ -86,7 +85,7 @@ def test_a_worker_that_loses_a_process_is_replaced_and_nothing_is_left(
     os.kill(before[lost].pid, signal.SIGKILL)
 
     answer = ask(split, model, PROMPTS[0])  # waits for the new worker
-    assert answer == greedy(model, PROMPTS[0])
+    assert answer == expected[0]
     psutil.wait_procs(before, RESTORED_TIMEOUT_S)
     assert not any(process.is_running() for process in before)
     give_up_s = time.monotonic() + RESTORED_TIMEOUT_S
