@@ -114,7 +114,7 @@ class WorkerConfig:
     if that is not bf16. `int4` is for CPUs only."""
     activation_format: Literal["float32", "bf16"] = "float32"
     """Format of activations in products of our CPU kernels with bf16 weights: exact, or rounded to
-    bf16, which is up to 1.8 times as fast on CPUs with instructions for it (AVX512_BF16)."""
+    bf16, which is up to 1.7 times as fast on CPUs with instructions for it (AVX512_BF16)."""
     keep_packed_weights: bool = True
     """Whether our kernels' weights are kept in a file, so that a later start of the same model need
     not pack them; for a local checkpoint, in `packed/` of the home folder, as large as in
