@@ -143,20 +143,29 @@ def _show_profile(profile: EngineProfile) -> None:
 def _show_calibration(tables: dict[str, Calibration]) -> None:
     """Print tile tables side by side, and the row tiles they give for some numbers of rows.
 
-    The tallest tile costs its height in rows, so that tables in different units compare.
+    In each table the tallest tile over float32 inputs costs its height in rows, so that tables in
+    different units compare.
     """
     [*_, newest] = tables.values()
-    tallest = len(newest.tile_costs)
-    costs = Table(
-        "rows in a tile", *tables, title=f"Time of a row tile: {newest.cpu}, {newest.isa}"
-    )
-    for height in range(1, tallest + 1):
-        shares = (table.tile_costs[height - 1] / table.tile_costs[-1] for table in tables.values())
-        costs.add_row(str(height), *(f"{tallest * share:.2f}" for share in shares))
-    tiles = Table("rows in a step", *tables, title="Row tiles")
+    columns = [
+        (f"{inputs}, {name}", inputs, table)
+        for inputs in newest.tile_costs
+        for name, table in tables.items()
+    ]
+    names = [name for name, *_ in columns]
+    costs = Table("rows in a tile", *names, title=f"Time of a row tile: {newest.cpu}, {newest.isa}")
+    for height in range(1, max(map(len, newest.tile_costs.values())) + 1):
+        costs.add_row(str(height), *(_cost(table, inputs, height) for _, inputs, table in columns))
+    tiles = Table("rows in a step", *names, title="Row tiles")
     for num_rows in SHOWN_NUM_ROWS:
-        cuts = (table.row_tiles(num_rows) for table in tables.values())
+        cuts = (table.row_tiles(inputs, num_rows) for _, inputs, table in columns)
         tiles.add_row(str(num_rows), *(" + ".join(map(str, cut)) for cut in cuts))
     console = Console()
     console.print(costs)
     console.print(tiles)
+
+
+def _cost(table: Calibration, inputs: str, height: int) -> str:
+    """Cost of a tile in rows of the tallest over float32 inputs; empty if there is none so tall."""
+    costs, unit = table.tile_costs[inputs], table.tile_costs["float32"]
+    return f"{len(unit) * costs[height - 1] / unit[-1]:.2f}" if height <= len(costs) else ""

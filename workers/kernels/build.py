@@ -39,8 +39,10 @@ LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined"]
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}
 if platform.machine() == "x86_64":
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avxvnni"] = [*ISA_FLAGS["avx2"], "-mavxvnni"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-    ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+    ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
+    ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512vnni"], "-mavx512bf16"]
 
 NEEDED = "The kernels need GCC 11 or newer: apt install g++, or dnf install gcc-c++"
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from workers.kernels import native
 from workers.kernels.gemm import Epilogue, Weight, plan_struct
-from workers.kernels.tile_table import SHAPE
+from workers.kernels.tile_table import SHAPE, Inputs, TileTable, max_height
 from workers.kernels.tiles import GemmPlan, TileCosts
 
 ROWS = 48
@@ -19,33 +19,46 @@ MIN_ROUNDS, MAX_ROUNDS = 30, 200
 """Bounds of the rounds, each of which times every height once: fewer would make the quartiles
 noisy, and more would not change them."""
 
-BUDGET_S = 4.0
-"""Time for all rounds: `xyserve calibrate` is meant to take seconds."""
+BUDGET_S = 3.0
+"""Time for all rounds of one kind of inputs: `xyserve calibrate` is meant to take seconds."""
 
 Progress = Callable[[float], None]
 """Called with the fraction done, 0 to 1."""
 
 
-def measure(progress: Progress = lambda share: None) -> TileCosts:
+FORMAT_OF = {Inputs.FLOAT32: "bf16", Inputs.BF16: "bf16_pairs", Inputs.INT8: "int8_quads"}
+"""Format of the weights that stand for all with such inputs."""
+
+
+def measure(progress: Progress = lambda share: None) -> TileTable:
     """Time tiles of each height in turn, on one thread, in `tile_table.UNIT`; takes seconds.
 
     The result is the lower quartile: on a busy machine more than half of the times may be too long.
     """
     num_threads = native.num_threads()
     native.set_num_threads(1)
+    found: dict[Inputs, TileCosts] = {}
     try:
-        times_s = _interleaved(_products(), progress)
+        for inputs in Inputs:
+            begun = len(found)
+            times_s = _interleaved(
+                _products(inputs),
+                lambda share, begun=begun: progress((begun + share) / len(Inputs)),
+            )
+            quartiles = (1e9 * statistics.quantiles(times)[0] for times in times_s)
+            found[inputs] = TileCosts(tuple(quartiles))
     finally:
         native.set_num_threads(num_threads)
-    return TileCosts(tuple(1e9 * statistics.quantiles(times)[0] for times in times_s))
+    return found
 
 
-def _products() -> list[Callable[[], float]]:
+def _products(inputs: Inputs) -> list[Callable[[], float]]:
     """Per height, a product that uses only such tiles and returns the seconds of one."""
     random = np.random.default_rng(0)
     n, k = SHAPE
     values = random.standard_normal((n, k), dtype=np.float32)
-    weight = Weight.pack((values.view(np.uint32) & 0xFFFF0000).view(np.float32), "bf16")
+    rounded = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    weight = Weight.pack(rounded, FORMAT_OF[inputs])
     num_panels: int = weight.num_panels
     linear = native.kernels().linear
 
@@ -72,7 +85,7 @@ def _products() -> list[Callable[[], float]]:
 
         return tile_s
 
-    return [product(height) for height in range(1, native.kernels().max_height + 1)]
+    return [product(height) for height in range(1, max_height(inputs) + 1)]
 
 
 def _interleaved(products: list[Callable[[], float]], progress: Progress) -> list[list[float]]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.kernels import native
-from workers.kernels.tile_table import tile_costs
+from workers.kernels.tile_table import Inputs, tile_costs
 from workers.kernels.tiles import GemmPlan, plan_gemm
 
 Floats = NDArray[np.float32]
@@ -21,7 +21,21 @@ class Format(IntEnum):
     BF16 = 1  # lossless for weights that are bf16 in the checkpoint
     INT8 = 2  # one scale per output feature
     INT4 = 3  # a bf16 scale and minimum per group of 32 input features
-    BF16_PAIRS = 4  # as BF16, for activations that are rounded to bf16
+    BF16_PAIRS = 4  # as BF16, for inputs that are rounded to bf16
+    INT8_QUADS = 5  # as INT8 and INT4, for inputs that are rounded to int8
+    INT4_QUADS = 6
+
+    @property
+    def inputs(self) -> "Inputs":
+        """What a product makes of its inputs."""
+        if self == Format.BF16_PAIRS:
+            return Inputs.BF16
+        return Inputs.INT8 if self in (Format.INT8_QUADS, Format.INT4_QUADS) else Inputs.FLOAT32
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether each output feature has a scale, applied to the sums."""
+        return self in (Format.INT8, Format.INT8_QUADS)
 
 
 class Epilogue(IntEnum):
@@ -43,9 +57,7 @@ class Weight:
         self._panels = native.weights_arena.empty(kernels.packed_bytes(n, k, format, gate_up))
         panel = 2 * kernels.lanes
         self.num_panels = 2 * -(-n // 2 // panel) if gate_up else -(-n // panel)
-        self._scales = (
-            np.zeros(self.num_panels * panel, np.float32) if format == Format.INT8 else None
-        )
+        self._scales = np.zeros(self.num_panels * panel, np.float32) if format.has_scales else None
         self.struct = native.WeightStruct(
             n, k, format, gate_up, native.pointer(self._panels), native.pointer(self._scales)
         )
@@ -61,9 +73,9 @@ class Weight:
     ) -> Self:
         """Pack a float32 weight `[n, k]`.
 
-        `format` is fp32, bf16, bf16_pairs, int8, int4 or auto: bf16 if that is lossless, else fp32;
-        with `rounds_inputs` bf16_pairs instead of bf16. With `gate_up` the first half of the rows
-        is the gate and the second the up projection, and `linear` returns silu(gate) * up.
+        `format` is the name of a `Format` in lower case, or auto: bf16 if that is lossless, else
+        fp32; with `rounds_inputs` bf16_pairs instead of bf16. With `gate_up` the first half of the
+        rows is the gate and the second the up projection, and `linear` returns silu(gate) * up.
         ValueError names what cannot be packed.
         """
         _check_array("weight", weight, 2)
@@ -96,7 +108,7 @@ class Weight:
 
     @property
     def format(self) -> str:
-        """One of fp32, bf16, bf16_pairs, int8 and int4."""
+        """Name of the format, in lower case."""
         return self._format.name.lower()
 
     @property
@@ -121,7 +133,8 @@ class Weight:
 
     def plan(self, num_rows: int) -> GemmPlan:
         """How a product with `num_rows` rows is cut into tiles and tasks."""
-        return plan_gemm(num_rows, self.num_panels, native.num_threads(), tile_costs())
+        costs = tile_costs(self._format.inputs)
+        return plan_gemm(num_rows, self.num_panels, native.num_threads(), costs)
 
 
 def is_bf16(values: Floats) -> bool:

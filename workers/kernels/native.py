@@ -149,8 +149,11 @@ class Kernels(Structure):
     _fields_ = [
         ("isa", c_char_p),
         ("lanes", c_int32),
-        ("max_height", c_int32),
         ("kv_chunk", c_int32),
+        ("max_height", c_int32),
+        ("max_quads_height", c_int32),
+        ("has_bf16_dot", c_int32),
+        ("has_int8_dot", c_int32),
         ("packed_bytes", CFUNCTYPE(c_int64, c_int32, c_int32, c_int32, c_int32)),
         ("pack", CFUNCTYPE(None, POINTER(WeightStruct), c_void_p, c_void_p)),
         ("unpack", CFUNCTYPE(None, POINTER(WeightStruct), c_void_p)),

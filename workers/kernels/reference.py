@@ -39,6 +39,17 @@ def round_to_bf16(values: Float32Array) -> Float32Array:
     return rounded.astype(np.uint32).view(np.float32)
 
 
+def round_to_int8(values: Float32Array) -> Float32Array:
+    """Each group of 32 columns as integers from -127 to 127 times a scale of its own."""
+    rows, columns = values.shape
+    groups = np.zeros((rows, -(-columns // 32), 32), np.float32)
+    groups.reshape(rows, -1)[:, :columns] = values
+    scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 1e-35)
+    rounded: Float32Array = np.rint(groups * inverse) * scale
+    return rounded.reshape(rows, -1)[:, :columns]
+
+
 def visible_keys(
     num_queries: int,
     seq_len: int,

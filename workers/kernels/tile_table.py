@@ -6,6 +6,8 @@ import logging
 import math
 import platform
 import time
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 
 from workers.home import home, replace_file
@@ -18,6 +20,17 @@ SHAPE = (512, 768)
 """N and K of the weight to measure with: in bf16 (768 KiB) it stays in the caches."""
 
 UNIT = f"ns of one row tile on one panel of {SHAPE[1]} input features"
+
+
+class Inputs(StrEnum):
+    """What a product makes of its inputs."""
+
+    FLOAT32 = "float32"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+TileTable = Mapping[Inputs, TileCosts]
 
 
 def path() -> Path:
@@ -36,9 +49,31 @@ def cpu() -> str:
     return next(names, platform.machine())
 
 
-def tile_costs() -> TileCosts:
+def tile_costs(inputs: Inputs = Inputs.FLOAT32) -> TileCosts:
     """Measured costs of row tiles, or the built-in ones if none were measured."""
-    return _in_use(native.isa())[0]
+    return _in_use(native.isa())[0][inputs]
+
+
+def fastest(*choice: Inputs) -> Inputs:
+    """Of some inputs those whose tiles take the least time per row."""
+    return min(choice, key=lambda inputs: tile_costs(inputs).of_row)
+
+
+def max_height(inputs: Inputs) -> int:
+    """Rows of the tallest tile."""
+    kernels = native.kernels()
+    return kernels.max_quads_height if inputs is Inputs.INT8 else kernels.max_height
+
+
+def built_in_table() -> TileTable:
+    """Costs where none were measured, by whether the CPU has an instruction for such products."""
+    kernels = native.kernels()
+    of_row = {
+        Inputs.FLOAT32: 1.0,
+        Inputs.BF16: 0.5 if kernels.has_bf16_dot else 2.0,
+        Inputs.INT8: 0.4 if kernels.has_int8_dot else 1.5,
+    }
+    return {inputs: default_costs(max_height(inputs), cost) for inputs, cost in of_row.items()}
 
 
 def is_measured() -> bool:
@@ -47,7 +82,7 @@ def is_measured() -> bool:
 
 
 @functools.cache
-def _in_use(isa: str) -> tuple[TileCosts, bool]:
+def _in_use(isa: str) -> tuple[TileTable, bool]:
     """The costs, and whether `save` wrote them; why a file cannot be used is logged."""
     file = path()
     try:
@@ -59,30 +94,39 @@ def _in_use(isa: str) -> tuple[TileCosts, bool]:
             "measured row tiles cannot be used, only built-in ones; to measure: xyserve calibrate",
             extra={"file": str(file), "error": str(error)},
         )
-    return default_costs(native.kernels().max_height), False
+    return built_in_table(), False
 
 
-def _parse(document: object) -> TileCosts:
+def _parse(document: object) -> TileTable:
     """The costs in a file; ValueError says why they do not fit this machine."""
     if not isinstance(document, dict):
         raise ValueError("it is not a JSON object")
     for key, own in (("cpu", cpu()), ("isa", native.isa())):
         if document.get(key) != own:
             raise ValueError(f"its {key} is {document.get(key)!r}, this machine's is {own!r}")
-    costs, height = document.get("tile_costs"), native.kernels().max_height
+    of_inputs = document.get("tile_costs")
+    if not isinstance(of_inputs, dict) or set(of_inputs) != set(Inputs):
+        raise ValueError(f"its tile_costs are not those of {', '.join(Inputs)}")
+    return {inputs: _parse_costs(inputs, of_inputs[inputs]) for inputs in Inputs}
+
+
+def _parse_costs(inputs: Inputs, costs: object) -> TileCosts:
+    height = max_height(inputs)
     if (
         not isinstance(costs, list)
         or len(costs) != height
         or not all(isinstance(cost, int | float) and 0 < cost < math.inf for cost in costs)
     ):
-        raise ValueError(f"its tile_costs are not {height} positive numbers")
+        raise ValueError(f"its tile_costs of {inputs} are not {height} positive numbers")
     return TileCosts(tuple(map(float, costs)))
 
 
-def save(costs: TileCosts) -> None:
+def save(costs: TileTable) -> None:
     """Write the costs for this and later processes on this machine."""
     document = {
-        "tile_costs": [round(cost, 2) for cost in costs.of_height],
+        "tile_costs": {
+            inputs: [round(cost, 2) for cost in costs[inputs].of_height] for inputs in Inputs
+        },
         "unit": UNIT,
         "cpu": cpu(),
         "isa": native.isa(),

@@ -39,21 +39,28 @@ class TileCosts:
         """Rows of the tallest tile."""
         return len(self.of_height)
 
+    @property
+    def of_row(self) -> float:
+        """Time of one row in tiles of the best height."""
+        return min(cost / height for height, cost in enumerate(self.of_height, 1))
 
-def default_costs(max_height: int) -> TileCosts:
-    """Costs of tiles on a machine where none were measured, in cycles per input feature.
 
-    A row takes two multiply-adds, of which a core starts two per cycle. Tiles of fewer than four
-    rows wait for their own sums: a multiply-add takes about four cycles. The slope of a tenth makes
-    the lower of two such tiles the cheaper one.
+def default_costs(max_height: int, of_row: float = 1.0) -> TileCosts:
+    """Costs of tiles on a machine where none were measured, if a row of a tall one costs `of_row`.
+
+    A row takes two multiply-adds per input feature, of which a core starts two per cycle. Tiles of
+    fewer than about five rows wait for their own sums: a multiply-add takes four cycles. Each tile
+    also begins and ends.
     """
     heights = range(1, max_height + 1)
-    return TileCosts(tuple(max(3.7 + 0.1 * height, float(height)) for height in heights))
+    costs = (max(4 + 0.3 * height, float(height)) + 0.2 for height in heights)
+    return TileCosts(tuple(of_row * cost for cost in costs))
 
 
 @lru_cache(maxsize=1 << 14)
 def row_tiles(num_rows: int, costs: TileCosts) -> tuple[int, ...]:
-    """Heights of the row tiles that cover exactly `num_rows` rows in the least time, tallest first.
+    """Heights of the row tiles that cover exactly `num_rows` rows in the least time, tallest first;
+    of equal times those of the fewest tiles.
 
     Rows that fit one tile get one, since each tile reads the weights again.
     """
@@ -65,16 +72,19 @@ def row_tiles(num_rows: int, costs: TileCosts) -> tuple[int, ...]:
     best = max(height for height, cost in enumerate(of_row, 1) if cost == min(of_row))
     whole = max(0, num_rows // best - tallest)
     rest = num_rows - whole * best
-    cheapest: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    cheapest: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
     for rows in range(1, rest + 1):
+        options = (
+            (cheapest[rows - height][0] + costs.of_height[height - 1], height)
+            for height in range(1, min(tallest, rows) + 1)
+        )
         cheapest.append(
             min(
-                (cheapest[rows - height][0] + costs.of_height[height - 1],
-                 (height, *cheapest[rows - height][1]))
-                for height in range(1, min(tallest, rows) + 1)
+                (cost, cheapest[rows - height][1] + 1, (height, *cheapest[rows - height][2]))
+                for cost, height in options
             )
-        )  # fmt: skip
-    return tuple(sorted((best,) * whole + cheapest[rest][1], reverse=True))
+        )
+    return tuple(sorted((best,) * whole + cheapest[rest][2], reverse=True))
 
 
 @dataclass(frozen=True, slots=True)

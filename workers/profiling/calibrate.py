@@ -32,12 +32,13 @@ class Calibration:
     """File of measured costs, whether or not it exists yet."""
     is_measured: bool
     """False for the built-in costs."""
-    tile_costs: tuple[float, ...]
-    """Time of one row tile by its height (index 0 is height 1), in any unit."""
+    tile_costs: dict[str, tuple[float, ...]]
+    """By what products make of their inputs (float32, bf16, int8): the time of one row tile by its
+    height (index 0 is height 1), in any unit."""
 
-    def row_tiles(self, num_rows: int) -> tuple[int, ...]:
+    def row_tiles(self, inputs: str, num_rows: int) -> tuple[int, ...]:
         """Heights of the tiles that `num_rows` rows are cut into."""
-        return tiles.row_tiles(num_rows, tiles.TileCosts(self.tile_costs))
+        return tiles.row_tiles(num_rows, tiles.TileCosts(self.tile_costs[inputs]))
 
 
 def current_calibration() -> Calibration:
@@ -47,7 +48,7 @@ def current_calibration() -> Calibration:
         native.isa(),
         tile_table.path(),
         tile_table.is_measured(),
-        tile_table.tile_costs().of_height,
+        {inputs: tile_table.tile_costs(inputs).of_height for inputs in tile_table.Inputs},
     )
 
 

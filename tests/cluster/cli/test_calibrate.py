@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 from cluster.cli.main import app
 from tests.workers.tiny_models import write_checkpoint
 from workers.kernels import calibration, native, tile_table
-from workers.kernels.tiles import TileCosts, default_costs, row_tiles
+from workers.kernels.tile_table import Inputs, TileTable, built_in_table, max_height, tile_costs
+from workers.kernels.tiles import TileCosts, row_tiles
 
 HEIGHT = native.kernels().max_height
 
-FLAT = TileCosts((1.0,) * HEIGHT)
+FLAT: TileTable = {inputs: TileCosts((1.0,) * max_height(inputs)) for inputs in Inputs}
 """Each tile costs the same, so that as few as possible are best."""
 
 WITHOUT_LIBRARY = """
@@ -35,7 +36,7 @@ main()
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder for the cache and for claims of cores, in place of the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # a running server may have claimed every core
     tile_table._in_use.cache_clear()
     yield tmp_path
@@ -43,11 +44,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[TileCosts]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[TileTable]:
     """Results of measuring, one for each call, without the time it takes."""
     found = [FLAT]
 
-    def measure(progress: Callable[[float], None]) -> TileCosts:
+    def measure(progress: Callable[[float], None]) -> TileTable:
         progress(1.0)
         return found.pop(0)
 
@@ -55,9 +56,17 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[TileCosts]:
     return found
 
 
-def sums(num_rows: int, *tables: TileCosts) -> list[str]:
+def in_use() -> TileTable:
+    return {inputs: tile_costs(inputs) for inputs in Inputs}
+
+
+def sums(num_rows: int, *tables: TileTable) -> list[str]:
     """A row of the second table: what the tables lead to for some rows."""
-    cuts = [" + ".join(map(str, row_tiles(num_rows, costs))) for costs in tables]
+    cuts = [
+        " + ".join(map(str, row_tiles(num_rows, table[inputs])))
+        for inputs in Inputs
+        for table in tables
+    ]
     return [str(num_rows), *cuts]
 
 
@@ -67,23 +76,28 @@ def cells(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
 
-def test_it_shows_the_built_in_table_next_to_the_measured_one(measured: list[TileCosts]) -> None:
+def test_it_shows_the_built_in_table_next_to_the_measured_one(measured: list[TileTable]) -> None:
     result = CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
-    built_in = default_costs(HEIGHT)
+    built_in = built_in_table()
+
+    def cost(table: TileTable, inputs: Inputs, height: int) -> str:
+        costs, tallest = table[inputs].of_height, table[Inputs.FLOAT32].of_height[-1]
+        return f"{costs[height - 1] / tallest * HEIGHT:.2f}" if height <= len(costs) else ""
+
     heights = [
-        [str(height), f"{cost / built_in.of_height[-1] * HEIGHT:.2f}", f"{HEIGHT:.2f}"]
-        for height, cost in enumerate(built_in.of_height, 1)
+        [str(height), *(cost(t, inputs, height) for inputs in Inputs for t in (built_in, FLAT))]
+        for height in range(1, HEIGHT + 1)
     ]
     cuts = [sums(num_rows, built_in, FLAT) for num_rows in (7, 8, 16, 31, 33)]
     assert result.exit_code == 0
     assert cells(result.stdout) == heights + cuts
     assert "built-in" in result.stdout
     assert f"Written to {tile_table.path()}" in result.stdout
-    assert tile_table.tile_costs() == FLAT
+    assert in_use() == FLAT
 
 
-def test_a_second_time_it_only_shows_what_was_measured(measured: list[TileCosts]) -> None:
+def test_a_second_time_it_only_shows_what_was_measured(measured: list[TileTable]) -> None:
     CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
     again = CliRunner().invoke(app, ["calibrate", "--kernels-only"])
@@ -94,8 +108,11 @@ def test_a_second_time_it_only_shows_what_was_measured(measured: list[TileCosts]
     assert "xyserve calibrate --force" in again.stdout
 
 
-def test_force_measures_again(measured: list[TileCosts]) -> None:
-    rising = TileCosts(tuple(float(height) for height in range(1, HEIGHT + 1)))
+def test_force_measures_again(measured: list[TileTable]) -> None:
+    rising = {
+        inputs: TileCosts(tuple(float(height) for height in range(1, max_height(inputs) + 1)))
+        for inputs in Inputs
+    }
     measured.append(rising)
     CliRunner().invoke(app, ["calibrate", "--kernels-only"])
 
@@ -104,10 +121,10 @@ def test_force_measures_again(measured: list[TileCosts]) -> None:
     assert forced.exit_code == 0
     assert cells(forced.stdout)[-1] == sums(33, FLAT, rising)
     assert "before" in forced.stdout
-    assert tile_table.tile_costs() == rising
+    assert in_use() == rising
 
 
-def test_a_damaged_table_is_measured_again_without_force(measured: list[TileCosts]) -> None:
+def test_a_damaged_table_is_measured_again_without_force(measured: list[TileTable]) -> None:
     tile_table.path().parent.mkdir(parents=True)
     tile_table.path().write_text("{")
 
@@ -115,11 +132,11 @@ def test_a_damaged_table_is_measured_again_without_force(measured: list[TileCost
 
     assert result.exit_code == 0
     assert "built-in" in result.stdout
-    assert tile_table.tile_costs() == FLAT
+    assert in_use() == FLAT
 
 
 def test_a_cache_folder_that_takes_no_file_is_an_error(
-    measured: list[TileCosts], cache: Path, monkeypatch: pytest.MonkeyPatch
+    measured: list[TileTable], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (cache / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
@@ -159,7 +176,7 @@ def write_config(path: Path, model: Path) -> Path:
 
 
 def test_it_measures_the_steps_of_a_configs_engine_once(
-    measured: list[TileCosts], tmp_path: Path
+    measured: list[TileTable], tmp_path: Path
 ) -> None:
     write_checkpoint("llama", tmp_path / "llama")
     config = str(write_config(tmp_path / "config.yaml", tmp_path / "llama"))
@@ -182,7 +199,7 @@ def test_it_measures_the_steps_of_a_configs_engine_once(
 
 
 def test_an_engine_that_does_not_start_is_an_error(
-    measured: list[TileCosts], tmp_path: Path
+    measured: list[TileTable], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     config = write_config(tmp_path / "config.yaml", tmp_path / "empty")

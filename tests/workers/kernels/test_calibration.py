@@ -7,12 +7,28 @@ import pytest
 
 from workers.kernels import calibration, native, tile_table
 from workers.kernels.calibration import measure
-from workers.kernels.tile_table import is_measured, save, tile_costs
-from workers.kernels.tiles import TileCosts, default_costs
+from workers.kernels.tile_table import (
+    Inputs,
+    TileTable,
+    built_in_table,
+    fastest,
+    is_measured,
+    max_height,
+    save,
+    tile_costs,
+)
+from workers.kernels.tiles import TileCosts
 
 HEIGHT = native.kernels().max_height
 
-MEASURED = TileCosts(tuple(float(10 + height) for height in range(HEIGHT)))
+MEASURED = {
+    inputs: TileCosts(tuple(float(10 * of + height) for height in range(max_height(inputs))))
+    for of, inputs in enumerate(Inputs, 1)
+}
+
+
+def in_use() -> TileTable:
+    return {inputs: tile_costs(inputs) for inputs in Inputs}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +56,7 @@ def write(**changed: object) -> None:
 
 
 def test_nothing_measured_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
-    assert (tile_costs(), is_measured()) == (default_costs(HEIGHT), False)
+    assert (in_use(), is_measured()) == (built_in_table(), False)
     assert caplog.messages == []
 
 
@@ -49,16 +65,16 @@ def test_what_is_saved_is_used_at_once_and_later(cache: Path) -> None:
 
     save(MEASURED)
 
-    assert (tile_costs(), is_measured()) == (MEASURED, True)
+    assert (in_use(), is_measured()) == (MEASURED, True)
     tile_table._in_use.cache_clear()  # as in another process
-    assert (tile_costs(), is_measured()) == (MEASURED, True)
+    assert (in_use(), is_measured()) == (MEASURED, True)
 
 
 def test_a_later_measurement_replaces_the_file_and_leaves_no_other(cache: Path) -> None:
-    save(default_costs(HEIGHT))
+    save(built_in_table())
     save(MEASURED)
 
-    assert tile_costs() == MEASURED
+    assert in_use() == MEASURED
     assert [file for file in cache.rglob("*") if file.is_file()] == [tile_table.path()]
 
 
@@ -83,8 +99,8 @@ def test_a_damaged_file_is_named_once_and_left_out(
     tile_table.path().write_bytes(content.encode("latin-1"))
     tile_table._in_use.cache_clear()
 
-    assert (tile_costs(), is_measured()) == (default_costs(HEIGHT), False)
-    assert tile_costs() == default_costs(HEIGHT)
+    assert (in_use(), is_measured()) == (built_in_table(), False)
+    assert in_use() == built_in_table()
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert vars(record)["file"] == str(tile_table.path())
@@ -109,11 +125,51 @@ def test_a_damaged_file_is_named_once_and_left_out(
     ids=str,
 )
 def test_costs_that_cannot_be_are_left_out(costs: object, caplog: pytest.LogCaptureFixture) -> None:
+    of_all = json.loads(json.dumps({of: [1.0] * max_height(of) for of in Inputs}))
+    write(tile_costs=of_all | {"bf16": costs})
+
+    assert (in_use(), is_measured()) == (built_in_table(), False)
+    [record] = caplog.records
+    assert f"tile_costs of bf16 are not {HEIGHT} positive numbers" in vars(record)["error"]
+
+
+@pytest.mark.parametrize("costs", [None, [1.0] * HEIGHT, {}, {"bf16": [1.0] * HEIGHT}])
+def test_costs_of_some_inputs_only_are_left_out(
+    costs: object, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tile_costs=costs)
 
-    assert (tile_costs(), is_measured()) == (default_costs(HEIGHT), False)
+    assert (in_use(), is_measured()) == (built_in_table(), False)
     [record] = caplog.records
-    assert f"not {HEIGHT} positive numbers" in vars(record)["error"]
+    assert "not those of float32, bf16, int8" in vars(record)["error"]
+
+
+@pytest.mark.parametrize("isa", native.available_isas())
+def test_without_measurement_an_instruction_decides_what_is_fastest(isa: str) -> None:
+    native.use_isa(isa)
+    try:
+        kernels = native.kernels()
+
+        assert fastest(*Inputs) == (
+            Inputs.INT8
+            if kernels.has_int8_dot
+            else Inputs.BF16
+            if kernels.has_bf16_dot
+            else Inputs.FLOAT32
+        )
+        assert (kernels.has_bf16_dot, kernels.has_int8_dot) == (
+            "bf16" in isa,
+            "2" not in isa[-3:] and isa != "portable",
+        )
+    finally:
+        native.use_isa(native.available_isas()[0])
+
+
+def test_what_was_measured_decides_what_is_fastest() -> None:
+    save(MEASURED)
+
+    assert fastest(*Inputs) == Inputs.FLOAT32
+    assert fastest(Inputs.INT8, Inputs.BF16) == Inputs.BF16
 
 
 @pytest.mark.parametrize("foreign", [{"cpu": "Another 9000"}, {"isa": "another"}, {"cpu": None}])
@@ -122,7 +178,7 @@ def test_the_costs_of_another_machine_are_left_out(
 ) -> None:
     write(**foreign)
 
-    assert (tile_costs(), is_measured()) == (default_costs(HEIGHT), False)
+    assert (in_use(), is_measured()) == (built_in_table(), False)
     [key] = foreign
     [record] = caplog.records
     assert f"its {key} is" in vars(record)["error"]
@@ -144,7 +200,7 @@ def test_each_instruction_set_has_its_own_costs(request: pytest.FixtureRequest) 
     request.getfixturevalue("portable")
 
     assert tile_table.path() != own
-    assert (tile_costs(), is_measured()) == (default_costs(native.kernels().max_height), False)
+    assert (in_use(), is_measured()) == (built_in_table(), False)
 
 
 def test_another_cpu_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,14 +223,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_height_is_measured_and_can_be_saved(cache: Path) -> None:
     costs = measure()
 
-    assert costs.max_height == HEIGHT
-    assert all(cost > 0 for cost in costs.of_height)
+    assert {inputs: table.max_height for inputs, table in costs.items()} == {
+        inputs: max_height(inputs) for inputs in Inputs
+    }
+    assert all(cost > 0 for table in costs.values() for cost in table.of_height)
     assert not any(cache.iterdir())
 
     save(costs)
 
     assert is_measured()
-    assert tile_costs().of_height == pytest.approx(costs.of_height, abs=0.01)
+    for inputs, table in costs.items():
+        assert tile_costs(inputs).of_height == pytest.approx(table.of_height, abs=0.01)
 
 
 @pytest.mark.usefixtures("quick")
@@ -202,7 +261,7 @@ def test_measuring_uses_one_thread_and_gives_the_others_back(
 
 @pytest.mark.usefixtures("quick", "portable")
 def test_the_portable_kernels_are_measured_too() -> None:
-    assert measure().max_height == native.kernels().max_height
+    assert set(measure()) == set(Inputs)
 
 
 def test_measuring_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,4 +271,4 @@ def test_measuring_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> 
 
     measure(shares.append)
 
-    assert shares == [0.5, 1.0, 1.0]
+    assert shares == pytest.approx([1 / 6, 1 / 3, 1 / 3, 1 / 2, 2 / 3, 2 / 3, 5 / 6, 1, 1])

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from tests.workers.kernels import guarded
 from workers.kernels import gemm, native, reference
-from workers.kernels.gemm import Weight, linear
+from workers.kernels.gemm import Format, Weight, linear
 from workers.kernels.tiles import TileCosts
 
 pytestmark = pytest.mark.usefixtures("isa", "one_thread")
 
 Array = npt.NDArray[np.float32]
 
-FORMATS = ["bf16", "fp32", "int8", "int4", "bf16_pairs"]
+FORMATS = ["bf16", "fp32", "int8", "int4", "bf16_pairs", "int8_quads", "int4_quads"]
 
 ROWS = [*range(1, 21), 31, 32, 33, 1025]
 """Past the tallest tile, about the next powers of two, and a long prompt."""
@@ -34,7 +34,7 @@ def ones(*shape, at_end):
     return guarded(np.ones(shape, np.float32), at_end)
 
 native.use_isa("{isa}")
-for format in ("bf16", "fp32", "int8", "int4", "bf16_pairs"):
+for format in ("bf16", "fp32", "int8", "int4", "bf16_pairs", "int8_quads", "int4_quads"):
     for n, k, gate_up in ((1, 1, False), (17, 7, False), (34, 100, True), (33, 257, False)):
         for at_end in (False, True):
             weight = Weight.pack(ones(n, k, at_end=at_end), format, gate_up=gate_up)
@@ -109,6 +109,8 @@ def error_of_sums(x: Array, w: Array, bias: Array | None = None) -> npt.NDArray[
 
 def inputs(x: Array, weight: Weight) -> Array:
     """What a product makes of its inputs."""
+    if weight.format.endswith("_quads"):
+        return reference.round_to_int8(x)
     return reference.round_to_bf16(x) if weight.format == "bf16_pairs" else x
 
 
@@ -206,7 +208,7 @@ def test_the_product_is_added_to_what_is_there(m: int) -> None:
     out = between_nans(before)
     linear(x, weight, bias, out, add=True)
 
-    assert bits(out) == bits(before + linear(x, weight, bias))
+    assert bits(out) == bits(before + bias + linear(x, weight))
     out[:] = np.nan
     assert out.base is not None
     assert np.isnan(out.base).all()
@@ -279,10 +281,10 @@ def test_calls_of_several_threads_at_once_change_no_bit() -> None:
 def test_the_choice_of_tiles_changes_no_bit(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = packed(70, 300, format), random(29, 300)
     expected = bits(linear(x, weight))
-    max_height = native.kernels().max_height
+    max_height = gemm.tile_costs(Format[format.upper()].inputs).max_height
     for cheap in range(max_height):
         costs = TileCosts(tuple(1e-9 if i == cheap else 1.0 for i in range(max_height)))
-        monkeypatch.setattr(gemm, "tile_costs", lambda costs=costs: costs)
+        monkeypatch.setattr(gemm, "tile_costs", lambda inputs, costs=costs: costs)
         assert cheap + 1 in weight.plan(29).heights
 
         assert bits(linear(x, weight)) == expected
@@ -307,6 +309,43 @@ def test_sums_of_bf16_pairs_are_those_of_the_instruction_bit_by_bit(m: int, k: i
         whole += sums
 
     assert bits(linear(x, weight)) == bits(whole)
+
+
+@pytest.mark.parametrize("format", ["int8_quads", "int4_quads"])
+@pytest.mark.parametrize("isa_name", native.available_isas())
+@pytest.mark.parametrize(("m", "k"), [(1, 33), (6, 96), (13, 577), (40, 1536)])
+def test_products_of_integers_are_exact_on_every_instruction_set(
+    m: int, k: int, isa_name: str, format: str, isa: str
+) -> None:
+    """A largest input of 127 in each group makes all scales 1."""
+    draw = np.random.default_rng(0)
+    x = draw.integers(-127, 128, (m, k)).astype(np.float32)
+    x[:, ::32] = -127
+    w = draw.integers(0, 16, (50, k)).astype(np.float32)
+    w[:, ::32], w[:, 31::32], w[:, -1] = 0, 15, 15
+    w[:, 5] = 127 if format == "int8_quads" else 3
+    if k % 32 == 1:  # the last group is a single input feature
+        w[:, -1] = 0 if format == "int4_quads" else 1
+    native.use_isa(isa_name)
+    try:
+        weight = Weight.pack(w, format)
+
+        assert bits(weight.unpacked()) == bits(w)
+        assert (linear(x, weight) == x.astype(np.int64) @ w.T.astype(np.int64)).all()
+    finally:
+        native.use_isa(isa)
+
+
+@pytest.mark.parametrize("format", ["int8_quads", "int4_quads"])
+def test_inputs_of_any_size_are_rounded_to_their_own_scale(format: str) -> None:
+    weight, x = packed(37, 96, format), random(9, 96)
+    for factor in (1e-20, 1e-3, 1.0, 1e20):
+        scaled = x * np.float32(factor)
+
+        assert_is_product(scaled, weight)
+    x[3, 32:64] = 0
+    assert_is_product(x, weight)
+    assert not linear(np.zeros((2, 96), np.float32), weight).any()
 
 
 def test_a_child_forked_during_a_product_can_multiply() -> None:
@@ -365,19 +404,23 @@ def test_extreme_weights_are_packed_without_loss() -> None:
     assert bits(Weight.pack(rows, "fp32").unpacked()) == bits(rows)
 
 
-def test_int8_weights_are_off_by_half_a_step_at_most() -> None:
+@pytest.mark.parametrize("format", ["int8", "int8_quads"])
+def test_int8_weights_are_off_by_half_a_step_at_most(format: str) -> None:
     rows = random(37, 100) * np.logspace(-3, 3, 37, dtype=np.float32)[:, None]
     rows[5] = 0
     step = np.abs(rows).max(axis=1, keepdims=True) / 127
 
-    assert (np.abs(Weight.pack(rows, "int8").unpacked() - rows) <= step * 0.50001).all()
+    assert (np.abs(Weight.pack(rows, format).unpacked() - rows) <= step * 0.50001).all()
 
 
 @pytest.mark.parametrize("k", [32, 100, 64, 1, 33])
 @pytest.mark.parametrize("offset", [0, 3])
-def test_int4_weights_are_off_by_about_half_a_step_of_their_group(k: int, offset: int) -> None:
+@pytest.mark.parametrize("format", ["int4", "int4_quads"])
+def test_int4_weights_are_off_by_about_half_a_step_of_their_group(
+    format: str, k: int, offset: int
+) -> None:
     rows = random(37, k) + offset
-    found = Weight.pack(rows, "int4").unpacked()
+    found = Weight.pack(rows, format).unpacked()
     for start in range(0, k, 32):
         group = rows[:, start : start + 32]
         low, high = group.min(axis=1, keepdims=True), group.max(axis=1, keepdims=True)
@@ -394,8 +437,9 @@ def test_a_weight_that_its_format_holds_exactly_is_not_changed() -> None:
     int8 = (quanta - 7).astype(np.float32)
     int8[:, 3] = 127
 
-    assert bits(Weight.pack(int4, "int4").unpacked()) == bits(int4)
-    assert bits(Weight.pack(int8, "int8").unpacked()) == bits(int8)
+    for suffix in ("", "_quads"):
+        assert bits(Weight.pack(int4, f"int4{suffix}").unpacked()) == bits(int4)
+        assert bits(Weight.pack(int8, f"int8{suffix}").unpacked()) == bits(int8)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -410,9 +454,10 @@ def test_packed_weights_take_the_bytes_of_their_format() -> None:
     sizes = {format: Weight.pack(rows, format).nbytes * 8 / rows.size for format in FORMATS}
 
     # int8 adds one float for each of 256 rows, int4 two bf16 for each 32 weights.
-    assert sizes == {"fp32": 32, "bf16": 16, "int8": 8 + 32 / 512, "int4": 4 + 32 / 32} | {
-        "bf16_pairs": 16
-    }
+    int8, int4 = 8 + 32 / 512, 4 + 32 / 32
+    assert sizes == {"fp32": 32, "bf16": 16, "int8": int8, "int4": int4} | {
+        "bf16_pairs": 16, "int8_quads": int8, "int4_quads": int4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("format", FORMATS)

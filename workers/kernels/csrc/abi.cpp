@@ -14,8 +14,16 @@ namespace avx2 {
 extern const xy::Kernels kernels;
 }
 #endif
+#ifdef XY_HAVE_AVXVNNI
+namespace avxvnni {
+extern const xy::Kernels kernels;
+}
+#endif
 #ifdef XY_HAVE_AVX512
 namespace avx512 {
+extern const xy::Kernels kernels;
+}
+namespace avx512vnni {
 extern const xy::Kernels kernels;
 }
 namespace avx512bf16 {
@@ -27,19 +35,24 @@ namespace {
 
 // The instruction sets that this CPU has, best first.
 const xy::Kernels* const* available() {
-  static const xy::Kernels* found[5] = {};
+  static const xy::Kernels* found[7] = {};
   if (found[0] == nullptr) {
     int n = 0;
 #ifdef XY_HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      if (__builtin_cpu_supports("avx512bf16")) found[n++] = &avx512bf16::kernels;
+      if (__builtin_cpu_supports("avx512vnni")) {
+        if (__builtin_cpu_supports("avx512bf16")) found[n++] = &avx512bf16::kernels;
+        found[n++] = &avx512vnni::kernels;
+      }
       found[n++] = &avx512::kernels;
     }
 #endif
 #ifdef XY_HAVE_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      if (__builtin_cpu_supports("avxvnni")) found[n++] = &avxvnni::kernels;
       found[n++] = &avx2::kernels;
+    }
 #endif
     found[n] = &portable::kernels;
   }

@@ -213,10 +213,10 @@ XY_INLINE void attend_chunk(const QueryTile& tile, const float* query, const int
     const int count = panels_of(keys);
     for (int panel = 0; panel < count; panel += together)
       for (int i = 0, row = 0; i < num_heights; row += heights[i++])
-        multiply<Fp32>(heights[i], PackedRows{query + row * size},
+        multiply<Fp32>(heights[i], Packed<Inputs::kFloats>{query + row * size},
                        reinterpret_cast<const char*>(panels + panel * kPanel * size),
                        int64_t{kPanel} * size * 4, min(together, count - panel), size, {},
-                       scores + row * kKvChunk + key + panel * kPanel, kKvChunk, false);
+                       {scores + row * kKvChunk + key + panel * kPanel, kKvChunk, false});
     key += keys;
   }
   for (int row = 0; row < tile.rows(); ++row)
@@ -230,10 +230,10 @@ XY_INLINE void attend_chunk(const QueryTile& tile, const float* query, const int
         in_block * kPanel;
     for (int panel = 0; panel < size / kPanel; panel += together)
       for (int i = 0, row = 0; i < num_heights; row += heights[i++])
-        multiply<Fp32>(heights[i], StridedRows{scores + row * kKvChunk + key, kKvChunk},
+        multiply<Fp32>(heights[i], Strided{scores + row * kKvChunk + key, kKvChunk},
                        reinterpret_cast<const char*>(panels + int64_t{panel} * kPanel * block_size),
                        int64_t{kPanel} * block_size * 4, min(together, size / kPanel - panel), keys,
-                       {}, result.values + row * size + panel * kPanel, size, key > begin);
+                       {}, {result.values + row * size + panel * kPanel, size, key > begin});
     key += keys;
   }
 }

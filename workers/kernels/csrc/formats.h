@@ -8,8 +8,18 @@ namespace XY_ISA {
 
 using namespace xy;
 
-// Rows of the tallest tile: with two vectors per row it fills the registers.
+// Rows of the tallest tile: with two vectors per row it fills the registers. Sums of quads take two
+// registers each: one for the group in progress, one for the groups before.
 constexpr int kMaxHeight = kLanes == 16 ? 12 : 6;
+constexpr int kMaxQuadsHeight = kLanes == 16 ? 6 : 4;
+
+// What a step of a product takes of a row: one input feature, two rounded to bf16, or four rounded
+// to int8 with a scale per group.
+enum class Inputs { kFloats, kPairs, kQuads };
+
+constexpr int max_height(Inputs inputs) {
+  return inputs == Inputs::kQuads ? kMaxQuadsHeight : kMaxHeight;
+}
 
 // The columns of one panel before packing; zero past k and past the last output feature.
 struct Columns {
@@ -22,11 +32,12 @@ XY_INLINE int quantum(float x, int low, int high) {
   return max(low, min(high, static_cast<int>(__builtin_rintf(x))));
 }
 
-// A format packs groups of kGroup input features and reads kStep of them after another. kTallest is
-// the tallest tile that leaves it enough registers: for more rows, panels are expanded to floats
-// first. kMostPanels is the max panels that a tile takes at once.
+// A format packs groups of kGroup input features. kTallest is the tallest tile that leaves it
+// enough registers: for more rows, panels are expanded to floats first. kMostPanels is the max
+// panels that a tile takes at once.
 struct Fp32 {
-  static constexpr int kTallest = kMaxHeight, kMostPanels = 4, kStep = 1;
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
+  static constexpr Inputs kInputs = Inputs::kFloats;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel * 4; }
   static void pack(const Columns& columns, int first, const float*, char* to) {
     for (int j = 0; j < kGroup; ++j)
@@ -44,7 +55,8 @@ struct Fp32 {
 // Each 32-bit lane holds two columns: the lower half is of the first vector, the upper half of the
 // second. One exact operation turns each into a float.
 struct Bf16 {
-  static constexpr int kTallest = kMaxHeight, kMostPanels = 4, kStep = 1;
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
+  static constexpr Inputs kInputs = Inputs::kFloats;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel * 2; }
   static constexpr int place(int column) { return column % kLanes * 2 + column / kLanes; }
   static void pack(const Columns& columns, int first, const float*, char* to) {
@@ -63,7 +75,8 @@ struct Bf16 {
 
 // The scales, one per column, are applied to the sums.
 struct Int8 {
-  static constexpr int kTallest = kMaxHeight, kMostPanels = 4, kStep = 1;
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
+  static constexpr Inputs kInputs = Inputs::kFloats;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel; }
   static void pack(const Columns& columns, int first, const float* scales, char* to) {
     for (int j = 0; j < kGroup; ++j)
@@ -86,11 +99,18 @@ struct Int8 {
 // minimum is rounded once, by the fused multiply-add. The upper quantum of a byte is not shifted
 // down: it counts sixteen times its value, and its scale a sixteenth. Both are exact.
 struct Int4 {
-  static constexpr int kTallest = kMaxHeight - 2, kMostPanels = 2, kStep = 1;
+  static constexpr int kTallest = kMaxHeight - 2, kMostPanels = 2;
+  static constexpr Inputs kInputs = Inputs::kFloats;
   static constexpr int64_t bytes(int64_t k) {
     return k / kGroup * (2 * Bf16::bytes(1) + kGroup * kLanes);
   }
   static void pack(const Columns& columns, int first, const float*, char* to) {
+    pack_group(columns, first, to, [](char* quanta, int column, int j, int quantum) {
+      quanta[j * kLanes + column % kLanes] |= static_cast<char>(quantum << column / kLanes * 4);
+    });
+  }
+  template <class Put>
+  static void pack_group(const Columns& columns, int first, char* to, Put&& put) {
     char* const quanta = to + 2 * Bf16::bytes(1);
     std::memset(quanta, 0, kGroup * kLanes);
     for (int c = 0; c < kPanel; ++c) {
@@ -102,8 +122,7 @@ struct Int4 {
       store(to + 2 * Bf16::place(c) + Bf16::bytes(1), minimum);
       for (int j = 0; j < kGroup && float_of(scale) > 0; ++j) {
         const float steps = (columns.at(c, first + j) - float_of(minimum)) / float_of(scale);
-        quanta[j * kLanes + c % kLanes] |=
-            static_cast<char>(quantum(steps, 0, 15) << c / kLanes * 4);
+        put(quanta, c, j, quantum(steps, 0, 15));
       }
     }
   }
@@ -129,7 +148,8 @@ struct Int4 {
 // For products with activations that are rounded to bf16: each 32-bit lane holds two input features
 // of a column.
 struct Bf16Pairs {
-  static constexpr int kTallest = kMaxHeight, kMostPanels = 4, kStep = 2;
+  static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
+  static constexpr Inputs kInputs = Inputs::kPairs;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel * 2; }
   static void pack(const Columns& columns, int first, const float*, char* to) {
     for (int j = 0; j < kGroup; j += 2)
@@ -155,6 +175,82 @@ struct Bf16Pairs {
   }
 };
 
+// The scale and the least value of a group in int4, of both vectors of its columns.
+struct Int4Header {
+  Vec scale[2], minimum[2];
+  XY_INLINE explicit Int4Header(const char* at) {
+    Bf16 header{at};
+    header.next(scale[0], scale[1]);
+    header.next(minimum[0], minimum[1]);
+  }
+};
+
+// For products with inputs rounded to int8: each 32-bit lane holds four input features of a column,
+// as bytes that are 128 too large. `offset` takes that back.
+struct Int8Quads {
+  static constexpr int kTallest = kMaxQuadsHeight;
+  static constexpr Inputs kInputs = Inputs::kQuads;
+  static constexpr int64_t bytes(int64_t k) { return Int8::bytes(k); }
+  static void pack(const Columns& columns, int first, const float* scales, char* to) {
+    for (int j = 0; j < kGroup; j += 4)
+      for (int c = 0; c < kPanel; ++c)
+        for (int i = j; i < j + 4; ++i) {
+          const float scale = scales[c] > 0 ? scales[c] : 1;
+          *to++ = static_cast<char>(quantum(columns.at(c, first + i) / scale, -127, 127) + 128);
+        }
+  }
+
+  struct Group {
+    const char* bytes;
+    XY_INLINE explicit Group(const char* at) : bytes(at) {}
+    XY_INLINE UVec quad(int index, int half) const {
+      return load<UVec>(bytes + (2 * index + half) * sizeof(UVec));
+    }
+    XY_INLINE IVec first_sums(int32_t offset) const { return offset - IVec{}; }
+    XY_INLINE Vec add(Vec sums, Vec of_group, int, float scale, float) const {
+      return sums + of_group * scale;
+    }
+    XY_INLINE float at(int column, int j) const {
+      const auto byte = static_cast<uint8_t>(bytes[(j / 4 * kPanel + column) * 4 + j % 4]);
+      return static_cast<float>(byte - 128);
+    }
+  };
+};
+
+// The header of Int4, then bytes of two quanta: input features 8i to 8i + 3 of a column in the
+// lower halves of a lane, the next four in the upper ones.
+struct Int4Quads {
+  static constexpr int kTallest = kMaxQuadsHeight;
+  static constexpr Inputs kInputs = Inputs::kQuads;
+  static constexpr int64_t bytes(int64_t k) { return Int4::bytes(k); }
+  static constexpr int place(int column, int j) { return (j / 8 * kPanel + column) * 4 + j % 4; }
+  static void pack(const Columns& columns, int first, const float*, char* to) {
+    Int4::pack_group(columns, first, to, [](char* quanta, int column, int j, int quantum) {
+      quanta[place(column, j)] |= static_cast<char>(quantum << j / 4 % 2 * 4);
+    });
+  }
+
+  struct Group {
+    Int4Header header;
+    const char* quanta;
+    XY_INLINE explicit Group(const char* at) : header(at), quanta(at + 2 * Bf16::bytes(1)) {}
+    XY_INLINE UVec quad(int index, int half) const {
+      const UVec both = load<UVec>(quanta + (index / 2 * 2 + half) * sizeof(UVec));
+      return (index % 2 == 0 ? both : both >> 4) & 0x0F0F0F0Fu;
+    }
+    XY_INLINE IVec first_sums(int32_t) const { return IVec{}; }
+    XY_INLINE Vec add(Vec sums, Vec of_group, int half, float scale, float total) const {
+      sums += of_group * scale * header.scale[half];
+      return sums + header.minimum[half] * total;
+    }
+    XY_INLINE float at(int column, int j) const {
+      const int quantum = quanta[place(column, j)] >> j / 4 % 2 * 4 & 15;
+      const int half = column / kLanes, lane = column % kLanes;
+      return static_cast<float>(quantum) * header.scale[half][lane] + header.minimum[half][lane];
+    }
+  };
+};
+
 template <class Function>
 XY_INLINE auto with_format(int32_t format, Function&& function) {
   switch (format) {
@@ -166,14 +262,17 @@ XY_INLINE auto with_format(int32_t format, Function&& function) {
       return function(Int4{});
     case kBf16Pairs:
       return function(Bf16Pairs{});
+    case kInt8Quads:
+      return function(Int8Quads{});
+    case kInt4Quads:
+      return function(Int4Quads{});
     default:
       return function(Fp32{});
   }
 }
 
-// Expand `depth` input features of a panel to exactly the floats that a tile would read.
 template <class Format>
-void expand(const char* panel, int depth, float* to) {
+XY_INLINE void expand_floats(const char* panel, int depth, float* to) {
   Format weights;
   weights.at = panel;
   for (int k0 = 0; k0 < depth; k0 += kGroup) {
@@ -183,6 +282,20 @@ void expand(const char* panel, int depth, float* to) {
       weights.next(low, high);
       store(to, low), store(to + kLanes, high);
     }
+  }
+}
+
+// Expand `depth` input features of a panel to exactly the floats that a tile would read.
+template <class Format>
+void expand(const char* panel, int depth, float* to) {
+  if constexpr (Format::kInputs == Inputs::kQuads) {
+    for (int k0 = 0; k0 < depth; k0 += kGroup) {
+      const typename Format::Group group(panel + Format::bytes(k0));
+      for (int k = 0; k < kGroup; ++k)
+        for (int column = 0; column < kPanel; ++column) *to++ = group.at(column, k);
+    }
+  } else {
+    expand_floats<Format>(panel, depth, to);
   }
 }
 

@@ -59,14 +59,57 @@ XY_INLINE void transpose(Vec (&v)[kLanes]) {
   }
 }
 
-// Write rows[height][k] to packed[depth / kStep][height], normalised if `norm` is given, zero past
-// k: as floats, or with kStep 2 rounded to bf16, two input features in 32 bits.
-template <int kStep, int kRows = kMaxHeight>
+// Round a row to int8, with one scale for each group of input features, and write it to column
+// `row` of packed[...][height].
+XY_INLINE void pack_quads_of_row(const float* x, int k, int depth, const Norm* norm, int row,
+                                 int height, float* packed) {
+  constexpr int kVecs = kGroup / kLanes;
+  const float factor = norm ? inverse_rms(x, k, norm->eps) : 1;
+  float* to = packed + row;
+  const auto put = [&](auto value) {
+    std::memcpy(to, &value, 4);
+    to += height;
+  };
+  for (int j = 0; j < depth; j += kGroup) {
+    float values[kGroup] = {};
+    int8_t quanta[kGroup];
+    Vec most = {};
+    for (int i = 0; i < min(kGroup, k - j); ++i)
+      values[i] = norm ? x[j + i] * factor * norm->weight[j + i] : x[j + i];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVecs; ++i) most = vmax(most, vabs(load(values + i * kLanes)));
+    const float scale = largest(most) / 127, inverse = scale > 1e-35f ? 1 / scale : 0;
+    IVec total = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kVecs; ++i) {
+      const IVec integers = rounded(load(values + i * kLanes) * inverse);
+      total += integers;
+      store_bytes(quanta + i * kLanes, integers);
+    }
+    for (int quad = 0; quad < kGroup; quad += 4)
+      for (int part = 0; part < kParts; ++part) put(part_of(quanta + quad, part));
+    const int32_t all = sum(total);
+    put(scale), put(-128 * all), put(scale * static_cast<float>(all));
+  }
+}
+
+XY_INLINE void pack_quads(const float* rows, int64_t stride, int height, int k, int depth,
+                          const Norm* norm, float* packed) {
+  for (int row = 0; row < height; ++row)
+    pack_quads_of_row(rows + row * stride, k, depth, norm, row, height, packed);
+}
+
+// Write rows[height][k] as Packed, `depth` input features long, normalised if `norm` is given, zero
+// past k.
+template <Inputs kInputs, int kRows = max_height(kInputs)>
 XY_INLINE void pack_rows(const float* rows, int64_t stride, int height, int k, int depth,
                          const Norm* norm, float* packed) {
+  if constexpr (kInputs == Inputs::kQuads)
+    return pack_quads(rows, stride, height, k, depth, norm, packed);
   if constexpr (kRows > 1)
     if (height != kRows)
-      return pack_rows<kStep, kRows - 1>(rows, stride, height, k, depth, norm, packed);
+      return pack_rows<kInputs, kRows - 1>(rows, stride, height, k, depth, norm, packed);
+  constexpr int kStep = kInputs == Inputs::kPairs ? 2 : 1;
   constexpr int kGroups = (kRows + kLanes - 1) / kLanes;
   float factor[kRows];
   for (int i = 0; norm && i < kRows; ++i) factor[i] = inverse_rms(rows + i * stride, k, norm->eps);
@@ -124,66 +167,33 @@ struct Product {
   const int* starts;  // first row of each tile
 };
 
-// Scale and bias of one half of a panel, applied when the sums over k are complete.
-struct Affine {
-  Vec scale, bias;
-  bool scaled;
-
-  XY_INLINE Affine(const Product& p, int panel, int column) {
-    const auto [first, count] = panel_rows(p.weight, panel);
-    scaled = p.weight.scales != nullptr;
-    scale = scaled ? load(p.weight.scales + panel * kPanel + column) : Vec{};
-    bias = Vec{};
-    for (int i = 0; p.bias && i < min(kLanes, count - column); ++i)
-      bias[i] = p.bias[first + column + i];
-  }
-  XY_INLINE Vec operator()(const float* sums) const {
-    return scaled ? load(sums) * scale + bias : load(sums) + bias;
-  }
-};
-
-// Finish the sums of one panel (of two if they are multiplied) and write the columns that exist.
+// Copy sums, or for kSiluMul the product of two panels' sums, to the columns that exist.
 template <int32_t kEpilogue>
 void finish(const Product& p, const float* sums, int64_t sums_stride, int first_row, int num_rows,
-            int panel) {
-  constexpr bool kPairs = kEpilogue == kSiluMul;
-  const auto [first, count] = panel_rows(p.weight, panel);
-  for (int column = 0; column < count; column += kLanes) {
-    const Affine own(p, panel, column), other(p, kPairs ? panel + 1 : panel, column);
-    const int valid = min(kLanes, count - column);
-    float* to = p.y + first_row * p.y_stride + first + column;
-    const float* from = sums + column;
-    for (int row = 0; row < num_rows; ++row, from += sums_stride, to += p.y_stride) {
-      const Vec v = kPairs ? silu(own(from)) * other(from + kPanel) : own(from);
-      if (valid == kLanes) {
-        store(to, kEpilogue == kAdd ? load(to) + v : v);
-      } else {
-        for (int i = 0; i < valid; ++i) to[i] = kEpilogue == kAdd ? to[i] + v[i] : v[i];
+            int first_panel, int end_panel) {
+  constexpr int kStep = kEpilogue == kSiluMul ? 2 : 1;
+  for (int row = 0; row < num_rows; ++row) {
+    const float* from = sums + row * sums_stride;
+    for (int panel = first_panel; panel < end_panel; panel += kStep, from += kStep * kPanel) {
+      const auto [first, count] = panel_rows(p.weight, panel);
+      float* const to = p.y + (first_row + row) * p.y_stride + first;
+      for (int column = 0; column < count; column += kLanes) {
+        Vec v = load(from + column);
+        if constexpr (kEpilogue == kSiluMul) v = silu(v) * load(from + column + kPanel);
+        if (column + kLanes <= count)
+          store(to + column, v);
+        else
+          for (int i = column; i < count; ++i) to[i] = v[i - column];
       }
     }
-  }
-}
-
-XY_INLINE void finish_block(const Product& p, const float* sums, int64_t sums_stride, int first_row,
-                            int num_rows, int first_panel, int end_panel) {
-  const auto each = [&](int step, auto finish_panel) {
-    for (int panel = first_panel; panel < end_panel; panel += step)
-      finish_panel(p, sums + (panel - first_panel) * kPanel, sums_stride, first_row, num_rows,
-                   panel);
-  };
-  switch (p.epilogue) {
-    case kAdd:
-      return each(1, finish<kAdd>);
-    case kSiluMul:
-      return each(2, finish<kSiluMul>);
-    default:
-      return each(1, finish<kStore>);
   }
 }
 
 // One task: the tiles of one row block times the panels of one panel block.
 template <class Format>
 class Block {
+  using Rows = Packed<Format::kInputs>;
+
  public:
   Block(const Product& p, int row_block, int panel_block)
       : p_(p),
@@ -193,51 +203,80 @@ class Block {
         end_tile_(min(first_tile_ + p.plan.row_block, p.plan.num_tiles)),
         first_panel_(panel_block * p.plan.panel_block),
         end_panel_(min(first_panel_ + p.plan.panel_block, num_panels(p.weight))),
-        num_rows_(p.starts[end_tile_] - p.starts[first_tile_]),
-        width_(int64_t{p.plan.panel_block} * kPanel),
-        panel_bytes_(panel_bytes(p.weight)),
-        sums_(task_scratch(num_rows_ * width_ + chunk_ * kPanel)),
-        expanded_(sums_ + num_rows_ * width_) {}
+        first_row_(p.starts[first_tile_]),
+        num_rows_(p.starts[end_tile_] - first_row_),
+        begins_(p.epilogue == kAdd || p.bias),
+        panel_bytes_(panel_bytes(p.weight)) {
+    const int64_t width = int64_t{p.plan.panel_block} * kPanel;
+    sums_ = task_scratch(num_rows_ * width + chunk_ * kPanel);
+    expanded_ = sums_ + num_rows_ * width;
+    sums_stride_ = width;
+    if (p.epilogue != kSiluMul && panel_rows(p.weight, end_panel_ - 1).count == kPanel) {
+      in_place_ = true;  // each sum has its place in y
+      sums_ = p.y + first_row_ * p.y_stride + first_panel_ * kPanel;
+      sums_stride_ = p.y_stride;
+    }
+  }
 
   void run() {
+    if (begins_) begin();
     if (end_tile_ - first_tile_ == 1 && num_rows_ <= Format::kTallest)
       one_tile();
     else
       many_tiles();
-    finish_block(p_, sums_, width_, p_.starts[first_tile_], num_rows_, first_panel_, end_panel_);
+    if (in_place_) return;
+    const auto function = p_.epilogue == kSiluMul ? finish<kSiluMul> : finish<kStore>;
+    function(p_, sums_, sums_stride_, first_row_, num_rows_, first_panel_, end_panel_);
   }
 
  private:
   // A panel that several tiles read is expanded once, unless expanding is only a shift.
   static constexpr bool kExpand = __is_same(Format, Int8) || __is_same(Format, Int4);
 
+  // The sums begin with what the product is added to, and the bias.
+  void begin() {
+    if (in_place_ && !p_.bias) return;
+    for (int row = 0; row < num_rows_; ++row) {
+      const float* const y = p_.y + (first_row_ + row) * p_.y_stride;
+      float* to = sums_ + row * sums_stride_;
+      for (int panel = first_panel_; panel < end_panel_; ++panel, to += kPanel) {
+        const auto [first, count] = panel_rows(p_.weight, panel);
+        for (int i = 0; i < count; ++i)
+          to[i] = (p_.epilogue == kAdd ? y[first + i] : 0) + (p_.bias ? p_.bias[first + i] : 0);
+      }
+    }
+  }
+
   // Each panel is read once. The tile fetches what is read next: the hardware prefetcher would need
   // several lines of each short stream before it follows.
   void one_tile() {
-    const int step = max<int64_t>(Format::kStep, kLine * kGroup / Format::bytes(kGroup));
+    const int step = max<int64_t>(Rows::kStep, kLine * kGroup / Format::bytes(kGroup));
+    const int lines = static_cast<int>((Format::bytes(kGroup) * step / kGroup + kLine - 1) / kLine);
     for (int panel = first_panel_; panel < end_panel_; panel += kStreams)
       for (int k = 0; k < depth_; k += chunk_) {
         const bool last = k + chunk_ >= depth_;
         const char* const next = last ? panel_at(panel + kStreams, 0) : panel_at(panel, k + chunk_);
         multiply<Format>(num_rows_, rows_at(first_tile_, k), panel_at(panel, k), panel_bytes_,
                          min(kStreams, end_panel_ - panel), min(chunk_, depth_ - k),
-                         {next, 0, step}, sums_at(first_tile_, panel), width_, k > 0);
+                         {next, 0, step, lines}, sums_at(first_tile_, panel, k));
       }
   }
 
   // While the tiles use a panel they fetch the next one, each tile a part of its lines.
   void many_tiles() {
+    const int num_tiles = end_tile_ - first_tile_;
     for (int k = 0; k < depth_; k += chunk_) {
       const int chunk = min(chunk_, depth_ - k);
-      const int lines =
-          static_cast<int>(Format::bytes(chunk) / kLine) / (end_tile_ - first_tile_) + 1;
+      const int lines = static_cast<int>(Format::bytes(chunk) / kLine) / num_tiles + 1;
+      // In as many steps as there are lines, or in all steps several.
+      const int step = max(1, chunk / Rows::kStep / lines) * Rows::kStep;
+      const int at_once = (lines * step + chunk - 1) / chunk;
       for (int panel = first_panel_; panel < end_panel_; ++panel) {
         const bool last = panel + 1 == end_panel_;
         const char* next = last ? panel_at(first_panel_, k + chunk) : panel_at(panel + 1, k);
         if (kExpand) expand<Format>(panel_at(panel, k), chunk, expanded_);
-        const int step = round_up(max(1, chunk / lines * Format::kStep), Format::kStep);
         for (int tile = first_tile_; tile < end_tile_; ++tile, next += lines * kLine)
-          multiply_panel(tile, panel, k, chunk, {next, 0, step});
+          multiply_panel(tile, panel, k, chunk, {next, 0, step, at_once});
       }
     }
   }
@@ -247,25 +286,30 @@ class Block {
     const char* const from =
         kExpand ? reinterpret_cast<const char*>(expanded_) : panel_at(panel, k);
     multiply<Read>(p_.starts[tile + 1] - p_.starts[tile], rows_at(tile, k), from, 0, 1, chunk,
-                   fetch, sums_at(tile, panel), width_, k > 0);
+                   fetch, sums_at(tile, panel, k));
   }
 
   XY_INLINE const char* panel_at(int panel, int k) const {
     return static_cast<const char*>(p_.weight.panels) + panel * panel_bytes_ + Format::bytes(k);
   }
-  XY_INLINE float* sums_at(int tile, int panel) const {
-    const int row = p_.starts[tile] - p_.starts[first_tile_];
-    return sums_ + row * width_ + (panel - first_panel_) * kPanel;
+  XY_INLINE Sums sums_at(int tile, int panel, int k) const {
+    const float* const scales = p_.weight.scales;
+    const int64_t row = p_.starts[tile] - first_row_;
+    return {sums_ + row * sums_stride_ + (panel - first_panel_) * kPanel, sums_stride_,
+            begins_ || k > 0, scales ? scales + panel * kPanel : nullptr};
   }
-  XY_INLINE PackedRows rows_at(int tile, int k) const {
+  XY_INLINE Rows rows_at(int tile, int k) const {
     const int64_t start = p_.starts[tile], height = p_.starts[tile + 1] - start;
-    return {p_.packed + start * depth_ + k / Format::kStep * height};
+    return {p_.packed + start * depth_ + Rows::words(k) * height};
   }
 
   const Product& p_;
-  const int depth_, chunk_, first_tile_, end_tile_, first_panel_, end_panel_, num_rows_;
-  const int64_t width_, panel_bytes_;  // floats in a row of sums, bytes of a panel
-  float *const sums_, *const expanded_;
+  const int depth_, chunk_, first_tile_, end_tile_, first_panel_, end_panel_, first_row_, num_rows_;
+  const bool begins_;  // not with zero
+  const int64_t panel_bytes_;
+  float *sums_, *expanded_;
+  int64_t sums_stride_;
+  bool in_place_ = false;
 };
 
 // Memory for the packed left operand, in floats.
@@ -285,8 +329,8 @@ XY_INLINE void multiply_all(Product& p, int* starts) {
         const auto& p = *static_cast<Product*>(context);
         const int start = p.starts[tile], depth = round_up(p.weight.k, kGroup);
         with_format(p.weight.format, [&](auto format) {
-          pack_rows<format.kStep>(p.x + start * p.x_stride, p.x_stride, p.plan.heights[tile],
-                                  p.weight.k, depth, p.norm, p.packed + int64_t{start} * depth);
+          pack_rows<format.kInputs>(p.x + start * p.x_stride, p.x_stride, p.plan.heights[tile],
+                                    p.weight.k, depth, p.norm, p.packed + int64_t{start} * depth);
         });
       },
       &p);

@@ -7,9 +7,10 @@
 
 namespace xy {
 
-enum Format : int32_t { kFp32, kBf16, kInt8, kInt4, kBf16Pairs };
+enum Format : int32_t { kFp32, kBf16, kInt8, kInt4, kBf16Pairs, kInt8Quads, kInt4Quads };
 
-// Input features that share a scale and minimum in int4; rows are padded to a multiple of it.
+// Input features that share a scale and minimum in int4, and a scale in activations rounded to
+// int8; rows are padded to a multiple of it.
 constexpr int kGroup = 32;
 
 // A matrix [n, k] packed into panels of output features, each panel input feature by input feature.
@@ -18,7 +19,7 @@ struct Weight {
   int32_t format;
   int32_t gated;        // panels alternate between the first n/2 rows (gate) and the rest (up)
   void* panels;         // `packed_bytes` long; owned by the caller
-  const float* scales;  // [panel columns], int8 only
+  const float* scales;  // [panel columns], int8 and int8_quads only
 };
 
 // How a GEMM over `num_rows` rows is cut: rows into tiles of heights that the kernel has, and the
@@ -111,7 +112,9 @@ struct Step {
 
 struct Kernels {
   const char* isa;
-  int32_t lanes, max_height, kv_chunk;
+  int32_t lanes, kv_chunk;
+  int32_t max_height, max_quads_height;  // of a tile; of one over inputs rounded to int8
+  int32_t has_bf16_dot, has_int8_dot;    // whether the CPU has an instruction for such products
   int64_t (*packed_bytes)(int32_t n, int32_t k, int32_t format, int32_t gated);
   // Fills weight->panels, and scales for int8, from rows [n, k].
   void (*pack)(const Weight* weight, const float* rows, float* scales);

@@ -8,6 +8,8 @@ namespace XY_ISA {
 
 XY_INLINE int panels_of(int n) { return (n + kPanel - 1) / kPanel; }
 
+XY_INLINE bool has_scales(const Weight& w) { return w.format == kInt8 || w.format == kInt8Quads; }
+
 XY_INLINE int num_panels(const Weight& w) {
   return w.gated ? 2 * panels_of(w.n / 2) : panels_of(w.n);
 }
@@ -54,7 +56,7 @@ void pack_panel(void* context, int panel) {
   for (int c = 0; c < count; ++c) {
     const float* const row = rows + int64_t{first + c} * w.k;
     std::memcpy(data + int64_t{c} * depth, row, sizeof(float) * w.k);
-    if (w.format == kInt8) panel_scales[c] = largest_size(row, w.k) / 127;
+    if (has_scales(w)) panel_scales[c] = largest_size(row, w.k) / 127;
   }
   with_format(w.format, [&](auto format) {
     char* const to = static_cast<char*>(w.panels) + panel * panel_bytes(w);
@@ -80,8 +82,8 @@ void unpack(const Weight* weight, float* rows) {
     const auto [first, count] = panel_rows(w, panel);
     for (int c = 0; c < count; ++c)
       for (int k = 0; k < w.k; ++k)
-        rows[int64_t{first + c} * w.k + k] = columns[int64_t{k} * kPanel + c] *
-                                             (w.format == kInt8 ? w.scales[panel * kPanel + c] : 1);
+        rows[int64_t{first + c} * w.k + k] =
+            columns[int64_t{k} * kPanel + c] * (has_scales(w) ? w.scales[panel * kPanel + c] : 1);
   }
 }
 

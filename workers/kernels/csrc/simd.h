@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -62,8 +62,26 @@ XY_INLINE UVec splat(uint32_t x) { return x - UVec{}; }
 
 XY_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
+// a * b + c, rounded once where the CPU can: the compiler fuses by itself, but not always alike.
+XY_INLINE Vec fused(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // kLanes bytes as integers. By itself GCC would convert half a register byte by byte.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+XY_INLINE IVec widen_int8(const void* from) {
+  return (IVec)_mm512_maskz_cvtepi8_epi32(0xFFFF, _mm_loadu_si128((const __m128i*)from));
+}
+XY_INLINE IVec widen_uint8(const void* from) {
+  return (IVec)_mm512_maskz_cvtepu8_epi32(0xFFFF, _mm_loadu_si128((const __m128i*)from));
+}
+#elif defined(__AVX2__)
 XY_INLINE IVec widen_int8(const void* from) {
   return (IVec)_mm256_cvtepi8_epi32(_mm_loadu_si64(from));
 }
@@ -88,10 +106,42 @@ XY_INLINE float sum(Vec v) {
   return total;
 }
 
+// v[i] and v[i ^ distance] change places.
+template <class V>
+XY_INLINE V swap_lanes(V v, int distance) {
+  IVec other;
+  for (int i = 0; i < kLanes; ++i) other[i] = i ^ distance;
+  return __builtin_shuffle(v, other);
+}
+
 XY_INLINE float largest(Vec v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = max(most, v[i]);
-  return most;
+#pragma GCC unroll 4
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) v = vmax(v, swap_lanes(v, distance));
+  return v[0];
+}
+
+XY_INLINE int32_t sum(IVec v) {
+#pragma GCC unroll 4
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) v += swap_lanes(v, distance);
+  return v[0];
+}
+
+XY_INLINE Vec vabs(Vec v) { return (Vec)((UVec)v & 0x7FFFFFFFu); }
+
+// The nearest integers, the even one of two; for sizes below 2^31.
+XY_INLINE IVec rounded(Vec v) {
+#if defined(__AVX512F__)
+  // Masked, as the plain form makes GCC warn of its own header.
+  return (IVec)_mm512_maskz_cvtps_epi32(0xFFFF, (__m512)v);
+#elif defined(__AVX2__)
+  return (IVec)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__SSE2__)
+  return (IVec)_mm_cvtps_epi32((__m128)v);
+#else
+  IVec nearest;
+  for (int i = 0; i < kLanes; ++i) nearest[i] = static_cast<int32_t>(__builtin_rintf(v[i]));
+  return nearest;
+#endif
 }
 
 // e^x to 2 units in the last place; exactly 0 below -87.3 (minus infinity too), where e^x would no
@@ -138,6 +188,12 @@ XY_INLINE UVec bf16_pairs(Vec first, Vec second) {
          round_to_bf16(__builtin_shuffle(first, second, even + 1));
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairsDot = true;
+#else
+constexpr bool kHasPairsDot = false;
+#endif
+
 // sums + x[odd] * w[odd], and then + x[even] * w[even]. Products of two bf16 are exact, so that it
 // makes no difference whether they are fused with the addition, as the instruction does.
 XY_INLINE Vec dot(Vec sums, UVec x, UVec w) {
@@ -146,6 +202,54 @@ XY_INLINE Vec dot(Vec sums, UVec x, UVec w) {
 #else
   sums += (Vec)(x & 0xFFFF0000u) * (Vec)(w & 0xFFFF0000u);
   return sums + (Vec)(x << 16) * (Vec)(w << 16);
+#endif
+}
+
+// Products of four unsigned bytes with four signed ones in each lane. CPUs without an instruction
+// for it take the even bytes and the odd ones as 16-bit integers, kParts in all; sums are exact
+// either way.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kHasQuadsDot = true;
+#else
+constexpr bool kHasQuadsDot = false;
+#endif
+constexpr int kParts = kHasQuadsDot ? 1 : 2;
+
+// Part `part` of the unsigned bytes in each lane.
+XY_INLINE UVec part_of(UVec bytes, int part) {
+  if (kParts == 1) return bytes;
+  return (part == 0 ? bytes : bytes >> 8) & 0x00FF00FFu;
+}
+
+// Integers from -128 to 127 as bytes.
+XY_INLINE void store_bytes(int8_t* to, IVec integers) {
+  using Int8s = int8_t __attribute__((vector_size(kLanes)));
+  store(to, __builtin_convertvector(integers, Int8s));
+}
+
+// The same part of four signed bytes, in the order of memory.
+XY_INLINE uint32_t part_of(const int8_t* bytes, int part) {
+  uint32_t all;
+  std::memcpy(&all, bytes, 4);
+  if (kParts == 1) return all;
+  const auto word = [&](int i) { return static_cast<uint16_t>(int16_t{bytes[i]}); };
+  return word(part) | static_cast<uint32_t>(word(part + 2)) << 16;
+}
+
+XY_INLINE IVec dot(IVec sums, UVec w, UVec x) {
+#if defined(__AVX512VNNI__)
+  return (IVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+  return (IVec)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
+#elif defined(__AVX512F__)
+  return sums + (IVec)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+  return sums + (IVec)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+#elif defined(__SSE2__)
+  return sums + (IVec)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#else
+  const IVec a = (IVec)w, b = (IVec)x;
+  return sums + (a & 0xFFFF) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
 
