@@ -112,9 +112,14 @@ class WorkerConfig:
     weight_format: Literal["auto", "int8", "int4"] = "auto"
     """Format of the weights in our kernels; `auto` is lossless: the checkpoint's, and on CPUs fp32
     if that is not bf16. `int4` is for CPUs only."""
-    activation_format: Literal["float32", "bf16"] = "float32"
-    """Format of activations in products of our CPU kernels with bf16 weights: exact, or rounded to
-    bf16, which is up to 1.7 times as fast on CPUs with instructions for it (AVX512_BF16)."""
+    activation_format: Literal["auto", "float32", "bf16", "int8"] = "auto"
+    """Format of activations in products of our CPU kernels: exact (`float32`) or rounded, to `bf16`
+    for bf16 weights, to `int8` for int8 and int4 weights. `auto` rounds on CPUs that have
+    instructions for it (AVX512_BF16, AVX512_VNNI, AVX_VNNI), where it is up to three times as fast;
+    set it where workers run on different CPUs and are to give the same tokens."""
+    kv_cache_format: Literal["auto", "float32", "bf16"] = "auto"
+    """Format of keys and values in the KV cache of our CPU kernels; `auto` is bf16, in half the
+    memory, where activations are rounded."""
     keep_packed_weights: bool = True
     """Whether our kernels' weights are kept in a file, so that a later start of the same model need
     not pack them; for a local checkpoint, in `packed/` of the home folder, as large as in
@@ -168,13 +173,18 @@ class WorkerConfig:
             raise ValueError(f"weight_format ({self.weight_format}) needs kernels: xyserve")
         if self.weight_format == "int4" and self.device != "cpu":
             raise ValueError(f"weight_format (int4) needs device: cpu, and this is {self.device}")
-        if self.activation_format == "bf16" and not (
-            self.uses_cpu_kernels and self.weight_format == "auto"
-        ):
+        for name in ("activation_format", "kv_cache_format"):
+            if getattr(self, name) not in ("auto", "float32") and not self.uses_cpu_kernels:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) needs device: cpu and kernels: xyserve"
+                )
+        if self.activation_format == "bf16" and self.weight_format != "auto":
             raise ValueError(
-                "activation_format (bf16) needs device: cpu, kernels: xyserve and weight_format: "
-                "auto"
+                f"activation_format (bf16) needs weight_format: auto, and this is "
+                f"{self.weight_format}; set it to int8, float32 or auto"
             )
+        if self.activation_format == "int8" and self.weight_format == "auto":
+            raise ValueError("activation_format (int8) needs weight_format: int8 or int4")
         if self.kernels == "vllm" and self.device in ("npu", "npu-emulated"):
             raise ValueError(
                 f"kernels (vllm) needs another device than {self.device}: vLLM has no kernels for "

@@ -28,6 +28,7 @@ from tests.bench.report import make_parser, publish, say_row
 from tests.bench.timing import COLD_BYTES, Call, geomeans, interleaved, set_threads, turn_s
 from workers.kernels import native
 from workers.kernels.gemm import Weight, linear
+from workers.kernels.tile_table import Inputs
 
 MODELS = {
     "SmolLM2-135M": {
@@ -90,10 +91,11 @@ class Layer:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         values = torch.from_numpy(rng.standard_normal((n, k), dtype=np.float32))
         weight = values.mul_(k**-0.5).bfloat16().float().numpy()
-        first = Weight.pack(weight, rounds_inputs=bf16)
+        inputs = Inputs.BF16 if bf16 else Inputs.FLOAT32
+        first = Weight.pack(weight, inputs=inputs)
         copies = 1 if hot else -(-COLD_BYTES // first.nbytes)
         self.weight = weight
-        others = (Weight.pack(weight, rounds_inputs=bf16) for _ in range(copies - 1))
+        others = (Weight.pack(weight, inputs=inputs) for _ in range(copies - 1))
         self.packed = [first, *others]
         self.exact = [Weight.pack(weight) for _ in range(copies)] if bf16 else []
         plain = torch.from_numpy(weight).to(self.dtype)

@@ -90,6 +90,7 @@ def engine_args(model: str, config: WorkerConfig, *, kernels: bool = True) -> As
             QUANTIZATION: {
                 "weight_format": config.weight_format,
                 "activation_format": config.activation_format,
+                "kv_cache_format": config.kv_cache_format,
                 "num_threads": config.cpus_per_rank,
                 "keep_packed_weights": config.keep_packed_weights,
             }

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.kernels import native, shapes
-from workers.kernels.gemm import Floats
+from workers.kernels.gemm import Floats, Format
 from workers.kernels.shapes import AttentionShape
 from workers.kernels.tile_table import tile_costs
 from workers.kernels.tiles import Int32s, QueryTiles, SpanCut, plan_query_tiles
@@ -39,6 +39,7 @@ def _shape_struct(shape: AttentionShape, lanes: int) -> native.AttentionShapeStr
         shape.scale,
         shape.soft_cap or 0.0,
         shape.sliding_window or 0,
+        Format.BF16_PAIRS if shape.kv_bf16 else Format.FP32,
         head_stride * shape.num_kv_heads,
         head_stride,
     )
@@ -144,14 +145,15 @@ def _flatten(
 
 def write_kv(
     shape: AttentionShape,
-    kv_cache: Floats,
+    kv_cache: NDArray[Any],
     key: Floats,
     value: Floats,
     slot_mapping: NDArray[np.int64],
 ) -> None:
     """Store keys and values `[num_tokens, num_kv_heads, head_size]` in their slots.
 
-    Tokens with slot -1 are skipped. The layout inside a block of `kv_cache` is the kernel's own.
+    Tokens with slot -1 are skipped. The layout inside a block of `kv_cache` is the kernel's own; in
+    bf16 its elements are uint16.
     """
     _check_cache(shape, kv_cache)
     expected = (len(slot_mapping), shape.num_kv_heads, shape.head_size)
@@ -176,7 +178,7 @@ def write_kv(
 def attend(
     plan: AttentionPlan,
     query: Floats,
-    kv_cache: Floats,
+    kv_cache: NDArray[Any],
     block_table: Int32s,
     out: Floats,
 ) -> Floats:
@@ -212,10 +214,10 @@ def attend(
     return out
 
 
-def _check_cache(shape: AttentionShape, kv_cache: Floats) -> None:
+def _check_cache(shape: AttentionShape, kv_cache: NDArray[Any]) -> None:
     blocks = kv_cache.shape[0] if kv_cache.ndim else 0
     expected = (blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
-    _check("kv_cache", kv_cache, np.float32, expected)
+    _check("kv_cache", kv_cache, np.uint16 if shape.kv_bf16 else np.float32, expected)
     if not kv_cache.flags.c_contiguous:
         raise ValueError(f"kv_cache has strides {kv_cache.strides}; it must be contiguous")
 

@@ -26,7 +26,7 @@ class Format(IntEnum):
     INT4_QUADS = 6
 
     @property
-    def inputs(self) -> "Inputs":
+    def inputs(self) -> Inputs:
         """What a product makes of its inputs."""
         if self == Format.BF16_PAIRS:
             return Inputs.BF16
@@ -36,6 +36,14 @@ class Format(IntEnum):
     def has_scales(self) -> bool:
         """Whether each output feature has a scale, applied to the sums."""
         return self in (Format.INT8, Format.INT8_QUADS)
+
+
+FORMAT_FOR = {
+    (Format.BF16, Inputs.BF16): Format.BF16_PAIRS,
+    (Format.INT8, Inputs.INT8): Format.INT8_QUADS,
+    (Format.INT4, Inputs.INT8): Format.INT4_QUADS,
+}
+"""Formats of the same weights for other inputs."""
 
 
 class Epilogue(IntEnum):
@@ -69,14 +77,14 @@ class Weight:
         format: str = "auto",
         *,
         gate_up: bool = False,
-        rounds_inputs: bool = False,
+        inputs: Inputs = Inputs.FLOAT32,
     ) -> Self:
         """Pack a float32 weight `[n, k]`.
 
-        `format` is the name of a `Format` in lower case, or auto: bf16 if that is lossless, else
-        fp32; with `rounds_inputs` bf16_pairs instead of bf16. With `gate_up` the first half of the
-        rows is the gate and the second the up projection, and `linear` returns silu(gate) * up.
-        ValueError names what cannot be packed.
+        `format` is the name of a `Format` in lower case, for products with such `inputs` if there
+        is one for them; or auto: bf16 if that is lossless, else fp32. With `gate_up` the first half
+        of the rows is the gate and the second the up projection, and `linear` returns
+        silu(gate) * up. ValueError names what cannot be packed.
         """
         _check_array("weight", weight, 2)
         n, k = weight.shape
@@ -98,9 +106,8 @@ class Weight:
             )
         if format == "auto":
             format = "bf16" if lossless else "fp32"
-            if lossless and rounds_inputs:
-                format = "bf16_pairs"
-        packed = cls(n, k, Format[format.upper()], gate_up)
+        chosen = Format[format.upper()]
+        packed = cls(n, k, FORMAT_FOR.get((chosen, inputs), chosen), gate_up)
         native.kernels().pack(
             ctypes.byref(packed.struct), native.pointer(weight), native.pointer(packed._scales)
         )

@@ -50,6 +50,7 @@ class AttentionShapeStruct(Structure):
         ("scale", c_float),
         ("soft_cap", c_float),
         ("sliding_window", c_int32),
+        ("kv_format", c_int32),
         ("block_stride", c_int64),
         ("head_stride", c_int64),
     ]

@@ -19,6 +19,9 @@ class AttentionShape:
     """Newest keys that a query sees, its own included."""
     soft_cap: float | None = None
     """Scores become `soft_cap * tanh(score / soft_cap)`."""
+    kv_bf16: bool = False
+    """Whether our CPU kernel keeps keys and values in bf16, and then also rounds queries and weights
+    to it before they are multiplied; otherwise all are float32."""
 
     def __post_init__(self) -> None:
         problem = unsupported(self.num_heads, self.num_kv_heads, self.head_size, self.block_size)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from typing_extensions import override
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.config.vllm import get_layers_from_vllm_config
@@ -110,6 +111,13 @@ class MetaAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
 
+def _elements(kv_cache: torch.Tensor) -> NDArray[Any]:
+    """A KV cache as numpy sees it: numpy has no bf16."""
+    if kv_cache.dtype is torch.bfloat16:
+        kv_cache = kv_cache.view(torch.uint16)
+    return kv_cache.numpy()
+
+
 class MetaAttentionImpl(CPUAttentionBackendImpl):
     """One layer, on the meta-kernel or, for the reason in `refusal`, on vLLM's own kernel."""
 
@@ -133,16 +141,17 @@ class MetaAttentionImpl(CPUAttentionBackendImpl):
         block_size = config.cache_config.block_size or 32
         return unsupported(self.num_heads, self.num_kv_heads, self.head_size, block_size)
 
-    def shape(self, block_size: int) -> AttentionShape:
-        """The layer's shape, as the kernel takes it."""
+    def shape(self, kv_cache: torch.Tensor) -> AttentionShape:
+        """The layer's shape, as the kernel takes it, with this KV cache."""
         return AttentionShape(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            block_size=block_size,
+            block_size=kv_cache.shape[2],
             scale=self.scale,
             sliding_window=self.sliding_window if self.sliding_window > 0 else None,
             soft_cap=self.logits_soft_cap or None,
+            kv_bf16=kv_cache.dtype is torch.bfloat16,
         )
 
     def forward(
@@ -164,11 +173,11 @@ class MetaAttentionImpl(CPUAttentionBackendImpl):
                 output_scale, output_block_scale,
             )  # fmt: skip
         assert isinstance(attn_metadata, MetaAttentionMetadata)
-        plan = attn_metadata.plan(self.shape(kv_cache.shape[2]))
+        plan = attn_metadata.plan(self.shape(kv_cache))
         attend(
             plan,
             query[: plan.num_tokens].numpy(),
-            kv_cache.numpy(),
+            _elements(kv_cache),
             attn_metadata.block_table.numpy(),
             output[: plan.num_tokens].numpy(),
         )
@@ -188,8 +197,8 @@ class MetaAttentionImpl(CPUAttentionBackendImpl):
             return
         num_tokens = slot_mapping.numel()
         write_kv(
-            self.shape(kv_cache.shape[2]),
-            kv_cache.numpy(),
+            self.shape(kv_cache),
+            _elements(kv_cache),
             key[:num_tokens].numpy(),
             value[:num_tokens].numpy(),
             slot_mapping.numpy(),

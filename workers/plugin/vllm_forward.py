@@ -45,7 +45,7 @@ class DecoderStack:
         first = model.layers[0].self_attn
         self._layer_name = first.attn.layer_name
         self._kv_cache = first.attn.kv_cache
-        self.shape = first.attn.impl.shape(self._kv_cache.shape[2])
+        self.shape = first.attn.impl.shape(self._kv_cache)
         self._tensors: list[torch.Tensor] = []  # memory that the structures point into
         layers = [self._layer(layer) for layer in model.layers]
         self._weights: tuple[Weight, ...] = tuple(
@@ -131,7 +131,7 @@ def refusal(model: Module, config: VllmConfig) -> str | None:
         attention = layer.self_attn.attn
         if problem := attention.impl.refusal or _layer_refusal(layer):
             return str(problem)
-        shapes.add(attention.impl.shape(attention.kv_cache.shape[2]))
+        shapes.add(attention.impl.shape(attention.kv_cache))
     return "its layers differ in the shape of their attention" if len(shapes) > 1 else None
 
 

@@ -3,11 +3,14 @@
 import contextlib
 import itertools
 import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from typing_extensions import override
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
@@ -25,12 +28,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from workers.kernels import gemm, native
 from workers.kernels.gemm import Weight
+from workers.kernels.tile_table import Inputs, fastest
 from workers.plugin.names import QUANTIZATION
 from workers.plugin.vllm_packed_weights import PackedWeights
 from workers.plugin.vllm_quantization import OwnKernelConfig, kernel_options
-
-ROUNDED = "auto-bf16"
-"""Weights in the format `auto`, for inputs that are rounded to bf16."""
 
 # A torch operator takes numbers and tensors only, so a packed weight is passed by its number.
 _numbers = itertools.count()
@@ -66,8 +67,8 @@ direct_register_custom_op("xyserve_linear", _linear, fake_impl=_linear_fake)
 class KernelConfig(OwnKernelConfig):
     """Serves every linear layer and the LM head.
 
-    The engine's `additional_config["xyserve"]` holds `weight_format`, `activation_format` and
-    `keep_packed_weights` (as in `WorkerConfig`) and `num_threads`.
+    The engine's `additional_config["xyserve"]` holds `weight_format`, `activation_format`,
+    `kv_cache_format` and `keep_packed_weights` (as in `WorkerConfig`) and `num_threads`.
     """
 
     def __init__(self) -> None:
@@ -86,35 +87,64 @@ class KernelConfig(OwnKernelConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our GEMM for linear layers and the LM head; None, which is vLLM's own, for the rest."""
+        options = kernel_options()
+        if isinstance(layer, Attention):
+            keep_in_bf16(layer, options)
         if not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return None
         vllm_config = get_current_vllm_config()
-        options = kernel_options()
         native.set_num_threads(options.get("num_threads", torch.get_num_threads()))
-        weight_format = options.get("weight_format", "auto")
-        if options.get("activation_format") == "bf16":
-            weight_format = ROUNDED
+        formats = formats_of(options)
         if self.packed_weights is None:
             keep = options.get("keep_packed_weights", False)
-            self.packed_weights = PackedWeights(vllm_config, weight_format, keep)
+            self.packed_weights = PackedWeights(vllm_config, str(formats), keep)
         if isinstance(layer, LinearBase):
-            return KernelLinearMethod(weight_format, prefix, self.packed_weights)
-        return KernelEmbeddingMethod(weight_format, prefix, self.packed_weights)
+            return KernelLinearMethod(formats, prefix, self.packed_weights)
+        return KernelEmbeddingMethod(formats, prefix, self.packed_weights)
 
 
-def pack(layer: Any, weight_format: str, prefix: str, packed_weights: PackedWeights) -> None:
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """In what formats products are computed."""
+
+    weights: str
+    """auto, int8 or int4, as `Weight.pack` takes it."""
+    inputs: Inputs
+
+    def __str__(self) -> str:
+        return f"{self.weights}-{self.inputs}"
+
+
+def formats_of(options: Mapping[str, Any]) -> Formats:
+    """The formats that an engine's options name; `auto` is the fastest on this CPU of the
+    activation formats that weights of a format have."""
+    weights = options.get("weight_format", "auto")
+    inputs = options.get("activation_format", "auto")
+    rounded = Inputs.BF16 if weights == "auto" else Inputs.INT8
+    if inputs == "auto":
+        return Formats(weights, fastest(Inputs.FLOAT32, rounded))
+    return Formats(weights, Inputs(inputs))
+
+
+def keep_in_bf16(layer: Any, options: Mapping[str, Any]) -> None:
+    """Let a layer's keys and values be kept in bf16, if our attention kernel serves it and the
+    options say so; `auto` does where activations are rounded."""
+    format = options.get("kv_cache_format", "auto")
+    if format == "auto":
+        format = "float32" if formats_of(options).inputs is Inputs.FLOAT32 else "bf16"
+    if format == "bf16" and getattr(layer.impl, "refusal", "") is None:
+        layer.kv_cache_torch_dtype = torch.bfloat16
+
+
+def pack(layer: Any, formats: Formats, prefix: str, packed_weights: PackedWeights) -> None:
     """Pack `layer.weight` into `layer.packed`, or find it; ValueError names the layer."""
     n, k = layer.weight.shape
     packed = packed_weights.find(prefix, n, k, gate_up=_is_gate_up(layer))
     if packed is None:
         try:
             weight = layer.weight.detach().contiguous().numpy()
-            is_rounded = weight_format == ROUNDED
             packed = Weight.pack(
-                weight,
-                "auto" if is_rounded else weight_format,
-                gate_up=_is_gate_up(layer),
-                rounds_inputs=is_rounded,
+                weight, formats.weights, gate_up=_is_gate_up(layer), inputs=formats.inputs
             )
         except ValueError as error:
             raise ValueError(f"{prefix or type(layer).__name__}: {error}") from None
@@ -138,10 +168,10 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 class KernelLinearMethod(UnquantizedLinearMethod):
     """A linear layer that uses the virtual-padding GEMM."""
 
-    def __init__(self, weight_format: str, prefix: str, packed_weights: PackedWeights) -> None:
-        """Keep the format for when the weights are loaded."""
+    def __init__(self, formats: Formats, prefix: str, packed_weights: PackedWeights) -> None:
+        """Keep the formats for when the weights are loaded."""
         super().__init__()
-        self._weight_format, self._prefix = weight_format, prefix
+        self._formats, self._prefix = formats, prefix
         self._packed_weights = packed_weights
         self._is_found = False
 
@@ -173,7 +203,7 @@ class KernelLinearMethod(UnquantizedLinearMethod):
         if is_elsewhere or getattr(layer, "_cpu_skip_gemm_dispatch", False):
             super().process_weights_after_loading(layer)
             return
-        pack(layer, self._weight_format, self._prefix, self._packed_weights)
+        pack(layer, self._formats, self._prefix, self._packed_weights)
         layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     def apply(
@@ -189,23 +219,23 @@ class KernelLinearMethod(UnquantizedLinearMethod):
 class KernelEmbeddingMethod(UnquantizedEmbeddingMethod):
     """An embedding, packed only if it is also an LM head; look-ups use the plain weight."""
 
-    def __init__(self, weight_format: str, prefix: str, packed_weights: PackedWeights) -> None:
+    def __init__(self, formats: Formats, prefix: str, packed_weights: PackedWeights) -> None:
         """Keep the LM head at 8 bits or more: its errors go straight into the logits."""
         super().__init__()
         self._packed_weights = packed_weights
-        self._weight_format = "int8" if weight_format == "int4" else weight_format
+        self._formats = replace(formats, weights="int8") if formats.weights == "int4" else formats
         self._prefix = prefix
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack an LM head."""
         if isinstance(layer, ParallelLMHead) and not layer.weight.is_meta:
-            pack(layer, self._weight_format, self._prefix, self._packed_weights)
+            pack(layer, self._formats, self._prefix, self._packed_weights)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute `x W^T + bias`."""
         if not hasattr(layer, "packed"):  # the model uses its embedding as LM head
-            pack(layer, self._weight_format, self._prefix, self._packed_weights)
+            pack(layer, self._formats, self._prefix, self._packed_weights)
         out: torch.Tensor = torch.ops.vllm.xyserve_linear(x, layer.packed_number, bias)
         return out

@@ -90,15 +90,25 @@ class EngineProfile:
         return cls(**state | {"peaks": peaks, "checked": checked})
 
 
+KEY_FIELDS = (
+    "device",
+    "cpus",
+    "kernels",
+    "weight_format",
+    "activation_format",
+    "kv_cache_format",
+    "engine",
+)
+"""Fields of `WorkerConfig` that the time of a step depends on."""
+
+
 def profile_key(model: str, config: WorkerConfig) -> dict[str, Any]:
     """Everything that a step's time depends on and that may differ between two starts."""
     return {
         "model": model,
         "weights": _identity(model),
         "config": {
-            name: value
-            for name, value in dataclasses.asdict(config).items()
-            if name in ("device", "cpus", "kernels", "weight_format", "activation_format", "engine")
+            name: value for name, value in dataclasses.asdict(config).items() if name in KEY_FIELDS
         },
         "machine": _machine(config),
         "versions": _versions(),

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,9 @@ Mask = npt.NDArray[np.bool_]
 
 KV_CHUNK = native.kernels().kv_chunk
 
-TOLERANCE = 3e-6
-"""For values about 1 in size, and scores within 10."""
+TOLERANCE = {False: 3e-6, True: 8e-3}
+"""For values about 1 in size, and scores within 10, by whether the KV cache is in bf16: then weights
+are rounded to eight bits."""
 
 HEADS = [(1, 1), (3, 1), (8, 2), (7, 1), (14, 2)]
 """Query heads and KV heads: groups of 1, 3, 4 and 7."""
@@ -48,7 +49,8 @@ for at_end in (False, True):
 
     for seq_lens in ((1,), (32, 5), (31, 33), (1, 64, 63), (300,), (64, 512)):
         shape = AttentionShape(
-            num_heads=3, num_kv_heads=1, head_size=32, block_size=32, scale=0.1, sliding_window=200
+            num_heads=3, num_kv_heads=1, head_size=32, block_size=32, scale=0.1, sliding_window=200,
+            kv_bf16={kv_bf16},
         )
         seq_lens = np.array(seq_lens, np.int32)
         query_lens = np.minimum(seq_lens, 7)
@@ -58,22 +60,36 @@ for at_end in (False, True):
             blocks = -(-seq_len // 32)
             table[row, :blocks] = np.arange(num_blocks, num_blocks + blocks)
             num_blocks += blocks
-        cache = ones(num_blocks, 1, 32, 64)
+        cache = ones(num_blocks, 1, 32, 64, dtype=np.uint16 if {kv_bf16} else np.float32)
         slots = guarded(np.arange(num_blocks * 32), at_end)
         write_kv(shape, cache, ones(len(slots), 1, 32), ones(len(slots), 1, 32), slots)
         plan = plan_attention(shape, np.append(0, np.cumsum(query_lens)).astype(np.int32), seq_lens)
         query = ones(query_lens.sum(), 3, 32)
         out = attend(plan, query, cache, table, ones(*query.shape))
-        assert np.allclose(out, 1)
+        assert np.allclose(out, 1, rtol=1e-2 if {kv_bf16} else 1e-5)
 print("untouched")
 """
+
+
+_kv_bf16 = False
+"""What `make_shape` makes."""
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["kv_float32", "kv_bf16"])
+def kv_bf16(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether keys and values are kept in bf16."""
+    global _kv_bf16
+    _kv_bf16 = request.param
+    yield request.param
+    _kv_bf16 = False
 
 
 def make_shape(
     num_heads: int = 3, num_kv_heads: int = 1, head_size: int = 32, **options: Any
 ) -> AttentionShape:
     sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_size": head_size}
-    options = {"block_size": 32, "scale": 1 / np.sqrt(head_size or 1), **options}
+    scale = 1 / np.sqrt(head_size or 1)
+    options = {"block_size": 32, "scale": scale, "kv_bf16": _kv_bf16, **options}
     return AttentionShape(**sizes, **options)
 
 
@@ -116,11 +132,19 @@ def make_spans(shape: AttentionShape, lengths: Sequence[tuple[int, int]]) -> lis
     ]
 
 
+def make_blocks(shape: AttentionShape, num_blocks: int, fill: float = 0.0) -> npt.NDArray[Any]:
+    """Blocks of a KV cache, full of one value."""
+    sizes = (num_blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
+    if not shape.kv_bf16:
+        return np.full(sizes, fill, np.float32)
+    return np.full(sizes, np.float32(fill).view(np.uint32) >> 16, np.uint16)
+
+
 @dataclass(frozen=True)
 class Cache:
     """A KV cache that holds the keys and values of spans, and NaN wherever it holds none."""
 
-    blocks: Array
+    blocks: npt.NDArray[Any]
     block_table: npt.NDArray[np.int32]
 
 
@@ -130,7 +154,7 @@ def make_cache(shape: AttentionShape, spans: Sequence[Span], seed: int = 0) -> C
     num_blocks = [-(-span.seq_len // size) for span in spans]
     free = np.random.default_rng(seed).permutation(sum(num_blocks) + 3).astype(np.int32)
     table = np.full((len(spans), max(num_blocks, default=0) + 2), 2**30, np.int32)
-    blocks = np.full((len(free), shape.num_kv_heads, size, 2 * shape.head_size), np.nan, np.float32)
+    blocks = make_blocks(shape, len(free), np.nan)
     for row, span in enumerate(spans):
         table[row, : num_blocks[row]], free = np.split(free, [num_blocks[row]])
         position = np.arange(span.seq_len)
@@ -180,11 +204,13 @@ def between_nans(rows: Array) -> Array:
 
 
 def expected_rows(shape: AttentionShape, span: Span) -> npt.NDArray[np.float64]:
+    query = span.query * np.float32(shape.scale)
+    inputs = (query, span.request.key[: span.seq_len], span.request.value[: span.seq_len])
+    if shape.kv_bf16:
+        inputs = tuple(map(reference.round_to_bf16, inputs))  # type: ignore[assignment]
     return reference.attend(
-        span.query,
-        span.request.key[: span.seq_len],
-        span.request.value[: span.seq_len],
-        scale=shape.scale,
+        *inputs,
+        scale=1.0,
         visible=reference.visible_keys(
             span.num_queries, span.seq_len, shape.sliding_window, span.tree_mask
         ),
@@ -193,8 +219,9 @@ def expected_rows(shape: AttentionShape, span: Span) -> npt.NDArray[np.float64]:
 
 
 def assert_attends(
-    shape: AttentionShape, spans: Sequence[Span], tolerance: float = TOLERANCE
+    shape: AttentionShape, spans: Sequence[Span], tolerance: float | None = None
 ) -> None:
+    tolerance = tolerance or TOLERANCE[shape.kv_bf16]
     for found, span in zip(attend_all(shape, spans), spans, strict=True):
         error = np.abs(found - expected_rows(shape, span))
 
@@ -278,12 +305,12 @@ def test_blocks_before_the_sliding_window_may_be_gone(num_threads: int) -> None:
     (span,) = make_spans(shape, [(3, 2 * KV_CHUNK + 99)])
     cache = make_cache(shape, [span])
     gone = (span.seq_len - span.num_queries + 1 - 70) // shape.block_size
-    cache.blocks[cache.block_table[0, :gone]] = np.nan
-    cache.block_table[0, :gone] = 0 if np.isnan(cache.blocks[0]).any() else 2**30
+    cache.blocks[cache.block_table[0, :gone]] = make_blocks(shape, 1, np.nan)
+    cache.block_table[0, :gone] = 2**30
     out = np.zeros_like(span.query)
     attend(make_plan(shape, [span]), span.query.copy(), cache.blocks, cache.block_table, out)
 
-    assert np.abs(out - expected_rows(shape, span)).max() < TOLERANCE
+    assert np.abs(out - expected_rows(shape, span)).max() < TOLERANCE[shape.kv_bf16]
 
 
 @pytest.mark.parametrize("soft_cap", [1.0, 5.0, 30.0])
@@ -291,7 +318,8 @@ def test_scores_are_capped_softly(soft_cap: float) -> None:
     shape = make_shape(soft_cap=soft_cap, scale=1.0)
 
     # A score is rounded as a number of the size of the cap.
-    assert_attends(shape, make_spans(shape, MIX), TOLERANCE * max(1, soft_cap / 5))
+    tolerance = TOLERANCE[shape.kv_bf16] * max(1, soft_cap / 5)
+    assert_attends(shape, make_spans(shape, MIX), tolerance)
 
 
 def test_scores_far_apart_neither_overflow_nor_drown() -> None:
@@ -302,7 +330,7 @@ def test_scores_far_apart_neither_overflow_nor_drown() -> None:
     falling.request.key[:] *= slope[::-1]
 
     # Scores reach a thousand or two, where a float's last place is 1e-4.
-    assert_attends(shape, [rising, falling], 1e-3)
+    assert_attends(shape, [rising, falling], max(1e-3, TOLERANCE[shape.kv_bf16]))
 
 
 @pytest.mark.parametrize("context", [0, 1, 30, KV_CHUNK - 3, KV_CHUNK, 600])
@@ -362,7 +390,7 @@ def test_a_step_without_query_tokens_does_nothing(num_spans: int, num_threads: i
     nothing = np.zeros((0, 3, 32), np.float32)
     table = np.zeros((num_spans, 0), np.int32)
 
-    assert attend(plan, nothing, np.zeros((0, 1, 32, 64), np.float32), table, nothing).size == 0
+    assert attend(plan, nothing, make_blocks(plan.shape, 0), table, nothing).size == 0
 
 
 def test_a_request_of_nan_and_infinity_disturbs_no_other() -> None:
@@ -377,8 +405,10 @@ def test_a_request_of_nan_and_infinity_disturbs_no_other() -> None:
     assert [row for row in range(len(MIX)) if found[row] != expected[row]] == [3, 8, 12]
 
 
-def test_no_page_beside_an_array_is_touched(isa: str) -> None:
-    assert guarded.run(ATTEND_BESIDE_GUARDS.replace("{isa}", isa)) == "untouched\n"
+def test_no_page_beside_an_array_is_touched(isa: str, kv_bf16: bool) -> None:
+    script = ATTEND_BESIDE_GUARDS.replace("{isa}", isa).replace("{kv_bf16}", str(kv_bf16))
+
+    assert guarded.run(script) == "untouched\n"
 
 
 # ---- Bits ----
@@ -501,18 +531,22 @@ def test_calls_of_several_threads_at_once_change_no_bit() -> None:
 def test_keys_and_values_are_written_to_their_slots_and_nowhere_else() -> None:
     shape = make_shape(8, 2)
     request = make_request(shape, 100)
-    blocks = np.full((4, 2, 32, 64), np.nan, np.float32)
+    blocks = make_blocks(shape, 4, np.nan)
+    nothing = blocks[0, 0, 0, 0].copy()
     key, value = request.key.copy(), request.value.copy()
     write_kv(shape, blocks, key, value, np.arange(128)[28:].astype(np.int64))
 
-    written = blocks[~np.isnan(blocks)]
-    assert bits(np.sort(written)) == bits(np.sort(np.concatenate([key, value], axis=None)))
+    written = blocks[blocks != nothing] if shape.kv_bf16 else blocks[~np.isnan(blocks)]
+    expected = np.concatenate([key, value], axis=None)
+    if shape.kv_bf16:
+        expected = (reference.round_to_bf16(expected).view(np.uint32) >> 16).astype(np.uint16)
+    assert bits(np.sort(written)) == bits(np.sort(expected))
 
 
 def test_the_order_of_writing_does_not_matter() -> None:
     shape = make_shape(8, 2)
     request = make_request(shape, 100)
-    blocks = np.zeros((3, 4, 2, 32, 64), np.float32)
+    blocks = [make_blocks(shape, 4) for _ in range(3)]
     key, value, slots = request.key.copy(), request.value.copy(), np.arange(100)
     write_kv(shape, blocks[0], key, value, slots)
     for token in np.random.default_rng(0).permutation(100):
@@ -527,7 +561,7 @@ def test_the_order_of_writing_does_not_matter() -> None:
 def test_keys_and_values_may_lie_in_the_rows_of_a_wider_array() -> None:
     shape = make_shape(8, 2)
     request = make_request(shape, 40)
-    apart, side_by_side = np.zeros((2, 2, 2, 32, 64), np.float32)
+    apart, side_by_side = (make_blocks(shape, 2) for _ in range(2))
     write_kv(shape, apart, request.key.copy(), request.value.copy(), np.arange(40))
     write_kv(shape, side_by_side, request.key, request.value, np.arange(40))
 
@@ -538,7 +572,7 @@ def test_keys_and_values_may_lie_in_the_rows_of_a_wider_array() -> None:
 def test_a_token_without_a_slot_is_not_written() -> None:
     shape = make_shape()
     request = make_request(shape, 5)
-    blocks, expected = np.zeros((2, 1, 1, 32, 64), np.float32)
+    blocks, expected = (make_blocks(shape, 1) for _ in range(2))
     write_kv(shape, blocks, request.key, request.value, np.array([0, -1, 2, -1, 4]))
     kept = [0, 2, 4]
     write_kv(shape, expected, request.key[kept], request.value[kept], np.array(kept))
@@ -549,7 +583,7 @@ def test_a_token_without_a_slot_is_not_written() -> None:
 def test_no_tokens_are_written_without_complaint() -> None:
     empty = np.zeros((0, 1, 32), np.float32)
 
-    write_kv(make_shape(), np.zeros((1, 1, 32, 64), np.float32), empty, empty, np.arange(0))
+    write_kv(make_shape(), make_blocks(make_shape(), 1), empty, empty, np.arange(0))
 
 
 # ---- Refusals ----
@@ -584,7 +618,7 @@ def test_a_cache_of_a_shape_that_the_kernel_does_not_have_is_not_written(
     sizes: dict[str, int],
 ) -> None:
     shape = make_shape(**sizes)
-    kv_cache = np.zeros((1, 1, shape.block_size, 2 * shape.head_size), np.float32)
+    kv_cache = make_blocks(shape, 1)
     rows = np.zeros((1, 1, shape.head_size), np.float32)
     with pytest.raises(ValueError, match="must be a positive multiple of"):
         write_kv(shape, kv_cache, rows, rows, np.zeros(1, np.int64))
@@ -657,10 +691,11 @@ def test_tree_masks_that_do_not_fit_are_refused(tree_masks: dict[int, Mask], rea
 def test_arrays_that_do_not_fit_the_plan_are_refused(
     arrays: dict[str, npt.NDArray[Any]], reason: str
 ) -> None:
-    plan = plan_attention(make_shape(), np.array([0, 1, 4], np.int32), np.array([9, 33], np.int32))
+    shape = make_shape(kv_bf16=False)
+    plan = plan_attention(shape, np.array([0, 1, 4], np.int32), np.array([9, 33], np.int32))
     fitting = {
         "query": np.zeros((4, 3, 32), np.float32),
-        "kv_cache": np.zeros((3, 1, 32, 64), np.float32),
+        "kv_cache": make_blocks(shape, 3),
         "block_table": np.zeros((2, 2), np.int32),
         "out": np.zeros((4, 3, 32), np.float32),
     }
@@ -684,14 +719,22 @@ def test_arrays_that_do_not_fit_the_plan_are_refused(
 def test_keys_and_values_that_do_not_fit_the_cache_are_refused(
     arrays: dict[str, npt.NDArray[Any]], reason: str
 ) -> None:
+    shape = make_shape(kv_bf16=False)
     fitting = {
-        "kv_cache": np.zeros((2, 1, 32, 64), np.float32),
+        "kv_cache": make_blocks(shape, 2),
         "key": np.zeros((3, 1, 32), np.float32),
         "value": np.zeros((3, 1, 32), np.float32),
         "slot_mapping": np.arange(3),
     }
     with pytest.raises(ValueError, match=reason):
-        write_kv(make_shape(), **{**fitting, **arrays})
+        write_kv(shape, **{**fitting, **arrays})
+
+
+def test_a_cache_in_another_format_is_refused(kv_bf16: bool) -> None:
+    rows, slots = np.zeros((1, 1, 32), np.float32), np.zeros(1, np.int64)
+    other = make_blocks(make_shape(kv_bf16=not kv_bf16), 1)
+    with pytest.raises(ValueError, match="kv_cache is (uint16|float32); it must be"):
+        write_kv(make_shape(), other, rows, rows, slots)
 
 
 def test_an_output_that_may_not_be_written_is_refused() -> None:
@@ -705,10 +748,10 @@ def test_an_output_that_may_not_be_written_is_refused() -> None:
 
 
 def test_keys_and_values_may_lie_in_wider_arrays_of_their_own() -> None:
-    shape = AttentionShape(num_heads=2, num_kv_heads=1, head_size=32, block_size=32, scale=1.0)
+    shape = make_shape(num_heads=2)
     rows = np.random.default_rng(0).standard_normal((3, 4, 32)).astype(np.float32)
     slots = np.array([0, 5, 31])
-    apart, together = np.zeros((2, 1, 1, 32, 64), np.float32)
+    apart, together = (make_blocks(shape, 1) for _ in range(2))
 
     write_kv(shape, apart, rows[:, :1], rows[:, 1:2].copy(), slots)
     write_kv(shape, together, rows[:, :1].copy(), rows[:, 1:2].copy(), slots)

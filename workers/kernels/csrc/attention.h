@@ -16,31 +16,68 @@ constexpr int kKvChunk = 256;
 
 // ---- The KV cache: per block and KV head, block_size keys, then block_size values. Keys are
 // stored in panels of kPanel tokens, dimension by dimension; values in panels of kPanel dimensions,
-// token by token. So both products read their right operand as the GEMM reads its weights. ----
+// token by token; in bf16 two dimensions or two tokens after another. So both products read their
+// right operand as the GEMM reads its weights. ----
 
-XY_INLINE float* keys_at(const AttentionShape& s, float* cache, int block, int head) {
-  return cache + block * s.block_stride + head * s.head_stride;
+// What a KV cache holds, as the format of its panels.
+template <class Format>
+struct Kv;
+
+template <>
+struct Kv<Fp32> {
+  using Element = float;
+  static XY_INLINE Element element(float x) { return x; }
+};
+
+template <>
+struct Kv<Bf16Pairs> {
+  using Element = uint16_t;
+  static XY_INLINE Element element(float x) { return bf16_of(x); }
+};
+
+template <class Function>
+XY_INLINE void with_kv_format(const AttentionShape& s, Function&& function) {
+  s.kv_format == kBf16Pairs ? function(Bf16Pairs{}) : function(Fp32{});
 }
 
-XY_INLINE float* values_at(const AttentionShape& s, float* cache, int block, int head) {
-  return keys_at(s, cache, block, head) + int64_t{s.block_size} * s.head_size;
+template <class Format>
+XY_INLINE auto* keys_at(const AttentionShape& s, void* cache, int block, int head) {
+  return static_cast<typename Kv<Format>::Element*>(cache) + block * s.block_stride +
+         head * s.head_stride;
 }
 
-XY_INLINE void write_token(const AttentionShape& s, float* cache, int64_t slot, int head,
+template <class Format>
+XY_INLINE auto* values_at(const AttentionShape& s, void* cache, int block, int head) {
+  return keys_at<Format>(s, cache, block, head) + int64_t{s.block_size} * s.head_size;
+}
+
+// Where feature k of a column is in a panel.
+template <class Format>
+XY_INLINE int64_t place(int k, int column) {
+  constexpr int kStep = Packed<Format::kInputs>::kStep;
+  return (int64_t{k / kStep} * kPanel + column) * kStep + k % kStep;
+}
+
+template <class Format>
+XY_INLINE void write_token(const AttentionShape& s, void* cache, int64_t slot, int head,
                            const float* key, const float* value) {
   const int block = static_cast<int>(slot / s.block_size),
             token = static_cast<int>(slot % s.block_size);
-  float* const keys =
-      keys_at(s, cache, block, head) + token / kPanel * kPanel * s.head_size + token % kPanel;
-  float* const values = values_at(s, cache, block, head) + token * kPanel;
-  for (int d = 0; d < s.head_size; ++d) keys[d * kPanel] = key[d];
-  for (int d = 0; d < s.head_size; d += kPanel)
-    std::memcpy(values + int64_t{d} * s.block_size, value + d, sizeof(float) * kPanel);
+  auto* const keys =
+      keys_at<Format>(s, cache, block, head) + int64_t{token / kPanel * kPanel} * s.head_size;
+  for (int d = 0; d < s.head_size; ++d)
+    keys[place<Format>(d, token % kPanel)] = Kv<Format>::element(key[d]);
+  for (int first = 0; first < s.head_size; first += kPanel) {
+    auto* const values =
+        values_at<Format>(s, cache, block, head) + int64_t{first} * s.block_size;
+    for (int d = 0; d < kPanel; ++d)
+      values[place<Format>(token, d)] = Kv<Format>::element(value[first + d]);
+  }
 }
 
 struct KvWrite {
   const AttentionShape& shape;
-  float* cache;
+  void* cache;
   const float* key;
   int64_t key_stride;
   const float* value;
@@ -48,7 +85,7 @@ struct KvWrite {
   const int64_t* slot_mapping;
 };
 
-void write_kv(const AttentionShape* shape, float* kv_cache, int32_t num_tokens, const float* key,
+void write_kv(const AttentionShape* shape, void* kv_cache, int32_t num_tokens, const float* key,
               int64_t key_stride, const float* value, int64_t value_stride,
               const int64_t* slot_mapping) {
   KvWrite context{*shape, kv_cache, key, key_stride, value, value_stride, slot_mapping};
@@ -57,10 +94,13 @@ void write_kv(const AttentionShape* shape, float* kv_cache, int32_t num_tokens, 
       [](void* context, int token) {
         const auto& write = *static_cast<KvWrite*>(context);
         if (write.slot_mapping[token] < 0) return;  // a padding token
-        for (int head = 0; head < write.shape.num_kv_heads; ++head)
-          write_token(write.shape, write.cache, write.slot_mapping[token], head,
-                      write.key + token * write.key_stride + head * write.shape.head_size,
-                      write.value + token * write.value_stride + head * write.shape.head_size);
+        with_kv_format(write.shape, [&](auto format) {
+          for (int head = 0; head < write.shape.num_kv_heads; ++head)
+            write_token<decltype(format)>(
+                write.shape, write.cache, write.slot_mapping[token], head,
+                write.key + token * write.key_stride + head * write.shape.head_size,
+                write.value + token * write.value_stride + head * write.shape.head_size);
+        });
       },
       &context);
 }
@@ -117,13 +157,22 @@ struct QueryTile {
   }
 };
 
+template <Inputs kInputs>
 XY_INLINE void pack_query(const QueryTile& tile, const int32_t* heights, int num_heights,
                           float* packed) {
+  const int size = tile.a.shape.head_size;
+  const float scale = tile.a.shape.scale;
   for (int i = 0, row = 0; i < num_heights; row += heights[i++])
     for (int r = 0; r < heights[i]; ++r) {
       const float* const from = tile.query(row + r);
-      for (int d = 0; d < tile.a.shape.head_size; ++d)
-        packed[row * tile.a.shape.head_size + d * heights[i] + r] = from[d] * tile.a.shape.scale;
+      float* const to = packed + row * Packed<kInputs>::words(size) + r;
+      for (int d = 0; d < size; d += Packed<kInputs>::kStep) {
+        float* const word = to + Packed<kInputs>::words(d) * heights[i];
+        if constexpr (kInputs == Inputs::kPairs)
+          store(word, pair_of(from[d] * scale, from[d + 1] * scale));
+        else
+          *word = from[d] * scale;
+      }
     }
 }
 
@@ -194,60 +243,82 @@ XY_INLINE void write_out(const QueryTile& tile, Result result) {
   }
 }
 
+// The weights of keys [begin, end) of a row as pairs in bf16, in the place of the first ones.
+XY_INLINE void pack_weights(float* weights, int begin, int end) {
+  for (int j = begin; j < end; j += 2 * kLanes)
+    store(weights + j / 2, bf16_pairs(load(weights + j), load(weights + j + kLanes)));
+}
+
+// A chunk's range of keys that lies in one block.
+struct KeyRange {
+  int first, count, in_block;  // first of the chunk's keys; its place in the block
+};
+
+template <class Function>
+XY_INLINE void each_block(int block_size, int chunk_key, int begin, int end, Function&& function) {
+  for (int key = begin; key < end;) {
+    const int in_block = (chunk_key + key) % block_size;
+    const int count = min(block_size - in_block, end - key);
+    function(KeyRange{key, count, in_block});
+    key += count;
+  }
+}
+
 // The result of one chunk. At least one row of the tile sees keys in [begin, end).
+template <class Format>
 XY_INLINE void attend_chunk(const QueryTile& tile, const float* query, const int32_t* heights,
                             int num_heights, int chunk_key, int begin, int end, float* scores,
                             Result result) {
+  using Element = typename Kv<Format>::Element;
+  using Rows = Packed<Format::kInputs>;
   const AttentionShape& s = tile.a.shape;
   const int size = s.head_size, block_size = s.block_size;
+  void* const cache = tile.a.data.kv_cache;
   begin = begin / kPanel * kPanel;
   // Panels stay in the first-level cache while every row tile passes over them; a single row tile
   // may take several at once.
   const int together = num_heights == 1 ? 4 : 1;
-  for (int key = begin; key < end;) {  // block by block
-    const int in_block = (chunk_key + key) % block_size;
-    const int keys = min(block_size - in_block, end - key);
-    const float* const panels =
-        keys_at(s, tile.a.data.kv_cache, tile.block(chunk_key + key), tile.kv_head) +
-        int64_t{in_block} * size;
-    const int count = panels_of(keys);
+  each_block(block_size, chunk_key, begin, end, [&](KeyRange keys) {
+    const Element* const panels =
+        keys_at<Format>(s, cache, tile.block(chunk_key + keys.first), tile.kv_head) +
+        int64_t{keys.in_block} * size;
+    const int count = panels_of(keys.count);
     for (int panel = 0; panel < count; panel += together)
       for (int i = 0, row = 0; i < num_heights; row += heights[i++])
-        multiply<Fp32>(heights[i], Packed<Inputs::kFloats>{query + row * size},
-                       reinterpret_cast<const char*>(panels + panel * kPanel * size),
-                       int64_t{kPanel} * size * 4, min(together, count - panel), size, {},
-                       {scores + row * kKvChunk + key + panel * kPanel, kKvChunk, false});
-    key += keys;
+        multiply<Format>(heights[i], Rows{query + row * Rows::words(size)},
+                         reinterpret_cast<const char*>(panels + int64_t{panel} * kPanel * size),
+                         Format::bytes(size), min(together, count - panel), size, {},
+                         {scores + row * kKvChunk + keys.first + panel * kPanel, kKvChunk, false});
+  });
+  for (int row = 0; row < tile.rows(); ++row) {
+    float* const weights = scores + row * kKvChunk;
+    softmax(tile, row, chunk_key, begin, end, weights, result.largest + row, result.sum + row);
+    if (Format::kInputs == Inputs::kPairs) pack_weights(weights, begin, end);
   }
-  for (int row = 0; row < tile.rows(); ++row)
-    softmax(tile, row, chunk_key, begin, end, scores + row * kKvChunk, result.largest + row,
-            result.sum + row);
-  for (int key = begin; key < end;) {
-    const int in_block = (chunk_key + key) % block_size;
-    const int keys = min(block_size - in_block, end - key);
-    const float* const panels =
-        values_at(s, tile.a.data.kv_cache, tile.block(chunk_key + key), tile.kv_head) +
-        in_block * kPanel;
+  each_block(block_size, chunk_key, begin, end, [&](KeyRange keys) {
+    const Element* const values =
+        values_at<Format>(s, cache, tile.block(chunk_key + keys.first), tile.kv_head);
     for (int panel = 0; panel < size / kPanel; panel += together)
       for (int i = 0, row = 0; i < num_heights; row += heights[i++])
-        multiply<Fp32>(heights[i], Strided{scores + row * kKvChunk + key, kKvChunk},
-                       reinterpret_cast<const char*>(panels + int64_t{panel} * kPanel * block_size),
-                       int64_t{kPanel} * block_size * 4, min(together, size / kPanel - panel), keys,
-                       {}, {result.values + row * size + panel * kPanel, size, key > begin});
-    key += keys;
-  }
+        multiply<Format>(
+            heights[i],
+            Strided<Format::kInputs>{scores + row * kKvChunk + Rows::words(keys.first), kKvChunk},
+            reinterpret_cast<const char*>(values + int64_t{panel} * kPanel * block_size +
+                                          place<Format>(keys.in_block, 0)),
+            Format::bytes(block_size), min(together, size / kPanel - panel), keys.count, {},
+            {result.values + row * size + panel * kPanel, size, keys.first > begin});
+  });
 }
 
-void attend_task(void* context, int index) {
-  const auto& a = *static_cast<Attention*>(context);
-  const AttentionTask& task = a.plan.tasks[index];
+template <class Format>
+XY_INLINE void attend_range(const Attention& a, const AttentionTask& task) {
   const QueryTile tile{a, task.span, task.first_token, task.num_tokens, task.kv_head};
   const int rows = tile.rows(), size = a.shape.head_size;
   const int32_t* const heights = a.plan.heights + task.heights;
   float* const scores = task_scratch(int64_t{rows} * (kKvChunk + 3 * size + 4));
   float* const query = scores + int64_t{rows} * kKvChunk;
   const Result chunk(query + rows * size, rows), total(query + rows * (2 * size + 2), rows);
-  pack_query(tile, heights, task.num_heights, query);
+  pack_query<Format::kInputs>(tile, heights, task.num_heights, query);
   if (task.partial < 0) clear(rows, size, total);
   const int first_key = tile.first_key(task.first_token);
   const int end_key = tile.end_key(task.first_token + task.num_tokens - 1);
@@ -257,10 +328,16 @@ void attend_task(void* context, int index) {
     const int64_t partial = task.partial + i - task.first_chunk;
     const Result result =
         task.partial < 0 ? chunk : Result(a.partials + partial * a.partial_floats(), rows);
-    attend_chunk(tile, query, heights, task.num_heights, chunk_key, begin, end, scores, result);
+    attend_chunk<Format>(tile, query, heights, task.num_heights, chunk_key, begin, end, scores, result);
     if (task.partial < 0) merge(rows, size, total, chunk);
   }
   if (task.partial < 0) write_out(tile, total);
+}
+
+void attend_task(void* context, int index) {
+  const auto& a = *static_cast<Attention*>(context);
+  with_kv_format(a.shape,
+                 [&](auto format) { attend_range<decltype(format)>(a, a.plan.tasks[index]); });
 }
 
 void merge_task(void* context, int index) {

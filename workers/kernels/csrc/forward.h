@@ -55,9 +55,11 @@ void prepare_token(void* context, int token) {
   }
   if (slot < 0) return;  // a padding token
   const float* const key = row + f.q_size();
-  for (int head = 0; head < s.num_kv_heads; ++head)
-    write_token(s, f.layer->kv_cache, slot, head, key + head * s.head_size,
-                key + f.kv_size() + head * s.head_size);
+  with_kv_format(s, [&](auto format) {
+    for (int head = 0; head < s.num_kv_heads; ++head)
+      write_token<decltype(format)>(s, f.layer->kv_cache, slot, head, key + head * s.head_size,
+                                    key + f.kv_size() + head * s.head_size);
+  });
 }
 
 XY_INLINE void project(const Forward& f, const Weight& weight, const GemmPlan& plan, const float* x,

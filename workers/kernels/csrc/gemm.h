@@ -144,7 +144,7 @@ XY_INLINE void pack_rows(const float* rows, int64_t stride, int height, int k, i
     for (int i = 0; i < kRows; ++i) {
       float* const to = packed + j / kStep * kRows + i;
       if constexpr (kStep == 2)
-        store(to, bf16_of(one(i, j)) | uint32_t{bf16_of(one(i, j + 1))} << 16);
+        store(to, pair_of(one(i, j), one(i, j + 1)));
       else
         *to = one(i, j);
     }

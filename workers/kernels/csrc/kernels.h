@@ -41,7 +41,8 @@ struct AttentionShape {
   int32_t num_heads, num_kv_heads, head_size, block_size;
   float scale, soft_cap;              // soft_cap 0: no cap
   int32_t sliding_window;             // keys that a query sees, its own included; 0: all
-  int64_t block_stride, head_stride;  // in the KV cache, in floats
+  int32_t kv_format;                  // of the KV cache: kFp32 or kBf16Pairs
+  int64_t block_stride, head_stride;  // in the KV cache, in keys' or values' elements
 };
 
 // One query tile of one KV head over a range of KV chunks.
@@ -74,7 +75,7 @@ struct AttentionPlan {
 struct AttentionData {
   const float* query;  // [num_tokens, num_heads, head_size], rows query_stride apart
   int64_t query_stride;
-  float* kv_cache;
+  void* kv_cache;
   const int32_t* block_table;  // [num_spans, block_table_stride]
   int64_t block_table_stride;
   float* out;  // [num_tokens, num_heads, head_size], rows out_stride apart
@@ -86,7 +87,7 @@ struct Layer {
   const float *q_norm, *k_norm;  // null if the model has none
   const Weight *qkv, *o, *gate_up, *down;
   const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;  // null if there is none
-  float* kv_cache;
+  void* kv_cache;
 };
 
 struct Model {
@@ -121,7 +122,7 @@ struct Kernels {
   void (*unpack)(const Weight* weight, float* rows);
   void (*linear)(const Weight* weight, const GemmPlan* plan, const float* x, int64_t x_stride,
                  const float* bias, int32_t epilogue, float* y, int64_t y_stride);
-  void (*write_kv)(const AttentionShape* shape, float* kv_cache, int32_t num_tokens,
+  void (*write_kv)(const AttentionShape* shape, void* kv_cache, int32_t num_tokens,
                    const float* key, int64_t key_stride, const float* value, int64_t value_stride,
                    const int64_t* slot_mapping);
   void (*attend)(const AttentionShape* shape, const AttentionPlan* plan, const AttentionData* data);

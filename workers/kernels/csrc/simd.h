@@ -174,6 +174,11 @@ XY_INLINE uint16_t bf16_of(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+// Two of them, the first in the lower half.
+XY_INLINE uint32_t pair_of(float first, float second) {
+  return bf16_of(first) | uint32_t{bf16_of(second)} << 16;
+}
+
 // The bf16 of x in the upper half of each lane; the lower half is zero.
 XY_INLINE UVec round_to_bf16(Vec x) {
   const UVec bits = (UVec)x;

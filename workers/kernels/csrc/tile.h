@@ -50,13 +50,14 @@ struct Packed<Inputs::kQuads> {
   }
 };
 
-// Rows of floats, one after the other.
+// The same words of each row one after the other, rows `stride` apart.
+template <Inputs kInputs>
 struct Strided {
   const float* data;
   int64_t stride;
   template <int kRows>
-  XY_INLINE float at(int row, int k) const {
-    return data[row * stride + k];
+  XY_INLINE auto at(int row, int k) const {
+    return Packed<kInputs>{data + row * stride}.template at<1>(0, k);
   }
 };
 
@@ -118,36 +119,41 @@ void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, Fetch f
   Vec acc[kRows][kPanels][2] = {};
   Format weights[kPanels];
   for (int p = 0; p < kPanels; ++p) weights[p].at = panel + p * panel_stride;
+  const auto step = [&](int p, int k, auto is_last) __attribute__((always_inline)) {
+    if constexpr (Format::kInputs == Inputs::kPairs) {
+      UVec low, high;
+      weights[p].next_pair(low, high);
+      if (is_last()) low &= 0xFFFFu, high &= 0xFFFFu;  // without a partner
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) {
+        const UVec x = splat(rows.template at<kRows>(row, k));
+        acc[row][p][0] = dot(acc[row][p][0], x, low);
+        acc[row][p][1] = dot(acc[row][p][1], x, high);
+      }
+    } else {
+      Vec low, high;
+      weights[p].next(low, high);
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) {
+        const Vec x = splat(rows.template at<kRows>(row, k));
+        acc[row][p][0] += x * low;
+        acc[row][p][1] += x * high;
+      }
+    }
+  };
   for (int k0 = 0; k0 < depth; k0 += kGroup) {
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) weights[p].next_group();
     const int end = min(k0 + kGroup, depth);
-    for (int k = k0; k < end; k += kStep) {
+    for (int k = k0; k + kStep <= end; k += kStep) {
       fetch.at(k, kPanels, panel_stride);
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) {
-        if constexpr (Format::kInputs == Inputs::kPairs) {
-          UVec low, high;
-          weights[p].next_pair(low, high);
-#pragma GCC unroll 16
-          for (int row = 0; row < kRows; ++row) {
-            const UVec x = splat(rows.template at<kRows>(row, k));
-            acc[row][p][0] = dot(acc[row][p][0], x, low);
-            acc[row][p][1] = dot(acc[row][p][1], x, high);
-          }
-        } else {
-          Vec low, high;
-          weights[p].next(low, high);
-#pragma GCC unroll 16
-          for (int row = 0; row < kRows; ++row) {
-            const Vec x = splat(rows.template at<kRows>(row, k));
-            acc[row][p][0] += x * low;
-            acc[row][p][1] += x * high;
-          }
-        }
-      }
+      for (int p = 0; p < kPanels; ++p) step(p, k, Constant<false>{});
     }
   }
+  if (depth % kStep != 0)
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) step(p, depth - 1, Constant<true>{});
   sums.put(acc);
 }
 
