@@ -34,6 +34,7 @@ STOPPED_TIMEOUT_S = 120
 MODEL = "smollm2-135m-instruct"
 WORKER = {
     "cpus": 1,
+    "activation_format": "float32",  # the same tokens on every CPU
     "grammars": {"max_bytes": 100_000},
     "engine": {
         "dtype": "float32",

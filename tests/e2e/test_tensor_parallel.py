@@ -35,7 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def split(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Server]:
     """An app of one worker, whose two processes have a core each."""
     engine = {"max_model_len": MAX_MODEL_LEN, "kv_cache_gib": 0.1, "max_num_seqs": 8}
-    worker = {"cpus": 2, "tensor_parallel_size": 2, "calibrate_at_start": False, "engine": engine}
+    worker = {"cpus": 2, "tensor_parallel_size": 2, "activation_format": "float32"}
+    worker |= {"calibrate_at_start": False, "engine": engine}
     args: dict[str, Any] = {"model": str(model), "num_workers": 1, "worker": worker, "draft": None}
     with serving(tmp_path_factory.mktemp("split"), **args) as server:
         yield server

@@ -66,6 +66,8 @@ class Facts:
     """Classes that compute the linear layers and the logits."""
     packed: dict[str, str]
     """Format of each packed layer, by its name."""
+    kv_dtypes: set[str]
+    """Of the layers' KV caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,7 @@ def _facts(model: Any) -> Facts:
             if hasattr(module, "quant_method") and hasattr(module, "weight")
         },
         {name: module.packed.format for name, module in modules if hasattr(module, "packed")},
+        {str(module.kv_cache.dtype) for _, module in modules if hasattr(module, "kv_cache")},
     )
 
 

@@ -40,10 +40,8 @@ def measure(progress: Progress = lambda share: None) -> TileTable:
     found: dict[Inputs, TileCosts] = {}
     try:
         for inputs in Inputs:
-            begun = len(found)
             times_s = _interleaved(
-                _products(inputs),
-                lambda share, begun=begun: progress((begun + share) / len(Inputs)),
+                _products(inputs), lambda share: progress((len(found) + share) / len(Inputs))
             )
             quartiles = (1e9 * statistics.quantiles(times)[0] for times in times_s)
             found[inputs] = TileCosts(tuple(quartiles))

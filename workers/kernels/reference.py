@@ -44,7 +44,7 @@ def round_to_int8(values: Float32Array) -> Float32Array:
     rows, columns = values.shape
     groups = np.zeros((rows, -(-columns // 32), 32), np.float32)
     groups.reshape(rows, -1)[:, :columns] = values
-    scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
+    scale = np.abs(groups).max(axis=2, keepdims=True) * np.float32(1 / 127)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 1e-35)
     rounded: Float32Array = np.rint(groups * inverse) * scale
     return rounded.reshape(rows, -1)[:, :columns]

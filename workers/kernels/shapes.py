@@ -20,8 +20,8 @@ class AttentionShape:
     soft_cap: float | None = None
     """Scores become `soft_cap * tanh(score / soft_cap)`."""
     kv_bf16: bool = False
-    """Whether our CPU kernel keeps keys and values in bf16, and then also rounds queries and weights
-    to it before they are multiplied; otherwise all are float32."""
+    """Whether our CPU kernel keeps keys and values in bf16, and rounds queries and weights to bf16
+    before they are multiplied; otherwise all are float32."""
 
     def __post_init__(self) -> None:
         problem = unsupported(self.num_heads, self.num_kv_heads, self.head_size, self.block_size)

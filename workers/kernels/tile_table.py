@@ -62,7 +62,7 @@ def fastest(*choice: Inputs) -> Inputs:
 def max_height(inputs: Inputs) -> int:
     """Rows of the tallest tile."""
     kernels = native.kernels()
-    return kernels.max_quads_height if inputs is Inputs.INT8 else kernels.max_height
+    return int(kernels.max_quads_height if inputs is Inputs.INT8 else kernels.max_height)
 
 
 def built_in_table() -> TileTable:

@@ -60,7 +60,7 @@ def default_costs(max_height: int, of_row: float = 1.0) -> TileCosts:
 @lru_cache(maxsize=1 << 14)
 def row_tiles(num_rows: int, costs: TileCosts) -> tuple[int, ...]:
     """Heights of the row tiles that cover exactly `num_rows` rows in the least time, tallest first;
-    of equal times those of the fewest tiles.
+    of equal times the fewest tiles, and of these the most even ones.
 
     Rows that fit one tile get one, since each tile reads the weights again.
     """
@@ -72,19 +72,15 @@ def row_tiles(num_rows: int, costs: TileCosts) -> tuple[int, ...]:
     best = max(height for height, cost in enumerate(of_row, 1) if cost == min(of_row))
     whole = max(0, num_rows // best - tallest)
     rest = num_rows - whole * best
-    cheapest: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
+    cheapest: list[tuple[float, int, int, tuple[int, ...]]] = [(0.0, 0, 0, ())]
     for rows in range(1, rest + 1):
-        options = (
-            (cheapest[rows - height][0] + costs.of_height[height - 1], height)
-            for height in range(1, min(tallest, rows) + 1)
-        )
-        cheapest.append(
-            min(
-                (cost, cheapest[rows - height][1] + 1, (height, *cheapest[rows - height][2]))
-                for cost, height in options
-            )
-        )
-    return tuple(sorted((best,) * whole + cheapest[rest][2], reverse=True))
+        options = []
+        for height in range(1, min(tallest, rows) + 1):
+            cost, count, highest, others = cheapest[rows - height]
+            cost += costs.of_height[height - 1]
+            options.append((cost, count + 1, max(highest, height), (height, *others)))
+        cheapest.append(min(options))
+    return tuple(sorted((best,) * whole + cheapest[rest][3], reverse=True))
 
 
 @dataclass(frozen=True, slots=True)

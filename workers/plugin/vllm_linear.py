@@ -128,10 +128,16 @@ def formats_of(options: Mapping[str, Any]) -> Formats:
 
 def keep_in_bf16(layer: Any, options: Mapping[str, Any]) -> None:
     """Let a layer's keys and values be kept in bf16, if our attention kernel serves it and the
-    options say so; `auto` does where activations are rounded."""
+    options say so; with `auto` they do where activations are rounded, but not if what is rounded
+    would be a float32 checkpoint's."""
     format = options.get("kv_cache_format", "auto")
     if format == "auto":
-        format = "float32" if formats_of(options).inputs is Inputs.FLOAT32 else "bf16"
+        formats = formats_of(options)
+        checkpoint_dtype = get_current_vllm_config().model_config.hf_config.dtype
+        is_exact = formats.inputs is Inputs.FLOAT32 or (
+            formats.weights == "auto" and checkpoint_dtype is torch.float32
+        )
+        format = "float32" if is_exact else "bf16"
     if format == "bf16" and getattr(layer.impl, "refusal", "") is None:
         layer.kv_cache_torch_dtype = torch.bfloat16
 

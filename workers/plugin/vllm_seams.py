@@ -420,6 +420,7 @@ vllm.config
     called get_current_vllm_config()
 vllm.model_executor.layers.attention:Attention
     read impl kv_cache layer_name
+    written kv_cache_torch_dtype
 vllm.model_executor.layers.quantization
     called register_quantization_config(quantization)
 vllm.model_executor.layers.quantization.base_config:QuantizationConfig

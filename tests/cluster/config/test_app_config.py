@@ -169,8 +169,9 @@ def test_serves_settings_are_passed_on_with_our_policy() -> None:
 def test_a_key_like_no_other_is_answered_with_the_keys_there_are() -> None:
     assert error_of({"worker": {"zzz": 1}}) == (
         "worker.zzz: unknown key; known keys: activation_format, calibrate_at_start, cpus, device, "
-        "engine, grammars, keep_packed_weights, kernels, prefix_index, record, report_interval_s, "
-        "slow_timeout_s, step_policy, step_timeout_s, tensor_parallel_size, weight_format"
+        "engine, grammars, keep_packed_weights, kernels, kv_cache_format, prefix_index, record, "
+        "report_interval_s, slow_timeout_s, step_policy, step_timeout_s, tensor_parallel_size, "
+        "weight_format"
     )
 
 
@@ -300,8 +301,20 @@ def test_a_value_out_of_range_is_named_with_the_range(args: dict[str, Any], erro
         ),
         (
             {"worker": {"activation_format": "bf16", "weight_format": "int8"}},
-            "worker: activation_format (bf16) needs device: cpu, kernels: xyserve and "
-            "weight_format: auto",
+            "worker: activation_format (bf16) needs weight_format: auto, and this is int8; set it "
+            "to int8, float32 or auto",
+        ),
+        (
+            {"worker": {"activation_format": "int8"}},
+            "worker: activation_format (int8) needs weight_format: int8 or int4",
+        ),
+        (
+            {"worker": {"activation_format": "bf16", "device": "cuda"}},
+            "worker: activation_format (bf16) needs device: cpu and kernels: xyserve",
+        ),
+        (
+            {"worker": {"kv_cache_format": "bf16", "kernels": "vllm"}},
+            "worker: kv_cache_format (bf16) needs device: cpu and kernels: xyserve",
         ),
         (
             {"worker": {"weight_format": "int4", "device": "cuda"}},

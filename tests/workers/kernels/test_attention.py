@@ -1,4 +1,4 @@
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,8 @@ Mask = npt.NDArray[np.bool_]
 KV_CHUNK = native.kernels().kv_chunk
 
 TOLERANCE = {False: 3e-6, True: 8e-3}
-"""For values about 1 in size, and scores within 10, by whether the KV cache is in bf16: then weights
-are rounded to eight bits."""
+"""For values about 1 in size, and scores within 10, by whether the KV cache is in bf16: weights are
+then rounded to eight bits."""
 
 HEADS = [(1, 1), (3, 1), (8, 2), (7, 1), (14, 2)]
 """Query heads and KV heads: groups of 1, 3, 4 and 7."""
@@ -71,26 +71,24 @@ print("untouched")
 """
 
 
-_kv_bf16 = False
-"""What `make_shape` makes."""
+DEFAULTS: dict[str, Any] = {"block_size": 32}
+"""What `make_shape` leaves out."""
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["kv_float32", "kv_bf16"])
-def kv_bf16(request: pytest.FixtureRequest) -> Iterator[bool]:
+def kv_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether keys and values are kept in bf16."""
-    global _kv_bf16
-    _kv_bf16 = request.param
-    yield request.param
-    _kv_bf16 = False
+    monkeypatch.setitem(DEFAULTS, "kv_bf16", request.param)
+    return bool(request.param)
 
 
 def make_shape(
     num_heads: int = 3, num_kv_heads: int = 1, head_size: int = 32, **options: Any
 ) -> AttentionShape:
-    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_size": head_size}
-    scale = 1 / np.sqrt(head_size or 1)
-    options = {"block_size": 32, "scale": scale, "kv_bf16": _kv_bf16, **options}
-    return AttentionShape(**sizes, **options)
+    options = {"scale": 1 / np.sqrt(head_size or 1), **DEFAULTS, **options}
+    return AttentionShape(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, **options
+    )
 
 
 @dataclass(frozen=True)
@@ -733,7 +731,7 @@ def test_keys_and_values_that_do_not_fit_the_cache_are_refused(
 def test_a_cache_in_another_format_is_refused(kv_bf16: bool) -> None:
     rows, slots = np.zeros((1, 1, 32), np.float32), np.zeros(1, np.int64)
     other = make_blocks(make_shape(kv_bf16=not kv_bf16), 1)
-    with pytest.raises(ValueError, match="kv_cache is (uint16|float32); it must be"):
+    with pytest.raises(ValueError, match=r"kv_cache is (uint16|float32); it must be"):
         write_kv(make_shape(), other, rows, rows, slots)
 
 

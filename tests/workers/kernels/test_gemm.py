@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.workers.kernels import guarded
 from workers.kernels import gemm, native, reference
 from workers.kernels.gemm import Format, Weight, linear
+from workers.kernels.tile_table import tile_costs
 from workers.kernels.tiles import TileCosts
 
 pytestmark = pytest.mark.usefixtures("isa", "one_thread")
@@ -164,6 +165,20 @@ def test_gate_and_up_give_the_gated_product(width: int, k: int, format: str) -> 
         assert (error <= 1.1 * of_gate * (up + of_up) + gate * of_up + gate * up * 1e-6).all()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("width", "k"), [(1, 1), (17, 100), (64, 700)])
+def test_gate_and_up_may_be_multiplied_apart(width: int, k: int, format: str) -> None:
+    """As layers that run one by one do."""
+    rows, bias = random(2 * width, k, seed=7), random(2 * width, seed=2)
+    rows = reference.round_to_bf16(rows) if format.startswith("bf16") else rows
+    together, plain = (Weight.pack(rows, format, gate_up=gate_up) for gate_up in (True, False))
+    for m in (1, 7, 33):
+        x, out = random(m, k), np.full((m, 2 * width), np.nan, np.float32)
+        gemm.run(together, m, x.ctypes.data, k, bias.ctypes.data, out.ctypes.data, 2 * width)
+
+        assert bits(out) == bits(linear(x, plain, bias))
+
+
 def test_silu_of_a_far_gate_is_zero_or_the_gate() -> None:
     weight = Weight.pack(np.array([[1], [1]], np.float32), gate_up=True)
     x = np.array([[-1e4], [-200], [-90], [0], [90], [200], [1e4]], np.float32)
@@ -281,7 +296,7 @@ def test_calls_of_several_threads_at_once_change_no_bit() -> None:
 def test_the_choice_of_tiles_changes_no_bit(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = packed(70, 300, format), random(29, 300)
     expected = bits(linear(x, weight))
-    max_height = gemm.tile_costs(Format[format.upper()].inputs).max_height
+    max_height = tile_costs(Format[format.upper()].inputs).max_height
     for cheap in range(max_height):
         costs = TileCosts(tuple(1e-9 if i == cheap else 1.0 for i in range(max_height)))
         monkeypatch.setattr(gemm, "tile_costs", lambda inputs, costs=costs: costs)

@@ -22,6 +22,7 @@ from tests.workers.engine_process import (
 )
 from tests.workers.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, write_checkpoint
 from workers.config import EngineConfig, WorkerConfig
+from workers.kernels.tile_table import Inputs, fastest
 
 NATIVE = {
     "llama": "NativeLlamaForCausalLM",
@@ -61,6 +62,19 @@ SETTINGS = [
 ]
 
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "bf16": {"activation_format": "bf16"},
+    "bf16 kv": {"kv_cache_format": "bf16"},
+    "bf16 exact kv": {"activation_format": "bf16", "kv_cache_format": "float32"},
+    "int8": {"weight_format": "int8"},
+    "int4": {"weight_format": "int4"},
+    "int8 int8": {"weight_format": "int8", "activation_format": "int8"},
+    "int4 int8": {"weight_format": "int4", "activation_format": "int8"},
+}
+"""Formats of weights, activations and KV cache."""
+
+
 class Engines:
     """Runs of engines on the tiny models; what several tests look at is run once."""
 
@@ -80,7 +94,8 @@ class Engines:
         env: dict[str, str] | None = None,
         kernels: Literal["xyserve", "vllm"] = "xyserve",
         weight_format: Literal["auto", "int8", "int4"] = "auto",
-        activation_format: Literal["float32", "bf16"] = "float32",
+        activation_format: Literal["auto", "float32", "bf16", "int8"] = "float32",
+        kv_cache_format: Literal["auto", "float32", "bf16"] = "auto",
         spoilt: str | None = None,
         extra_args: dict[str, Any] | None = None,
         **engine: Any,
@@ -99,6 +114,7 @@ class Engines:
             kernels=kernels,
             weight_format=weight_format,
             activation_format=activation_format,
+            kv_cache_format=kv_cache_format,
             engine=EngineConfig(**limits | engine),
         )
         run: Run = self._processes.call(
@@ -121,13 +137,10 @@ class Engines:
         """Our kernels, the layers first in one call if they can be, then by operators."""
         return self.run(name, [Batch(PROMPTS), Batch(PROMPTS, by_operators=True)])
 
-    def _settings(self, format: Literal["auto", "int8", "int4", "rounded"]) -> Run:
-        """`SETTINGS` in one call, then by operators; activations are `rounded`, or weights are."""
+    def _settings(self, format: str) -> Run:
+        """`SETTINGS` in one call, then by operators, in a format of `FORMATS`."""
         by_operators = [dataclasses.replace(batch, by_operators=True) for batch in SETTINGS]
-        batches = [*SETTINGS, *by_operators]
-        if format == "rounded":
-            return self.run("llama", batches, activation_format="bf16")
-        return self.run("llama", batches, weight_format=format)
+        return self.run("llama", [*SETTINGS, *by_operators], **FORMATS[format])
 
 
 @pytest.fixture(scope="module")
@@ -215,33 +228,71 @@ def test_auto_keeps_the_weights_as_the_checkpoint_has_them(
     assert set(packed.values()) == {format}
 
 
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
-def test_the_lm_head_keeps_eight_bits(engines: Engines, weight_format: str) -> None:
-    packed = dict(engines.settings(weight_format).facts.packed)
+@pytest.mark.parametrize(
+    ("format", "of_body", "of_head", "of_kv"),
+    [
+        ("exact", "bf16", "bf16", "float32"),
+        ("bf16", "bf16_pairs", "bf16_pairs", "bfloat16"),
+        ("bf16 kv", "bf16", "bf16", "bfloat16"),
+        ("bf16 exact kv", "bf16_pairs", "bf16_pairs", "float32"),
+        ("int8", "int8", "int8", "float32"),
+        ("int4", "int4", "int8", "float32"),
+        ("int8 int8", "int8_quads", "int8_quads", "bfloat16"),
+        ("int4 int8", "int4_quads", "int8_quads", "bfloat16"),
+    ],
+)
+def test_the_model_is_in_the_formats_of_the_config(
+    engines: Engines, format: str, of_body: str, of_head: str, of_kv: str
+) -> None:
+    facts = engines.settings(format).facts
+    packed = dict(facts.packed)
 
-    assert packed.pop("lm_head") == "int8"
+    assert packed.pop("lm_head") == of_head
     assert len(packed) == 4 * 2
-    assert set(packed.values()) == {weight_format}
-
-
-def test_fewer_bits_give_nearly_the_same(engines: Engines) -> None:
-    exact, rounded, int8, int4 = (
-        engines.settings(format).outputs[1] for format in ("auto", "rounded", "int8", "int4")
-    )
-
-    assert 0 < 2 * mean_prompt_gap(rounded, exact) < mean_prompt_gap(int8, exact)
-    assert 0 < 4 * mean_prompt_gap(int8, exact) < mean_prompt_gap(int4, exact) < 1.5
-
-
-def test_rounded_activations_are_multiplied_by_all_bf16_weights(engines: Engines) -> None:
-    facts = engines.settings("rounded").facts
-
-    assert set(facts.packed.values()) == {"bf16_pairs"}
+    assert set(packed.values()) == {of_body}
+    assert facts.kv_dtypes == {f"torch.{of_kv}"}
     assert facts.forward_refusal is None
 
 
+@pytest.mark.parametrize("name", ["llama", *OTHERS, "qwen2"])
+def test_auto_rounds_where_the_cpu_has_instructions_for_it(engines: Engines, name: str) -> None:
+    run = engines.run(name, activation_format="auto")
+    rounds = fastest(Inputs.FLOAT32, Inputs.BF16) is Inputs.BF16
+    is_float32 = name == "qwen2"
+
+    assert set(run.facts.packed.values()) == {
+        "fp32" if is_float32 else "bf16_pairs" if rounds else "bf16"
+    }
+    is_rounded = rounds and not is_float32 and name != "bloom"  # whose layers are vLLM's
+    assert run.facts.kv_dtypes == {"torch.bfloat16" if is_rounded else "torch.float32"}
+    assert mean_prompt_gap(run.outputs[0], engines.stock(name).outputs[0]) < 0.05
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_auto_rounds_to_int8_for_integer_weights(
+    engines: Engines, weight_format: Literal["int8", "int4"]
+) -> None:
+    packed = engines.run(
+        "llama", weight_format=weight_format, activation_format="auto"
+    ).facts.packed
+    rounds = fastest(Inputs.FLOAT32, Inputs.INT8) is Inputs.INT8
+
+    assert all(format.endswith("_quads") == rounds for format in packed.values())
+
+
+def test_fewer_bits_give_nearly_the_same(engines: Engines) -> None:
+    exact = engines.settings("exact").outputs[1]
+    gap = {name: mean_prompt_gap(engines.settings(name).outputs[1], exact) for name in FORMATS}
+
+    assert 0 < gap["bf16 kv"] < 2 * gap["bf16 exact kv"]
+    assert 0 < 2 * gap["bf16 exact kv"] < gap["int8"]
+    assert 0 < gap["bf16"] < gap["int8"] < gap["int8 int8"] < 3 * gap["int8"]
+    assert 0 < 4 * gap["int8"] < gap["int4"] < 1.5
+    assert 0 < 4 * gap["int8"] < gap["int4 int8"] < 1.5
+
+
 @pytest.mark.parametrize("by_operators", [False, True], ids=["one call", "operators"])
-@pytest.mark.parametrize("format", ["auto", "int8", "int4", "rounded"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_no_bit_depends_on_company_order_chunks_or_threads(
     engines: Engines, format: str, by_operators: bool
 ) -> None:

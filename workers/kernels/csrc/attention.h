@@ -27,12 +27,20 @@ template <>
 struct Kv<Fp32> {
   using Element = float;
   static XY_INLINE Element element(float x) { return x; }
+  // One token's values of kLanes columns.
+  static XY_INLINE void store(Element* panel, int column, const float* values) {
+    XY_ISA::store(panel + column, load(values));
+  }
 };
 
 template <>
 struct Kv<Bf16Pairs> {
   using Element = uint16_t;
   static XY_INLINE Element element(float x) { return bf16_of(x); }
+  // Its partner's may be written by another thread at the same time.
+  static XY_INLINE void store(Element* panel, int column, const float* values) {
+    store_upper_halves(panel + 2 * column, round_to_bf16(load(values)));
+  }
 };
 
 template <class Function>
@@ -68,10 +76,9 @@ XY_INLINE void write_token(const AttentionShape& s, void* cache, int64_t slot, i
   for (int d = 0; d < s.head_size; ++d)
     keys[place<Format>(d, token % kPanel)] = Kv<Format>::element(key[d]);
   for (int first = 0; first < s.head_size; first += kPanel) {
-    auto* const values =
-        values_at<Format>(s, cache, block, head) + int64_t{first} * s.block_size;
-    for (int d = 0; d < kPanel; ++d)
-      values[place<Format>(token, d)] = Kv<Format>::element(value[first + d]);
+    auto* const values = values_at<Format>(s, cache, block, head) + int64_t{first} * s.block_size +
+                         place<Format>(token, 0);
+    for (int d = 0; d < kPanel; d += kLanes) Kv<Format>::store(values, d, value + first + d);
   }
 }
 
@@ -328,7 +335,8 @@ XY_INLINE void attend_range(const Attention& a, const AttentionTask& task) {
     const int64_t partial = task.partial + i - task.first_chunk;
     const Result result =
         task.partial < 0 ? chunk : Result(a.partials + partial * a.partial_floats(), rows);
-    attend_chunk<Format>(tile, query, heights, task.num_heights, chunk_key, begin, end, scores, result);
+    attend_chunk<Format>(tile, query, heights, task.num_heights, chunk_key, begin, end, scores,
+                         result);
     if (task.partial < 0) merge(rows, size, total, chunk);
   }
   if (task.partial < 0) write_out(tile, total);

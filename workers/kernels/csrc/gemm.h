@@ -71,18 +71,25 @@ XY_INLINE void pack_quads_of_row(const float* x, int k, int depth, const Norm* n
     to += height;
   };
   for (int j = 0; j < depth; j += kGroup) {
-    float values[kGroup] = {};
+    Vec values[kVecs];
+    if (j + kGroup <= k) {
+      for (int i = 0; i < kVecs; ++i) {
+        values[i] = load(x + j + i * kLanes);
+        if (norm) values[i] *= factor * load(norm->weight + j + i * kLanes);
+      }
+    } else {
+      float rest[kGroup] = {};
+      for (int i = 0; i < k - j; ++i)
+        rest[i] = norm ? x[j + i] * (factor * norm->weight[j + i]) : x[j + i];
+      for (int i = 0; i < kVecs; ++i) values[i] = load(rest + i * kLanes);
+    }
+    Vec most = vabs(values[0]);
+    for (int i = 1; i < kVecs; ++i) most = vmax(most, vabs(values[i]));
+    const float scale = largest(most) * (1.0f / 127), inverse = scale > 1e-35f ? 1 / scale : 0;
     int8_t quanta[kGroup];
-    Vec most = {};
-    for (int i = 0; i < min(kGroup, k - j); ++i)
-      values[i] = norm ? x[j + i] * factor * norm->weight[j + i] : x[j + i];
-#pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) most = vmax(most, vabs(load(values + i * kLanes)));
-    const float scale = largest(most) / 127, inverse = scale > 1e-35f ? 1 / scale : 0;
     IVec total = {};
-#pragma GCC unroll 8
     for (int i = 0; i < kVecs; ++i) {
-      const IVec integers = rounded(load(values + i * kLanes) * inverse);
+      const IVec integers = rounded(values[i] * inverse);
       total += integers;
       store_bytes(quanta + i * kLanes, integers);
     }
@@ -211,8 +218,9 @@ class Block {
     sums_ = task_scratch(num_rows_ * width + chunk_ * kPanel);
     expanded_ = sums_ + num_rows_ * width;
     sums_stride_ = width;
-    if (p.epilogue != kSiluMul && panel_rows(p.weight, end_panel_ - 1).count == kPanel) {
-      in_place_ = true;  // each sum has its place in y
+    // Each sum has its place in y, if panels of a gated weight do not take turns there.
+    if (!p.weight.gated && panel_rows(p.weight, end_panel_ - 1).count == kPanel) {
+      in_place_ = true;
       sums_ = p.y + first_row_ * p.y_stride + first_panel_ * kPanel;
       sums_stride_ = p.y_stride;
     }

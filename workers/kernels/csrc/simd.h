@@ -99,31 +99,25 @@ XY_INLINE IVec widen_uint8(const void* from) {
 }
 #endif
 
-// Sums and maxima take the lanes in one fixed order.
-XY_INLINE float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+// Of all lanes, in one fixed order.
+template <int kDistance = kLanes / 2, class V, class Function>
+XY_INLINE auto reduce(V v, Function&& function) {
+  if constexpr (kDistance == 0) {
+    return v[0];
+  } else {
+    IVec other;
+    for (int i = 0; i < kLanes; ++i) other[i] = i ^ kDistance;
+    return reduce<kDistance / 2>(function(v, __builtin_shuffle(v, other)), function);
+  }
 }
 
-// v[i] and v[i ^ distance] change places.
 template <class V>
-XY_INLINE V swap_lanes(V v, int distance) {
-  IVec other;
-  for (int i = 0; i < kLanes; ++i) other[i] = i ^ distance;
-  return __builtin_shuffle(v, other);
+XY_INLINE auto sum(V v) {
+  return reduce(v, [](V a, V b) { return a + b; });
 }
 
 XY_INLINE float largest(Vec v) {
-#pragma GCC unroll 4
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) v = vmax(v, swap_lanes(v, distance));
-  return v[0];
-}
-
-XY_INLINE int32_t sum(IVec v) {
-#pragma GCC unroll 4
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) v += swap_lanes(v, distance);
-  return v[0];
+  return reduce(v, [](Vec a, Vec b) { return vmax(a, b); });
 }
 
 XY_INLINE Vec vabs(Vec v) { return (Vec)((UVec)v & 0x7FFFFFFFu); }
@@ -183,6 +177,15 @@ XY_INLINE uint32_t pair_of(float first, float second) {
 XY_INLINE UVec round_to_bf16(Vec x) {
   const UVec bits = (UVec)x;
   return (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u;
+}
+
+// Store the upper half of each lane to every second place, and nothing to those between.
+XY_INLINE void store_upper_halves(uint16_t* to, UVec halves) {
+#if defined(__AVX512BW__)
+  _mm512_mask_storeu_epi16(to, 0x55555555, (__m512i)(halves >> 16));
+#else
+  for (int i = 0; i < kLanes; ++i) to[2 * i] = static_cast<uint16_t>(halves[i] >> 16);
+#endif
 }
 
 // The bf16 of x[0], x[1] and so on in pairs, the even one in the lower half of a lane.
