@@ -2,14 +2,15 @@
 
     python -m tests.bench.engine --json engine.json
 
-Contestants: ours (bf16 weights) against stock vLLM in float32, run eagerly and, with --compiled,
-compiled by inductor (the better of the two counts, case by case), with --bf16 ours with activations
-in bf16 against stock in both dtypes; and ours with int4 weights
-against llama.cpp, one request at a time, on the Q4_1 file that the checkpoint was made from. Each
-is a process of its own, pinned to the first cores of this one, and sleeps while another works;
-libraries named in LD_PRELOAD (vLLM advises tcmalloc and iomp) are loaded by all. They take turns
-on the same token ids; figures are medians over the rounds, ratios are medians of the ratios
-within a round. Before anything is timed, greedy tokens are compared with stock's.
+Contestants: ours at its default formats against stock vLLM in float32 and in bfloat16, run eagerly
+and, with --compiled, compiled by inductor (the best of stock's counts, case by case); ours with
+activations in float32, to compare; ours with int8 weights against the same; and ours with int4
+weights against llama.cpp, one request at a time, on the Q4_1 file that the checkpoint was made
+from. Each is a process of its own, pinned to the first cores of this one, and sleeps while another
+works; libraries named in LD_PRELOAD (vLLM advises tcmalloc and iomp) are loaded by all. They take
+turns on the same token ids; figures are medians over the rounds, ratios are medians of the ratios
+within a round. Before anything is timed, greedy tokens of ours in float32 are compared with
+stock's.
 
 prefill: prompt tokens/s of four prompts sent at once, each answered with one token; for llama.cpp,
 two of them, one after the other. Lengths are drawn from the Azure conversation trace, clipped to
@@ -22,17 +23,23 @@ to 16..32 tokens; all requests have the same number of output tokens, the trace'
 
 Prompts are texts of Spec-Bench (of GSM8K without the data sets), joined and cut to length.
 
-Keys of the summary, all ours divided by theirs: `decode_cN` and `prefill` against the better
-stock, `llamacpp_decode` and `llamacpp_prefill`; with several threads they end in `_tN`.
+Keys of the summary, all ours divided by theirs: `decode_cN` and `prefill` against the best of
+stock, and with int8 weights `int8_decode_cN` and `int8_prefill`; `llamacpp_decode` and
+`llamacpp_prefill`. With several threads they end in `_tN`. `of limit` is ours divided by what one
+core of this machine could do at most, if it read all weights at the rate at which it sums an array,
+or multiplied all at the rate of our GEMM from its caches, whichever takes longer; several cores are
+counted as so many times one.
 
 llama.cpp is run by the interpreter --llama-python; to make one (it compiles for minutes):
     python -m venv /tmp/llama && /tmp/llama/bin/pip install llama-cpp-python==0.3.36
 """
 
 import argparse
+import functools
 import hashlib
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -43,26 +50,41 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from cluster.models.default_model import DEFAULT_MODEL, SOURCE
 from cluster.models.model import resolve_model
+from tests.bench.gemm import peak_read_gb_s
 from tests.bench.report import make_parser, publish, say
+from tests.bench.timing import set_threads, turn_s
 from tests.workload import conversation_lengths, prompts_of
 from workers.config import EngineConfig, WorkerConfig
 from workers.home import home
+from workers.kernels import native
+from workers.kernels.gemm import Weight, linear
+from workers.kernels.tile_table import Inputs, fastest
 
-PARTS = ("decode", "prefill", "llamacpp")
-OURS, OURS_BF16, OURS_INT4 = "ours", "ours bf16", "ours int4"
+PARTS = ("decode", "prefill", "int8", "llamacpp")
+OURS, EXACT, INT8, INT4 = "ours", "ours float32", "ours int8", "ours int4"
 EAGER, COMPILED = "stock eager", "stock compiled"
 EAGER_BF16, COMPILED_BF16 = "stock bf16 eager", "stock bf16 compiled"
 STOCK = (EAGER, EAGER_BF16, COMPILED, COMPILED_BF16)
+FORMATS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    EXACT: {"activation_format": "float32"},
+    INT8: {"weight_format": "int8"},
+    INT4: {"weight_format": "int4"},
+}
+"""What ours are configured with."""
 
 MAX_MODEL_LEN = 1024
 DECODE_PROMPT_LEN = (16, 32)
@@ -90,6 +112,60 @@ class Case:
     """Batches sent one after another, the prompts of each at once."""
     max_tokens: int
     """Output tokens of each prompt: 1 measures prefill, more measure decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one core of this machine can do at most with a model of so many weights."""
+
+    body_weights: int
+    head_weights: int
+    read_bytes_per_s: float
+    flops_per_s: dict[Inputs, float]
+    """Of products with such inputs."""
+
+    def tokens_per_s(self, case: Case, ours: str) -> float:
+        """Most tokens/s of one of ours in a case."""
+        weights = FORMATS[ours].get("weight_format", "auto")
+        rounded = Inputs.BF16 if weights == "auto" else Inputs.INT8
+        inputs = Inputs.FLOAT32 if ours == EXACT else fastest(Inputs.FLOAT32, rounded)
+        flops_per_s = self.flops_per_s[inputs]
+        if case.max_tokens == 1:
+            return flops_per_s / (2 * self.body_weights)
+        body_bytes, head_bytes = {"auto": (2, 2), "int8": (1, 1), "int4": (0.625, 1)}[weights]
+        num_bytes = body_bytes * self.body_weights + head_bytes * self.head_weights
+        num_requests = len(case.batches[0])
+        flops = 2 * num_requests * (self.body_weights + self.head_weights)
+        return num_requests / max(num_bytes / self.read_bytes_per_s, flops / flops_per_s)
+
+
+def measure_limits(model: str, cores: list[int]) -> Limits:
+    """Measure one core's peaks, in a process of its own, and count a checkpoint's weights."""
+    with safe_open(Path(model) / "model.safetensors", "np") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    sizes = sorted(math.prod(shape) for shape in shapes if len(shape) == 2)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        read_bytes_per_s, flops_per_s = process.submit(measure_peaks, cores[:1]).result()
+    # The embedding is also the LM head.
+    return Limits(sum(sizes[:-1]), sizes[-1], read_bytes_per_s, flops_per_s)
+
+
+def measure_peaks(cores: list[int]) -> tuple[float, dict[Inputs, float]]:
+    """Bytes/s of reading, and FLOP/s of our GEMM over each kind of inputs, both at their best."""
+    os.sched_setaffinity(0, cores)
+    set_threads(1)
+    n, k, num_rows = 512, 576, 240
+    random_numbers = np.random.default_rng(0)
+    values = random_numbers.standard_normal((n, k), dtype=np.float32)
+    rounded = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    x = random_numbers.standard_normal((num_rows, k), dtype=np.float32)
+    flops_per_s = {}
+    for inputs in Inputs:
+        weight = Weight.pack(rounded, "int8" if inputs is Inputs.INT8 else "auto", inputs=inputs)
+        multiply = functools.partial(linear, x, weight)
+        best_s = min(turn_s(multiply, 20) for _ in range(20))
+        flops_per_s[inputs] = 2 * num_rows * n * k / best_s
+    return 1e9 * peak_read_gb_s(), flops_per_s
 
 
 class Contestant:
@@ -292,10 +368,6 @@ def make_prompts(tokenizer: Tokenizer, count: int, clip: tuple[int, int]) -> Pro
 def make_cases(tokenizer: Tokenizer, options: argparse.Namespace, rival: str | None) -> list[Case]:
     """The cases that `options` name; `rival` is llama.cpp's name, None if it cannot run."""
     stock = STOCK if options.compiled else STOCK[:2]
-    if options.bf16:
-        engines = (OURS_BF16, *stock)
-    else:
-        engines = (OURS, *(name for name in stock if name in (EAGER, COMPILED)))
     median = int(statistics.median(output for _, output in conversation_lengths()))
     max_tokens = min(median, options.max_tokens)
     decode = make_prompts(tokenizer, max(options.concurrency), DECODE_PROMPT_LEN)
@@ -303,15 +375,24 @@ def make_cases(tokenizer: Tokenizer, options: argparse.Namespace, rival: str | N
     cases = []
     if "decode" in options.only:
         cases += [
-            Case(f"decode_c{c}", engines, [decode[:c]], max_tokens) for c in options.concurrency
+            Case(f"decode_c{c}", (OURS, EXACT, *stock), [decode[:c]], max_tokens)
+            for c in options.concurrency
         ]
     if "prefill" in options.only:
-        cases.append(Case("prefill", engines, [prefill], 1))
+        cases.append(Case("prefill", (OURS, EXACT, *stock), [prefill], 1))
+    if "int8" in options.only:
+        cases += [
+            *(
+                Case(f"int8_decode_c{c}", (INT8, *stock), [decode[:c]], max_tokens)
+                for c in options.concurrency
+            ),
+            Case("int8_prefill", (INT8, *stock), [prefill], 1),
+        ]
     if rival is not None:
         alone = [[prompt] for prompt in prefill[:NUM_LLAMACPP_PROMPTS]]
         cases += [
-            Case("llamacpp_decode", (OURS_INT4, rival), [decode[:1]], max_tokens),
-            Case("llamacpp_prefill", (OURS_INT4, rival), alone, 1),
+            Case("llamacpp_decode", (INT4, rival), [decode[:1]], max_tokens),
+            Case("llamacpp_prefill", (INT4, rival), alone, 1),
         ]
     return cases
 
@@ -321,8 +402,7 @@ def worker_config(name: str, threads: int, max_num_seqs: int) -> WorkerConfig:
     return WorkerConfig(
         cpus=threads,
         kernels="vllm" if name in STOCK else "xyserve",
-        weight_format="int4" if name == OURS_INT4 else "auto",
-        activation_format="bf16" if name == OURS_BF16 else "float32",
+        **FORMATS.get(name, {}),
         engine=EngineConfig(
             dtype="bfloat16" if name in (EAGER_BF16, COMPILED_BF16) else "float32",
             max_model_len=MAX_MODEL_LEN,
@@ -406,7 +486,9 @@ def take_turns(
     return rates
 
 
-def make_rows(case: Case, threads: int, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
+def make_rows(
+    case: Case, threads: int, rates: dict[str, list[float]], limits: Limits
+) -> list[dict[str, Any]]:
     """One row for each contestant; `ours/this` is how many times as fast ours is."""
     ours = rates[case.contestants[0]]
     return [
@@ -414,10 +496,13 @@ def make_rows(case: Case, threads: int, rates: dict[str, list[float]]) -> list[d
             "case": case.key,
             "threads": threads,
             "contestant": name,
-            "tok/s": statistics.median(own),
+            "tok/s": (median := statistics.median(own)),
             "lowest": min(own),
             "highest": max(own),
             "ours/this": statistics.median(o / t for o, t in zip(ours, own, strict=True)),
+            "of limit": median / threads / limits.tokens_per_s(case, name)
+            if name in FORMATS
+            else None,
         }
         for name, own in rates.items()
     ]
@@ -436,15 +521,15 @@ def run_cases(
         for name in names:
             contestants[name] = start(name)
             stack.callback(contestants[name].close)
-        for name in (OURS, COMPILED):
+        for name in (EXACT, COMPILED):
             if name in contestants:
                 check_tokens(contestants[name], contestants[EAGER], checked)
-        for name in (OURS_BF16, EAGER_BF16, COMPILED_BF16):
+        for name in (OURS, INT8, EAGER_BF16, COMPILED_BF16):
             if name in contestants:
                 check_likeness(contestants[name], contestants[EAGER], checked)
-        if OURS_INT4 in contestants:
-            [rival] = set(contestants) - {OURS, OURS_BF16, OURS_INT4, *STOCK}
-            check_likeness(contestants[OURS_INT4], contestants[rival], checked)
+        if INT4 in contestants:
+            [rival] = set(contestants) - {*FORMATS, *STOCK}
+            check_likeness(contestants[INT4], contestants[rival], checked)
         return [
             (case, take_turns([contestants[name] for name in case.contestants], case, num_rounds))
             for case in cases
@@ -478,9 +563,6 @@ def parse_options() -> argparse.Namespace:
         default=False,
         help="also run stock vLLM compiled, which is its best: 3 more minutes for each number of "
         "threads (default: no)",
-    )
-    parser.add_argument(
-        "--bf16", action="store_true", help="activations in bf16, also of stock vLLM"
     )
     parser.add_argument(
         "--llama-python",
@@ -533,6 +615,7 @@ def main() -> None:
     checked = make_prompts(tokenizer, NUM_CHECKED, DECODE_PROMPT_LEN)
     gguf = gguf_file() if rival is not None else None
     max_num_seqs = max(NUM_CHECKED, *options.concurrency)
+    limits = measure_limits(model, sorted(os.sched_getaffinity(0)))
     rows, summary = [], {}
     for threads in options.threads:
         cores = sorted(os.sched_getaffinity(0))[:threads]
@@ -545,11 +628,18 @@ def main() -> None:
             return start_vllm(name, cores, model, config)
 
         for case, rates in run_cases(cases, start, checked, options.rounds):
-            found = make_rows(case, threads, rates)
+            found = make_rows(case, threads, rates, limits)
             rows += found
             key = case.key if threads == 1 else f"{case.key}_t{threads}"
-            summary[key] = min(row["ours/this"] for row in found[1:])
-    publish("The engine with our kernels against others", rows, summary, options.json)
+            summary[key] = min(r["ours/this"] for r in found if r["contestant"] not in FORMATS)
+    peaks = ", ".join(f"{1e-9 * flops:.0f} ({of})" for of, flops in limits.flops_per_s.items())
+    publish(
+        f"The engine with our kernels against others, {native.isa()}; one core reads "
+        f"{1e-9 * limits.read_bytes_per_s:.0f} GB/s and multiplies {peaks} GFLOP/s",
+        rows,
+        summary,
+        options.json,
+    )
 
 
 if __name__ == "__main__":

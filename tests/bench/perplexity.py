@@ -1,16 +1,17 @@
-"""What each weight format costs in quality: perplexity of the default model on real text.
+"""What each format costs in quality: perplexity of the default model on real text.
 
     python -m tests.bench.perplexity --json perplexity.json
 
 Contestants: our kernels with bf16 (the checkpoint's own type, so lossless), int8 and int4 weights,
-and stock vLLM in float32 as the reference. Each is a process of its own, one after another, and
-computes the log probability of every token except the first in the same windows of 512 tokens, one
-from each of a seeded choice of Python Enhancement Proposals. With int4 the LM head is int8. The
-checkpoint was made from a Q4_1 file, whose grid int4 reproduces nearly exactly: a model that never
-was in four bits loses more.
+each with activations and KV cache in float32 and rounded (to bf16, or int8 for integer weights; the
+KV cache to bf16), and stock vLLM in float32 as the reference. Each is a process of its own, one
+after another, and computes the log probability of every token except the first in the same windows
+of 512 tokens, one from each of a seeded choice of Python Enhancement Proposals. With int4 the LM
+head is int8. The checkpoint was made from a Q4_1 file, whose grid int4 reproduces nearly exactly: a
+model that never was in four bits loses more.
 
 MB: size in memory of the packed matrices, including the LM head. `ratio`: perplexity relative to
-stock. Keys of the summary: `ppl_vllm`, `ppl_bf16`, `ppl_int8` and `ppl_int4`.
+stock. Keys of the summary: `ppl_vllm` and `ppl_` with the name of each of ours.
 """
 
 import argparse
@@ -36,9 +37,18 @@ from tests.bench.report import make_parser, publish, say
 from tests.workload import DATA
 from workers.config import EngineConfig, WorkerConfig
 
-STOCK, ROUNDED = "vllm", "bf16_activations"
-FORMATS = {STOCK: "auto", "bf16": "auto", ROUNDED: "auto", "int8": "int8", "int4": "int4"}
-"""The weight format that each contestant is configured with, stock first."""
+STOCK = "vllm"
+FORMATS: dict[str, dict[str, Any]] = {
+    STOCK: {},
+    "bf16": {"activation_format": "float32"},
+    "bf16_kv": {"activation_format": "float32", "kv_cache_format": "bf16"},
+    "bf16_rounded": {"activation_format": "bf16"},
+    "int8": {"weight_format": "int8", "activation_format": "float32"},
+    "int8_rounded": {"weight_format": "int8", "activation_format": "int8"},
+    "int4": {"weight_format": "int4", "activation_format": "float32"},
+    "int4_rounded": {"weight_format": "int4", "activation_format": "int8"},
+}
+"""What each contestant is configured with, stock first."""
 
 TEXT = DATA / "text" / "python_peps.jsonl.gz"
 
@@ -81,8 +91,7 @@ def worker_config(name: str, threads: int) -> WorkerConfig:
     return WorkerConfig(
         cpus=threads,
         kernels="vllm" if name == STOCK else "xyserve",
-        weight_format=FORMATS[name],  # type: ignore[arg-type]
-        activation_format="bf16" if name == ROUNDED else "float32",
+        **FORMATS[name],
         engine=EngineConfig(
             dtype="float32",
             max_model_len=2 * WINDOW_TOKENS,

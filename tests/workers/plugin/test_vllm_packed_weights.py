@@ -72,9 +72,10 @@ def start_while_another_writes(model: str, config: WorkerConfig) -> Result:
 
 
 def kept_name(model: str) -> str:
+    from workers.plugin.vllm_linear import formats_of
     from workers.plugin.vllm_packed_weights import _path
 
-    return _path(Path(model), "auto").name
+    return _path(Path(model), str(formats_of({}))).name
 
 
 def touch(model: str) -> None:

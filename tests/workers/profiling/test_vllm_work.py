@@ -95,22 +95,35 @@ def packed_bytes(rows: int, columns: int, weight_format: Format, gate_up: bool =
     kernels = native.kernels()
     panel = 2 * kernels.lanes
     padded = 2 * (-(-rows // 2 // panel) * panel) if gate_up else -(-rows // panel) * panel
-    scales = padded * FLOAT_BYTES if weight_format is Format.INT8 else 0
+    scales = padded * FLOAT_BYTES if weight_format.has_scales else 0
     return int(kernels.packed_bytes(rows, columns, weight_format, gate_up)) + scales
 
 
 @pytest.mark.parametrize(
-    ("weight_format", "of_body", "of_head"),
+    ("formats", "of_body", "of_head", "of_kv"),
     [
-        ("auto", Format.BF16, Format.BF16),
-        ("int8", Format.INT8, Format.INT8),
-        ("int4", Format.INT4, Format.INT8),
+        ("auto float32", Format.BF16, Format.BF16, 4),
+        ("auto bf16", Format.BF16_PAIRS, Format.BF16_PAIRS, 2),
+        ("int8 float32", Format.INT8, Format.INT8, 4),
+        ("int4 int8", Format.INT4_QUADS, Format.INT8_QUADS, 2),
     ],
 )
 def test_bytes_are_those_of_the_packed_weights(
-    processes: EngineProcesses, tmp_path: Path, weight_format: str, of_body: Format, of_head: Format
+    processes: EngineProcesses,
+    tmp_path: Path,
+    formats: str,
+    of_body: Format,
+    of_head: Format,
+    of_kv: int,
 ) -> None:
-    found = loaded(processes, "llama", tmp_path, weight_format=weight_format)
+    of_weights, of_activations = formats.split()
+    found = loaded(
+        processes,
+        "llama",
+        tmp_path,
+        weight_format=of_weights,
+        activation_format=of_activations,
+    )
 
     body_bytes = NUM_LAYERS * sum(
         packed_bytes(*shape, of_body, gate_up=name == "gate_up_proj")
@@ -122,7 +135,7 @@ def test_bytes_are_those_of_the_packed_weights(
         flops_per_pair=4 * HEAD_SIZE * NUM_HEADS * NUM_LAYERS,
         body_bytes=body_bytes + found.vectors_size * FLOAT_BYTES,
         head_bytes=packed_bytes(PADDED_VOCAB_SIZE, HIDDEN_SIZE, of_head),
-        kv_bytes_per_token=2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_SIZE * FLOAT_BYTES,
+        kv_bytes_per_token=2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_SIZE * of_kv,
     )
 
 
