@@ -239,16 +239,41 @@ def check_compiler(path: str | None) -> Finding:
 
 def check_instruction_set(machine: str, flags: frozenset[str]) -> Finding:
     """The CPU's vector instructions, from the `flags` in /proc/cpuinfo."""
-    known = {"avx512_bf16": "AVX-512 and its bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    known = {"avx512f": "AVX-512", "avx2": "AVX2"}
     best = next((name for flag, name in known.items() if flag in flags), None)
+    special = {
+        "avx512_bf16": "AVX512_BF16",
+        "avx512_vnni": "AVX512_VNNI",
+        "avx_vnni": "AVX_VNNI",
+        "amx_bf16": "AMX (which our kernels do not use)",
+    }
+    has = [name for flag, name in special.items() if flag in flags]
     if best or machine != "x86_64":
-        return Finding("device", "ok", f"CPU, {machine}{f' with {best}' if best else ''}.")
+        names = ", ".join([*([best] if best else []), *has])
+        return Finding("device", "ok", f"CPU, {machine}{f' with {names}' if names else ''}.")
     return Finding(
         "device",
         "warn",
         "This CPU reports neither AVX2 nor AVX-512, which vLLM's kernels need.",
         "use another machine, or give a virtual one the host's CPU: qemu-system-x86_64 -cpu host",
     )
+
+
+def check_kernels(weight_format: str, activation_format: str) -> Finding:
+    """What our CPU kernels use of this CPU, if their library can be loaded."""
+    try:
+        # Loads the kernels' library; the other checks must also work without it.
+        from workers.kernels import native, tile_table
+
+        inputs = tile_table.inputs_of(weight_format, activation_format)
+    except ImportError as error:
+        return Finding("kernels", "fail", str(error), "make install")
+    how = "are not rounded" if inputs is tile_table.Inputs.FLOAT32 else f"are rounded to {inputs}"
+    weights = "bf16 weights" if weight_format == "auto" else f"{weight_format} weights"
+    detail = f"Built for {native.isa()}; activations {how} before products with {weights}."
+    if tile_table.is_measured():
+        return Finding("kernels", "ok", f"{detail} Row tiles are measured.")
+    return Finding("kernels", "ok", f"{detail} Row tiles are built in; xyserve calibrate measures.")
 
 
 def check_accelerators(

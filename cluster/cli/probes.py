@@ -28,6 +28,7 @@ from cluster.cli.checks import (
     check_draft_head,
     check_http_port,
     check_instruction_set,
+    check_kernels,
     check_memory,
     check_model,
     check_no_vllm_ascend,
@@ -148,6 +149,8 @@ def _examine_hardware(serve_file: ServeFile, model: Path | None) -> list[Finding
             *findings,
             check_memory(num_workers, weights, worker.engine.kv_cache_gib, available),
         ]
+        if worker.uses_cpu_kernels:
+            findings.insert(1, check_kernels(worker.weight_format, worker.activation_format))
     else:
         num_devices, num_each = _count_devices(worker.device), worker.tensor_parallel_size
         accelerators = check_accelerators(worker.device, num_devices, num_workers, num_each)

@@ -71,7 +71,7 @@ from workers.config import EngineConfig, WorkerConfig
 from workers.home import home
 from workers.kernels import native
 from workers.kernels.gemm import Weight, linear
-from workers.kernels.tile_table import Inputs, fastest
+from workers.kernels.tile_table import Inputs, inputs_of
 
 PARTS = ("decode", "prefill", "int8", "llamacpp")
 OURS, EXACT, INT8, INT4 = "ours", "ours float32", "ours int8", "ours int4"
@@ -127,9 +127,8 @@ class Limits:
     def tokens_per_s(self, case: Case, ours: str) -> float:
         """Most tokens/s of one of ours in a case."""
         weights = FORMATS[ours].get("weight_format", "auto")
-        rounded = Inputs.BF16 if weights == "auto" else Inputs.INT8
-        inputs = Inputs.FLOAT32 if ours == EXACT else fastest(Inputs.FLOAT32, rounded)
-        flops_per_s = self.flops_per_s[inputs]
+        activations = FORMATS[ours].get("activation_format", "auto")
+        flops_per_s = self.flops_per_s[inputs_of(weights, activations)]
         if case.max_tokens == 1:
             return flops_per_s / (2 * self.body_weights)
         body_bytes, head_bytes = {"auto": (2, 2), "int8": (1, 1), "int4": (0.625, 1)}[weights]

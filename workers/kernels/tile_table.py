@@ -59,6 +59,13 @@ def fastest(*choice: Inputs) -> Inputs:
     return min(choice, key=lambda inputs: tile_costs(inputs).of_row)
 
 
+def inputs_of(weight_format: str, activation_format: str) -> Inputs:
+    """The inputs that formats of `WorkerConfig` stand for; `auto` is the fastest on this CPU."""
+    if activation_format != "auto":
+        return Inputs(activation_format)
+    return fastest(Inputs.FLOAT32, Inputs.BF16 if weight_format == "auto" else Inputs.INT8)
+
+
 def max_height(inputs: Inputs) -> int:
     """Rows of the tallest tile."""
     kernels = native.kernels()

@@ -28,7 +28,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from workers.kernels import gemm, native
 from workers.kernels.gemm import Weight
-from workers.kernels.tile_table import Inputs, fastest
+from workers.kernels.tile_table import Inputs, inputs_of
 from workers.plugin.names import QUANTIZATION
 from workers.plugin.vllm_packed_weights import PackedWeights
 from workers.plugin.vllm_quantization import OwnKernelConfig, kernel_options
@@ -116,14 +116,9 @@ class Formats:
 
 
 def formats_of(options: Mapping[str, Any]) -> Formats:
-    """The formats that an engine's options name; `auto` is the fastest on this CPU of the
-    activation formats that weights of a format have."""
+    """The formats that an engine's options name."""
     weights = options.get("weight_format", "auto")
-    inputs = options.get("activation_format", "auto")
-    rounded = Inputs.BF16 if weights == "auto" else Inputs.INT8
-    if inputs == "auto":
-        return Formats(weights, fastest(Inputs.FLOAT32, rounded))
-    return Formats(weights, Inputs(inputs))
+    return Formats(weights, inputs_of(weights, options.get("activation_format", "auto")))
 
 
 def keep_in_bf16(layer: Any, options: Mapping[str, Any]) -> None:

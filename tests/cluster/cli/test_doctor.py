@@ -25,6 +25,7 @@ from cluster.keys import Right
 from cluster.models.model import find_model, missing_files, weights_bytes
 from cluster.placement import ray_seams
 from workers.config import DeviceName, DraftConfig
+from workers.kernels import native, tile_table
 from workers.plugin import vllm_seams
 
 ROOT = Path(__file__).parents[3]
@@ -258,7 +259,14 @@ def test_a_missing_compiler_is_a_warning(path: str | None, level: Level) -> None
 @pytest.mark.parametrize(
     ("machine", "flags", "level", "words"),
     [
-        ("x86_64", {"sse2", "avx2", "avx512f", "avx512_bf16"}, "ok", "AVX-512 and its bf16."),
+        (
+            "x86_64",
+            {"avx2", "avx512f", "avx512_bf16", "avx512_vnni"},
+            "ok",
+            "AVX-512, AVX512_BF16, AVX512_VNNI.",
+        ),
+        ("x86_64", {"avx2", "avx_vnni"}, "ok", "AVX2, AVX_VNNI."),
+        ("x86_64", {"avx512f", "amx_bf16"}, "ok", "AMX (which our kernels do not use)"),
         ("x86_64", {"sse2", "avx2", "avx512f"}, "ok", "AVX-512."),
         ("x86_64", {"sse2", "avx2"}, "ok", "AVX2"),
         ("x86_64", {"sse2", "avx"}, "warn", "neither"),
@@ -272,6 +280,22 @@ def test_the_vector_instructions_are_named(
 
     assert finding.level == level
     assert words in finding.detail
+
+
+def test_what_the_kernels_use_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tile_table._in_use.cache_clear()
+    exact, int8 = checks.check_kernels("auto", "float32"), checks.check_kernels("int4", "int8")
+    built_in = exact.detail
+    tile_table.save(tile_table.built_in_table())
+    measured = checks.check_kernels("auto", "auto").detail
+    tile_table._in_use.cache_clear()
+
+    assert {exact.level, int8.level} == {"ok"}
+    assert f"Built for {native.isa()}; activations are not rounded before" in exact.detail
+    assert "are rounded to int8 before products with int4 weights" in int8.detail
+    assert "xyserve calibrate" in built_in
+    assert "Row tiles are measured." in measured
 
 
 @pytest.mark.parametrize(

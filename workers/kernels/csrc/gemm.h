@@ -256,8 +256,11 @@ class Block {
   }
 
   // Each panel is read once. The tile fetches what is read next: the hardware prefetcher would need
-  // several lines of each short stream before it follows.
+  // several lines of each short stream before it follows. Tiles that do little but read, with
+  // vectors of whole lines, are faster with the hardware's alone.
   void one_tile() {
+    const int little = kExpand ? 0 : Format::kInputs == Inputs::kFloats ? 1 : 2;
+    const bool fetches = kLanes < 16 || num_rows_ > little;
     const int step = max<int64_t>(Rows::kStep, kLine * kGroup / Format::bytes(kGroup));
     const int lines = static_cast<int>((Format::bytes(kGroup) * step / kGroup + kLine - 1) / kLine);
     for (int panel = first_panel_; panel < end_panel_; panel += kStreams)
@@ -266,7 +269,8 @@ class Block {
         const char* const next = last ? panel_at(panel + kStreams, 0) : panel_at(panel, k + chunk_);
         multiply<Format>(num_rows_, rows_at(first_tile_, k), panel_at(panel, k), panel_bytes_,
                          min(kStreams, end_panel_ - panel), min(chunk_, depth_ - k),
-                         {next, 0, step, lines}, sums_at(first_tile_, panel, k));
+                         fetches ? Fetch{next, 0, step, lines} : Fetch{},
+                         sums_at(first_tile_, panel, k));
       }
   }
 

@@ -207,6 +207,7 @@ void quads_tile(Packed<Inputs::kQuads> rows, const char* panel, int depth, Fetch
 // multiply-add, or of a product of pairs, which is longer, as far as the registers suffice.
 template <class Format>
 constexpr int panels_at_once(int height) {
+  if (Format::kInputs == Inputs::kQuads) return 1;
   if (Format::kInputs == Inputs::kPairs) return height <= 2 ? 4 : height <= 6 ? 2 : 1;
   return min(Format::kMostPanels, height == 1 ? 4 : height == 2 ? 2 : 1);
 }
