@@ -22,7 +22,8 @@ XY_INLINE int chunk_of(int k) {
   return round_up((k + parts - 1) / parts, kGroup);
 }
 
-// Panels that a task with a single row tile reads concurrently.
+// Panels that a task with a single row tile reads concurrently, if it has a row or two: more sums
+// would wait for each other.
 constexpr int kStreams = 4;
 
 // ---- The left operand: rows of one tile side by side. ----
@@ -263,12 +264,13 @@ class Block {
     const bool fetches = kLanes < 16 || num_rows_ > little;
     const int step = max<int64_t>(Rows::kStep, kLine * kGroup / Format::bytes(kGroup));
     const int lines = static_cast<int>((Format::bytes(kGroup) * step / kGroup + kLine - 1) / kLine);
-    for (int panel = first_panel_; panel < end_panel_; panel += kStreams)
+    const int streams = num_rows_ <= 2 ? kStreams : 1;
+    for (int panel = first_panel_; panel < end_panel_; panel += streams)
       for (int k = 0; k < depth_; k += chunk_) {
         const bool last = k + chunk_ >= depth_;
-        const char* const next = last ? panel_at(panel + kStreams, 0) : panel_at(panel, k + chunk_);
+        const char* const next = last ? panel_at(panel + streams, 0) : panel_at(panel, k + chunk_);
         multiply<Format>(num_rows_, rows_at(first_tile_, k), panel_at(panel, k), panel_bytes_,
-                         min(kStreams, end_panel_ - panel), min(chunk_, depth_ - k),
+                         min(streams, end_panel_ - panel), min(chunk_, depth_ - k),
                          fetches ? Fetch{next, 0, step, lines} : Fetch{},
                          sums_at(first_tile_, panel, k));
       }
