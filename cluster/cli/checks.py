@@ -263,15 +263,16 @@ def check_kernels(weight_format: str, activation_format: str) -> Finding:
     """What our CPU kernels use of this CPU, if their library can be loaded."""
     try:
         # Loads the kernels' library; the other checks must also work without it.
-        from workers.kernels import native, tile_table
+        from workers.profiling.calibrate import current_calibration, rounds_to
 
-        inputs = tile_table.inputs_of(weight_format, activation_format)
+        calibration = current_calibration()
     except ImportError as error:
         return Finding("kernels", "fail", str(error), "make install")
-    how = "are not rounded" if inputs is tile_table.Inputs.FLOAT32 else f"are rounded to {inputs}"
-    weights = "bf16 weights" if weight_format == "auto" else f"{weight_format} weights"
-    detail = f"Built for {native.isa()}; activations {how} before products with {weights}."
-    if tile_table.is_measured():
+    rounded = rounds_to(weight_format, activation_format)
+    how = f"are rounded to {rounded}" if rounded else "are not rounded"
+    weights = "bf16" if weight_format == "auto" else weight_format
+    detail = f"{calibration.isa}; activations {how} before products with {weights} weights."
+    if calibration.is_measured:
         return Finding("kernels", "ok", f"{detail} Row tiles are measured.")
     return Finding("kernels", "ok", f"{detail} Row tiles are built in; xyserve calibrate measures.")
 

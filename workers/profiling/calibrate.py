@@ -52,6 +52,12 @@ def current_calibration() -> Calibration:
     )
 
 
+def rounds_to(weight_format: str, activation_format: str) -> str | None:
+    """What these formats of `WorkerConfig` round activations to on this machine; None: nothing."""
+    inputs = tile_table.inputs_of(weight_format, activation_format)
+    return None if inputs is tile_table.Inputs.FLOAT32 else str(inputs)
+
+
 def calibrate(progress: Progress) -> Calibration:
     """Measure and save the costs, reporting the fraction done; OSError if they cannot be saved."""
     tile_table.save(calibration.measure(progress))
