@@ -112,6 +112,9 @@ class WorkerConfig:
     weight_format: Literal["auto", "int8", "int4"] = "auto"
     """Format of the weights in our kernels; `auto` is lossless: the checkpoint's, and on CPUs fp32
     if that is not bf16. `int4` is for CPUs only."""
+    lm_head_format: Literal["auto", "int8"] = "auto"
+    """Format of the LM head's weights in our CPU kernels, of which a small model has a large share:
+    `auto` is `weight_format`, but int8 with int4."""
     activation_format: Literal["auto", "float32", "bf16", "int8"] = "auto"
     """Format of activations in products of our CPU kernels: exact (`float32`) or rounded, to `bf16`
     for bf16 weights, to `int8` for int8 and int4 weights. `auto` rounds on CPUs that have
@@ -173,7 +176,7 @@ class WorkerConfig:
             raise ValueError(f"weight_format ({self.weight_format}) needs kernels: xyserve")
         if self.weight_format == "int4" and self.device != "cpu":
             raise ValueError(f"weight_format (int4) needs device: cpu, and this is {self.device}")
-        for name in ("activation_format", "kv_cache_format"):
+        for name in ("lm_head_format", "activation_format", "kv_cache_format"):
             if getattr(self, name) not in ("auto", "float32") and not self.uses_cpu_kernels:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) needs device: cpu and kernels: xyserve"

@@ -2,15 +2,16 @@
 
     python -m tests.bench.attention --json attention.json
 
-A cell is one layer's attention in one step, in float32 with blocks of `--block-size` tokens. Both
-sides take turns in one process, each over caches filled by its own write from the same keys and
-values, after a check that their results agree. A model has a cache for each layer, so each side has
-copies of the cell's cache which together exceed the L3 cache, and takes another one at each call;
-with `--hot` it has one. Both plan once a step: the time of a layer is its call and 1/num_layers of
-the plan. Writing the step's keys and values is timed separately and not counted. Mixed steps are
-drawn from traces, with contexts up to 8,192 tokens; cells whose cache would exceed 384 MiB are left
-out. Keys of the summary: the geometric mean of `ratio`, vLLM's time over ours, for each kind of
-step, and its minimum.
+A cell is one layer's attention in one step, in float32 or with `--bf16` in bfloat16 (ours with
+queries and results in float32), with blocks of `--block-size` tokens. Both sides take turns in one
+process, each over caches filled by its own write from the same keys and values, after a check that
+their results agree. A model has a cache for each layer, so each side has copies of the cell's cache
+which together exceed the L3 cache, and takes another one at each call; with `--hot` it has one.
+Both plan once a step: the time of a layer is its call and 1/num_layers of the plan. Writing the
+step's keys and values is timed separately and not counted. Mixed steps are drawn from traces, with
+contexts up to 8,192 tokens; cells whose cache would exceed 384 MiB are left out. Keys of the
+summary: the geometric mean of `ratio`, vLLM's time over ours, for each kind of step, and its
+minimum.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,8 +37,8 @@ BLOCK_SIZE = 128
 """vLLM's default on CPUs."""
 MAX_SEQ_LEN = 8192
 MAX_KV_BYTES = 384 * 2**20
-TOLERANCE = 1e-4
-"""Largest difference between the two float32 results, relative or absolute."""
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+"""Largest difference between the two results, relative or absolute."""
 
 KINDS = ("decode", "prefill", "verify", "mixed")
 
@@ -51,10 +52,9 @@ class Model:
     head_size: int
     num_layers: int
 
-    @property
-    def kv_bytes(self) -> int:
+    def kv_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a token's keys and values in one layer."""
-        return 2 * 4 * self.num_kv_heads * self.head_size
+        return 2 * dtype.itemsize * self.num_kv_heads * self.head_size
 
 
 MODELS = {
@@ -131,11 +131,13 @@ class Step:
         spans: list[Span],
         rng: np.random.Generator,
         block_size: int = BLOCK_SIZE,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         num_tokens = [span.num_tokens for span in spans]
         num_blocks = [-(-span.seq_len // block_size) for span in spans]
         self.model = model
         self.block_size = block_size
+        self.dtype = dtype
         self.query_start_loc = np.cumsum([0, *num_tokens], dtype=np.int32)
         self.seq_lens = np.array([span.seq_len for span in spans], dtype=np.int32)
         self.num_blocks = sum(num_blocks)
@@ -183,9 +185,10 @@ class Ours:
             head_size=model.head_size,
             block_size=step.block_size,
             scale=model.head_size**-0.5,
+            kv_bf16=step.dtype is torch.bfloat16,
         )
         self.cache = _empty_cache(step)
-        self.copies = cycle([self.cache.numpy()])
+        self.copies = cycle([self._elements(self.cache)])
         self.planned = self.plan()
         self.out = torch.full(step.query.shape, torch.nan).numpy()
 
@@ -206,7 +209,14 @@ class Ours:
 
     def copy(self, copies: int) -> None:
         """Have `copies` equal caches."""
-        self.copies = cycle([cache.numpy() for cache in _equal(self.cache, copies)])
+        self.copies = cycle([self._elements(cache) for cache in _equal(self.cache, copies)])
+
+    def _elements(self, cache: torch.Tensor) -> np.ndarray:
+        """A cache as numpy sees it: numpy has no bf16."""
+        if self.shape.kv_bf16:
+            cache = cache.view(torch.uint16)
+        elements: np.ndarray = cache.numpy()
+        return elements
 
 
 class Stock:
@@ -215,11 +225,11 @@ class Stock:
     def __init__(self, step: Step) -> None:
         model = step.model
         self.step = step
-        self.isa = _get_attn_isa(torch.float32, step.block_size, model.head_size, "auto")
+        self.isa = _get_attn_isa(step.dtype, step.block_size, model.head_size, "auto")
         self.query_start_loc = torch.from_numpy(step.query_start_loc)
         self.seq_lens = torch.from_numpy(step.seq_lens)
         self.block_table = torch.from_numpy(step.block_table)
-        self.query = torch.from_numpy(step.query)
+        self.query = torch.from_numpy(step.query).to(step.dtype)
         self.cache = _empty_cache(step)
         self.copies = cycle([self.cache])
         self.planned = self.plan()
@@ -234,7 +244,7 @@ class Stock:
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_size,
             seq_lens=self.seq_lens,
-            dtype=torch.float32,
+            dtype=self.step.dtype,
             query_start_loc=self.query_start_loc,
             causal=True,
             sliding_window_size=-1,
@@ -245,8 +255,8 @@ class Stock:
     def write(self, key: np.ndarray, value: np.ndarray, slots: np.ndarray) -> None:
         """Write keys and values into the next cache."""
         ops.cpu_attn_reshape_and_cache(
-            torch.from_numpy(key),
-            torch.from_numpy(value),
+            torch.from_numpy(key).to(self.step.dtype),
+            torch.from_numpy(value).to(self.step.dtype),
             *self._halves(),
             torch.from_numpy(slots),
             self.isa,
@@ -284,11 +294,13 @@ class Stock:
         return key, value
 
 
-def measure(name: str, case: Case, threads: int, hot: bool, block_size: int) -> dict[str, Any]:
+def measure(
+    name: str, case: Case, threads: int, hot: bool, block_size: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """Check one cell and measure its row of figures."""
     rng = np.random.default_rng(0)
     model = MODELS[name]
-    step = Step(model, case.spans, rng, block_size)
+    step = Step(model, case.spans, rng, block_size, dtype)
     ours, stock = Ours(step), Stock(step)
     for row, seq_len in enumerate(step.seq_lens):
         key, value = (step.random(rng, seq_len, model.num_kv_heads) for _ in range(2))
@@ -296,8 +308,8 @@ def measure(name: str, case: Case, threads: int, hot: bool, block_size: int) -> 
             side.write(key, value, step.slots(row, 0))
     for side in (ours, stock):
         side.attend()
-    expected = stock.out.numpy()
-    if not np.allclose(ours.out, expected, rtol=TOLERANCE, atol=TOLERANCE):
+    expected, tolerance = stock.out.float().numpy(), TOLERANCES[dtype]
+    if not np.allclose(ours.out, expected, rtol=tolerance, atol=tolerance):
         raise SystemExit(f"{name}, {case.name}: off by {np.abs(ours.out - expected).max():.1e}")
     copies = 1 if hot else -(-COLD_BYTES // ours.cache.nbytes)
     for side in (ours, stock):
@@ -326,18 +338,21 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="only these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hot", action="store_true", help="one copy of the cache")
+    parser.add_argument("--bf16", action="store_true", help="in bfloat16")
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="tokens in a block")
     options = parser.parse_args()
     set_threads(options.threads)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
     rows = []
     for model in options.models or ([FULL_MODEL] if options.quick else MODELS):
         grid = QUICK if options.quick else FULL if model == FULL_MODEL else SUBSET
-        for case in cases(grid, MAX_KV_BYTES // MODELS[model].kv_bytes):
+        for case in cases(grid, MAX_KV_BYTES // MODELS[model].kv_bytes(dtype)):
             if case.kind in options.kinds:
-                rows.append(measure(model, case, options.threads, options.hot, options.block_size))
+                settings = (options.threads, options.hot, options.block_size, dtype)
+                rows.append(measure(model, case, *settings))
                 say_row(rows[-1])
     publish(
-        f"Attention, {options.threads} thread(s), {native.isa()}, "
+        f"Attention in {dtype}, {options.threads} thread(s), {native.isa()}, "
         f"{'hot' if options.hot else 'cold'} caches",
         rows,
         geomeans(rows, {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}),
@@ -377,7 +392,8 @@ def _mixed_cases(grid: Grid, max_kv_tokens: int) -> Iterator[Case]:
 def _empty_cache(step: Step) -> torch.Tensor:
     """An empty cache with room for the step, in the view that vLLM gives each layer."""
     model = step.model
-    return torch.zeros(step.num_blocks, model.num_kv_heads, step.block_size, 2 * model.head_size)
+    size = (step.num_blocks, model.num_kv_heads, step.block_size, 2 * model.head_size)
+    return torch.zeros(size, dtype=step.dtype)
 
 
 def _equal(cache: torch.Tensor, copies: int) -> list[torch.Tensor]:

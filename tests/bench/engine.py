@@ -63,9 +63,7 @@ from tokenizers import Tokenizer
 
 from cluster.models.default_model import DEFAULT_MODEL, SOURCE
 from cluster.models.model import resolve_model
-from tests.bench.gemm import peak_read_gb_s
 from tests.bench.report import make_parser, publish, say
-from tests.bench.timing import set_threads, turn_s
 from tests.workload import conversation_lengths, prompts_of
 from workers.config import EngineConfig, WorkerConfig
 from workers.home import home
@@ -152,6 +150,10 @@ def measure_limits(model: str, cores: list[int]) -> Limits:
 def measure_peaks(cores: list[int]) -> tuple[float, dict[Inputs, float]]:
     """Bytes/s of reading, and FLOP/s of our GEMM over each kind of inputs, both at their best."""
     os.sched_setaffinity(0, cores)
+    # They import torch, which contestants may only once their environment is set.
+    from tests.bench.gemm import peak_read_gb_s
+    from tests.bench.timing import set_threads, turn_s
+
     set_threads(1)
     n, k, num_rows = 512, 576, 240
     random_numbers = np.random.default_rng(0)

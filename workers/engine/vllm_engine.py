@@ -89,6 +89,7 @@ def engine_args(model: str, config: WorkerConfig, *, kernels: bool = True) -> As
         args["additional_config"] = {
             QUANTIZATION: {
                 "weight_format": config.weight_format,
+                "lm_head_format": config.lm_head_format,
                 "activation_format": config.activation_format,
                 "kv_cache_format": config.kv_cache_format,
                 "num_threads": config.cpus_per_rank,

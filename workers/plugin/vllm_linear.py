@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,8 +67,9 @@ direct_register_custom_op("xyserve_linear", _linear, fake_impl=_linear_fake)
 class KernelConfig(OwnKernelConfig):
     """Serves every linear layer and the LM head.
 
-    The engine's `additional_config["xyserve"]` holds `weight_format`, `activation_format`,
-    `kv_cache_format` and `keep_packed_weights` (as in `WorkerConfig`) and `num_threads`.
+    The engine's `additional_config["xyserve"]` holds `weight_format`, `lm_head_format`,
+    `activation_format`, `kv_cache_format` and `keep_packed_weights` (as in `WorkerConfig`) and
+    `num_threads`.
     """
 
     def __init__(self) -> None:
@@ -94,13 +95,14 @@ class KernelConfig(OwnKernelConfig):
             return None
         vllm_config = get_current_vllm_config()
         native.set_num_threads(options.get("num_threads", torch.get_num_threads()))
-        formats = formats_of(options)
+        body, lm_head = formats_of(options), lm_head_formats_of(options)
         if self.packed_weights is None:
             keep = options.get("keep_packed_weights", False)
-            self.packed_weights = PackedWeights(vllm_config, str(formats), keep)
+            name = str(body) if lm_head == body else f"{body}-{lm_head}"
+            self.packed_weights = PackedWeights(vllm_config, name, keep)
         if isinstance(layer, LinearBase):
-            return KernelLinearMethod(formats, prefix, self.packed_weights)
-        return KernelEmbeddingMethod(formats, prefix, self.packed_weights)
+            return KernelLinearMethod(body, prefix, self.packed_weights)
+        return KernelEmbeddingMethod(lm_head, prefix, self.packed_weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,17 @@ def formats_of(options: Mapping[str, Any]) -> Formats:
     """The formats that an engine's options name."""
     weights = options.get("weight_format", "auto")
     return Formats(weights, inputs_of(weights, options.get("activation_format", "auto")))
+
+
+def lm_head_formats_of(options: Mapping[str, Any]) -> Formats:
+    """Those of the LM head: eight bits or more, as its errors go straight into the logits."""
+    formats = formats_of(options)
+    if formats.weights != "int4" and options.get("lm_head_format", "auto") == "auto":
+        return formats
+    activations = options.get("activation_format", "auto")
+    if formats.weights == "auto" and activations == "bf16":
+        activations = "auto"  # there are no products of bf16 and int8
+    return Formats("int8", inputs_of("int8", activations))
 
 
 def keep_in_bf16(layer: Any, options: Mapping[str, Any]) -> None:
@@ -221,11 +234,10 @@ class KernelEmbeddingMethod(UnquantizedEmbeddingMethod):
     """An embedding, packed only if it is also an LM head; look-ups use the plain weight."""
 
     def __init__(self, formats: Formats, prefix: str, packed_weights: PackedWeights) -> None:
-        """Keep the LM head at 8 bits or more: its errors go straight into the logits."""
+        """Keep the formats for when the weights are loaded."""
         super().__init__()
         self._packed_weights = packed_weights
-        self._formats = replace(formats, weights="int8") if formats.weights == "int4" else formats
-        self._prefix = prefix
+        self._formats, self._prefix = formats, prefix
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack an LM head."""

@@ -95,6 +95,7 @@ KEY_FIELDS = (
     "cpus",
     "kernels",
     "weight_format",
+    "lm_head_format",
     "activation_format",
     "kv_cache_format",
     "engine",

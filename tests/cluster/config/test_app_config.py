@@ -169,9 +169,9 @@ def test_serves_settings_are_passed_on_with_our_policy() -> None:
 def test_a_key_like_no_other_is_answered_with_the_keys_there_are() -> None:
     assert error_of({"worker": {"zzz": 1}}) == (
         "worker.zzz: unknown key; known keys: activation_format, calibrate_at_start, cpus, device, "
-        "engine, grammars, keep_packed_weights, kernels, kv_cache_format, prefix_index, record, "
-        "report_interval_s, slow_timeout_s, step_policy, step_timeout_s, tensor_parallel_size, "
-        "weight_format"
+        "engine, grammars, keep_packed_weights, kernels, kv_cache_format, lm_head_format, "
+        "prefix_index, record, report_interval_s, slow_timeout_s, step_policy, step_timeout_s, "
+        "tensor_parallel_size, weight_format"
     )
 
 

@@ -67,6 +67,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {"activation_format": "bf16"},
     "bf16 kv": {"kv_cache_format": "bf16"},
     "bf16 exact kv": {"activation_format": "bf16", "kv_cache_format": "float32"},
+    "int8 head": {"lm_head_format": "int8"},
     "int8": {"weight_format": "int8"},
     "int4": {"weight_format": "int4"},
     "int8 int8": {"weight_format": "int8", "activation_format": "int8"},
@@ -96,6 +97,7 @@ class Engines:
         weight_format: Literal["auto", "int8", "int4"] = "auto",
         activation_format: Literal["auto", "float32", "bf16", "int8"] = "float32",
         kv_cache_format: Literal["auto", "float32", "bf16"] = "auto",
+        lm_head_format: Literal["auto", "int8"] = "auto",
         spoilt: str | None = None,
         extra_args: dict[str, Any] | None = None,
         **engine: Any,
@@ -115,6 +117,7 @@ class Engines:
             weight_format=weight_format,
             activation_format=activation_format,
             kv_cache_format=kv_cache_format,
+            lm_head_format=lm_head_format,
             engine=EngineConfig(**limits | engine),
         )
         run: Run = self._processes.call(
@@ -235,6 +238,7 @@ def test_auto_keeps_the_weights_as_the_checkpoint_has_them(
         ("bf16", "bf16_pairs", "bf16_pairs", "bfloat16"),
         ("bf16 kv", "bf16", "bf16", "bfloat16"),
         ("bf16 exact kv", "bf16_pairs", "bf16_pairs", "float32"),
+        ("int8 head", "bf16", "int8", "float32"),
         ("int8", "int8", "int8", "float32"),
         ("int4", "int4", "int8", "float32"),
         ("int8 int8", "int8_quads", "int8_quads", "bfloat16"),
@@ -286,6 +290,7 @@ def test_fewer_bits_give_nearly_the_same(engines: Engines) -> None:
 
     assert 0 < gap["bf16 kv"] < 2 * gap["bf16 exact kv"]
     assert 0 < 2 * gap["bf16 exact kv"] < gap["int8"]
+    assert 0 < gap["int8 head"] < gap["int8"]
     assert 0 < gap["bf16"] < gap["int8"] < gap["int8 int8"] < 3 * gap["int8"]
     assert 0 < 4 * gap["int8"] < gap["int4"] < 1.5
     assert 0 < 4 * gap["int8"] < gap["int4 int8"] < 1.5

@@ -164,23 +164,19 @@ struct QueryTile {
   }
 };
 
+// The scaled queries as the left operand; `rows` has room for them as they are.
 template <Inputs kInputs>
 XY_INLINE void pack_query(const QueryTile& tile, const int32_t* heights, int num_heights,
-                          float* packed) {
+                          float* rows, float* packed) {
   const int size = tile.a.shape.head_size;
   const float scale = tile.a.shape.scale;
+  for (int row = 0; row < tile.rows(); ++row) {
+    const float* const from = tile.query(row);
+    for (int d = 0; d < size; d += kLanes) store(rows + row * size + d, load(from + d) * scale);
+  }
   for (int i = 0, row = 0; i < num_heights; row += heights[i++])
-    for (int r = 0; r < heights[i]; ++r) {
-      const float* const from = tile.query(row + r);
-      float* const to = packed + row * Packed<kInputs>::words(size) + r;
-      for (int d = 0; d < size; d += Packed<kInputs>::kStep) {
-        float* const word = to + Packed<kInputs>::words(d) * heights[i];
-        if constexpr (kInputs == Inputs::kPairs)
-          store(word, pair_of(from[d] * scale, from[d + 1] * scale));
-        else
-          *word = from[d] * scale;
-      }
-    }
+    pack_rows<kInputs>(rows + row * size, size, heights[i], size, size, nullptr,
+                       packed + row * Packed<kInputs>::words(size));
 }
 
 XY_INLINE Vec capped(Vec score, float cap) {
@@ -199,23 +195,27 @@ XY_INLINE void softmax(const QueryTile& tile, int row, int chunk_key, int begin,
   if (const float cap = tile.a.shape.soft_cap; cap > 0)
     for (int j = begin; j < padded_end; j += kLanes)
       store(scores + j, capped(load(scores + j), cap));
-  for (int j = begin; j < first; ++j) scores[j] = never;
-  for (int j = last; j < padded_end; ++j) scores[j] = never;
+  for (int j = first / kLanes * kLanes; j < first; ++j) scores[j] = never;
+  for (int j = last; j < round_up(last, kLanes); ++j) scores[j] = never;
   if (const uint8_t* const mask = tile.mask()) {
     const uint8_t* const of_token = mask + token * tile.query_len();
     for (int j = max(first, tile.context() - chunk_key); j < last; ++j)
       if (!of_token[chunk_key + j - tile.context()]) scores[j] = never;
   }
+  // What a row does not see needs no e^x.
+  const int seen = first / kLanes * kLanes, seen_end = round_up(last, kLanes);
   Vec most = splat(never);
-  for (int j = begin; j < padded_end; j += kLanes) most = vmax(most, load(scores + j));
+  for (int j = seen; j < seen_end; j += kLanes) most = vmax(most, load(scores + j));
   *largest_score = largest(most);
   const Vec shift = splat(*largest_score == never ? 0.0f : *largest_score);
   Vec total = {};
-  for (int j = begin; j < padded_end; j += kLanes) {
+  for (int j = seen; j < seen_end; j += kLanes) {
     const Vec weight = exp(load(scores + j) - shift);
     store(scores + j, weight);
     total += weight;
   }
+  for (int j = begin; j < seen; j += kLanes) store(scores + j, Vec{});
+  for (int j = seen_end; j < padded_end; j += kLanes) store(scores + j, Vec{});
   *weights_sum = sum(total);
 }
 
@@ -322,10 +322,11 @@ XY_INLINE void attend_range(const Attention& a, const AttentionTask& task) {
   const QueryTile tile{a, task.span, task.first_token, task.num_tokens, task.kv_head};
   const int rows = tile.rows(), size = a.shape.head_size;
   const int32_t* const heights = a.plan.heights + task.heights;
-  float* const scores = task_scratch(int64_t{rows} * (kKvChunk + 3 * size + 4));
+  float* const scores = task_scratch(int64_t{rows} * (kKvChunk + 4 * size + 4));
   float* const query = scores + int64_t{rows} * kKvChunk;
   const Result chunk(query + rows * size, rows), total(query + rows * (2 * size + 2), rows);
-  pack_query<Format::kInputs>(tile, heights, task.num_heights, query);
+  float* const queries = query + rows * (3 * size + 4);
+  pack_query<Format::kInputs>(tile, heights, task.num_heights, queries, query);
   if (task.partial < 0) clear(rows, size, total);
   const int first_key = tile.first_key(task.first_token);
   const int end_key = tile.end_key(task.first_token + task.num_tokens - 1);
