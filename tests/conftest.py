@@ -35,6 +35,7 @@ NEEDS = {
         "workers/drafters/test_draft_head.py",
         "workers/drafters/test_head_drafter.py",
     ),
+    "arm": ("workers/kernels/test_other_cpu.py",),
     "fronts": ("deploy/test_fronts.py", "e2e/test_tls_front.py"),
     "pip": ("test_install.py",),
     "prometheus": (

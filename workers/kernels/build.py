@@ -37,12 +37,15 @@ LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined"]
 # From the weakest to the strongest, which is also the order of linking: of an inline function that
 # several objects hold, the linker keeps the first, and every CPU must be able to run that one.
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}
+ARMV86_FLAGS = ["-march=armv8.6-a"]  # Neoverse V1 and N2: bfdot and usdot
 if platform.machine() == "x86_64":
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avxvnni"] = [*ISA_FLAGS["avx2"], "-mavxvnni"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
     ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512vnni"], "-mavx512bf16"]
+elif (platform.system(), platform.machine()) == ("Linux", "aarch64"):
+    ISA_FLAGS["armv86"] = ARMV86_FLAGS
 
 NEEDED = "The kernels need GCC 11 or newer: apt install g++, or dnf install gcc-c++"
 

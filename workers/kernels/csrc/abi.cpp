@@ -1,6 +1,11 @@
 // The C ABI: the functions of the instruction set in use, and what chooses it.
 #include <cstring>
 
+#ifdef XY_HAVE_ARMV86
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "kernels.h"
 #include "threads.h"
 
@@ -16,6 +21,11 @@ extern const xy::Kernels kernels;
 #endif
 #ifdef XY_HAVE_AVXVNNI
 namespace avxvnni {
+extern const xy::Kernels kernels;
+}
+#endif
+#ifdef XY_HAVE_ARMV86
+namespace armv86 {
 extern const xy::Kernels kernels;
 }
 #endif
@@ -53,6 +63,10 @@ const xy::Kernels* const* available() {
       if (__builtin_cpu_supports("avxvnni")) found[n++] = &avxvnni::kernels;
       found[n++] = &avx2::kernels;
     }
+#endif
+#ifdef XY_HAVE_ARMV86
+    const unsigned long has = getauxval(AT_HWCAP2);
+    if (has & HWCAP2_BF16 && has & HWCAP2_I8MM) found[n++] = &armv86::kernels;
 #endif
     found[n] = &portable::kernels;
   }

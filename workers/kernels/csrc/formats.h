@@ -10,8 +10,13 @@ using namespace xy;
 
 // Rows of the tallest tile: with two vectors per row it fills the registers. Sums of quads take two
 // registers each: one for the group in progress, one for the groups before.
-constexpr int kMaxHeight = kLanes == 16 ? 12 : 6;
-constexpr int kMaxQuadsHeight = kLanes == 16 ? 6 : 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+constexpr int kMaxHeight = kRegisters == 32 ? 12 : 6;
+constexpr int kMaxQuadsHeight = kRegisters == 32 ? 6 : 4;
 
 // What a step of a product takes of a row: one input feature, two rounded to bf16, or four rounded
 // to int8 with a scale per group.

@@ -10,6 +10,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #define XY_INLINE inline __attribute__((always_inline))
@@ -196,17 +198,20 @@ XY_INLINE UVec bf16_pairs(Vec first, Vec second) {
          round_to_bf16(__builtin_shuffle(first, second, even + 1));
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 constexpr bool kHasPairsDot = true;
 #else
 constexpr bool kHasPairsDot = false;
 #endif
 
 // sums + x[odd] * w[odd], and then + x[even] * w[even]. Products of two bf16 are exact, so that it
-// makes no difference whether they are fused with the addition, as the instruction does.
+// makes no difference whether they are fused with the addition, as the instruction does. Arm's adds
+// the two products first, and rounds both sums to odd.
 XY_INLINE Vec dot(Vec sums, UVec x, UVec w) {
 #if defined(__AVX512BF16__)
   return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)w);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (Vec)vbfdotq_f32((float32x4_t)sums, (bfloat16x8_t)x, (bfloat16x8_t)w);
 #else
   sums += (Vec)(x & 0xFFFF0000u) * (Vec)(w & 0xFFFF0000u);
   return sums + (Vec)(x << 16) * (Vec)(w << 16);
@@ -216,7 +221,7 @@ XY_INLINE Vec dot(Vec sums, UVec x, UVec w) {
 // Products of four unsigned bytes with four signed ones in each lane. CPUs without an instruction
 // for it take the even bytes and the odd ones as 16-bit integers, kParts in all; sums are exact
 // either way.
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_MATMUL_INT8)
 constexpr bool kHasQuadsDot = true;
 #else
 constexpr bool kHasQuadsDot = false;
@@ -255,6 +260,8 @@ XY_INLINE IVec dot(IVec sums, UVec w, UVec x) {
   return sums + (IVec)_mm256_madd_epi16((__m256i)w, (__m256i)x);
 #elif defined(__SSE2__)
   return sums + (IVec)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  return (IVec)vusdotq_s32((int32x4_t)sums, (uint8x16_t)w, (int8x16_t)x);
 #else
   const IVec a = (IVec)w, b = (IVec)x;
   return sums + (a & 0xFFFF) * (b << 16 >> 16) + (a >> 16) * (b >> 16);

@@ -161,7 +161,7 @@ void tile(Rows rows, const char* panel, int64_t panel_stride, int depth, Fetch f
 template <class Format, int kRows>
 void quads_tile(Packed<Inputs::kQuads> rows, const char* panel, int depth, Fetch fetch, Sums sums) {
   using Rows = Packed<Inputs::kQuads>;
-  constexpr int kAtOnce = kLanes == 16 ? 2 : 1;  // halves of the panel, as registers suffice
+  constexpr int kAtOnce = kRegisters == 32 ? 2 : 1;  // halves of the panel, as registers suffice
   Vec acc[kRows][1][2] = {};
   for (int k = 0; k < depth; k += kGroup) {
     fetch.at(k, 1, 0);
