@@ -7,8 +7,12 @@ each with activations and KV cache in float32 and rounded (to bf16, or int8 for 
 KV cache to bf16), and stock vLLM in float32 as the reference. Each is a process of its own, one
 after another, and computes the log probability of every token except the first in the same windows
 of 512 tokens, one from each of a seeded choice of Python Enhancement Proposals. With int4 the LM
-head is int8. The checkpoint was made from a Q4_1 file, whose grid int4 reproduces nearly exactly: a
-model that never was in four bits loses more.
+head is int8.
+
+The checkpoint was made from a Q4_1 file, whose grid int4 reproduces nearly exactly. With
+`--rotated` the same model has weights on no grid: the residual stream is turned by a random
+orthogonal matrix, which the matrices before and after it take back (as in QuaRot, S. Ashkboos et
+al., 2024), and what comes out is rounded to bf16 once.
 
 MB: size in memory of the packed matrices, including the LM head. `ratio`: perplexity relative to
 stock. Keys of the summary: `ppl_vllm` and `ppl_` with the name of each of ours.
@@ -21,7 +25,9 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -147,7 +153,7 @@ def packed_bytes(model: Any) -> int:
 
 
 def float32_bytes(model: str) -> int:
-    """Size of the checkpoint's matrices in float32; its embedding is its LM head."""
+    """Size of the checkpoint's matrices in float32."""
     with safe_open(Path(model) / "model.safetensors", "np") as tensors:
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     return sum(4 * math.prod(shape) for shape in shapes if len(shape) == 2)
@@ -186,6 +192,7 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens (default: 40)")
+    parser.add_argument("--rotated", action="store_true", help="the model with turned weights")
     parser.add_argument("--threads", type=int, default=1, help="each on its own core (default: 1)")
     options = parser.parse_args()
     if options.windows < 1:
@@ -197,10 +204,54 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
+def write_rotated(model: Path, folder: Path) -> None:
+    """Write a llama-like model, with its residual stream turned, as another checkpoint in bf16."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: t.double() for name, t in load_file(model / "model.safetensors").items()}
+    embedding, final_norm = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
+    size = embedding.shape[1]
+    random_numbers = torch.Generator().manual_seed(0)
+    normal = torch.randn(size, size, generator=random_numbers, dtype=torch.float64)
+    turn = torch.linalg.qr(normal).Q
+    turned = {
+        "model.embed_tokens.weight": embedding @ turn,
+        "lm_head.weight": embedding * final_norm @ turn,
+        "model.norm.weight": torch.ones_like(final_norm),
+    }
+    # RMSNorm of a turned row is the turned RMSNorm, once its weights are the next matrix's.
+    for name in tensors.keys() - turned.keys():
+        layer, _, part = name.removesuffix(".weight").rpartition(".")
+        layer = layer.rpartition(".")[0] if part.endswith("_proj") else layer
+        if part in ("o_proj", "down_proj"):
+            turned[name] = turn.T @ tensors[name]
+        elif part.endswith("_proj"):
+            norm = "input_layernorm" if part[0] in "qkv" else "post_attention_layernorm"
+            turned[name] = tensors[name] * tensors[f"{layer}.{norm}.weight"] @ turn
+        else:
+            turned[name] = torch.ones_like(tensors[name])
+    saved = {name: tensor.bfloat16().contiguous() for name, tensor in turned.items()}
+    save_file(saved, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in model.glob("*token*"):
+        shutil.copy(file, folder)
+
+
 def main() -> None:
     """Run the benchmark."""
     options = parse_options()
     model = resolve_model(DEFAULT_MODEL)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.rotated:
+            write_rotated(Path(model), Path(folder))
+            model = folder
+        compare(options, model)
+
+
+def compare(options: argparse.Namespace, model: str) -> None:
+    """Let all contestants run a model, and publish what they found."""
     tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
     windows = read_windows(tokenizer, options.windows)
     if len(windows) < options.windows:
@@ -208,7 +259,7 @@ def main() -> None:
     scores = {name: run(name, model, options.threads, windows) for name in FORMATS}
     num_tokens = len(windows) * (WINDOW_TOKENS - 1)
     publish(
-        f"Perplexity of {DEFAULT_MODEL} over {num_tokens} tokens",
+        f"Perplexity of {DEFAULT_MODEL}{' rotated' * options.rotated} over {num_tokens} tokens",
         make_rows(scores, float32_bytes(model)),
         {f"ppl_{name}": perplexity(score.logprobs) for name, score in scores.items()},
         options.json,
