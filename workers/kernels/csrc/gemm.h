@@ -84,9 +84,11 @@ XY_INLINE void pack_quads_of_row(const float* x, int k, int depth, const Norm* n
         rest[i] = norm ? x[j + i] * (factor * norm->weight[j + i]) : x[j + i];
       for (int i = 0; i < kVecs; ++i) values[i] = load(rest + i * kLanes);
     }
-    Vec most = vabs(values[0]);
-    for (int i = 1; i < kVecs; ++i) most = vmax(most, vabs(values[i]));
-    const float scale = largest(most) * (1.0f / 127), inverse = scale > 1e-35f ? 1 / scale : 0;
+    // Compared as integers: of those a NaN is the largest, and makes the whole row NaN.
+    IVec most = (IVec)vabs(values[0]);
+    for (int i = 1; i < kVecs; ++i) most = vmax(most, (IVec)vabs(values[i]));
+    const float scale = float_of_bits(largest(most)) * (1.0f / 127);
+    const float inverse = scale > 1e-35f ? 1 / scale : 0;
     int8_t quanta[kGroup];
     IVec total = {};
     for (int i = 0; i < kVecs; ++i) {

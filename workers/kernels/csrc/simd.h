@@ -62,7 +62,10 @@ XY_INLINE void store(void* to, V v) {
 XY_INLINE Vec splat(float x) { return x - Vec{}; }
 XY_INLINE UVec splat(uint32_t x) { return x - UVec{}; }
 
-XY_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+template <class V>
+XY_INLINE V vmax(V a, V b) {
+  return a > b ? a : b;
+}
 
 // a * b + c, rounded once where the CPU can: the compiler fuses by itself, but not always alike.
 XY_INLINE Vec fused(Vec a, Vec b, Vec c) {
@@ -118,8 +121,9 @@ XY_INLINE auto sum(V v) {
   return reduce(v, [](V a, V b) { return a + b; });
 }
 
-XY_INLINE float largest(Vec v) {
-  return reduce(v, [](Vec a, Vec b) { return vmax(a, b); });
+template <class V>
+XY_INLINE auto largest(V v) {
+  return reduce(v, [](V a, V b) { return vmax(a, b); });
 }
 
 XY_INLINE Vec vabs(Vec v) { return (Vec)((UVec)v & 0x7FFFFFFFu); }
@@ -268,11 +272,12 @@ XY_INLINE IVec dot(IVec sums, UVec w, UVec x) {
 #endif
 }
 
-XY_INLINE float float_of(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+XY_INLINE float float_of_bits(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
 }
+
+XY_INLINE float float_of(uint16_t bf16) { return float_of_bits(uint32_t{bf16} << 16); }
 
 }  // namespace XY_ISA
