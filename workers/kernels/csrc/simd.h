@@ -196,10 +196,14 @@ XY_INLINE void store_upper_halves(uint16_t* to, UVec halves) {
 
 // The bf16 of x[0], x[1] and so on in pairs, the even one in the lower half of a lane.
 XY_INLINE UVec bf16_pairs(Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+  return (UVec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
   IVec even;
   for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
   return round_to_bf16(__builtin_shuffle(first, second, even)) >> 16 |
          round_to_bf16(__builtin_shuffle(first, second, even + 1));
+#endif
 }
 
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
