@@ -96,6 +96,7 @@ class KernelConfig(OwnKernelConfig):
         vllm_config = get_current_vllm_config()
         native.set_num_threads(options.get("num_threads", torch.get_num_threads()))
         body, lm_head = formats_of(options), lm_head_formats_of(options)
+        self.inputs = body.inputs
         if self.packed_weights is None:
             keep = options.get("keep_packed_weights", False)
             name = str(body) if lm_head == body else f"{body}-{lm_head}"

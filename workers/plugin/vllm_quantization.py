@@ -6,11 +6,16 @@ from typing_extensions import override
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from workers.kernels.tile_table import Inputs
 from workers.plugin.names import QUANTIZATION
 
 
 class OwnKernelConfig(QuantizationConfig):
     """Serves every linear layer and the LM head; nothing of it is read from the checkpoint."""
+
+    inputs: Inputs | None = None
+    """What products of the CPU kernels make of their inputs; None on other devices, and before the
+    first layer is made."""
 
     @override
     def get_name(self) -> str:  # type: ignore[override]

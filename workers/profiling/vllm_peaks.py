@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from workers.kernels.tile_table import Inputs
 from workers.reports import Peaks
 
 BUDGET_S = 0.15
@@ -23,16 +24,16 @@ GEMM_ROWS = 480
 """Rows to multiply by our GEMM: four full blocks of rows."""
 
 
-def measure_peaks(device: torch.device, dtype: torch.dtype, *, own_kernels: bool) -> Peaks:
+def measure_peaks(device: torch.device, dtype: torch.dtype, inputs: Inputs | None) -> Peaks:
     """Measure the device with this process's threads; takes about a second.
 
-    Arithmetic is measured on a large product in `dtype`, by torch or, with `own_kernels`, by our
-    GEMM if that is faster; memory, on a sum over more than the caches hold. The fastest call
-    counts: other load on the machine can only slow a call down.
+    Arithmetic is measured on a large product in `dtype`, by torch or, if our CPU kernels are in use
+    and take such `inputs`, by our GEMM if that is faster; memory, on a sum over more than the
+    caches hold. The fastest call counts: other load on the machine can only slow a call down.
     """
     products = [_torch_flops_per_s(device, dtype)]
-    if own_kernels:
-        products.append(_gemm_flops_per_s())
+    if inputs is not None:
+        products.append(_gemm_flops_per_s(inputs))
     return Peaks(max(products), _bytes_per_s(device))
 
 
@@ -43,11 +44,13 @@ def _torch_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / _best_s(partial(torch.mm, left, right, out=out), device)
 
 
-def _gemm_flops_per_s() -> float:
-    """Speed of our GEMM with float32 weights, which need no conversion."""
+def _gemm_flops_per_s(inputs: Inputs) -> float:
+    """Speed of our GEMM with the weights that suit the inputs best."""
     from workers.kernels import gemm  # other devices do not need our library
 
-    weight = gemm.Weight.pack(np.ones((CPU_SIZE, CPU_SIZE), np.float32), "fp32")
+    best = {Inputs.FLOAT32: "fp32", Inputs.BF16: "bf16", Inputs.INT8: "int8"}[inputs]
+    ones = np.ones((CPU_SIZE, CPU_SIZE), np.float32)
+    weight = gemm.Weight.pack(ones, best, inputs=inputs)
     rows = np.ones((GEMM_ROWS, CPU_SIZE), np.float32)
     out = np.empty_like(rows)
     best_s = _best_s(partial(gemm.linear, rows, weight, out=out), torch.device("cpu"))

@@ -33,7 +33,7 @@ from workers.config import WorkerConfig
 from workers.engine.vllm_sampling import runner_of
 from workers.engine.vllm_scheduler import PlannedScheduler
 from workers.kernels.tiles import QUERY_ROWS
-from workers.plugin.names import QUANTIZATION
+from workers.plugin.vllm_quantization import OwnKernelConfig
 from workers.profiling.engine_profile import (
     Checked,
     Depth,
@@ -113,8 +113,9 @@ def measure(
     """
     began_s = time.perf_counter()
     runner = runner_of(core)
-    own_kernels = core.vllm_config.model_config.quantization == QUANTIZATION
-    peaks = measure_peaks(runner.device, runner.dtype, own_kernels=own_kernels)
+    quant_config = core.vllm_config.quant_config
+    inputs = quant_config.inputs if isinstance(quant_config, OwnKernelConfig) else None
+    peaks = measure_peaks(runner.device, runner.dtype, inputs)
     with _seated(core) as engine:
         times = _in_rounds(engine, script(engine.seats, depth), EFFORTS[depth], progress)
         steps = [(engine.shape(step), _typical_s(of_step)) for step, of_step in times.items()]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from workers.kernels.tile_table import Inputs
 from workers.profiling import vllm_peaks
 from workers.profiling.vllm_peaks import measure_peaks
 from workers.reports import Peaks
@@ -11,9 +12,9 @@ from workers.reports import Peaks
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("own_kernels", [False, True])
-def test_a_device_computes_and_reads(own_kernels: bool) -> None:
-    peaks = measure_peaks(CPU, torch.float32, own_kernels=own_kernels)
+@pytest.mark.parametrize("inputs", [None, *Inputs])
+def test_a_device_computes_and_reads(inputs: Inputs | None) -> None:
+    peaks = measure_peaks(CPU, torch.float32, inputs)
 
     assert 0 < peaks.flops_per_s < math.inf
     assert 0 < peaks.bytes_per_s < math.inf
@@ -29,7 +30,7 @@ def test_the_faster_product_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_peaks, "_best_s", best_s)
 
     # Torch's product of 1024 rows in 4 s, ours of 480 in half a second; 256 MiB in 2 s.
-    assert measure_peaks(CPU, torch.float32, own_kernels=True) == Peaks(
+    assert measure_peaks(CPU, torch.float32, Inputs.FLOAT32) == Peaks(
         2 * 480 * 1024**2 / 0.5, 2**28 / 2
     )
 
