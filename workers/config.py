@@ -118,7 +118,7 @@ class WorkerConfig:
     activation_format: Literal["auto", "float32", "bf16", "int8"] = "auto"
     """Format of activations in products of our CPU kernels: exact (`float32`) or rounded, to `bf16`
     for bf16 weights, to `int8` for int8 and int4 weights. `auto` rounds on CPUs that have
-    instructions for it (AVX512_BF16, AVX512_VNNI, AVX_VNNI and Arm's), where it is up to twice as
+    instructions for it (AVX512_BF16, AVX512_VNNI, AVX_VNNI, AMX, Arm's), where it is up to twice as
     fast; set it where workers run on different CPUs, so that all round alike."""
     kv_cache_format: Literal["auto", "float32", "bf16"] = "auto"
     """Format of keys and values in the KV cache of our CPU kernels; `auto` is bf16, in half the

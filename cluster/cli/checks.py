@@ -245,7 +245,7 @@ def check_instruction_set(machine: str, flags: frozenset[str]) -> Finding:
         "avx512_bf16": "AVX512_BF16",
         "avx512_vnni": "AVX512_VNNI",
         "avx_vnni": "AVX_VNNI",
-        "amx_bf16": "AMX (which our kernels do not use)",
+        "amx_bf16": "AMX",
     }
     has = [name for flag, name in special.items() if flag in flags]
     if best or machine != "x86_64":

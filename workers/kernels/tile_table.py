@@ -69,7 +69,12 @@ def inputs_of(weight_format: str, activation_format: str) -> Inputs:
 def max_height(inputs: Inputs) -> int:
     """Rows of the tallest tile."""
     kernels = native.kernels()
-    return int(kernels.max_quads_height if inputs is Inputs.INT8 else kernels.max_height)
+    of_inputs = {
+        Inputs.FLOAT32: kernels.max_height,
+        Inputs.BF16: kernels.max_bf16_height,
+        Inputs.INT8: kernels.max_int8_height,
+    }
+    return int(of_inputs[inputs])
 
 
 def built_in_table() -> TileTable:

@@ -52,8 +52,13 @@ struct Case {
   int n, k, m;
   Floats x, w; // [m, k]; [n, k] as the packed weight has them
 
-  // y [m, n], computed in tiles of these rows.
+  // y [m, n], computed in tiles of these rows, or of as many as there may be.
   Floats multiply(xy::Format format, int height) {
+    const bool is_int8 = format == xy::kInt8Quads || format == xy::kInt4Quads;
+    height =
+        std::min(height, is_int8                    ? kernels.max_int8_height
+                         : format == xy::kBf16Pairs ? kernels.max_bf16_height
+                                                    : kernels.max_height);
     std::vector<char> panels(kernels.packed_bytes(n, k, format, 0) + 64);
     Floats scales(n + 64);
     void *const at =
@@ -98,20 +103,39 @@ struct Case {
     return seen;
   }
 
-  // Whether an element is right: to the bit for Arm's bfdot, else within the
-  // rounding of its sum.
+  // The sum of products of bf16 as AMX makes it: over 32 input features the
+  // even ones, and the odd ones, and then both.
+  float sum_by_group(const float *a, const float *b) const {
+    float sum = 0;
+    for (int first = 0; first < k; first += xy::kGroup) {
+      float of_group[2] = {};
+      for (int j = first; j < std::min(first + xy::kGroup, k); ++j)
+        of_group[j % 2] += a[j] * b[j];
+      sum += of_group[0] + of_group[1];
+    }
+    return sum;
+  }
+
+  // As Arm's bfdot makes it.
+  float sum_by_pair(const float *a, const float *b) const {
+    float sum = 0;
+    for (int j = 0; j < k; j += 2) {
+      const float odd = j + 1 < k ? a[j + 1] * b[j + 1] : 0;
+      sum = sum_to_odd(sum, sum_to_odd(a[j] * b[j], odd));
+    }
+    return sum;
+  }
+
+  // Whether an element is right: to the bit for products of bf16 by AMX or
+  // Arm's bfdot, else within the rounding of its sum.
   bool is_right(xy::Format format, const Floats &seen, int row, int column,
                 float y) const {
     const float *const a = seen.data() + row * k, *const b =
                                                       w.data() + column * k;
-    if (format == xy::kBf16Pairs && kernels.has_bf16_dot) {
-      float sum = 0;
-      for (int j = 0; j < k; j += 2) {
-        const float odd = j + 1 < k ? a[j + 1] * b[j + 1] : 0;
-        sum = sum_to_odd(sum, sum_to_odd(a[j] * b[j], odd));
-      }
-      return sum == y;
-    }
+    if (format == xy::kBf16Pairs && std::strcmp(kernels.isa, "amx") == 0)
+      return sum_by_group(a, b) == y;
+    if (format == xy::kBf16Pairs && std::strcmp(kernels.isa, "armv86") == 0)
+      return sum_by_pair(a, b) == y;
     double sum = 0, size = 0;
     for (int j = 0; j < k; ++j)
       sum += double{a[j]} * b[j], size += std::fabs(double{a[j]} * b[j]);
@@ -127,8 +151,8 @@ int main(int, char **arguments) {
   const xy::Kernels &kernels = *xy_kernels();
   for (int format = xy::kFp32; format <= xy::kInt4Quads; ++format)
     for (const auto &[n, k] : {std::pair{1, 1}, {7, 33}, {37, 577}, {64, 96}})
-      for (const int m : {1, 5, 13})
-        for (const int height : {1, 3, 6}) {
+      for (const int m : {1, 5, 23})
+        for (const int height : {1, 3, 16}) {
           Case c{kernels, n, k, m, Floats(m * k), Floats(n * k)};
           for (float &value : c.x)
             value = random_float();

@@ -1,6 +1,10 @@
 // The C ABI: the functions of the instruction set in use, and what chooses it.
 #include <cstring>
 
+#ifdef XY_HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #ifdef XY_HAVE_ARMV86
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -40,14 +44,36 @@ namespace avx512bf16 {
 extern const xy::Kernels kernels;
 }
 #endif
+#ifdef XY_HAVE_AMX
+namespace amx {
+extern const xy::Kernels kernels;
+}
+#endif
 
 namespace {
 
+#ifdef XY_HAVE_AMX
+// Whether the CPU has AMX, and Linux lets this process and all threads that it starts from now on
+// use its tiles.
+bool has_amx() {
+#ifdef XY_AMX_TWIN
+  return true;
+#else
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+}
+#endif
+
 // The instruction sets that this CPU has, best first.
 const xy::Kernels* const* available() {
-  static const xy::Kernels* found[7] = {};
+  static const xy::Kernels* found[8] = {};
   if (found[0] == nullptr) {
     int n = 0;
+#ifdef XY_HAVE_AMX
+    if (has_amx()) found[n++] = &amx::kernels;
+#endif
 #ifdef XY_HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {

@@ -1,8 +1,10 @@
 // How weights are stored, and how a panel's row of kPanel weights is read as two vectors of floats.
 #pragma once
 
+#include <type_traits>
+
+#include "amx.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace XY_ISA {
 
@@ -18,12 +20,19 @@ constexpr int kRegisters = 16;
 constexpr int kMaxHeight = kRegisters == 32 ? 12 : 6;
 constexpr int kMaxQuadsHeight = kRegisters == 32 ? 6 : 4;
 
-// What a step of a product takes of a row: one input feature, two rounded to bf16, or four rounded
-// to int8 with a scale per group.
-enum class Inputs { kFloats, kPairs, kQuads };
+// What a step of a product takes of a row: one input feature, two rounded to bf16, as many of these
+// as a row of AMX's tiles has, or four rounded to int8 with a scale per group.
+enum class Inputs { kFloats, kPairs, kTiles, kQuads };
 
 constexpr int max_height(Inputs inputs) {
-  return inputs == Inputs::kQuads ? kMaxQuadsHeight : kMaxHeight;
+  switch (inputs) {
+    case Inputs::kTiles:
+      return kTileRows;
+    case Inputs::kQuads:
+      return kMaxQuadsHeight;
+    default:
+      return kMaxHeight;
+  }
 }
 
 // The columns of one panel before packing; zero past k and past the last output feature.
@@ -180,6 +189,15 @@ struct Bf16Pairs {
   }
 };
 
+// The same panels for AMX, whose tiles of weights are half a group of a panel: its rows are pairs
+// of input features, of sixteen columns.
+struct Bf16Tiles : Bf16Pairs {
+  static constexpr int kTallest = kTileRows;
+  static constexpr Inputs kInputs = Inputs::kTiles;
+};
+
+using Bf16Product = std::conditional_t<kHasAmx, Bf16Tiles, Bf16Pairs>;
+
 // The scale and the least value of a group in int4, of both vectors of its columns.
 struct Int4Header {
   Vec scale[2], minimum[2];
@@ -266,7 +284,7 @@ XY_INLINE auto with_format(int32_t format, Function&& function) {
     case kInt4:
       return function(Int4{});
     case kBf16Pairs:
-      return function(Bf16Pairs{});
+      return function(Bf16Product{});
     case kInt8Quads:
       return function(Int8Quads{});
     case kInt4Quads:

@@ -109,6 +109,23 @@ XY_INLINE void pack_quads(const float* rows, int64_t stride, int height, int k, 
     pack_quads_of_row(rows + row * stride, k, depth, norm, row, height, packed);
 }
 
+XY_INLINE void pack_tiles(const float* rows, int64_t stride, int height, int k, int depth,
+                          const Norm* norm, float* packed) {
+  constexpr int kWords = Packed<Inputs::kTiles>::kWords;
+  for (int row = 0; row < height; ++row) {
+    const float* const x = rows + row * stride;
+    const float factor = norm ? inverse_rms(x, k, norm->eps) : 1;
+    for (int j = 0; j < depth; j += kGroup) {
+      float values[kGroup] = {};
+      for (int i = 0; i < min(kGroup, k - j); ++i)
+        values[i] = norm ? x[j + i] * factor * norm->weight[j + i] : x[j + i];
+      float* const to = packed + (j / kGroup * height + row) * kWords;
+      for (int i = 0; i < kGroup; i += 2 * kLanes)
+        store(to + i / 2, bf16_pairs(load(values + i), load(values + i + kLanes)));
+    }
+  }
+}
+
 // Write rows[height][k] as Packed, `depth` input features long, normalised if `norm` is given, zero
 // past k.
 template <Inputs kInputs, int kRows = max_height(kInputs)>
@@ -116,6 +133,8 @@ XY_INLINE void pack_rows(const float* rows, int64_t stride, int height, int k, i
                          const Norm* norm, float* packed) {
   if constexpr (kInputs == Inputs::kQuads)
     return pack_quads(rows, stride, height, k, depth, norm, packed);
+  if constexpr (kInputs == Inputs::kTiles)
+    return pack_tiles(rows, stride, height, k, depth, norm, packed);
   if constexpr (kRows > 1)
     if (height != kRows)
       return pack_rows<kInputs, kRows - 1>(rows, stride, height, k, depth, norm, packed);
@@ -203,6 +222,7 @@ void finish(const Product& p, const float* sums, int64_t sums_stride, int first_
 template <class Format>
 class Block {
   using Rows = Packed<Format::kInputs>;
+  static constexpr bool kTiles = Format::kInputs == Inputs::kTiles;
 
  public:
   Block(const Product& p, int row_block, int panel_block)
@@ -230,6 +250,7 @@ class Block {
   }
 
   void run() {
+    [[maybe_unused]] const std::conditional_t<kTiles, TilesInUse, int> tiles{};
     if (begins_) begin();
     if (end_tile_ - first_tile_ == 1 && num_rows_ <= Format::kTallest)
       one_tile();
@@ -328,9 +349,9 @@ class Block {
   bool in_place_ = false;
 };
 
-// Memory for the packed left operand, in floats.
+// Memory for the packed left operand, in floats. Behind it is what a last tile of few rows reads.
 XY_INLINE int64_t packed_floats(int num_rows, int k) {
-  return int64_t{num_rows} * round_up(k, kGroup);
+  return int64_t{num_rows} * round_up(k, kGroup) + kTileRows * kTileBytes / 4;
 }
 
 XY_INLINE void multiply_all(Product& p, int* starts) {

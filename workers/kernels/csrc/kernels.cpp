@@ -17,8 +17,9 @@ void linear(const Weight* weight, const GemmPlan* plan, const float* x, int64_t 
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    XY_NAME(XY_ISA), kLanes, kKvChunk, kMaxHeight, kMaxQuadsHeight, kHasPairsDot, kHasQuadsDot,
-    packed_bytes,    pack,   unpack,   linear,     write_kv,        attend,       forward,
+    XY_NAME(XY_ISA), kLanes,       kKvChunk,     kMaxHeight,   max_height(Bf16Product::kInputs),
+    kMaxQuadsHeight, kHasPairsDot, kHasQuadsDot, packed_bytes, pack,
+    unpack,          linear,       write_kv,     attend,       forward,
 };
 
 }  // namespace XY_ISA

@@ -114,8 +114,8 @@ struct Step {
 struct Kernels {
   const char* isa;
   int32_t lanes, kv_chunk;
-  int32_t max_height, max_quads_height;  // of a tile; of one over inputs rounded to int8
-  int32_t has_bf16_dot, has_int8_dot;    // whether the CPU has an instruction for such products
+  int32_t max_height, max_bf16_height, max_int8_height;  // of a tile, by what inputs are rounded to
+  int32_t has_bf16_dot, has_int8_dot;  // whether the CPU has an instruction for such products
   int64_t (*packed_bytes)(int32_t n, int32_t k, int32_t format, int32_t gated);
   // Fills weight->panels, and scales for int8, from rows [n, k].
   void (*pack)(const Weight* weight, const float* rows, float* scales);

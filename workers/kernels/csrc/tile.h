@@ -35,6 +35,14 @@ struct Packed<Inputs::kPairs> {
   }
 };
 
+// For each group of input features, row after row, all of its pairs.
+template <>
+struct Packed<Inputs::kTiles> {
+  static constexpr int kStep = kGroup, kWords = kGroup / 2;
+  static constexpr int64_t words(int64_t k) { return k / 2; }
+  const float* data;
+};
+
 // For each group of input features the parts of its quads, then what rounding has left to know: the
 // scale, the sum of the integers times -128, and that sum times the scale.
 template <>
@@ -93,6 +101,12 @@ struct Sums {
 
   XY_INLINE Sums from_panel(int panel) const {
     return {at + panel * kPanel, stride, add, scales ? scales + panel * kPanel : nullptr};
+  }
+  XY_INLINE void put_row(int row, const float* sums) const {
+    for (int column = 0; column < kPanel; column += kLanes) {
+      float* const to = at + row * stride + column;
+      store(to, add ? load(to) + load(sums + column) : load(sums + column));
+    }
   }
   template <int kRows, int kPanels>
   XY_INLINE void put(const Vec (&sums)[kRows][kPanels][2]) const {
@@ -203,6 +217,23 @@ void quads_tile(Packed<Inputs::kQuads> rows, const char* panel, int depth, Fetch
   sums.put(acc);
 }
 
+// The same on AMX's tiles, which must be in use and whose rows past `height` hold what lies behind,
+// and are dropped.
+inline void amx_tile(int height, Packed<Inputs::kTiles> rows, const char* panel, int depth,
+                     Fetch fetch, Sums sums) {
+  zero_tile<0>(), zero_tile<1>();
+  for (int k = 0; k < depth; k += kGroup) {
+    fetch.at(k, 1, 0);
+    load_tile<2>(rows.data + rows.words(k) * height, kTileBytes);
+    load_tile<3>(panel + Bf16Tiles::bytes(k), 2 * kTileBytes);
+    load_tile<4>(panel + Bf16Tiles::bytes(k) + kTileBytes, 2 * kTileBytes);
+    dot_tiles<0, 2, 3>(), dot_tiles<1, 2, 4>();
+  }
+  float found[kTileRows][2 * kTileRows];
+  store_tile<0>(found[0], sizeof found[0]), store_tile<1>(found[0] + kTileRows, sizeof found[0]);
+  for (int row = 0; row < height; ++row) sums.put_row(row, found[row]);
+}
+
 // Panels that a tile of this height takes at once: enough sums in flight to hide the latency of a
 // multiply-add, or of a product of pairs, which is longer, as far as the registers suffice.
 template <class Format>
@@ -235,11 +266,16 @@ void tile_row(Rows rows, const char* panels, int64_t panel_stride, int num_panel
 template <class Format, class Rows, int kRows = max_height(Format::kInputs)>
 XY_INLINE void multiply(int height, Rows rows, const char* panels, int64_t panel_stride,
                         int num_panels, int depth, Fetch fetch, Sums sums) {
-  if constexpr (kRows > 1)
+  if constexpr (Format::kInputs == Inputs::kTiles) {
+    for (int p = 0; p < num_panels; ++p, fetch.from += panel_stride)
+      amx_tile(height, rows, panels + p * panel_stride, depth, fetch, sums.from_panel(p));
+    return;
+  } else if constexpr (kRows > 1)
     if (height != kRows)
       return multiply<Format, Rows, kRows - 1>(height, rows, panels, panel_stride, num_panels,
                                                depth, fetch, sums);
-  tile_row<Format, kRows>(rows, panels, panel_stride, num_panels, depth, fetch, sums);
+  if constexpr (Format::kInputs != Inputs::kTiles)
+    tile_row<Format, kRows>(rows, panels, panel_stride, num_panels, depth, fetch, sums);
 }
 
 }  // namespace XY_ISA
