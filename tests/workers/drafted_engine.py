@@ -182,6 +182,7 @@ def tiny_config(
     return WorkerConfig(
         calibrate_at_start=False,
         step_policy=StepPolicy(name="hybrid"),
+        kv_cache_format="float32",  # as many blocks on every CPU
         engine=EngineConfig(
             dtype="float32",
             max_num_seqs=max_num_seqs,

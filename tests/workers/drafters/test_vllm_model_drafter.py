@@ -31,9 +31,10 @@ DRAW = random.Random(0)
 PROMPT = [DRAW.randrange(3, VOCAB_SIZE) for _ in range(40)]
 PROMPTS = [[DRAW.randrange(3, VOCAB_SIZE) for _ in range(5 + 9 * i % 50)] for i in range(12)]
 CONFIG = WorkerConfig(
+    kv_cache_format="float32",  # as many blocks on every CPU
     engine=EngineConfig(
         kv_cache_gib=0.01, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=MAX_MODEL_LEN
-    )
+    ),
 )
 
 

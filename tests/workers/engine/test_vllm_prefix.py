@@ -22,6 +22,7 @@ BLOCK_BYTES = 2 * 2 * 2 * 32 * BLOCK * 4
 """Layers, keys and values, heads, size of a head, tokens, bytes."""
 CONFIG = WorkerConfig(
     calibrate_at_start=False,
+    kv_cache_format="float32",  # as many blocks on every CPU
     engine=EngineConfig(
         dtype="float32",
         max_num_seqs=6,

@@ -76,6 +76,7 @@ def _config(policy: Any, num_blocks: int) -> WorkerConfig:
     block_bytes = 2 * 2 * 2 * 32 * BLOCK * 4  # layers, keys and values, heads, size of one
     return WorkerConfig(
         calibrate_at_start=False,
+        kv_cache_format="float32",  # as many blocks on every CPU
         step_policy=StepPolicy(name=policy),
         engine=EngineConfig(
             dtype="float32",

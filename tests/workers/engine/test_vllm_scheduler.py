@@ -102,6 +102,7 @@ class Engines:
         }
         config = WorkerConfig(
             calibrate_at_start=False,
+            kv_cache_format="float32",  # as many blocks on every CPU
             step_policy=StepPolicy(name=policy),
             engine=EngineConfig(**limits | engine),
         )
