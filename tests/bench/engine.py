@@ -67,7 +67,7 @@ from tests.bench.report import make_parser, publish, say
 from tests.workload import conversation_lengths, prompts_of
 from workers.config import EngineConfig, WorkerConfig
 from workers.home import home
-from workers.kernels import native
+from workers.kernels import native, reference
 from workers.kernels.gemm import Weight, linear
 from workers.kernels.tile_table import Inputs, inputs_of
 
@@ -157,12 +157,11 @@ def measure_peaks(cores: list[int]) -> tuple[float, dict[Inputs, float]]:
     set_threads(1)
     n, k, num_rows = 512, 576, 240
     random_numbers = np.random.default_rng(0)
-    values = random_numbers.standard_normal((n, k), dtype=np.float32)
-    rounded = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    values = reference.round_to_bf16(random_numbers.standard_normal((n, k), dtype=np.float32))
     x = random_numbers.standard_normal((num_rows, k), dtype=np.float32)
     flops_per_s = {}
     for inputs in Inputs:
-        weight = Weight.pack(rounded, "int8" if inputs is Inputs.INT8 else "auto", inputs=inputs)
+        weight = Weight.pack(values, "int8" if inputs is Inputs.INT8 else "auto", inputs=inputs)
         multiply = functools.partial(linear, x, weight)
         best_s = min(turn_s(multiply, 20) for _ in range(20))
         flops_per_s[inputs] = 2 * num_rows * n * k / best_s

@@ -15,39 +15,26 @@
 
 #define XY_EXPORT extern "C" __attribute__((visibility("default")))
 
-namespace portable {
-extern const xy::Kernels kernels;
-}
+#define XY_DECLARE(isa)             \
+  namespace isa {                   \
+  extern const xy::Kernels kernels; \
+  }
+
+XY_DECLARE(portable)
 #ifdef XY_HAVE_AVX2
-namespace avx2 {
-extern const xy::Kernels kernels;
-}
-#endif
-#ifdef XY_HAVE_AVXVNNI
-namespace avxvnni {
-extern const xy::Kernels kernels;
-}
-#endif
-#ifdef XY_HAVE_ARMV86
-namespace armv86 {
-extern const xy::Kernels kernels;
-}
+XY_DECLARE(avx2)
+XY_DECLARE(avxvnni)
 #endif
 #ifdef XY_HAVE_AVX512
-namespace avx512 {
-extern const xy::Kernels kernels;
-}
-namespace avx512vnni {
-extern const xy::Kernels kernels;
-}
-namespace avx512bf16 {
-extern const xy::Kernels kernels;
-}
+XY_DECLARE(avx512)
+XY_DECLARE(avx512vnni)
+XY_DECLARE(avx512bf16)
 #endif
 #ifdef XY_HAVE_AMX
-namespace amx {
-extern const xy::Kernels kernels;
-}
+XY_DECLARE(amx)
+#endif
+#ifdef XY_HAVE_ARMV86
+XY_DECLARE(armv86)
 #endif
 
 namespace {

@@ -92,12 +92,14 @@ struct Int8 {
   static constexpr int kTallest = kMaxHeight, kMostPanels = 4;
   static constexpr Inputs kInputs = Inputs::kFloats;
   static constexpr int64_t bytes(int64_t k) { return k * kPanel; }
+  static int quantum_of(const Columns& columns, int column, int j, const float* scales) {
+    const float scale = scales[column] > 0 ? scales[column] : 1;
+    return quantum(columns.at(column, j) / scale, -127, 127);
+  }
   static void pack(const Columns& columns, int first, const float* scales, char* to) {
     for (int j = 0; j < kGroup; ++j)
-      for (int c = 0; c < kPanel; ++c) {
-        const float scale = scales[c] > 0 ? scales[c] : 1;
-        *to++ = static_cast<char>(quantum(columns.at(c, first + j) / scale, -127, 127));
-      }
+      for (int c = 0; c < kPanel; ++c)
+        *to++ = static_cast<char>(quantum_of(columns, c, first + j, scales));
   }
 
   const char* at;
@@ -106,6 +108,16 @@ struct Int8 {
     low = __builtin_convertvector(widen_int8(at), Vec);
     high = __builtin_convertvector(widen_int8(at + kLanes), Vec);
     at += kPanel;
+  }
+};
+
+// The scale and the least value of a group in int4, of both vectors of its columns.
+struct Int4Header {
+  Vec scale[2], minimum[2];
+  XY_INLINE explicit Int4Header(const char* at) {
+    Bf16 header{at};
+    header.next(scale[0], scale[1]);
+    header.next(minimum[0], minimum[1]);
   }
 };
 
@@ -144,12 +156,10 @@ struct Int4 {
   const char* at;
   Vec low_scale, high_scale, low_minimum, high_minimum;
   XY_INLINE void next_group() {
-    Bf16 header;
-    header.at = at;
-    header.next(low_scale, high_scale);
-    high_scale *= 0.0625f;
-    header.next(low_minimum, high_minimum);
-    at = header.at;
+    const Int4Header header(at);
+    low_scale = header.scale[0], high_scale = header.scale[1] * 0.0625f;
+    low_minimum = header.minimum[0], high_minimum = header.minimum[1];
+    at += 2 * Bf16::bytes(1);
   }
   XY_INLINE void next(Vec& low, Vec& high) {
     const IVec both = widen_uint8(at);
@@ -198,16 +208,6 @@ struct Bf16Tiles : Bf16Pairs {
 
 using Bf16Product = std::conditional_t<kHasAmx, Bf16Tiles, Bf16Pairs>;
 
-// The scale and the least value of a group in int4, of both vectors of its columns.
-struct Int4Header {
-  Vec scale[2], minimum[2];
-  XY_INLINE explicit Int4Header(const char* at) {
-    Bf16 header{at};
-    header.next(scale[0], scale[1]);
-    header.next(minimum[0], minimum[1]);
-  }
-};
-
 // For products with inputs rounded to int8: each 32-bit lane holds four input features of a column,
 // as bytes that are 128 too large. `offset` takes that back.
 struct Int8Quads {
@@ -217,10 +217,8 @@ struct Int8Quads {
   static void pack(const Columns& columns, int first, const float* scales, char* to) {
     for (int j = 0; j < kGroup; j += 4)
       for (int c = 0; c < kPanel; ++c)
-        for (int i = j; i < j + 4; ++i) {
-          const float scale = scales[c] > 0 ? scales[c] : 1;
-          *to++ = static_cast<char>(quantum(columns.at(c, first + i) / scale, -127, 127) + 128);
-        }
+        for (int i = j; i < j + 4; ++i)
+          *to++ = static_cast<char>(Int8::quantum_of(columns, c, first + i, scales) + 128);
   }
 
   struct Group {
